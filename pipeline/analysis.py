@@ -1,0 +1,226 @@
+"""Read-only, lazy views of a store for notebooks: pandas for the images, Xarray and Dask for the maps."""
+
+from __future__ import annotations
+
+import difflib
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import dask.array as da
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from pipeline.chunks import Array
+from pipeline.errors import UsageError
+from pipeline.layers import layer_names, output_sizes, receptive_field
+from pipeline.settings import extractor_spec
+from pipeline.store import REJECTED, STATISTICS, ShapeClass, Status, Store, StoredLayer
+
+_SIZES = ("source_height", "source_width", "input_height", "input_width")
+_COLUMNS = ("path", *_SIZES, "size_bytes", "fingerprint", "digest", "maps_digest", "status", "error")
+
+
+def open_store(path: str | Path) -> FeatureStore:
+    """Open a store for analysis; nothing is read until it is asked for.
+
+    Parameters
+    ----------
+    path : str or Path
+        The store's folder.
+
+    Returns
+    -------
+    FeatureStore
+
+    Raises
+    ------
+    UsageError
+        When there is no store, or one of another format.
+
+    Examples
+    --------
+    >>> import pipeline
+    >>> store = pipeline.open_store("features.zarr")  # doctest: +SKIP
+    >>> store.image("photos/cat.jpg")["conv1"].plot.imshow(col="conv1_channel")  # doctest: +SKIP
+    """
+    return FeatureStore(Path(path))
+
+
+class FeatureStore:
+    """A store as it was when it was opened; rows that a run appends later are not seen.
+
+    Parameters
+    ----------
+    path : Path
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._store = Store(path)
+        self.path = path
+
+    def __repr__(self) -> str:
+        spec = self._store.spec
+        rows = sum(c.length for c in self._store.classes.values())
+        return f"<FeatureStore {self.path}: {rows} rows of {spec.dtype} maps in {len(self._store.classes)} shape classes>"
+
+    @property
+    def source_root(self) -> str:
+        """Folder that the paths are relative to."""
+        return self._store.spec.source_root
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the layers whose maps are stored."""
+        return tuple(layer.name for layer in self._store.spec.layers)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the shape classes, ``heightxwidth`` in input pixels."""
+        return tuple(c.name for c in self._store.classes.values())
+
+    @cached_property
+    def images(self) -> pd.DataFrame:
+        """Table of the live rows and rejected images, one line per image.
+
+        Columns: path, class, row, source_height, source_width, input_height, input_width (pixels; 0 where rejected), status
+        (pending, done, quarantined or rejected) and error.
+        """
+        parts = [self._table(c) for c in self._store.classes.values()]
+        rejected = pd.DataFrame({name: self._store.column(REJECTED, name) for name in ("path", "error", "status")})
+        rejected["row"] = np.arange(len(rejected))
+        live = rejected[rejected["status"] < Status.REMOVED].assign(
+            status="rejected", **dict.fromkeys(_SIZES, 0), **{"class": ""}
+        )
+        order = ["path", "class", "row", *_SIZES, "status", "error"]
+        return pd.concat([*parts, live[order]], ignore_index=True)
+
+    def _table(self, shape_class: ShapeClass) -> pd.DataFrame:
+        columns = {name: self._store.column(shape_class.name, name) for name in ("path", *_SIZES, "status", "error")}
+        table = pd.DataFrame(columns).assign(row=np.arange(shape_class.length), **{"class": shape_class.name})
+        table = table[table["status"] < Status.REMOVED]
+        names = {int(status): status.name.lower() for status in Status}
+        return table.assign(status=table["status"].map(names))[["path", "class", "row", *_SIZES, "status", "error"]]
+
+    @cached_property
+    def _by_path(self) -> pd.DataFrame:
+        return self.images.drop_duplicates("path", keep="last").set_index("path")
+
+    def dataset(self, name: str) -> xr.Dataset:
+        """All rows of one shape class, lazy.
+
+        Parameters
+        ----------
+        name : str
+            A class, for instance ``516x639``; see `classes`.
+
+        Returns
+        -------
+        xarray.Dataset
+            Per stored layer its maps (image, channel, y, x) float32, decoded, in Dask chunks of whole shards, NaN where a row is
+            padded or not done; the pooled values (image, channel) float32; the ledger's columns (image,). ``path`` is a coordinate,
+            and so are y and x: the centre of each value's receptive field in input pixels.
+
+        Raises
+        ------
+        UsageError
+            When there is no such class.
+        """
+        shape_class = self._class(name)
+        variables: dict[str, Any] = {}
+        for layer in self._store.spec.layers:
+            dims = ("image", *(f"{layer.name}_{axis}" for axis in ("channel", "y", "x")))
+            variables[layer.name] = (dims, self._maps(shape_class, layer), {"error_bound": layer.error_bound})
+            for statistic in STATISTICS:
+                variables[f"{layer.name}_{statistic}"] = (dims[:2], self._lazy(name, f"{layer.name}_{statistic}"))
+        for column in _COLUMNS:
+            variables[column] = (("image",), self._lazy(name, column))
+        dataset = xr.Dataset(variables, self._coordinates(shape_class), {"class": name, "kind": shape_class.kind})
+        return dataset.set_coords("path")
+
+    def image(self, path: str) -> xr.Dataset:
+        """One image's maps, cropped to its valid extent and decoded to float32.
+
+        Parameters
+        ----------
+        path : str
+            As in `images`: relative to the source root.
+
+        Returns
+        -------
+        xarray.Dataset
+            Per stored layer (channel, y, x) float32 and the pooled values (channel,) float32, in memory; y and x are coordinates
+            in input pixels.
+
+        Raises
+        ------
+        UsageError
+            When the path is unknown, or its maps are not there: with the reason.
+        """
+        entry = self._entry(path)
+        dataset = self.dataset(entry["class"]).isel(image=int(entry["row"]))
+        sizes = output_sizes(extractor_spec(self._store.spec).layers, int(entry["input_height"]), int(entry["input_width"]))
+        named = dict(zip(self._layer_names(), sizes, strict=True))
+        crop = {
+            f"{layer}_{axis}": slice(length) for layer in self.layers for axis, length in zip("yx", named[layer], strict=True)
+        }
+        keep = [*self.layers, *(f"{layer}_{statistic}" for layer in self.layers for statistic in STATISTICS)]
+        return dataset[keep].isel(crop).load()
+
+    def _entry(self, path: str) -> Any:
+        table = self._by_path
+        if path not in table.index:
+            near = difflib.get_close_matches(path, table.index, n=3, cutoff=0.3) if len(table) <= 100_000 else []
+            hint = f"; did you mean {', '.join(map(repr, near))}?" if near else ""
+            raise UsageError(
+                f"{path!r} is not an image of {self.path}: paths are relative to {self.source_root}, as in `.images`{hint}"
+            )
+        entry = table.loc[path]
+        if entry["status"] != "done":
+            reason = entry["error"] or "its turn has not come: run again to go on"
+            raise UsageError(f"{path!r} has no maps in {self.path}: it is {entry['status']} ({reason})")
+        return entry
+
+    def _class(self, name: str) -> ShapeClass:
+        for shape_class in self._store.classes.values():
+            if shape_class.name == name:
+                return shape_class
+        known = ", ".join(self.classes[:10]) or "none yet"
+        raise UsageError(f"{self.path} has no shape class {name!r}; it has {known}")
+
+    def _layer_names(self) -> tuple[str, ...]:
+        return layer_names(extractor_spec(self._store.spec).layers)
+
+    def _maps(self, shape_class: ShapeClass, layer: StoredLayer) -> da.Array:
+        """Decoded maps in chunks of whole objects along the image axis."""
+        array = self._store.array(shape_class.name, layer.name)
+        chunks = array.shards or array.chunks
+        stored = da.from_array(array, chunks=chunks, name=False, asarray=True)[: shape_class.length]
+        return stored.map_blocks(_decode, layer=layer, dtype=np.float32)
+
+    def _lazy(self, group: str, column: str) -> da.Array:
+        array = self._store.array(group, column)
+        return da.from_array(array, chunks=array.chunks, name=False, asarray=True)[: self._store.length(group)]
+
+    def _coordinates(self, shape_class: ShapeClass) -> dict[str, Any]:
+        coordinates: dict[str, Any] = {}
+        layers = extractor_spec(self._store.spec).layers
+        for layer in shape_class.layout.layers:
+            field = receptive_field(layers, int(layer.name.removeprefix("conv")))
+            for axis, n, offset, stride in (
+                ("y", layer.height, field.offset_y, field.stride_y),
+                ("x", layer.width, field.offset_x, field.stride_x),
+            ):
+                name = f"{layer.name}_{axis}"
+                coordinates[name] = (name, offset + stride * np.arange(n), {"units": "input pixel"})
+        return coordinates
+
+
+def _decode(stored: Array, layer: StoredLayer) -> Array:
+    """Stored values as float32, NaN where they are fill."""
+    if layer.dtype.startswith("float"):
+        return stored.astype(np.float32, copy=False)
+    values = stored.astype(np.float32) * np.float32(layer.scale_factor) + np.float32(layer.add_offset)
+    values[stored == 0] = np.nan
+    return values

@@ -1,0 +1,157 @@
+"""The bytes of one stored object: Zarr v3's ``bytes``/``vlen-utf8``, ``blosc``, ``crc32c`` and ``sharding_indexed`` codecs.
+
+Whole objects are encoded here because Zarr's own pipeline takes several times as long for a shard (docs/store-format.md);
+the tests read everything back with plain Zarr, Xarray and TensorStore. The metadata that names these codecs is here as well.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import google_crc32c
+import numpy as np
+from numcodecs import Blosc, VLenUTF8
+
+from pipeline.errors import FeaturemapsError
+
+BLOSC_LEVEL = 5
+_MISSING = np.uint64(2**64 - 1)
+_CRC32C = {"name": "crc32c"}
+
+Array = np.ndarray[Any, Any]
+
+
+def compress(values: Array) -> bytes:
+    """Encode a C-contiguous array of numbers, or a 1-D object array of strings, as one checksummed chunk."""
+    if values.dtype == object:
+        body = Blosc("lz4", BLOSC_LEVEL, Blosc.NOSHUFFLE).encode(VLenUTF8().encode(values))
+    else:
+        body = Blosc("lz4", BLOSC_LEVEL, Blosc.SHUFFLE).encode(values)
+    return bytes(body) + _checksum(body)
+
+
+def decompress(data: bytes, dtype: str, shape: tuple[int, ...]) -> Array:
+    """Undo `compress`; ``dtype`` is a NumPy name or ``string``.
+
+    Raises
+    ------
+    FeaturemapsError
+        When the checksum does not fit the bytes.
+    """
+    body = data[:-4]
+    if len(data) <= 4 or _checksum(body) != data[-4:]:
+        raise FeaturemapsError(
+            f"an object of {len(data)} bytes does not fit its crc32c checksum: it was changed or cut off after it was written, "
+            "so what it holds cannot be trusted; restore it from a copy, or make the store anew"
+        )
+    raw = Blosc().decode(body)
+    if dtype == "string":
+        return np.asarray(VLenUTF8().decode(raw), dtype=object).reshape(shape)
+    return np.frombuffer(raw, np.dtype(dtype)).reshape(shape).copy()
+
+
+def _checksum(body: bytes) -> bytes:
+    return int(google_crc32c.value(bytes(body))).to_bytes(4, "little")
+
+
+def encode_shard(block: Array, chunk_rows: int, shard_rows: int, fill: float) -> bytes:
+    """Encode the first rows of a shard; inner chunks past the last row are left out and read as fill.
+
+    Parameters
+    ----------
+    block : (n, channel, y, x)
+        Rows of the shard from its start, ``1 <= n <= shard_rows``.
+    chunk_rows : int
+        Rows of an inner chunk; divides ``shard_rows``.
+    shard_rows : int
+    fill : float
+        Value of the rows past ``n`` in the last inner chunk.
+
+    Returns
+    -------
+    bytes
+        Inner chunks, then the index ``(offset, nbytes)`` as little-endian uint64 with its crc32c.
+    """
+    index = np.full((shard_rows // chunk_rows, 2), _MISSING, "<u8")
+    parts: list[bytes] = []
+    offset = 0
+    for i, start in enumerate(range(0, len(block), chunk_rows)):
+        rows = block[start : start + chunk_rows]
+        parts.append(compress(pad(rows, (chunk_rows, *rows.shape[1:]), fill)))
+        index[i] = offset, len(parts[-1])
+        offset += len(parts[-1])
+    table = index.tobytes()
+    return b"".join([*parts, table, _checksum(table)])
+
+
+def pad(values: Array, shape: tuple[int, ...], fill: float) -> Array:
+    """``values`` as a contiguous array of ``shape``, what is missing at the ends filled."""
+    if values.shape == shape:
+        return np.ascontiguousarray(values)
+    padded = np.full(shape, fill, values.dtype)
+    padded[tuple(slice(n) for n in values.shape)] = values
+    return padded
+
+
+def array_document(
+    shape: Sequence[int],
+    dtype: str,
+    dimensions: Sequence[str],
+    *,
+    chunk: Sequence[int],
+    shard: Sequence[int] | None = None,
+    fill: float | str = 0,
+    attributes: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """``zarr.json`` of an array whose objects `compress` or `encode_shard` makes.
+
+    Parameters
+    ----------
+    shape : sequence of int
+    dtype : str
+        A NumPy name, or ``string``.
+    dimensions : sequence of str
+    chunk : sequence of int
+        Shape of the (inner) chunk.
+    shard : sequence of int, optional
+        Shape of the shard; None stores plain chunks.
+    fill : float or str
+        Fill value; NaN is written as the format asks.
+    attributes : dict, optional
+    """
+    codecs = _codecs(dtype)
+    if shard is not None:
+        configuration = {
+            "chunk_shape": list(chunk),
+            "codecs": codecs,
+            "index_codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, _CRC32C],
+            "index_location": "end",
+        }
+        codecs = [{"name": "sharding_indexed", "configuration": configuration}]
+    return {
+        "zarr_format": 3,
+        "node_type": "array",
+        "shape": list(shape),
+        "data_type": dtype,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(shard or chunk)}},
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
+        "fill_value": "NaN" if isinstance(fill, float) and math.isnan(fill) else fill,
+        "codecs": codecs,
+        "dimension_names": list(dimensions),
+        "attributes": attributes or {},
+        "storage_transformers": [],
+    }
+
+
+def _codecs(dtype: str) -> list[dict[str, Any]]:
+    """The codecs of `compress`."""
+    if dtype == "string":
+        first: dict[str, Any] = {"name": "vlen-utf8", "configuration": {}}
+        itemsize, shuffle = 1, "noshuffle"
+    else:
+        itemsize, shuffle = np.dtype(dtype).itemsize, "shuffle"
+        first = {"name": "bytes", "configuration": {"endian": "little"}} if itemsize > 1 else {"name": "bytes"}
+    blosc = {"typesize": itemsize, "cname": "lz4", "clevel": BLOSC_LEVEL, "shuffle": shuffle, "blocksize": 0}
+    return [first, {"name": "blosc", "configuration": blosc}, _CRC32C]

@@ -1,0 +1,172 @@
+"""Typed ``cluster.yaml`` and the Dask cluster that it names."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import dask
+import psutil
+import yaml
+from distributed import Client, LocalCluster
+from pydantic import BaseModel, ConfigDict, Field
+
+from pipeline.config import Positive, validate_model
+from pipeline.errors import FeaturemapsError, UsageError
+from pipeline.lock import WORKER_TTL_S
+
+logger = logging.getLogger(__name__)
+
+ROLES = ("read", "extract", "write")
+CONNECT_TIMEOUT_S = 20.0
+
+_DASK_CONFIG = {
+    # A batch's data stay where they are, and a task without a worker fails instead of hanging.
+    "distributed.scheduler.work-stealing": False,
+    "distributed.scheduler.no-workers-timeout": "120s",
+    "distributed.scheduler.worker-ttl": f"{WORKER_TTL_S:.0f}s",
+    # Every task that a dead worker held becomes suspicious, not only the guilty one; few are in flight.
+    "distributed.scheduler.allowed-failures": 10,
+    # The window bounds memory; spilling would only hide a plan that is too large.
+    "distributed.worker.memory.target": False,
+    "distributed.worker.memory.spill": False,
+    "distributed.worker.memory.pause": 0.85,
+    "distributed.worker.memory.terminate": 0.97,
+    "distributed.admin.large-graph-warning-threshold": "1GB",
+    "distributed.nanny.pre-spawn-environ": {
+        "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
+        "MALLOC_MMAP_THRESHOLD_": str(2**30),
+        "MALLOC_ARENA_MAX": "1",
+        "OMP_NUM_THREADS": "1",
+        "MKL_NUM_THREADS": "1",
+        "OPENBLAS_NUM_THREADS": "1",
+    },
+}
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class LocalSpec(_Model):
+    """Worker processes on this machine, one thread each."""
+
+    kind: Literal["local"] = "local"
+    workers: Positive | None = None
+    """None is one per core."""
+    memory_limit_bytes: Positive | None = None
+    """Of one worker; None shares the machine's memory among them."""
+
+
+class AddressSpec(_Model):
+    """A scheduler that runs already; its workers offer the resources read, extract and write."""
+
+    kind: Literal["address"]
+    address: str
+
+
+ClusterSpec = Annotated[LocalSpec | AddressSpec, Field(discriminator="kind")]
+
+
+class Clusters(_Model):
+    """``cluster.yaml``: clusters by name."""
+
+    clusters: dict[str, ClusterSpec]
+
+
+def load_cluster(name: str | None, path: Path = Path("cluster.yaml")) -> LocalSpec | AddressSpec:
+    """Find a cluster by name; None is the embedded local one.
+
+    Raises
+    ------
+    UsageError
+        When the file or the name is missing, or the file holds something unknown.
+    """
+    if name is None:
+        return LocalSpec()
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(
+            f"cluster {name!r} is looked up in {path}, which cannot be read ({error}): nothing was started; run from the folder that "
+            "holds cluster.yaml, or leave --cluster away for this machine"
+        ) from error
+    clusters = validate_model(Clusters, values, str(path)).clusters
+    if name not in clusters:
+        raise UsageError(f"{path} has no cluster {name!r}: nothing was started; it has {', '.join(sorted(clusters))}")
+    return clusters[name]
+
+
+def local_workers(wanted: int | None) -> int:
+    """Worker processes of the embedded cluster: the cores that this process may use."""
+    return wanted or len(os.sched_getaffinity(0))
+
+
+def local_memory_bytes(workers: int, wanted: int | None) -> int:
+    """Memory limit of one local worker: its share of nine tenths of the machine."""
+    return wanted or int(0.9 * psutil.virtual_memory().total / workers)
+
+
+@contextlib.contextmanager
+def connect(spec: LocalSpec | AddressSpec) -> Iterator[Client]:
+    """Start or find the cluster; what was started is stopped on every way out.
+
+    Raises
+    ------
+    FeaturemapsError
+        When a given scheduler does not answer.
+    """
+    with dask.config.set(_DASK_CONFIG):
+        if isinstance(spec, AddressSpec):
+            with _connect_address(spec.address) as client:
+                yield client
+            return
+        workers = local_workers(spec.workers)
+        options: dict[str, Any] = {
+            "n_workers": workers,
+            "threads_per_worker": 1,
+            "memory_limit": local_memory_bytes(workers, spec.memory_limit_bytes),
+            "resources": dict.fromkeys(ROLES, 1),
+            "host": "127.0.0.1",
+            "dashboard_address": "127.0.0.1:0",
+            "silence_logs": logging.ERROR,
+        }
+        with LocalCluster(**options) as cluster, Client(cluster) as client:
+            yield client
+
+
+@contextlib.contextmanager
+def _connect_address(address: str) -> Iterator[Client]:
+    try:
+        client = Client(address, timeout=CONNECT_TIMEOUT_S)
+    except (OSError, TimeoutError, ValueError) as error:
+        raise FeaturemapsError(
+            f"no Dask scheduler answers at {address} ({error}): nothing was started; check the address and that `dask scheduler` runs"
+        ) from error
+    with client:
+        yield client
+
+
+def worker_slots(client: Client) -> dict[str, tuple[int, int]]:
+    """Extract slots and memory limit (bytes, 0 for none) of every worker, by address.
+
+    Raises
+    ------
+    FeaturemapsError
+        When a role has no worker.
+    """
+    workers = client.scheduler_info(n_workers=-1)["workers"]
+    for role in ROLES:
+        if not any(worker["resources"].get(role) for worker in workers.values()):
+            raise FeaturemapsError(
+                f"none of the {len(workers)} workers offers the resource {role!r}, so its tasks would wait for ever: start workers with "
+                '--resources "read=1 extract=1 write=1"'
+            )
+    return {
+        address: (int(worker["resources"].get("extract", 0)), int(worker["memory_limit"] or 0))
+        for address, worker in workers.items()
+    }

@@ -1,0 +1,444 @@
+"""List the images of a source, each with the size and time that tell whether it has changed.
+
+A source is a folder, a glob pattern, or a list of paths in a .txt, .csv or .parquet file. Names are bytes here, as on
+disk, and any name is kept: stored paths are percent-encoded where they are not UTF-8.
+
+Rules of a folder: every file below it with a suffix of `SUFFIXES` counts, hidden ones too, but not the ``._*`` files that
+macOS leaves beside them. Links to files and folders are followed; a folder inside itself is not entered again. Fifos,
+sockets and devices are left out with a warning, wherever they come from, because opening one may block for ever. The order
+is depth first, each folder sorted by the bytes of its names. Patterns follow the shell: a wildcard matches no leading dot.
+"""
+# pathlib cannot hold paths of bytes, and is several times slower on a million of them:
+
+from __future__ import annotations
+
+import csv
+import fnmatch
+import logging
+import os
+import re
+import stat
+from array import array
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from functools import partial
+from operator import attrgetter
+from typing import TYPE_CHECKING
+from urllib.parse import unquote_to_bytes
+
+from pipeline.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+
+    State = frozenset[int]  # places in a pattern that a path has reached
+    Step = Callable[[State, bytes], State]
+    Found = tuple[str, Callable[[], os.stat_result]]  # a path and how to stat it
+    Reader = Callable[[str], Iterator[tuple[int, bytes]]]  # of a list: each entry with its line
+    Folders = dict[tuple[int, int], tuple[State, list[os.DirEntry[bytes]]]]  # by device and inode
+
+log = logging.getLogger(__name__)
+
+SUFFIXES = frozenset(
+    ".jpg .jpeg .jpe .jfif .png .tif .tiff .webp .bmp .dib .gif .ppm .pgm .pbm .pnm .avif".split()  # noqa: SIM905 (reads better)
+)
+"""Lower-case suffixes of the files in a folder that count as images."""
+
+UNREADABLE = "unreadable"
+"""Fingerprint of an image whose size and time could not be read."""
+
+_MAGIC = re.compile(r"[*?[]")
+_ESCAPED = re.compile("[\udc80-\udcff]")
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """The images of a source, in a stable order, at about a hundred bytes and one path each."""
+
+    root: str
+    """Absolute folder that the paths are relative to; as `os.fsdecode` gives it."""
+    paths: list[str] = field(repr=False)
+    """Encoded relative paths, none twice."""
+    size_bytes: array[int] = field(repr=False)
+    """Size of each image, -1 where it could not be read."""
+    mtime_ns: array[int] = field(repr=False)
+    """Time of the last change of each image, -1 where it could not be read."""
+    unreadable: tuple[str, ...] = ()
+    """Encoded relative folders that could not be read: what is known of the images below them stays as it is."""
+    complete: bool = True
+    """Whether this is the whole source, not its first few images."""
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def fingerprint(self, i: int) -> str:
+        """Size and time of image ``i`` as one word; `UNREADABLE` where they could not be read."""
+        return UNREADABLE if self.size_bytes[i] < 0 else _fingerprint(self.size_bytes[i], self.mtime_ns[i])
+
+    def limit(self, n: int) -> Listing:
+        """Return the first ``n`` images; the listing is no longer complete when that leaves some out."""
+        if n >= len(self):
+            return self
+        return replace(self, paths=self.paths[:n], size_bytes=self.size_bytes[:n], mtime_ns=self.mtime_ns[:n], complete=False)
+
+
+def fingerprint_of(status: os.stat_result) -> str:
+    """Fingerprint that a listing gives a regular file of this status."""
+    return _fingerprint(status.st_size, _clamp(status.st_mtime_ns))
+
+
+def _fingerprint(size_bytes: int, mtime_ns: int) -> str:
+    return f"{size_bytes}-{mtime_ns}"
+
+
+def _clamp(mtime_ns: int) -> int:
+    return max(-(2**63), min(mtime_ns, 2**63 - 1))  # some file systems know the year 300,000
+
+
+def encode_path(relative: bytes) -> str:
+    r"""Turn the bytes of a path into text: valid UTF-8 stays, other bytes and ``%`` become ``%XX``.
+
+    Examples
+    --------
+    >>> encode_path(b"caf\xc3\xa9/50%\xff.jpg")
+    'café/50%25%FF.jpg'
+    >>> decode_path("café/50%25%FF.jpg")
+    b'caf\xc3\xa9/50%\xff.jpg'
+    """
+    text = relative.replace(b"%", b"%25").decode("utf-8", "surrogateescape")
+    return text if text.isascii() else _ESCAPED.sub(lambda match: f"%{ord(match[0]) - 0xDC00:02X}", text)
+
+
+def decode_path(path: str) -> bytes:
+    """Return the bytes that `encode_path` was given."""
+    return unquote_to_bytes(path)
+
+
+def absolute_path(root: str, path: str) -> bytes:
+    """Join a listing's root and one of its paths into what a worker opens."""
+    return os.path.join(os.fsencode(root), decode_path(path))
+
+
+def list_collection(source: str) -> Listing:
+    """List every image of a source.
+
+    Parameters
+    ----------
+    source : str
+        A folder, a glob pattern (``**`` is any depth; every file that it matches counts, whatever its suffix), or a list:
+        .txt (a path per line; blank lines and those that start with ``#`` do not count), .csv or .parquet (column
+        ``path``). Relative entries of a list are relative to its folder; ``..`` is resolved without looking at links.
+
+    Returns
+    -------
+    Listing
+        With -1 as size and time of what is missing or cannot be read, so that it is accounted for. `Listing.root` of a
+        list is its folder if all entries lie below it, else the deepest folder that all entries share.
+
+    Raises
+    ------
+    UsageError
+        When the source cannot be used, or has no images at all.
+    """
+    kind, path = _recognise(source)
+    if kind == "folder":
+        return _list_folder(path)
+    if kind == "pattern":
+        return _list_pattern(source)
+    root, paths = _read_list(path)
+    found = ((relative, partial(os.stat, absolute_path(root, relative))) for relative in paths)
+    return _measured(root, found, [], lambda: f"list {path!r} names no image")
+
+
+def source_root(source: str) -> str:
+    """Return the root that a listing of the source would have; no folder is walked, but a list has to be read.
+
+    Raises
+    ------
+    UsageError
+        When the source does not exist, or is a list that cannot be used.
+    """
+    kind, path = _recognise(source)
+    if kind == "folder":
+        return path
+    return _split_pattern(source)[0] if kind == "pattern" else _read_list(path)[0]
+
+
+def _recognise(source: str) -> tuple[str, str]:
+    """``folder``, ``pattern`` or the suffix of a list, and the absolute path."""
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", source):
+        raise UsageError(
+            f"source {source!r} is a URL, and only local paths can be read so far, so nothing was listed; "
+            "mount or copy the images and give their path, without a scheme"
+        )
+    path = _absolute(source)
+    try:
+        mode = os.stat(source and path).st_mode
+    except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and _MAGIC.search(source):
+            return "pattern", path
+        raise UsageError(
+            f"source {source!r} does not exist or cannot be reached ({error}), so nothing was listed and nothing was marked as "
+            "removed; give a folder, a glob pattern or a .txt, .csv or .parquet list, and check that its disk is mounted"
+        ) from error
+    return ("folder" if stat.S_ISDIR(mode) else _list_suffix(source, mode)), path
+
+
+def _list_suffix(source: str, mode: int) -> str:
+    suffix = _suffix(source)
+    if suffix in SUFFIXES:
+        raise UsageError(
+            f"source {source!r} is a single image, and a source is a collection, so nothing was listed; "
+            "give its folder, or a .txt list that names it"
+        )
+    if suffix not in _READERS or not stat.S_ISREG(mode):
+        raise UsageError(
+            f"source {source!r} is neither a folder nor a list that can be read, so nothing was listed; "
+            f"give a folder, a glob pattern, or a regular file that ends in {', '.join(_READERS)}"
+        )
+    return suffix
+
+
+def _absolute(path: str) -> str:
+    return "/" + os.path.abspath(path).lstrip("/")  # POSIX keeps a leading "//"
+
+
+def _suffix(name: str | bytes) -> str:
+    return os.path.splitext(os.fsdecode(name))[1].lower()
+
+
+def _nothing(what: str, unreadable: Sequence[str] = ()) -> UsageError:
+    also = f" (folders that could not be read: {len(unreadable)}, first {unreadable[0]!r})" if unreadable else ""
+    return UsageError(
+        f"{what}{also}, so there is nothing to do: its disk may not be mounted. Nothing was marked as removed; check the path"
+    )
+
+
+def _measured(root: str, found: Iterable[Found], unreadable: list[str], nothing: Callable[[], str]) -> Listing:
+    """Stat what was found; ``unreadable`` may fill meanwhile, and ``nothing`` says what there is instead of images."""
+    listing = Listing(root, [], array("q"), array("q"))
+    for path, read in found:
+        measure = _measure(read)
+        if measure is None:
+            log.warning("%r in %r is a fifo, socket or device: left out, because opening it may block for ever", path, root)
+            continue
+        listing.paths.append(path)
+        listing.size_bytes.append(measure[0])
+        listing.mtime_ns.append(measure[1])
+    if not listing.paths:
+        raise _nothing(nothing(), unreadable)
+    return replace(listing, unreadable=tuple(unreadable))
+
+
+def _measure(read: Callable[[], os.stat_result]) -> tuple[int, int] | None:
+    """Size and time of a file, -1 where that fails; None for what must never be opened."""
+    try:
+        status = read()
+    except OSError:
+        return -1, -1
+    if stat.S_ISREG(status.st_mode):
+        return status.st_size, _clamp(status.st_mtime_ns)
+    return (-1, -1) if stat.S_ISDIR(status.st_mode) else None
+
+
+def _list_folder(root: str) -> Listing:
+    others: Counter[str] = Counter()
+    unreadable: list[str] = []
+    # a folder is the pattern "**" that matches hidden names too: always at its only part, and always at its end
+    walk = _walk(root, lambda state, _: state, frozenset({0, 1}), 1, unreadable)
+    found = ((path, entry.stat) for path, entry in walk if _is_image(entry.name, others))
+    return _measured(root, found, unreadable, partial(_without_images, root, others))
+
+
+def _without_images(root: str, others: Counter[str]) -> str:
+    if not others:
+        return f"folder {root!r} is empty (no files at any depth)"
+    seen = ", ".join(repr(suffix) if suffix else "none" for suffix, _ in others.most_common(8))
+    return f"folder {root!r} holds no images but {others.total()} other files (suffixes: {seen})"
+
+
+def _is_image(name: bytes, others: Counter[str]) -> bool:
+    """Whether the name counts; the suffixes of those that do not are counted in ``others``, a few at most."""
+    suffix = "._*" if name.startswith(b"._") else _suffix(name)
+    if suffix in SUFFIXES:
+        return True
+    others[suffix if suffix in others or len(others) < 20 else "..."] += 1
+    return False
+
+
+def _list_pattern(source: str) -> Listing:
+    root, parts = _split_pattern(source)
+    unreadable: list[str] = []
+    walk = _walk(root, partial(_advance, parts), _reach(parts, 0), len(parts), unreadable)
+    found = ((path, entry.stat) for path, entry in walk)
+    return _measured(root, found, unreadable, lambda: f"pattern {source!r} matches no file")
+
+
+def _split_pattern(source: str) -> tuple[str, tuple[str, ...]]:
+    """Return the absolute folder before the first wildcard, and the parts of the pattern below it."""
+    parts = os.path.normpath(source).split("/")
+    first = next((i for i, part in enumerate(parts) if _MAGIC.search(part)), len(parts))
+    root = _absolute("/".join(parts[:first]) + "/" if first else ".")
+    return root, tuple(part for i, part in enumerate(parts) if i >= first and not part == parts[i - 1] == "**")
+
+
+def _reach(parts: Sequence[str], place: int) -> State:
+    """Return the places reached with ``place``: ``**`` may also match nothing."""
+    return frozenset({place, place + 1} if parts[place : place + 1] == ("**",) else {place})
+
+
+def _advance(parts: Sequence[str], state: State, name: bytes) -> State:
+    """Return the places of the pattern after one more name of a path."""
+    text = os.fsdecode(name)
+    after: State = frozenset()
+    for place in state - {len(parts)}:
+        part = parts[place]
+        if text.startswith(".") and not part.startswith("."):
+            continue
+        if part == "**":
+            after |= _reach(parts, place)
+        elif fnmatch.fnmatchcase(text, part):
+            after |= _reach(parts, place + 1)
+    return after
+
+
+def _walk(root: str, step: Step, start: State, end: int, unreadable: list[str]) -> Iterator[tuple[str, os.DirEntry[bytes]]]:
+    """Yield what lies below ``root``, is no folder and brings the pattern to its end; lost folders go to ``unreadable``."""
+    top = os.fsencode(root)
+    skip = len(os.path.join(top, b""))
+    folders: Folders = {}  # from the root to the folder at hand
+    try:
+        _enter(folders, top, start)
+    except OSError as error:
+        raise UsageError(
+            f"folder {root!r} cannot be read ({error.strerror}), so nothing was listed and nothing was marked as removed; "
+            "check the path, its permissions and that its disk is mounted"
+        ) from error
+    while folders:
+        state, entries = folders[next(reversed(folders))]
+        if not entries:
+            folders.popitem()
+            continue
+        entry = entries.pop()
+        after = step(state, entry.name)
+        if not after:
+            continue
+        is_folder = _is_folder(entry)
+        if is_folder is not False and min(after) < end:
+            try:
+                _enter(folders, entry.path, after)
+            except OSError as error:
+                unreadable.append(encode_path(entry.path[skip:]))
+                log.warning("folder %r cannot be read (%s): its images stay as they are", entry.path, error.strerror)
+        if not is_folder and end in after:
+            yield encode_path(entry.path[skip:]), entry
+
+
+def _enter(folders: Folders, folder: bytes, state: State) -> None:
+    """Put a folder and its entries on top of ``folders``, unless it is inside itself."""
+    status = os.stat(folder)
+    identity = status.st_dev, status.st_ino
+    if identity not in folders:
+        with os.scandir(folder) as entries:  # last name first, so that `list.pop` frees each entry once it is done
+            folders[identity] = state, sorted(entries, key=attrgetter("name"), reverse=True)
+
+
+def _is_folder(entry: os.DirEntry[bytes]) -> bool | None:
+    """Whether this is a folder; None for a link that cannot be followed and may lead to one, on a disk that is not mounted."""
+    try:
+        if entry.is_dir():
+            return True
+        lost = entry.is_symlink() and not _suffix(entry.name) and not os.path.exists(entry.path)
+    except OSError:
+        lost = _suffix(entry.name) not in SUFFIXES
+    return None if lost else False
+
+
+def _read_list(path: str) -> tuple[str, list[str]]:
+    """Return the root, and every path once, in the order of the list."""
+    folder = os.path.join(os.path.dirname(os.fsencode(path)), b"")
+    unique: dict[str, None] = {}
+    count = empty = 0
+    try:
+        for line, name in _READERS[_suffix(path)](path):
+            if b"\0" in name:
+                raise UsageError(
+                    f"line {line} of list {path!r} has a NUL byte, which no file name can have, so nothing was listed; "
+                    "correct that line, and save the list as UTF-8"
+                )
+            absolute = b"/" + os.path.normpath(os.path.join(folder, name)).lstrip(b"/")
+            if name and absolute != b"/":
+                unique[encode_path(absolute)] = None
+                count += 1
+            else:
+                empty += 1
+    except (OSError, ValueError, csv.Error) as error:
+        raise UsageError(
+            f"list {path!r} cannot be read ({error}), so nothing was listed and nothing was marked as removed; "
+            "check its permissions and its content"
+        ) from error
+    if not unique:
+        raise _nothing(f"list {path!r} names no image")
+    if count > len(unique):
+        log.warning("list %r has %d duplicate entries: each image is listed once", path, count - len(unique))
+    if empty:
+        log.warning("list %r has %d entries without a name: left out", path, empty)
+    return _relative(encode_path(folder), list(unique))
+
+
+def _relative(folder: str, paths: list[str]) -> tuple[str, list[str]]:
+    """Return the root of absolute paths and, in the same list to save memory, what is below it; ``folder`` ends in "/"."""
+    if not all(path.startswith(folder) for path in paths):
+        shared = os.path.commonprefix(paths)  # noqa: RUF071 (characters are bytes here)
+        folder = shared[: shared.rindex("/") + 1]
+    for i, path in enumerate(paths):
+        paths[i] = path[len(folder) :]
+    return os.fsdecode(decode_path(folder.rstrip("/") or "/")), paths
+
+
+def _read_txt(path: str) -> Iterator[tuple[int, bytes]]:
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            text = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+            name = text.removesuffix(b"\n").removesuffix(b"\r")
+            if name.strip() and not name.startswith(b"#"):
+                yield number, name
+
+
+def _read_csv(path: str) -> Iterator[tuple[int, bytes]]:
+    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        rows = csv.reader(file, strict=True)
+        column = _column(path, next(rows, []))
+        for row in rows:
+            if row:
+                yield rows.line_num, (row[column] if column < len(row) else "").encode("utf-8", "surrogateescape")
+
+
+def _column(path: str, columns: list[str]) -> int:
+    if "path" not in columns:
+        raise UsageError(
+            f"list {path!r} has no column 'path' but {columns}, so nothing was listed; rename the column that holds the paths"
+        )
+    return columns.index("path")
+
+
+def _read_parquet(path: str) -> Iterator[tuple[int, bytes]]:
+    try:
+        from pyarrow import ArrowException, parquet  # noqa: PLC0415 (an extra)
+    except ImportError as error:
+        raise UsageError(
+            f"list {path!r} needs pyarrow, which is not installed, so nothing was listed; "
+            'install it with pip install "featuremaps[parquet]", or give a .csv list'
+        ) from error
+    with open(path, "rb") as file:
+        try:
+            table = parquet.ParquetFile(file)
+            _column(path, table.schema_arrow.names)
+            columns = (batch.column(0).cast("binary") for batch in table.iter_batches(columns=["path"]))
+            names = (name for column in columns for name in column.to_pylist())
+            yield from enumerate((name or b"" for name in names), start=1)
+        except ArrowException as error:
+            raise ValueError(str(error)) from error
+
+
+_READERS: dict[str, Reader] = {".txt": _read_txt, ".csv": _read_csv, ".parquet": _read_parquet}

@@ -1,0 +1,241 @@
+"""Typed models of ``job.yaml``; unknown keys are refused with the nearest known one."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from pipeline.errors import UsageError
+
+Activation = Literal["sigmoid", "tanh", "relu", "none"]
+Dtype = Literal["float32", "float16", "uint16", "uint8"]
+ResizeFilter = Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"]
+ImageFormat = Literal["AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP"]
+
+Positive = Annotated[int, Field(gt=0)]
+Byte = Annotated[int, Field(ge=0, le=255)]
+
+DEFAULT_PIXEL_LIMIT = 178_956_970
+
+
+M = TypeVar("M", bound=BaseModel)
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+
+
+class DecodeSpec(_Model):
+    """How the bytes of a file become the pixels that the extractor sees."""
+
+    color: Literal["rgb", "grey"] = "rgb"
+    """``rgb``: three channels; ``grey``: one (ITU-R 601-2 luma, as Pillow's mode L)."""
+    background: tuple[Byte, Byte, Byte] = (255, 255, 255)
+    """What transparent pixels are composed onto, as RGB."""
+    exif_orientation: bool = True
+    """Turn and mirror as the EXIF orientation says."""
+    pixel_limit: Positive = DEFAULT_PIXEL_LIMIT
+    """Images of more pixels (height x width, as stored) are rejected before they are decoded."""
+    formats: tuple[ImageFormat, ...] = get_args(ImageFormat)
+    """The file formats that are read; the content counts, not the name."""
+    resize: tuple[Positive, Positive] | None = None
+    """Input height and width that every image is resized to; None keeps each size."""
+    resize_filter: ResizeFilter = "bilinear"
+    """Pillow's resampling filter for ``resize``."""
+
+    @property
+    def channels(self) -> int:
+        """Number of channels of a decoded image."""
+        return 3 if self.color == "rgb" else 1
+
+
+class LayerSpec(_Model):
+    """One layer: valid convolution, optional max-pool, bias, activation."""
+
+    filters: Positive = 2
+    kernel: tuple[Positive, Positive] = (9, 9)
+    """Height and width of the kernel."""
+    pool: tuple[Positive, Positive] = (1, 1)
+    """Height and width of the max-pool, which is also its stride; (1, 1) is none."""
+    activation: Activation = "sigmoid"
+
+    @field_validator("kernel", "pool", mode="before")
+    @classmethod
+    def _square(cls, value: Any) -> Any:
+        return (value, value) if isinstance(value, int) else value
+
+    @classmethod
+    def parse(cls, text: str) -> LayerSpec:
+        """Read the command line's form ``FILTERSxHEIGHTxWIDTH[:ACTIVATION][:poolN]``.
+
+        Raises
+        ------
+        UsageError
+            When the text does not have that form.
+
+        Examples
+        --------
+        >>> LayerSpec.parse("20x5x5:tanh:pool2")
+        LayerSpec(filters=20, kernel=(5, 5), pool=(2, 2), activation='tanh')
+        """
+        try:
+            size, *rest = text.split(":")
+            filters, height, width = (int(part) for part in size.split("x"))
+            values: dict[str, Any] = {"filters": filters, "kernel": (height, width)}
+            for word in rest:
+                if word.startswith("pool"):
+                    values["pool"] = int(word.removeprefix("pool"))
+                else:
+                    values["activation"] = word
+            return cls(**values)
+        except ValueError as error:
+            raise UsageError(
+                f"layer {text!r} is not of the form FILTERSxHEIGHTxWIDTH[:ACTIVATION][:poolN], so no extractor can be built "
+                f"from it; write for instance 2x9x9:sigmoid or 20x5x5:tanh:pool2 (activations: {', '.join(get_args(Activation))})"
+            ) from error
+
+
+class ExtractorSpec(_Model):
+    """A stack of layers and where its weights come from."""
+
+    layers: tuple[LayerSpec, ...] = Field(default=(LayerSpec(),), min_length=1)
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 23455
+    """Seed of ``numpy.random.RandomState``, used when there is no weights file."""
+    weights: str | None = None
+    """A safetensors file with ``convN.weight`` and ``convN.bias`` for N = 1, 2, ... in PyTorch's orientation."""
+    outputs: tuple[str, ...] = ()
+    """Names of the layers whose maps are stored; empty means the last one."""
+
+    @model_validator(mode="after")
+    def _known_outputs(self) -> ExtractorSpec:
+        names = [f"conv{i + 1}" for i in range(len(self.layers))]
+        unknown = [name for name in self.outputs if name not in names]
+        if unknown:
+            raise ValueError(f"outputs {unknown} are not layers of this extractor; it has {names}")
+        if len(set(self.outputs)) != len(self.outputs):
+            raise ValueError(f"outputs {list(self.outputs)} name a layer twice")
+        return self
+
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        """Names of the stored layers, first layer first."""
+        stored = self.outputs or (f"conv{len(self.layers)}",)
+        return tuple(sorted(stored, key=lambda name: int(name.removeprefix("conv"))))
+
+
+class Job(_Model):
+    """One run: what is read, how, and where the maps go."""
+
+    source: str
+    """A folder, a glob pattern, or a .txt, .csv or .parquet list of paths."""
+    store: str
+    """Where the Zarr store is or will be."""
+    dtype: Dtype = "float32"
+    decode: DecodeSpec = DecodeSpec()
+    extractor: ExtractorSpec = ExtractorSpec()
+    limit: Positive | None = None
+    """Only the first N images of the listing."""
+    workers: Positive | None = None
+    """Worker processes of the embedded cluster; None is one per core."""
+    memory_limit_bytes: Positive | None = None
+    """Memory of one worker; None shares the machine's among them."""
+    cluster: str | None = None
+    """A name from cluster.yaml; None is the embedded local cluster."""
+    retry_quarantined: bool = False
+    max_quarantined: Annotated[int, Field(ge=0)] | None = None
+    """More quarantined or rejected images than this end the run with exit code 3; None allows any number."""
+    max_removed: Annotated[float, Field(ge=0, le=1)] = 0.10
+    """Largest share of the store's images that one run may mark as removed."""
+
+
+def load_job(path: str | Path, overrides: dict[str, Any] | None = None) -> Job:
+    """Read a job file; relative paths in it are relative to its folder.
+
+    Parameters
+    ----------
+    path : str or Path
+        A YAML file with the keys of `Job`.
+    overrides : dict, optional
+        Values that replace those of the file, with the same keys.
+
+    Raises
+    ------
+    UsageError
+        When the file cannot be read, is no mapping, or holds an unknown key or a bad value.
+    """
+    path = Path(path)
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(
+            f"job file {path} cannot be read ({error}), so nothing was started; give a YAML file with at least source and store"
+        ) from error
+    if not isinstance(data, dict):
+        raise UsageError(f"job file {path} holds {type(data).__name__}, not keys and values; it needs at least source and store")
+    for key in ("source", "store"):
+        if isinstance(data.get(key), str):
+            data[key] = _beside(path, data[key])
+    extractor = data.get("extractor")
+    if isinstance(extractor, dict) and isinstance(extractor.get("weights"), str):
+        extractor["weights"] = _beside(path, extractor["weights"])
+    return make_job(_merge(data, overrides or {}), where=f"job file {path}")
+
+
+def _beside(path: Path, value: str) -> str:
+    return value if "://" in value else str(path.absolute().parent / Path(value).expanduser())
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        old = merged.get(key)
+        merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def make_job(values: dict[str, Any], where: str = "the command") -> Job:
+    """Validate plain values into a `Job`.
+
+    Raises
+    ------
+    UsageError
+        Naming every unknown key, with the nearest known one, and every bad value.
+    """
+    return validate_model(Job, values, where)
+
+
+def validate_model(model: type[M], values: Any, where: str) -> M:
+    """Validate ``values`` into ``model``; the message of the `UsageError` names every key that is wrong."""
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        problems = "; ".join(_explain(model, problem) for problem in error.errors())
+        raise UsageError(f"{where} is not usable, so nothing was started: {problems}") from error
+
+
+def _explain(model: type[BaseModel], problem: Any) -> str:
+    """One problem of pydantic's, as value, expectation and remedy."""
+    location = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        known = _keys_at(model, problem["loc"][:-1])
+        near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known keys are {', '.join(known)}"
+        return f"unknown key {location!r}: {hint}"
+    if problem["type"] == "missing":
+        return f"key {location!r} is missing: add it"
+    return f"{location or 'the whole'}: {problem['msg']}, not {problem['input']!r}"
+
+
+def _keys_at(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+    """The keys that are known at a place inside ``model``."""
+    for part in location:
+        field = model.model_fields.get(str(part))
+        if field is None:
+            continue
+        inner = [a for a in (field.annotation, *get_args(field.annotation)) if isinstance(a, type) and issubclass(a, BaseModel)]
+        model = inner[0] if inner else model
+    return sorted(model.model_fields)

@@ -1,0 +1,336 @@
+"""Bytes of an image file to its size and its pixels; the only home of Pillow.
+
+Every rule is a row of the table in ``docs/decoding.md``.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import struct
+import warnings
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import IO, TYPE_CHECKING, Any, BinaryIO, cast, get_args
+
+import numpy as np
+from PIL import (
+    AvifImagePlugin,
+    Image,
+    PngImagePlugin,
+    TiffImagePlugin,
+    UnidentifiedImageError,
+    WebPImagePlugin,  # noqa: F401 (registers the format)
+    features,
+)
+
+from pipeline.config import DEFAULT_PIXEL_LIMIT, DecodeSpec, ImageFormat
+from pipeline.errors import ImageError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+# Set once for the process, before any thread decodes.
+Image.preinit()  # registers BMP, GIF, JPEG, PNG and PPM; without this the first image would import forty plugins
+Image.MAX_IMAGE_PIXELS = None  # `DecodeSpec.pixel_limit` decides, before anything large is allocated
+AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # a worker thread is one core's work; by default every image starts a thread per core
+# Remarks on odd files ("Corrupt EXIF data ...") are no use among millions of images: what matters becomes an ImageError.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+logging.getLogger("PIL").setLevel(logging.CRITICAL)
+
+_ORIENTATION = 0x0112
+_PHOTOMETRIC, _BITS_PER_SAMPLE, _IMAGE_WIDTH, _IMAGE_LENGTH = 262, 258, 256, 257
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_UNDO = _TURNS | {6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}
+_EXIF_KEYS = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")
+_TRUNCATED = ("truncat", "not enough image data", "reached eof", "cannot load this image")
+
+
+@dataclass(frozen=True, slots=True)
+class ImageSize:
+    """Size of one image, before and after ``resize``."""
+
+    source_height: int
+    """Pixels, as oriented."""
+    source_width: int
+    """Pixels, as oriented."""
+    input_height: int
+    """Pixels, as the extractor sees the image."""
+    input_width: int
+    """Pixels, as the extractor sees the image."""
+
+
+def probe(data: BinaryIO | bytes, spec: DecodeSpec) -> ImageSize:
+    """Read the size of an image from its header; no pixel is decoded.
+
+    Parameters
+    ----------
+    data : bytes or binary file
+        The whole file, or a buffered, seekable stream of it, of which only the header is read (WebP and AVIF: all).
+    spec : DecodeSpec
+        How the image will be decoded.
+
+    Returns
+    -------
+    ImageSize
+        ``input_height, input_width`` equal the shape that `decode` gives for every file that `decode` can read.
+
+    Raises
+    ------
+    ImageError
+        The image is at fault, with one of the codes of `decode`.
+    Exception
+        Whatever the stream's own ``read`` raises, unchanged: a storage fault is not the image's fault.
+    """
+    stream = io.BytesIO(data) if isinstance(data, bytes) else cast("IO[bytes]", _Stream(data))
+    try:
+        with _blaming_the_image():
+            image, orientation = _open(stream, spec)
+            return _measure(image, orientation, spec)
+    except _StorageFault as fault:
+        raise fault.error from None
+
+
+def decode(data: bytes, spec: DecodeSpec) -> np.ndarray:
+    """Decode one image file to pixels.
+
+    - RGB as is; grey three times over, or once for ``color: grey``; 1 bit as 0 and 255; palettes expanded
+    - alpha, transparent palette entries, colour keys: ``round((pixel * alpha + background * (255 - alpha)) / 255)``
+    - 16-bit grey: ``round(v / 257)``, 12-bit TIFF ``round(v * 255 / 4095)``; 16-bit colour: the high byte
+    - CMYK (JPEG: inverted, as Adobe writes it), YCCK, YCbCr, LAB: Pillow's conversion to RGB; ICC profiles are ignored
+    - ``color: grey`` from colour: ITU-R 601-2 luma, Pillow's ``convert("L")``, after composing
+    - the first frame, page or picture of several; turned and mirrored as its EXIF, else its XMP orientation says
+    - last, ``resize`` with Pillow's filter, on 8-bit pixels, without ``reducing_gap``
+
+    Parameters
+    ----------
+    data : bytes
+        The whole file.
+    spec : DecodeSpec
+        Colour, background, orientation, limit, formats and resizing.
+
+    Returns
+    -------
+    np.ndarray
+        Pixels ``(height, width, channel) uint8, range [0, 255]``, C-contiguous, not writable; ``spec.channels`` channels.
+
+    Raises
+    ------
+    ImageError
+        ``empty``, ``not_an_image`` (also: a format that is not allowed), ``too_many_pixels``, ``truncated``,
+        ``unsupported_mode`` (32-bit or signed integers, floats: no known range) or ``corrupt`` (anything else).
+        Only `MemoryError` passes as it is.
+    """
+    with _blaming_the_image():
+        image, orientation = _open(io.BytesIO(data), spec)
+        _measure(image, orientation, spec)
+        turn = _turn(image, orientation, spec)
+        _mend_colour_key(image)
+        image.load()
+        flat = _flatten(image, spec.background)
+        turned = flat if turn is None else flat.transpose(turn)
+        return _to_array(turned, spec)
+
+
+def decode_versions() -> dict[str, str]:
+    """Versions of Pillow and of the libraries that decode for it, for the store's receipt."""
+    names = ("libjpeg_turbo", "zlib", "zlib_ng", "libtiff", "webp", "avif", "littlecms2")
+    found = {"pillow": features.version("pil")} | {name: features.version(name) for name in names}
+    return {name: version for name, version in found.items() if version}
+
+
+class _StorageFault(BaseException):
+    """Carries a fault of the stream past every ``except Exception`` of Pillow and of this module."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(error)
+        self.error = error
+
+
+class _Stream:
+    """What Pillow needs of a stream, with its read faults told apart from the image's."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._read, self.seek, self.tell = stream.read, stream.seek, stream.tell
+
+    def read(self, size: int = -1) -> bytes:
+        try:
+            return self._read(size)
+        except Exception as error:
+            raise _StorageFault(error) from error
+
+
+@contextmanager
+def _blaming_the_image() -> Iterator[None]:
+    """Turn whatever Pillow raises over data that are at hand into an `ImageError`."""
+    try:
+        yield
+    except (ImageError, MemoryError):
+        raise
+    except Exception as error:
+        text = str(error) or type(error).__name__
+        cut = isinstance(error, (EOFError, struct.error)) or any(words in text.lower() for words in _TRUNCATED)
+        if cut:
+            raise ImageError("truncated", f"the file ends before the image does ({text})") from error
+        raise ImageError("corrupt", f"the image cannot be decoded ({text})") from error
+
+
+def _open(stream: IO[bytes], spec: DecodeSpec) -> tuple[Image.Image, int]:
+    """Read the header, refuse what must not be decoded, return the image and its orientation."""
+    stream.seek(0)
+    head = stream.read(30)
+    if not head:
+        raise ImageError("empty", "the file has 0 bytes")
+    # Pillow allocates the canvas of these two while it reads their header.
+    if head.startswith((b"GIF87a", b"GIF89a")):
+        _check_pixels("the image has", *_gif_size(stream), spec.pixel_limit)
+    elif head.startswith(b"RIFF") and head[8:12] == b"WEBP":
+        _check_webp(head, stream, spec.pixel_limit)
+    try:
+        image = Image.open(stream, formats=spec.formats)
+    except UnidentifiedImageError as error:
+        raise ImageError("not_an_image", _explain_unidentified(head, spec)) from error
+    _check_pixels("the image has", image.height, image.width, spec.pixel_limit)
+    if image.mode == "F" or (image.mode == "I" and image.format != "PPM"):
+        raise ImageError("unsupported_mode", f"{image.format} of mode {image.mode}: integers or floats without a known range")
+    return image, _orientation(image)
+
+
+def _check_pixels(what: str, height: int, width: int, limit: int) -> None:
+    if height * width > limit:
+        raise ImageError("too_many_pixels", f"{what} {height} x {width} pixels, the limit is {limit}")
+
+
+def _gif_size(stream: IO[bytes]) -> tuple[int, int]:
+    """Height and width of a GIF's canvas, stretched as Pillow does by a first frame that reaches beyond it."""
+    stream.seek(6)
+    width, height, flags = struct.unpack("<HHBxx", stream.read(7))
+    if flags & 0x80:  # a global palette
+        stream.read(6 << (flags & 7))
+    while (kind := stream.read(1)) and kind != b";":
+        if kind == b",":  # the first frame
+            left, top, frame_width, frame_height = struct.unpack("<4H", stream.read(8))
+            return max(height, top + frame_height), max(width, left + frame_width)
+        if kind == b"!":  # an extension: its label, then blocks led by their length
+            stream.read(1)
+            while (length := stream.read(1)) > b"\0":
+                stream.read(length[0])
+    return height, width
+
+
+def _check_webp(head: bytes, stream: IO[bytes], limit: int) -> None:
+    """Refuse a WebP that is cut short, of which libwebp says only that it failed, or whose canvas is too large."""
+    size_bytes = 8 + int.from_bytes(head[4:8], "little")
+    if (found_bytes := stream.seek(0, io.SEEK_END)) < size_bytes:
+        raise ImageError("truncated", f"the file ends before the image does ({found_bytes} of {size_bytes} bytes)")
+    if head[12:16] == b"VP8X":  # the other two kinds end at 16,384 x 16,384
+        width, height = (1 + int.from_bytes(head[i : i + 3], "little") for i in (24, 27))
+        _check_pixels("the image has", height, width, limit)
+
+
+def _explain_unidentified(head: bytes, spec: DecodeSpec) -> str:
+    """Say what a file is that none of the allowed formats could open."""
+    verdicts = {name: Image.OPEN[name][1](head) for name in get_args(ImageFormat)}  # type: ignore[misc]
+    likely = next((name for name, verdict in verdicts.items() if verdict), None)
+    if likely is None:
+        return f"the content is none of {', '.join(spec.formats)}"
+    if likely not in spec.formats:
+        return f"the content is {likely}, which is not among the formats to read ({', '.join(spec.formats)})"
+    if isinstance(verdicts[likely], str):
+        return f"the content is {likely}, which this build of Pillow cannot read"
+    return f"the content begins like {likely}, but its header cannot be read: cut short, damaged or of an unknown kind"
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF orientation, 1 to 8, as Pillow finds it in what precedes the pixels; damaged EXIF counts as none."""
+    if not isinstance(image, TiffImagePlugin.TiffImageFile) and image.info.keys().isdisjoint(_EXIF_KEYS):
+        return 1
+    try:
+        value = Image.Image.getexif(image).get(_ORIENTATION)  # PngImageFile.getexif would decode the pixels
+    except MemoryError:
+        raise
+    except Exception:  # noqa: BLE001 (damaged EXIF raises anything)
+        return 1
+    return value if value in _TURNS else 1
+
+
+def _turn(image: Image.Image, orientation: int, spec: DecodeSpec) -> Image.Transpose | None:
+    """Return what to do after loading; Pillow turns a TIFF, and only a TIFF, while it loads it."""
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        return None if spec.exif_orientation else _UNDO.get(orientation)
+    return _TURNS.get(orientation) if spec.exif_orientation else None
+
+
+def _measure(image: Image.Image, orientation: int, spec: DecodeSpec) -> ImageSize:
+    """Sizes before and after ``resize``, which has a limit too."""
+    width, height = image.size
+    if isinstance(image, TiffImagePlugin.TiffImageFile):  # whose ``size`` is already that of the turned image
+        width, height = image.tag_v2[_IMAGE_WIDTH], image.tag_v2[_IMAGE_LENGTH]
+    if spec.exif_orientation and orientation >= 5:
+        height, width = width, height
+    input_height, input_width = spec.resize or (height, width)
+    _check_pixels("the resized image has", input_height, input_width, spec.pixel_limit)
+    # A tall sliver: Pillow resizes the rows first, into a buffer as high as the image and as wide as the result.
+    _check_pixels("resizing needs", height, input_width, max(spec.pixel_limit, DEFAULT_PIXEL_LIMIT))
+    return ImageSize(height, width, input_height, input_width)
+
+
+def _mend_colour_key(image: Image.Image) -> None:
+    """Bring the colour key of a PNG from the file's depth to the 8 bits of the pixels, which Pillow omits."""
+    key: Any = image.info.get("transparency")
+    if key is None or not isinstance(image, PngImagePlugin.PngImageFile):
+        return
+    raw_mode = image.tile[0].args
+    if raw_mode == "RGB;16B":
+        image.info["transparency"] = tuple(value >> 8 for value in key)
+    elif raw_mode in {"L;2", "L;4"}:
+        image.info["transparency"] = key * (85 if raw_mode == "L;2" else 17)
+
+
+def _flatten(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
+    """Mode L or RGB, without transparency."""
+    if image.mode.startswith("I"):
+        image = _scale_grey(image)
+    elif image.mode == "La":
+        image = image.convert("LA")
+    if image.has_transparency_data:
+        canvas = Image.new("RGBA", image.size, (*background, 255))
+        return Image.alpha_composite(canvas, image.convert("RGBA")).convert("RGB")
+    if image.mode in {"L", "RGB"}:
+        return image
+    return image.convert("L" if image.mode == "1" else "RGB")
+
+
+def _scale_grey(image: Image.Image) -> Image.Image:
+    """16-bit (12-bit TIFF) grey to mode L, or LA with a colour key, over the full range and never clipped."""
+    tags: Any = getattr(image, "tag_v2", {})
+    white = 4095 if tags.get(_BITS_PER_SAMPLE) == (12,) else 65535
+    values = np.asarray(image).astype(np.uint32)
+    if tags.get(_PHOTOMETRIC) == 0:  # white is zero, which Pillow minds at 8 bits only
+        values = white - values
+    grey = Image.fromarray(((values * 255 + white // 2) // white).astype(np.uint8))
+    key = image.info.get("transparency")
+    if key is None:
+        return grey
+    alpha = Image.fromarray(np.where(values == key, 0, 255).astype(np.uint8))
+    return Image.merge("LA", (grey, alpha))
+
+
+def _to_array(image: Image.Image, spec: DecodeSpec) -> np.ndarray:
+    """Mode L or RGB to ``(height, width, channel)``."""
+    mode = "RGB" if spec.color == "rgb" else "L"
+    if image.mode != mode:
+        image = image.convert(mode)
+    if spec.resize:
+        height, width = spec.resize
+        image = image.resize((width, height), Image.Resampling[spec.resize_filter.upper()])
+    pixels = np.asarray(image)
+    return pixels if pixels.ndim == 3 else pixels[:, :, np.newaxis]

@@ -1,0 +1,528 @@
+"""The loop of a run: probe, append, send batches within a window, commit about once a second, drain when asked."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from distributed import Client, Future, KilledWorker
+
+from pipeline import reading, tasks
+from pipeline.changes import Changes
+from pipeline.chunks import Array
+from pipeline.cluster import LocalSpec, connect, load_cluster, worker_slots
+from pipeline.collection import Listing
+from pipeline.config import Job
+from pipeline.errors import FeaturemapsError, UsageError
+from pipeline.lock import require_lock
+from pipeline.plan import (
+    BATCHES_IN_FLIGHT_PER_SLOT,
+    Batch,
+    ClassLayout,
+    Size,
+    assign_classes,
+    class_name,
+    cut_pieces,
+    image_cost_s,
+    pack_batches,
+    worker_memory_bytes,
+)
+from pipeline.settings import extractor_spec, layout_of, multiply_adds, needed_size
+from pipeline.store import REJECTED, RUNS, STATISTICS, Status, Store, free_bytes, stack
+from pipeline.summary import Progress, Summary, receipt
+
+logger = logging.getLogger(__name__)
+
+COMMIT_S = 1.0
+RECEIPT_S = 10.0
+PROBE_BLOCK = 512
+FIRST_APPEND = 4096
+MAX_APPEND = 65_536
+READY_BATCHES_PER_SLOT = 4
+FAULT_SAMPLE = 500
+LOST_S = 30.0
+# Reasons that say more about the source than about the image.
+_ACCESS = ("missing", "permission_denied", "changed", "not_a_file")
+
+
+@contextlib.contextmanager
+def with_client(job: Job, client: Client | None, cluster_file: Path) -> Iterator[Client]:
+    """Yield the given client, or one of the cluster that the job names."""
+    if client is not None:
+        yield client
+        return
+    spec = load_cluster(job.cluster, cluster_file)
+    if isinstance(spec, LocalSpec):
+        wanted = {"workers": job.workers, "memory_limit_bytes": job.memory_limit_bytes}
+        spec = spec.model_copy(update={key: value for key, value in wanted.items() if value is not None})
+    with connect(spec) as connected:
+        yield connected
+
+
+class Driver:
+    """One run between its first task and its last.
+
+    Parameters
+    ----------
+    job, store, listing, found
+        What is to be done.
+    client : distributed.Client
+    summary, progress
+        Filled as the run goes on.
+    notify : callable
+        Called with ``progress`` about every second.
+    stop : threading.Event
+        Asks for a drain.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        store: Store,
+        listing: Listing,
+        found: Changes,
+        client: Client,
+        summary: Summary,
+        progress: Progress,
+        notify: Callable[[Progress], None],
+        stop: threading.Event,
+    ) -> None:
+        self.job, self.store, self.listing, self.found = job, store, listing, found
+        self.client, self.summary, self.progress, self.notify, self.stop = client, summary, progress, notify, stop
+        self.spec = extractor_spec(store.spec)
+        self.channels = job.decode.channels
+        self.source = reading.Source(listing.root, job.decode)
+        self.target = tasks.Target(str(store.path), summary.run_id)
+        self.finished: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self.in_flight: dict[str, tuple[str, Any, Future]] = {}  # key -> kind, what was sent, future
+        self.ready: deque[Batch] = deque()
+        self.image_of: dict[Size, dict[int, int]] = {}  # rows of the store that are not sent yet -> image of the listing
+        self.waiting: dict[Size, list[int]] = {}  # those of them that are in no batch
+        self.next_probe = self.next_append = 0  # blocks of `found.new`
+        self.probed: dict[int, list[reading.Probed]] = {}
+        self.buffer: list[tuple[int, reading.Probed]] = []  # probed, in the order of the listing, not appended
+        self.n_appended = self.n_sent = self.n_seen = 0
+        self.recent: deque[bool] = deque(maxlen=FAULT_SAMPLE)  # of the last images seen: whether they could not be reached
+        self.results: list[tasks.BatchResult] = []
+        self.failure: FeaturemapsError | None = None
+
+    # -- the loop --------------------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Do the work.
+
+        Raises
+        ------
+        FeaturemapsError
+            What ended the run early; what was in flight has been waited for and committed.
+        """
+        self._prepare()
+        started = time.monotonic()
+        next_commit, next_receipt = started + COMMIT_S, started + RECEIPT_S
+        try:
+            while True:
+                if not self.draining:
+                    self._send_probes()
+                    self._append_probed()
+                    self._send_batches()
+                if not self.in_flight:
+                    break
+                self._wait(next_commit - time.monotonic())
+                self.summary.compute_s = time.monotonic() - started
+                if time.monotonic() >= next_commit:
+                    self._commit()
+                    self.notify(self.progress)
+                    next_commit = time.monotonic() + COMMIT_S
+                if time.monotonic() >= next_receipt:
+                    self.store.write_receipt(self.summary.run_id, receipt(self.summary))
+                    next_receipt = time.monotonic() + RECEIPT_S
+        finally:
+            self.client.cancel([future for _, _, future in self.in_flight.values()], force=True)
+        self.summary.compute_s = time.monotonic() - started
+        self._end()
+
+    @property
+    def draining(self) -> bool:
+        """Whether nothing new is sent any more."""
+        return self.stop.is_set() or self.failure is not None
+
+    def _prepare(self) -> None:
+        """Look at the workers, give them the extractor, and take up the rows that are in the store already."""
+        workers = worker_slots(self.client)
+        self.slots = self.summary.slots = sum(slots for slots, _ in workers.values())
+        self.memory_limit_bytes = min((limit for _, limit in workers.values() if limit), default=0)
+        self.threads = max(slots for slots, _ in workers.values())
+        for size, shape_class in self.store.classes.items():
+            rows = self.found.pending.get(shape_class.name, [])
+            self.image_of[size] = dict(rows)
+            self.waiting[size] = [row for row, _ in rows]
+        self._check_resources({c.size: c.layout for c in self.store.classes.values()}, {})
+        self.client.register_plugin(tasks.ExtractorPlugin(self.spec, self.store.weights(), self.store.spec.layers))
+        self.progress.stage = "running"
+        if not self.found.new:
+            self._plan(complete=True)
+
+    def _wait(self, timeout_s: float) -> None:
+        """Take up what finished, waiting for the first at most ``timeout_s``."""
+        try:
+            self._take(self.finished.get(timeout=max(0.01, timeout_s)))
+            while True:
+                self._take(self.finished.get_nowait())
+        except queue.Empty:
+            pass
+
+    def _submit(self, kind: str, sent: Any, future: Future) -> None:
+        self.in_flight[future.key] = (kind, sent, future)
+        future.add_done_callback(lambda done: self.finished.put(done.key))
+
+    def _take(self, key: str) -> None:
+        kind, sent, future = self.in_flight.pop(key)
+        if future.status == "finished":
+            try:
+                result = future.result()
+            except (OSError, RuntimeError) as error:
+                self._fail(_lost(error))
+                return
+            if kind == "probe":
+                self.probed[sent] = result
+            else:
+                self._take_batch(result)
+        elif future.status == "error":
+            self._fail(_explain(future.exception(), sent, self.store.path))
+        else:
+            self._fail(_lost(None))
+
+    def _fail(self, failure: FeaturemapsError) -> None:
+        """Note the first failure; the loop drains and `run` raises it."""
+        if self.failure is None:
+            logger.error("stopping: %s", failure)
+            self.failure = failure
+
+    # -- probing and appending -------------------------------------------------------------------------------------------------
+
+    @property
+    def n_blocks(self) -> int:
+        """Blocks of images to probe."""
+        return -(-len(self.found.new) // PROBE_BLOCK)
+
+    def _send_probes(self) -> None:
+        probing = sum(kind == "probe" for kind, _, _ in self.in_flight.values())
+        while (
+            self.next_probe < self.n_blocks
+            and probing < BATCHES_IN_FLIGHT_PER_SLOT * self.slots
+            and len(self.ready) < READY_BATCHES_PER_SLOT * self.slots
+        ):
+            images = self.found.new[self.next_probe * PROBE_BLOCK : (self.next_probe + 1) * PROBE_BLOCK]
+            future = self.client.submit(
+                reading.probe_block,
+                self.source,
+                [self.listing.paths[i] for i in images],
+                needed_size(self.spec),
+                key=f"probe-{self.summary.run_id}-{self.next_probe}",
+                resources={"read": 1},
+                priority=10,
+                pure=False,
+            )
+            self._submit("probe", self.next_probe, future)
+            self.next_probe += 1
+            probing += 1
+
+    def _append_probed(self) -> None:
+        """Append in the order of the listing, in growing blocks: each append rewrites the metadata of the classes it touches."""
+        while self.next_append in self.probed:
+            images = self.found.new[self.next_append * PROBE_BLOCK : (self.next_append + 1) * PROBE_BLOCK]
+            self.buffer += zip(images, self.probed.pop(self.next_append), strict=True)
+            self.next_append += 1
+        complete = self.next_append == self.n_blocks
+        enough = min(max(self.n_appended, FIRST_APPEND), MAX_APPEND)
+        if self.buffer and (complete or len(self.buffer) >= enough):
+            try:
+                self._append(self.buffer, complete=complete)
+            except FeaturemapsError as failure:
+                self._fail(failure)
+            except OSError as error:
+                self._fail(_explain(error, None, self.store.path))
+            self.buffer = []
+
+    def _append(self, probed: list[tuple[int, reading.Probed]], *, complete: bool) -> None:
+        for _, p in probed:
+            self._count(p.error, is_fault=bool(p.fault))
+        self._check_source()
+        faults = [p.fault for _, p in probed if p.fault]
+        self.summary.faults = (self.summary.faults + faults)[:20]
+        self.summary.n_pending += len(faults)
+        rejected = [(i, p) for i, p in probed if p.error]
+        good = [(i, p) for i, p in probed if not p.error and not p.fault]
+        sizes = assign_classes(((p.input_height, p.input_width) for _, p in good), self.store.classes)
+        groups: dict[Size, list[tuple[int, reading.Probed]]] = {}
+        for size, item in zip(sizes, good, strict=True):
+            groups.setdefault(size, []).append(item)
+        layouts = {size: self._layout(size) for size in groups}
+        known = {c.size: c.layout for c in self.store.classes.values()}
+        self._check_resources({**known, **layouts}, {size: len(items) for size, items in groups.items()})
+        require_lock(self.store.path / RUNS, self.summary.run_id)
+        for size, items in groups.items():
+            rows = self._append_class(size, layouts[size], items)
+            self.image_of.setdefault(size, {}).update(zip(rows, (i for i, _ in items), strict=True))
+            self.waiting.setdefault(size, []).extend(rows)
+        if rejected:
+            self._append_rejected(rejected)
+        self._supersede(i for i, p in probed if not p.fault)
+        self.n_appended += len(good)
+        self._plan(complete=complete)
+
+    def _layout(self, size: Size) -> ClassLayout:
+        if size in self.store.classes:
+            return self.store.classes[size].layout
+        return layout_of(size, self.spec, np.dtype(self.job.dtype).itemsize, self.channels)
+
+    def _append_class(self, size: Size, layout: ClassLayout, items: list[tuple[int, reading.Probed]]) -> list[int]:
+        columns = self._listed_columns([i for i, _ in items])
+        for name in ("source_height", "source_width", "input_height", "input_width"):
+            columns[name] = np.array([getattr(p, name) for _, p in items], np.int32)
+        padded = any((p.input_height, p.input_width) != size for _, p in items)
+        if size not in self.store.classes:
+            self.store.create_class(layout, "padded" if padded else "exact", columns)
+            return list(range(len(items)))
+        if padded and self.store.classes[size].kind == "exact":
+            self.store.mark_padded(size)
+        return list(self.store.append(class_name(size), columns).tolist())
+
+    def _listed_columns(self, images: list[int]) -> dict[str, Array]:
+        return {
+            "path": stack([self.listing.paths[i] for i in images]),
+            "size_bytes": np.array([self.listing.size_bytes[i] for i in images], np.int64),
+            "fingerprint": stack([self.listing.fingerprint(i) for i in images]),
+        }
+
+    def _append_rejected(self, rejected: list[tuple[int, reading.Probed]]) -> None:
+        columns = self._listed_columns([i for i, _ in rejected])
+        columns["error"] = stack([p.error for _, p in rejected])
+        columns["status"] = np.full(len(rejected), Status.QUARANTINED, np.uint8)
+        self.store.append(REJECTED, columns)
+        self.summary.n_rejected += len(rejected)
+        self.progress.n_quarantined += len(rejected)
+        self.progress.n_finished += len(rejected)
+
+    def _supersede(self, images: Iterator[int]) -> None:
+        """Retire the entries that the appended ones replace."""
+        old: dict[str, list[int]] = {}
+        for i in images:
+            if i in self.found.replaces:
+                entry = self.found.replaces[i]
+                old.setdefault(entry.group, []).append(entry.row)
+        for group, rows in old.items():
+            self.store.commit(group, np.array(rows), {"status": np.full(len(rows), Status.SUPERSEDED, np.uint8)})
+
+    def _check_resources(self, layouts: dict[Size, ClassLayout], n_new: dict[Size, int]) -> None:
+        """Refuse what cannot fit memory or disk, with the number that would."""
+        if not layouts:
+            return
+        window = BATCHES_IN_FLIGHT_PER_SLOT * self.threads
+        needed = worker_memory_bytes(layouts, self.channels, self.threads, window)
+        if self.memory_limit_bytes and needed > self.memory_limit_bytes:
+            largest = max(layouts, key=lambda size: size[0] * size[1])
+            raise UsageError(
+                f"images of {largest[0]} x {largest[1]} pixels need up to {needed / 2**20:.0f} MiB per worker, and a worker may use "
+                f"{self.memory_limit_bytes / 2**20:.0f} MiB: it would be killed, so its images were not started; run with fewer workers "
+                f"of at least {needed / 2**20:.0f} MiB each (--workers, --memory-limit), or with --resize or --dtype uint8"
+            )
+        rows = {size: n_new.get(size, 0) + len(self.image_of.get(size, {})) for size in layouts}
+        wanted = sum(n * layouts[size].row_bytes for size, n in rows.items())
+        free = free_bytes(self.store.path)
+        if wanted > free:
+            raise FeaturemapsError(
+                f"the maps of {sum(rows.values())} images need up to {wanted / 1e9:.2f} GB, and {self.store.path} has {free / 1e9:.2f} GB "
+                f"free: they were not started, so that the disk does not run full in the middle; free {(wanted - free) / 1e9:.2f} GB, or "
+                "use --dtype uint8, --resize or --limit"
+            )
+
+    # -- batches ---------------------------------------------------------------------------------------------------------------
+
+    def _plan(self, *, complete: bool) -> None:
+        """Cut what may be sent into batches; the last shard of a class waits while the class may grow."""
+        pieces = []
+        for size, rows in self.waiting.items():
+            shape_class = self.store.classes[size]
+            cost_s = image_cost_s(shape_class.layout, multiply_adds(self.spec, size, self.channels))
+            cut, self.waiting[size] = cut_pieces(
+                shape_class.layout, rows, shape_class.length, cost_s, self.channels, complete=complete
+            )
+            pieces += cut
+        self.ready.extend(pack_batches(pieces, self.slots))
+
+    def _send_batches(self) -> None:
+        sent = sum(kind == "batch" for kind, _, _ in self.in_flight.values())
+        while self.ready and sent < BATCHES_IN_FLIGHT_PER_SLOT * self.slots:
+            self._send(self.ready.popleft())
+            sent += 1
+
+    def _send(self, batch: Batch) -> None:
+        """Three tasks; only the last one's result, a few kB, comes back."""
+        pieces = [self._work_piece(piece) for piece in batch.pieces]
+        name = f"{self.summary.run_id}-{self.n_sent}"
+        self.n_sent += 1
+        submit = self.client.submit
+        decoded = submit(tasks.read, self.source, pieces, key=f"read-{name}", resources={"read": 1}, pure=False)
+        extracted = submit(tasks.extract, decoded, key=f"extract-{name}", resources={"extract": 1}, pure=False)
+        future = submit(tasks.write, self.target, extracted, key=f"write-{name}", resources={"write": 1}, pure=False)
+        self._submit("batch", [(piece.layout.size, piece.paths[0], len(piece.paths)) for piece in pieces], future)
+
+    def _work_piece(self, piece: Any) -> tasks.WorkPiece:
+        images = [self.image_of[piece.size].pop(row) for row in piece.rows]
+        return tasks.WorkPiece(
+            self.store.classes[piece.size].layout,
+            piece.start,
+            piece.stop,
+            piece.rows,
+            tuple(self.listing.paths[i] for i in images),
+            tuple(self.listing.fingerprint(i) for i in images),
+        )
+
+    def _take_batch(self, result: tasks.BatchResult) -> None:
+        for piece in result.pieces:
+            for status, error in zip(piece.status.tolist(), piece.error, strict=True):
+                self._count(error, is_fault=status == Status.PENDING)
+        self.results.append(result)
+        try:
+            self._check_source()
+        except FeaturemapsError as failure:
+            self._fail(failure)
+
+    def _count(self, error: str, *, is_fault: bool) -> None:
+        self.n_seen += 1
+        self.recent.append(is_fault or error.split(":", 1)[0] in _ACCESS)
+
+    def _check_source(self) -> None:
+        """Stop when most images cannot even be reached."""
+        if self._source_failed:
+            raise FeaturemapsError(
+                f"{sum(self.recent)} of the last {FAULT_SAMPLE} images cannot be read at all: the source {self.listing.root}, not the "
+                "images, is at fault, so none of them was quarantined; check that it is mounted and readable, then run again"
+            )
+
+    # -- the ledger ------------------------------------------------------------------------------------------------------------
+
+    def _commit(self, *, last: bool = False) -> None:
+        """Write what finished batches reported; what they say of access waits until the source has shown that it can be read."""
+        if not self.results or (not last and any(self.recent) and self.n_seen < FAULT_SAMPLE):
+            return
+        results, self.results = self.results, []
+        try:
+            require_lock(self.store.path / RUNS, self.summary.run_id)
+            for size in sorted({piece.layout.size for result in results for piece in result.pieces}):
+                pieces = [piece for result in results for piece in result.pieces if piece.layout.size == size]
+                self._commit_class(class_name(size), pieces)
+        except OSError as error:
+            self._fail(_explain(error, None, self.store.path))
+            return
+        for result in results:
+            self._account(result)
+
+    def _commit_class(self, group: str, pieces: list[tasks.PieceResult]) -> None:
+        status = np.concatenate([piece.status for piece in pieces])
+        errors = [error for piece in pieces for error in piece.error]
+        inaccessible = np.array([error.split(":", 1)[0] in _ACCESS for error in errors])
+        keep = (status != Status.PENDING) & ~(inaccessible & self._source_failed)
+        if not keep.any():
+            return
+        rows = np.concatenate([piece.rows for piece in pieces])
+        columns: dict[str, Array] = {
+            "digest": stack([digest for piece in pieces for digest in piece.digest]),
+            "maps_digest": stack([digest for piece in pieces for digest in piece.maps_digest]),
+        }
+        if any(errors) or self.job.retry_quarantined:
+            columns["error"] = stack(errors)
+        for layer in self.store.spec.layers:
+            pooled = np.concatenate([piece.pooled[layer.name] for piece in pieces])
+            columns |= {f"{layer.name}_{name}": pooled[:, i] for i, name in enumerate(STATISTICS)}
+        columns["status"] = status
+        self.store.commit(group, rows[keep], {name: values[keep] for name, values in columns.items()})
+
+    @property
+    def _source_failed(self) -> bool:
+        return len(self.recent) == FAULT_SAMPLE and sum(self.recent) > FAULT_SAMPLE / 2
+
+    def _account(self, result: tasks.BatchResult) -> None:
+        summary = self.summary
+        n_done = 0
+        for piece in result.pieces:
+            n_done += int((piece.status == Status.DONE).sum())
+            n_quarantined = int((piece.status == Status.QUARANTINED).sum())
+            summary.n_quarantined += n_quarantined
+            self.progress.n_quarantined += n_quarantined
+            self.progress.n_finished += n_quarantined
+            faults = [error for status, error in zip(piece.status, piece.error, strict=True) if status == Status.PENDING]
+            summary.n_pending += len(faults)
+            summary.faults = (summary.faults + faults)[:20]
+        summary.n_done += n_done
+        self.progress.n_finished += n_done
+        summary.hosts[result.host] = summary.hosts.get(result.host, 0) + n_done
+        summary.pixels += result.pixels
+        summary.bytes_read += result.bytes_read
+        summary.bytes_written += result.bytes_written
+        for stage, seconds in result.stage_s.items():
+            summary.stage_s[stage] += seconds
+
+    def _end(self) -> None:
+        """Commit the rest and say how the run ended."""
+        self._commit(last=True)
+        self.notify(self.progress)
+        if self.failure is not None:
+            raise self.failure
+        unsent = sum(map(len, self.image_of.values()))
+        unprobed = len(self.found.new) - min(self.next_append * PROBE_BLOCK, len(self.found.new)) + len(self.buffer)
+        self.summary.n_pending += unsent + unprobed
+        if self.stop.is_set() and self.summary.n_pending:
+            self.summary.outcome = "stopped"
+        else:
+            self.summary.outcome = "incomplete" if self.summary.n_pending else "complete"
+
+
+def _lost(error: BaseException | None) -> FeaturemapsError:
+    failure = FeaturemapsError(
+        f"the Dask scheduler or its connection was lost{f' ({error})' if error else ''}: what was committed stands, and nothing else "
+        "counts; run the same command again to go on from there"
+    )
+    failure.__cause__ = error
+    return failure
+
+
+def _explain(error: BaseException | None, sent: Any, store: Path) -> FeaturemapsError:
+    """What ended the run, for a person."""
+    if isinstance(error, FeaturemapsError):
+        return error
+    if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}:
+        text = (
+            f"the disk of {store} is full ({error.strerror}): the run stopped, and what was committed stands; free space and run the "
+            "same command again to go on from there"
+        )
+    elif isinstance(error, OSError):
+        text = (
+            f"store {store} cannot be written any more ({error}): the run stopped, and what was committed stands; check the disk and "
+            "the permissions and run the same command again"
+        )
+    elif isinstance(error, KilledWorker):
+        size, first, n = sent[0] if isinstance(sent, list) else (("?", "?"), "?", "?")
+        text = (
+            f"a batch killed its worker every time (its first images: {n} of {size[0]} x {size[1]} pixels from {first!r} on): an image "
+            "that crashes the decoder, or too little memory per worker; the rest that was committed stands; look at these images, or "
+            "run with more memory per worker (--workers, --memory-limit)"
+        )
+    else:
+        text = (
+            f"a task failed in a way that it should not ({type(error).__name__}: {error}): the run stopped, and what was committed "
+            "stands; please report this with the log (-v), then run the same command again"
+        )
+    failure = FeaturemapsError(text)
+    failure.__cause__ = error
+    return failure

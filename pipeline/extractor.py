@@ -1,0 +1,332 @@
+"""The convolution stack and what is kept of its maps; the only home of torch."""
+
+from __future__ import annotations
+
+import math
+import threading
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import conv2d, max_pool2d
+
+from pipeline.errors import FeaturemapsError, ImageError
+from pipeline.layers import block_shape, layer_names, output_sizes, padded_extent, receptive_field
+from pipeline.weights import INTEGER_MAX, Array, StoredAs, StoredOutput, quantisation, storable_range
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+
+    from pipeline.config import Activation, ExtractorSpec, LayerSpec
+
+Precision = Literal["float32", "float64"]
+
+BAND_VALUES = 1 << 18  # un-shuffle about 1 MiB at a time, which stays in a core's cache
+
+_scratch = threading.local()
+
+
+def use_one_thread() -> None:
+    """Let each of torch's calls in this process use one core; images are what runs in parallel."""
+    torch.set_num_threads(1)
+
+
+def _buffer(role: str, *shape: int) -> Tensor:
+    """Float32 scratch of this thread, contents undefined: one buffer per role, which grows to the largest request."""
+    size = math.prod(shape)
+    flat: Tensor | None = getattr(_scratch, role, None)
+    if flat is None or flat.numel() < size:
+        with torch.inference_mode(mode=False):  # what is made in that mode cannot be written to outside it
+            flat = torch.empty(size)
+        setattr(_scratch, role, flat)
+    return flat[:size].view(shape)
+
+
+def quantise_into(maps: Tensor, q: StoredAs, out: Array) -> None:
+    """Store float32 maps (channel, y, x), within the bounds that ``q`` was made for, into ``out``, of any strides."""
+    if q.dtype in INTEGER_MAX:
+        # level = (x - offset) / scale + 0.5, cut off. Within the widened bounds it lies in [1.5, max + 0.5], and float32 moves it
+        # by less than 0.2: |x| is at most 16 ranges, or 2**20 levels, so that rounding the factor, the constant and the product
+        # costs at most 2**-4 each, and the sum far less. So the integer is in 1 ... max without a clamp, and never the fill.
+        levels = 1 / q.scale_factor
+        constant = torch.tensor(0.5 - q.add_offset * levels)
+        maps = torch.add(constant, maps, alpha=levels, out=_buffer("work", *maps.shape))
+    torch.from_numpy(out).copy_(maps)
+
+
+class Pooled(NamedTuple):
+    """Statistics of one image's maps of a layer, (channel,) float32 each, over y and x."""
+
+    mean: Array
+    std: Array
+    """Population standard deviation (ddof 0)."""
+    min: Array
+    max: Array
+
+
+def pool(maps: Tensor) -> Pooled:
+    """Mean, standard deviation, minimum and maximum of each channel of float32 maps (channel, y, x)."""
+    n = maps[0].numel()
+    # Rows are summed in float32 and then in float64; two passes, because E[x^2] - E[x]^2 cancels in float32.
+    mean = (maps.sum(2).double().sum(1) / n).float()
+    centred = torch.sub(maps, mean[:, None, None], out=_buffer("work", *maps.shape))
+    std = (torch.linalg.vector_norm(centred, dim=2).double().square().sum(1) / n).sqrt().float()
+    return Pooled(mean.numpy(), std.numpy(), maps.amin((1, 2)).numpy(), maps.amax((1, 2)).numpy())
+
+
+def _activate(values: Tensor, activation: Activation) -> Tensor:
+    """Apply an activation in place."""
+    if activation == "sigmoid":
+        return values.sigmoid_()
+    if activation == "tanh":
+        return values.tanh_()
+    return values.relu_() if activation == "relu" else values
+
+
+class Layer(nn.Module):
+    """Valid convolution, max-pool, bias, activation.
+
+    Without a destination, ``forward`` says it in torch's words. With one it computes the same on a CPU, some five times faster for
+    the default layer: a block of sy x sx neighbouring outputs is sy*sx*filters output channels of one convolution of stride
+    (sy, sx), whose kernels are the layer's, moved by (dy, dx) within (kh + sy - 1, kw + sx - 1) zeros.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    block_weight: Tensor
+    block_bias: Tensor
+
+    def __init__(self, spec: LayerSpec, weight: Tensor, bias: Tensor, unit: float) -> None:
+        super().__init__()
+        self.spec, self.block = spec, block_shape(spec.filters, spec.kernel)
+        (kh, kw), (sy, sx) = spec.kernel, self.block
+        blocks = weight.new_zeros(spec.filters, sy, sx, weight.shape[1], kh + sy - 1, kw + sx - 1)
+        for dy in range(sy):
+            for dx in range(sx):
+                blocks[:, dy, dx, :, dy : dy + kh, dx : dx + kw] = weight * unit  # exact: the unit is a power of two
+        self.register_buffer("weight", weight)
+        self.register_buffer("bias", bias)
+        self.register_buffer("block_weight", blocks.flatten(0, 2).contiguous(memory_format=torch.channels_last))
+        self.register_buffer("block_bias", bias.repeat_interleave(sy * sx))
+
+    def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """Compute (channel, y, x) -> (filters, y, x), or ``out``, which is float32; any strides will do."""
+        if out is not None:
+            return self._blocked(x, out)
+        x = conv2d(x, self.weight.to(x.dtype))
+        if self.spec.pool != (1, 1):
+            x = max_pool2d(x, self.spec.pool)
+        return _activate(x + self.bias[:, None, None], self.spec.activation)
+
+    def _blocked(self, x: Tensor, out: Tensor) -> Tensor:
+        (kh, kw), (sy, sx) = self.spec.kernel, self.block
+        height, width = x.shape[1] - kh + 1, x.shape[2] - kw + 1
+        padded = _channels_last(x, padded_extent(height, sy) + kh - 1, padded_extent(width, sx) + kw - 1)
+        y = conv2d(padded, self.block_weight, self.block_bias, stride=self.block)  # (1, filters*sy*sx, rows/sy, columns/sx)
+        if self.spec.pool == (1, 1):
+            return _unshuffle(_activate(y, self.spec.activation), self.block, out)
+        maps = _unshuffle(y, self.block, _buffer("unpooled", self.spec.filters, height, width))
+        return out.copy_(_activate(max_pool2d(maps, self.spec.pool), self.spec.activation))  # max(x) + bias = max(x + bias)
+
+
+def _channels_last(x: Tensor, height: int, width: int) -> Tensor:
+    """Copy (channel, y, x) to a float32 (1, channel, height, width) that is stored channels last, with zeros below and right."""
+    padded = _buffer("input", height, width, x.shape[0])
+    padded[: x.shape[1], : x.shape[2]].copy_(x.permute(1, 2, 0))
+    padded[: x.shape[1], x.shape[2] :].zero_()
+    padded[x.shape[1] :].zero_()
+    return padded.permute(2, 0, 1)[None]
+
+
+def _unshuffle(y: Tensor, block: tuple[int, int], out: Tensor) -> Tensor:
+    """Spread (1, filters*sy*sx, rows, columns) over ``out`` (filters, y, x); what lies beyond ``out`` is dropped."""
+    (sy, sx), (filters, height, width) = block, out.shape
+    y = y.view(filters, sy, sx, *y.shape[2:]).permute(0, 3, 1, 4, 2)  # (filters, rows, sy, columns, sx)
+    (rows, rest_y), (columns, rest_x) = divmod(height, sy), divmod(width, sx)
+    band = max(1, BAND_VALUES // (filters * sy * sx * y.shape[3]))
+    for top in range(0, rows, band):
+        bottom = min(rows, top + band)
+        _place(y[:, top:bottom], torch.unflatten(out[:, top * sy : bottom * sy], 1, (bottom - top, sy)), columns, rest_x)
+    if rest_y:
+        _place(y[:, rows, :rest_y], out[:, rows * sy :], columns, rest_x)
+    return out
+
+
+def _place(y: Tensor, out: Tensor, columns: int, rest: int) -> None:
+    """Copy (..., columns, sx) to (..., x): the whole blocks, then what the last one holds of the strip at the right."""
+    whole = columns * y.shape[-1]
+    if columns:
+        torch.unflatten(out[..., :whole], -1, (columns, y.shape[-1])).copy_(y[..., :columns, :])
+    if rest:
+        out[..., whole:].copy_(y[..., columns, :rest])
+
+
+class Extractor(nn.Module):
+    """The stack of layers, with weights, on a device.
+
+    Parameters
+    ----------
+    spec : ExtractorSpec
+    weights : dict of str to (filters, channel, y, x) and (filters,)
+        Cross-correlation orientation, as `load_weights` gives them.
+    stored : iterable of StoredOutput
+        How each of the outputs is stored; float32 where nothing is said.
+    precision : str
+        "float32", or "float64" as a reference.
+    device : str
+        A torch device. On a CPU, float32 takes the blocked convolution; all else torch's own.
+    """
+
+    def __init__(
+        self,
+        spec: ExtractorSpec,
+        weights: Mapping[str, Array],
+        stored: Iterable[StoredOutput] = (),
+        *,
+        precision: Precision = "float32",
+        device: str = "cpu",
+    ) -> None:
+        super().__init__()
+        self.spec, self.names = spec, layer_names(spec.layers)[: int(spec.output_names[-1].removeprefix("conv"))]
+        self.specs = spec.layers[: len(self.names)]  # what follows the last output is not computed
+        self.stored: dict[str, StoredAs] = {name: quantisation((0, 0), "float32") for name in spec.output_names}
+        self.stored |= {layer.name: layer for layer in stored}
+        dtype = torch.float64 if precision == "float64" else torch.float32
+        tensors = {name: torch.from_numpy(np.array(values)).to(dtype) for name, values in weights.items()}
+        self.layers = nn.ModuleList(
+            Layer(layer, tensors[f"{name}_weight"], tensors[f"{name}_bias"], 1 / 256 if name == "conv1" else 1.0)
+            for name, layer in zip(self.names, self.specs, strict=True)
+        )
+        self.channels = tensors["conv1_weight"].shape[1]
+        self.dtype, self.device = dtype, torch.device(device)
+        self.to(self.device)
+        if self.device.type == "cuda":  # full float32, and the same result every time
+            torch.backends.cudnn.allow_tf32 = False
+            torch.backends.cudnn.deterministic = True
+
+    @torch.inference_mode()
+    def forward(self, image: Tensor) -> dict[str, Tensor]:
+        """Compute the maps of one image.
+
+        Parameters
+        ----------
+        image : (y, x, channel) uint8, or float of the same range 0 ... 255
+
+        Returns
+        -------
+        dict of str to (channel, y, x)
+            The layers of ``spec.output_names``, in the extractor's precision.
+
+        Raises
+        ------
+        ImageError
+            When the image is too small for the layers (code ``too_small``).
+        """
+        return {name: maps.clone() for name, maps in self._maps(image, {}) if name in self.stored}
+
+    @torch.inference_mode()
+    def reference(self, image: Array) -> dict[str, Array]:
+        """Compute the float64 maps (channel, y, x) of one uint8 image (y, x, channel), by torch's own convolution."""
+        maps = self._plain(_pixels(image), torch.float64)
+        return {name: values.cpu().numpy() for name, values in maps if name in self.stored}
+
+    def extract(self, image: Array) -> dict[str, Array]:
+        """Compute the maps (channel, y, x) of one uint8 image (y, x, channel), as they are stored; see `extract_into`."""
+        shapes = self._shapes(*image.shape)
+        out = {name: np.empty(shapes[name], stored.dtype) for name, stored in self.stored.items()}
+        self.extract_into(image, out)
+        return out
+
+    @torch.inference_mode()
+    def extract_into(self, image: Array, out: Mapping[str, Array]) -> dict[str, Pooled]:
+        """Compute the maps of one image and store them; thread-safe, and a function of the image alone.
+
+        Parameters
+        ----------
+        image : (y, x, channel) uint8
+            A read-only or strided array is copied first.
+        out : mapping of str to (channel, y, x)
+            Per output, where its maps go: the image's valid extent, of any strides, in the dtype it is stored as.
+
+        Returns
+        -------
+        dict of str to Pooled
+            Statistics of each layer in ``out``, of the float32 values before they are rounded for storage.
+
+        Raises
+        ------
+        ImageError
+            When the image is too small for the layers (code ``too_small``).
+        FeaturemapsError
+            When a map holds NaN, infinity or values beyond what its dtype was chosen for.
+        """
+        self._check(image, out)
+        direct = {name: torch.from_numpy(values) for name, values in out.items() if self.stored[name].dtype == "float32"}
+        pooled = {}
+        for name, values in self._maps(_pixels(image), direct):
+            if name in out:
+                maps = values.float().cpu()  # themselves, where they are that
+                pooled[name] = pool(maps)
+                _check_range(name, pooled[name], self.stored[name])
+                if maps is not direct.get(name):
+                    quantise_into(maps, self.stored[name], out[name])
+        return pooled
+
+    def _maps(self, image: Tensor, out: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Layer after layer, its maps: in ``out``, or else only until the next is asked for."""
+        if self.dtype != torch.float32 or self.device.type != "cpu":
+            yield from self._plain(image, self.dtype)
+            return
+        x = image.permute(2, 0, 1)  # (channel, y, x); 1/256 is in the weights
+        for layer, (name, shape) in zip(self.layers, self._shapes(*image.shape).items(), strict=True):
+            x = layer(x, out[name] if name in out else _buffer("maps", *shape))  # what was in "maps" is in "input" by then
+            yield name, x
+
+    def _plain(self, image: Tensor, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+        """Layer after layer, its maps, by torch's own convolution."""
+        x = image.to(self.device, dtype).permute(2, 0, 1) / 256
+        for layer, name in zip(self.layers, self._shapes(*image.shape), strict=True):
+            x = layer(x)
+            yield name, x
+
+    def _shapes(self, height: int, width: int, channels: int) -> dict[str, tuple[int, int, int]]:
+        """Shapes (filters, y, x) of all layers' maps, if there are any."""
+        if channels != self.channels:
+            raise ValueError(f"image has {channels} channels, but the weights are for {self.channels}; decode it in that colour")
+        sizes = output_sizes(self.specs, height, width)
+        if 0 in sizes[-1]:
+            field = receptive_field(self.specs)
+            raise ImageError(
+                "too_small",
+                f"{height} x {width} pixels leave no maps; at least {field.height} x {field.width} (height x width) do",
+            )
+        return {name: (layer.filters, *size) for name, layer, size in zip(self.names, self.specs, sizes, strict=True)}
+
+    def _check(self, image: Array, out: Mapping[str, Array]) -> None:
+        """Refuse what would be computed or stored wrongly in silence."""
+        if image.dtype != np.uint8:
+            raise ValueError(f"image is of type {image.dtype}, but pixels are uint8; decode it first")
+        shapes = self._shapes(*image.shape)
+        for name, values in out.items():
+            if name not in self.stored:
+                raise ValueError(f"{name} is not an output of this extractor; its outputs are {list(self.stored)}")
+            if (values.shape, values.dtype) != (shapes[name], self.stored[name].dtype):
+                raise ValueError(
+                    f"destination of {name} is {values.shape} {values.dtype}, but the maps of this image are {shapes[name]} "
+                    f"{self.stored[name].dtype}; crop the row to their extent"
+                )
+
+
+def _pixels(image: Array) -> Tensor:
+    """View an image as a tensor; a strided or read-only one is copied, because torch refuses the one and warns of the other."""
+    return torch.from_numpy(np.require(image, requirements=["C", "W"]))
+
+
+def _check_range(name: str, pooled: Pooled, q: StoredAs) -> None:
+    low, high = storable_range(q)
+    if not (low <= pooled.min.min() and pooled.max.max() <= high):  # also when they are NaN
+        raise FeaturemapsError(
+            f"{name} ranges over [{pooled.min.min()}, {pooled.max.max()}], but {q.dtype} was chosen for [{low:g}, {high:g}], so "
+            "its values would be stored as others; the weights are not those of the store, or overflow float32: use theirs"
+        )

@@ -1,0 +1,244 @@
+"""What a run would do, and how far a store is; both only look."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.collection import Listing, list_collection
+from pipeline.config import Job
+from pipeline.lock import current_holder
+from pipeline.plan import (
+    BATCHES_IN_FLIGHT_PER_SLOT,
+    ClassLayout,
+    Size,
+    assign_classes,
+    class_name,
+    cut_pieces,
+    image_cost_s,
+    pack_batches,
+    worker_memory_bytes,
+)
+from pipeline.reading import Probed, Source, probe_block
+from pipeline.run import check_apart, compare_with_store, count_statuses, open_for
+from pipeline.settings import layout_of, multiply_adds, needed_size, store_spec
+from pipeline.store import REJECTED, Status, Store, free_bytes
+from pipeline.weights import load_weights
+
+BLOCK = 2048
+INLINE = 4 * BLOCK
+
+
+@dataclass(slots=True)
+class Preview:
+    """What `run` would do."""
+
+    n_listed: int = 0
+    n_unchanged: int = 0
+    n_to_compute: int = 0
+    n_to_reject: int = 0
+    n_faults: int = 0
+    n_removed: int = 0
+    reasons: dict[str, int] = field(default_factory=dict)
+    """Images to reject per code."""
+    classes: dict[str, int] = field(default_factory=dict)
+    """Images to compute per shape class."""
+    n_new_classes: int = 0
+    n_shards: int = 0
+    n_batches: int = 0
+    work_s: float = 0.0
+    """Rough estimate for one core."""
+    maps_bytes: int = 0
+    """Upper bound: uncompressed."""
+    free_bytes: int = 0
+    worker_memory_bytes: int = 0
+    workers: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        return asdict(self)
+
+    def describe(self) -> str:
+        """For a person."""
+        largest = sorted(self.classes.items(), key=lambda item: -item[1])
+        listed = ", ".join(f"{name} ({n})" for name, n in largest[:5]) + (", ..." if len(largest) > 5 else "")
+        lines = [
+            (
+                f"{self.n_listed} images listed: {self.n_to_compute} to compute, {self.n_unchanged} unchanged, "
+                f"{self.n_to_reject} to reject, {self.n_removed} to mark removed"
+            ),
+            f"{len(self.classes)} shape classes ({self.n_new_classes} new): {listed or 'none'}",
+            f"{self.n_shards} shards in {self.n_batches} batches for {self.workers} workers, roughly {self.work_s:.0f} s of one core",
+            f"maps up to {self.maps_bytes / 1e9:.2f} GB before compression, {self.free_bytes / 1e9:.2f} GB free"
+            + (" -- DOES NOT FIT" if self.maps_bytes > self.free_bytes else ""),
+            f"up to {self.worker_memory_bytes / 2**20:.0f} MiB per worker",
+        ]
+        if self.reasons:
+            lines.append("to reject: " + ", ".join(f"{n} {code}" for code, n in self.reasons.items()))
+        if self.n_faults:
+            lines.append(f"{self.n_faults} images could not be reached just now and would be tried again")
+        return "\n".join(lines)
+
+
+def plan_job(job: Job) -> Preview:
+    """Say what `run_job` would do with a job, by listing and probing but writing nothing.
+
+    Raises
+    ------
+    UsageError
+        As `run_job`.
+    """
+    listing = list_collection(job.source)
+    if job.limit is not None:
+        listing = listing.limit(job.limit)
+    check_apart(Path(job.store).absolute(), job.source, listing.root)
+    store = open_for(Path(job.store), store_spec(job, listing.root, load_weights(job.extractor, job.decode.channels)))
+    found = compare_with_store(job, store, listing)
+    workers = job.workers or len(os.sched_getaffinity(0))
+    preview = Preview(len(listing), found.n_unchanged, n_removed=found.n_removed, workers=workers)
+    preview.free_bytes = free_bytes(Path(job.store).absolute())
+
+    existing = {} if store is None else {c.size: c for c in store.classes.values()}
+    rows = {size: len(found.pending.get(c.name, [])) for size, c in existing.items()}
+    rows = {size: n for size, n in rows.items() if n}
+    sizes: list[Size] = []
+    reasons: Counter[str] = Counter()
+    for p in _probe_all(job, listing, found.new, workers):
+        if p.error:
+            reasons[p.error.split(":", 1)[0]] += 1
+        elif p.fault:
+            preview.n_faults += 1
+        else:
+            sizes.append((p.input_height, p.input_width))
+    new = Counter(assign_classes(sizes, existing))
+    _fill(preview, job, {size: rows.get(size, 0) + new[size] for size in rows.keys() | new.keys()}, set(existing))
+    preview.reasons, preview.n_to_reject = dict(reasons), sum(reasons.values())
+    return preview
+
+
+def _probe_all(job: Job, listing: Listing, images: Sequence[int], workers: int) -> Iterator[Probed]:
+    """Probe here, or with one process per core where that pays."""
+    source, needed = Source(listing.root, job.decode), needed_size(job.extractor)
+    blocks = ([listing.paths[i] for i in images[start : start + BLOCK]] for start in range(0, len(images), BLOCK))
+    if len(images) <= INLINE or workers == 1:
+        for block in blocks:
+            yield from probe_block(source, block, needed)
+        return
+    with ProcessPoolExecutor(workers, mp_context=get_context("forkserver")) as pool:
+        waiting = []
+        for block in blocks:  # Executor.map would take all blocks at once
+            waiting.append(pool.submit(probe_block, source, block, needed))
+            if len(waiting) > 2 * workers:
+                yield from waiting.pop(0).result()
+        for future in waiting:
+            yield from future.result()
+
+
+def _fill(preview: Preview, job: Job, rows: dict[Size, int], existing: set[Size]) -> None:
+    """Cut the rows of each class as a run would."""
+    layouts: dict[Size, ClassLayout] = {}
+    pieces = []
+    channels = job.decode.channels
+    for size, n in rows.items():
+        layouts[size] = layout = layout_of(size, job.extractor, np.dtype(job.dtype).itemsize, channels)
+        cost_s = image_cost_s(layout, multiply_adds(job.extractor, size, channels))
+        pieces += cut_pieces(layout, range(n), n, cost_s, channels)[0]
+        preview.work_s += n * cost_s
+        preview.maps_bytes += n * layout.row_bytes
+    preview.n_to_compute = sum(rows.values())
+    preview.classes = {class_name(size): n for size, n in rows.items()}
+    preview.n_new_classes = len(rows.keys() - existing)
+    preview.n_shards = len(pieces)
+    preview.n_batches = len(pack_batches(pieces, preview.workers))
+    preview.worker_memory_bytes = worker_memory_bytes(layouts, channels, 1, BATCHES_IN_FLIGHT_PER_SLOT)
+
+
+@dataclass(slots=True)
+class StoreStatus:
+    """How far a store is."""
+
+    store: str
+    source: str
+    dtype: str
+    n_classes: int
+    counts: dict[str, int]
+    bad: list[dict[str, str]]
+    """The first quarantined and rejected images: path and error."""
+    holder: dict[str, Any] | None
+    """Who works on it now."""
+    last_run: dict[str, Any] | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        return asdict(self)
+
+    @property
+    def left_s(self) -> float | None:
+        """Seconds until the run at work ends at its present pace."""
+        rate = (self.last_run or {}).get("images_per_s", 0.0)
+        left = self.counts["pending"] + (self.last_run or {}).get("n_listed", 0) - self._n_known()
+        return left / rate if self.holder and rate else None
+
+    def _n_known(self) -> int:
+        return sum(self.counts[name] for name in ("pending", "done", "quarantined", "rejected"))
+
+    def describe(self) -> str:
+        """For a person."""
+        lines = [
+            f"{self.store}: {self.n_classes} shape classes of {self.dtype} maps from {self.source}",
+            ", ".join(f"{n} {name}" for name, n in self.counts.items()),
+        ]
+        if self.holder:
+            left = f", about {self.left_s:.0f} s left" if self.left_s is not None else ""
+            lines.append(f"run {self.holder['run_id']} works on it: process {self.holder['pid']} on {self.holder['host']}{left}")
+        if self.last_run:
+            run = self.last_run
+            lines.append(
+                f"last run {run['run_id']}: {run['outcome']}, {run['n_done']} done at {run['images_per_s']:.1f} images/s"
+                + (f", bottleneck {run['bottleneck']}" if run["bottleneck"] else "")
+                + (f" -- {run['message']}" if run["message"] else "")
+            )
+        lines += [f"  {item['path']}  {item['error']}" for item in self.bad]
+        return "\n".join(lines)
+
+
+def store_status(path: Path, n_bad: int = 20) -> StoreStatus:
+    """Look at a store.
+
+    Raises
+    ------
+    UsageError
+        When there is no store.
+    """
+    store = Store(path)
+    receipts = store.receipts()
+    return StoreStatus(
+        str(path),
+        store.spec.source,
+        store.spec.dtype,
+        len(store.classes),
+        count_statuses(store),
+        _bad_images(store, n_bad),
+        current_holder(path),
+        receipts[-1] if receipts else None,
+    )
+
+
+def _bad_images(store: Store, n: int) -> list[dict[str, str]]:
+    found: list[dict[str, str]] = []
+    for group in [REJECTED, *(c.name for c in store.classes.values())]:
+        if len(found) >= n:
+            break
+        bad = np.flatnonzero(store.column(group, "status") == Status.QUARANTINED)[: n - len(found)]
+        if len(bad):
+            path, error = store.column(group, "path"), store.column(group, "error")
+            found += [{"path": path[row], "error": error[row]} for row in bad.tolist()]
+    return found

@@ -1,0 +1,224 @@
+"""The driver: compare the listing with the ledger, send batches within a window, commit what they did."""
+
+from __future__ import annotations
+
+import logging
+import platform
+import secrets
+import threading
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline import changes as ledger_changes
+from pipeline.changes import Changes, Entries
+from pipeline.collection import Listing, list_collection
+from pipeline.config import Job
+from pipeline.decode import decode_versions
+from pipeline.errors import UsageError
+from pipeline.lock import StoreLock
+from pipeline.settings import VERSION, store_spec
+from pipeline.store import REJECTED, RUNS, Status, Store, create_store, difference, is_store, prepare_folder
+from pipeline.summary import Progress, Summary, receipt
+from pipeline.weights import load_weights
+
+logger = logging.getLogger(__name__)
+
+
+def run_job(
+    job: Job,
+    client: Any = None,
+    *,
+    on_progress: Callable[[Progress], None] | None = None,
+    stop: threading.Event | None = None,
+    cluster_file: Path = Path("cluster.yaml"),
+) -> Summary:
+    """Bring a store up to date with its source: the first run, a resumed one and tonight's are the same call.
+
+    Parameters
+    ----------
+    job : Job
+    client : distributed.Client, optional
+        The cluster to use; None starts the one that the job names, and only if there is work.
+    on_progress : callable, optional
+        Called about every second with the `Progress`.
+    stop : threading.Event, optional
+        Once set, the run finishes what is in flight, commits it and ends as ``stopped``.
+    cluster_file : Path
+        Where ``job.cluster`` is looked up.
+
+    Returns
+    -------
+    Summary
+        Also left in the store as the run's receipt.
+
+    Raises
+    ------
+    UsageError
+        When source, settings or store do not fit; nothing was started.
+    StoreBusyError
+        When another run holds the store.
+    FeaturemapsError
+        When the run had to end early; what was committed stands and the same call goes on from there.
+    """
+    started = time.monotonic()
+    path = Path(job.store).absolute()
+    progress = Progress()
+    notify = on_progress or (lambda _: None)
+    notify(progress)
+    listing = list_collection(job.source)
+    if job.limit is not None:
+        listing = listing.limit(job.limit)
+    check_apart(path, job.source, listing.root)
+    weights = load_weights(job.extractor, job.decode.channels)
+    spec = store_spec(job, listing.root, weights)
+    prepare_folder(path)
+    summary = Summary(_run_id(), started=_now(), config=job.model_dump(mode="json"), versions=_versions(), n_listed=len(listing))
+    summary.unreadable_folders = list(listing.unreadable[:100])
+    with StoreLock(path / RUNS, summary.run_id) as lock:
+        store = open_for(path, spec) or create_store(path, spec, weights)
+        if lock.took_over:
+            store.repair()
+        try:
+            _work(job, store, listing, summary, progress, notify, client, stop or threading.Event(), cluster_file)
+        except BaseException as error:
+            summary.outcome, summary.message = "failed", f"{type(error).__name__}: {error}"
+            raise
+        finally:
+            summary.elapsed_s, summary.ended = time.monotonic() - started, _now()
+            store.write_receipt(summary.run_id, receipt(summary))
+    return summary
+
+
+def _work(
+    job: Job,
+    store: Store,
+    listing: Listing,
+    summary: Summary,
+    progress: Progress,
+    notify: Callable[[Progress], None],
+    client: Any,
+    stop: threading.Event,
+    cluster_file: Path,
+) -> None:
+    """Compare, and send what there is to do, if anything, to the cluster."""
+    found = compare_with_store(job, store, listing)
+    ledger_changes.check_removals(found, job.max_removed)
+    _apply(store, found)
+    summary.n_unchanged, summary.n_new, summary.n_removed = found.n_unchanged, len(found.new), found.n_removed
+    summary.n_returned = sum(map(len, found.returned.values()))
+    progress.n_total, progress.n_start = len(listing), len(listing) - len(found.new) - found.n_pending
+    progress.n_finished, progress.stage = progress.n_start, "starting workers"
+    notify(progress)
+    if found.new or found.n_pending:
+        store.touch_version(VERSION)
+        from pipeline.driver import Driver, with_client  # noqa: PLC0415 (no Dask and no cluster when there is nothing to do)
+
+        with with_client(job, client, cluster_file) as connected:
+            Driver(job, store, listing, found, connected, summary, progress, notify, stop).run()
+    else:
+        summary.outcome = "complete"
+    counts = count_statuses(store)
+    summary.n_bad_total = counts["quarantined"] + counts["rejected"]
+
+
+def check_apart(store: Path, source: str, root: str) -> None:
+    """Refuse a store inside the folder that is walked; beside a list of paths it may be.
+
+    Raises
+    ------
+    UsageError
+    """
+    walked = Path(root).resolve()
+    if not Path(source).is_file() and (store.resolve() == walked or walked in store.resolve().parents):
+        raise UsageError(
+            f"store {store} lies inside the source {root}: the next listing would walk through the store's own files; nothing was "
+            "started; put the store beside the source"
+        )
+
+
+def open_for(path: Path, spec: Any) -> Store | None:
+    """Open an existing store if it was made with the same settings; None where there is none.
+
+    Raises
+    ------
+    UsageError
+        With a line for each setting that differs.
+    """
+    if not is_store(path):
+        return None
+    store = Store(path)
+    lines = difference(store.spec, spec)
+    if lines:
+        raise UsageError(
+            f"store {path} was made with other settings, and one store never mixes two: nothing was touched. What differs: "
+            f"{'; '.join(lines)}. Run with the store's settings, or give another store"
+        )
+    return store
+
+
+def compare_with_store(job: Job, store: Store | None, listing: Listing) -> Changes:
+    """`changes.compare` for a store on disk; without one everything is new."""
+    groups = [] if store is None else [*(c.name for c in store.classes.values()), REJECTED]
+    entries = (
+        Entries(group, *(store.column(group, name) for name in ("path", "fingerprint", "status")))
+        for group in groups
+        if store is not None
+    )
+    complete = listing.complete and (store is None or store.spec.source == str(Path(job.source).absolute()))
+    return ledger_changes.compare(
+        entries,
+        listing.paths,
+        listing.fingerprint,
+        retry_quarantined=job.retry_quarantined,
+        complete=complete,
+        unreadable=listing.unreadable,
+    )
+
+
+def _apply(store: Store, found: Changes) -> None:
+    """Set the statuses that follow from the listing alone; returned rows are what their columns say they were."""
+    for group, rows in found.returned.items():
+        maps_digest, error = store.column(group, "maps_digest"), store.column(group, "error")
+        for row, i in rows:
+            if maps_digest[row]:
+                found.set_status.setdefault(group, {})[row] = Status.DONE
+            elif error[row]:
+                found.set_status.setdefault(group, {})[row] = Status.QUARANTINED
+            else:
+                found.set_status.setdefault(group, {})[row] = Status.PENDING
+                found.pending.setdefault(group, []).append((row, i))
+    for rows in found.pending.values():
+        rows.sort()
+    for group, statuses in found.set_status.items():
+        rows_array = np.array(sorted(statuses))
+        store.commit(group, rows_array, {"status": np.array([statuses[row] for row in rows_array.tolist()], np.uint8)})
+
+
+def count_statuses(store: Store) -> dict[str, int]:
+    """Rows of each status over all classes, and live ``rejected`` entries."""
+    counts = {status.name.lower(): 0 for status in Status}
+    for shape_class in store.classes.values():
+        values, numbers = np.unique(store.column(shape_class.name, "status"), return_counts=True)
+        for value, number in zip(values.tolist(), numbers.tolist(), strict=True):
+            counts[Status(value).name.lower()] += number
+    counts["rejected"] = int((store.column(REJECTED, "status") < Status.REMOVED).sum())
+    return counts
+
+
+def _run_id() -> str:
+    return f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(4)}"
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _versions() -> dict[str, str]:
+    packages = {name: version(name) for name in ("dask", "distributed", "numpy", "torch", "zarr")}
+    return {"featuremaps": VERSION, "python": platform.python_version(), **packages, **decode_versions()}

@@ -1,0 +1,101 @@
+"""What a job's settings mean for a store: the spec that is kept in it and compared with at every later run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from pipeline.chunks import Array
+from pipeline.config import DecodeSpec, ExtractorSpec, Job
+from pipeline.layers import layer_names, output_bounds, output_sizes, receptive_field
+from pipeline.plan import ClassLayout, Size, class_layout
+from pipeline.store import StoredLayer, StoreSpec
+from pipeline.weights import quantisation, weights_digest
+
+DECODER = "pillow"
+VERSION = version("featuremaps")
+
+
+def store_spec(job: Job, root: str, weights: dict[str, Array]) -> StoreSpec:
+    """The spec of the store that a job makes.
+
+    Parameters
+    ----------
+    job : Job
+    root : str
+        Source root, absolute.
+    weights : dict of str to float32 array
+    """
+    bounds = dict(zip(layer_names(job.extractor.layers), output_bounds(job.extractor.layers, weights), strict=True))
+    filters = dict(zip(layer_names(job.extractor.layers), (layer.filters for layer in job.extractor.layers), strict=True))
+    layers = []
+    for name in job.extractor.output_names:
+        q = quantisation(bounds[name], job.dtype)
+        layers.append(StoredLayer(name, filters[name], job.dtype, q.scale_factor, q.add_offset, q.fill_value, q.error_bound))
+    return StoreSpec(
+        source=str(Path(job.source).absolute()),
+        source_root=root,
+        dtype=job.dtype,
+        extractor=_extractor_content(job.extractor, job.decode.channels, weights),
+        decode=_with_digest({**job.decode.model_dump(mode="json"), "decoder": DECODER}),
+        layers=tuple(layers),
+        created_version=VERSION,
+        written_version=VERSION,
+    )
+
+
+def _extractor_content(spec: ExtractorSpec, channels: int, weights: dict[str, Array]) -> dict[str, Any]:
+    content = _with_digest(
+        {
+            "layers": [layer.model_dump(mode="json") for layer in spec.layers],
+            "outputs": list(spec.output_names),
+            "channels": channels,
+            "weights_sha256": weights_digest(weights),
+        }
+    )
+    origin = {"seed": spec.seed} if spec.weights is None else {"weights": Path(spec.weights).name}
+    return content | {"origin": origin}
+
+
+def _with_digest(content: dict[str, Any]) -> dict[str, Any]:
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return content | {"sha256": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def decode_spec(spec: StoreSpec) -> DecodeSpec:
+    """The decode rules of a store."""
+    return DecodeSpec(**{key: value for key, value in spec.decode.items() if key not in {"decoder", "sha256"}})
+
+
+def extractor_spec(spec: StoreSpec) -> ExtractorSpec:
+    """The layers of a store; its weights are in it, whatever they came from."""
+    return ExtractorSpec(layers=spec.extractor["layers"], outputs=tuple(spec.extractor["outputs"]))
+
+
+def needed_size(spec: ExtractorSpec) -> Size:
+    """Smallest input height and width that leave a value in every layer."""
+    field = receptive_field(spec.layers)
+    return field.height, field.width
+
+
+def layout_of(size: Size, job_spec: ExtractorSpec, dtype_bytes: int, channels: int) -> ClassLayout:
+    """Layout of a shape class under an extractor."""
+    names = layer_names(job_spec.layers)
+    sizes = dict(zip(names, output_sizes(job_spec.layers, *size), strict=True))
+    filters = dict(zip(names, (layer.filters for layer in job_spec.layers), strict=True))
+    layers = [(name, filters[name], sizes[name]) for name in job_spec.output_names]
+    return class_layout(size, layers, dtype_bytes, channels)
+
+
+def multiply_adds(spec: ExtractorSpec, size: Size, channels: int) -> int:
+    """Multiplications and additions of one image's convolutions."""
+    total, inputs = 0, channels
+    height, width = size
+    for layer, (out_height, out_width) in zip(spec.layers, output_sizes(spec.layers, height, width), strict=True):
+        positions = out_height * layer.pool[0] * out_width * layer.pool[1]
+        total += layer.filters * inputs * layer.kernel[0] * layer.kernel[1] * positions
+        inputs = layer.filters
+    return total

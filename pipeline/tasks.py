@@ -1,0 +1,289 @@
+"""Read, extract and write as workers run them; the only place where decoder, extractor and store meet."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+from distributed import Worker, WorkerPlugin, get_worker
+
+from pipeline import decode, store
+from pipeline.chunks import Array
+from pipeline.config import ExtractorSpec
+from pipeline.errors import ImageError, PassingFaultError
+from pipeline.layers import layer_names, output_sizes
+from pipeline.plan import ClassLayout, LayerLayout
+from pipeline.reading import Patience, Source, read_bytes
+from pipeline.store import Status, StoredLayer
+
+PLUGIN = "featuremaps"
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where maps go, and for which run."""
+
+    path: str
+    run_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class WorkPiece:
+    """One shard's pending rows with all that is needed to compute and write them."""
+
+    layout: ClassLayout
+    start: int
+    stop: int
+    rows: tuple[int, ...]
+    paths: tuple[str, ...]
+    fingerprints: tuple[str, ...]
+
+
+@dataclass(slots=True)
+class PieceResult:
+    """What became of the rows of one piece, in their order."""
+
+    layout: ClassLayout
+    start: int
+    stop: int
+    rows: tuple[int, ...]
+    status: Array
+    """(n,) uint8; `Status.PENDING` where a passing fault prevented the work."""
+    digest: list[str]
+    maps_digest: list[str]
+    error: list[str]
+    pooled: dict[str, Array] = field(default_factory=dict)
+    """Per layer (n, statistic, channel) float32, statistics in the order of `store.STATISTICS`."""
+
+
+@dataclass(slots=True)
+class BatchResult:
+    """What one batch did; a few kB."""
+
+    pieces: list[PieceResult]
+    host: str
+    stage_s: dict[str, float]
+    """Seconds of one core per stage: read, decode, extract, write."""
+    bytes_read: int = 0
+    bytes_written: int = 0
+    pixels: int = 0
+
+
+@dataclass(slots=True)
+class Decoded:
+    """A batch between read and extract: per piece the images, None where there is none."""
+
+    images: list[list[Array | None]]
+    result: BatchResult
+
+
+@dataclass(slots=True)
+class Extracted:
+    """A batch between extract and write: per piece and layer the block of its whole shard."""
+
+    blocks: list[dict[str, Array]]
+    result: BatchResult
+
+
+# -- on every worker -------------------------------------------------------------------------------------------------------------
+
+
+def keep_memory() -> None:
+    """Keep glibc from giving memory back to the system between batches: fresh pages cost as much as the arithmetic."""
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        m_trim_threshold, m_mmap_threshold, m_arena_max = -1, -3, -8
+        libc.mallopt(m_arena_max, 1)
+        libc.mallopt(m_mmap_threshold, 1 << 30)
+        libc.mallopt(m_trim_threshold, 2**31 - 1)
+
+
+class ExtractorPlugin(WorkerPlugin):  # type: ignore[misc]
+    """Loads the extractor once per worker, also on those that join later.
+
+    Parameters
+    ----------
+    spec : ExtractorSpec
+    weights : dict of str to (...) float32
+    layers : tuple of StoredLayer
+    """
+
+    name = PLUGIN
+    idempotent = False
+
+    def __init__(self, spec: ExtractorSpec, weights: dict[str, Array], layers: tuple[StoredLayer, ...]) -> None:
+        self.spec = spec
+        self.weights = weights
+        self.layers = layers
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"spec": self.spec, "weights": self.weights, "layers": self.layers}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
+    def setup(self, worker: Worker) -> None:  # noqa: ARG002 (Dask's signature)
+        """Prepare the process; a Ctrl-C at the terminal is for the driver alone, which drains."""
+        with contextlib.suppress(ValueError):
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        keep_memory()
+        from pipeline.extractor import Extractor, use_one_thread  # noqa: PLC0415 (torch only where something is computed)
+
+        use_one_thread()
+        self.extractor = Extractor(self.spec, self.weights, self.layers)
+
+
+def _plugin() -> ExtractorPlugin:
+    plugin: ExtractorPlugin = get_worker().plugins[PLUGIN]
+    return plugin
+
+
+# -- read ------------------------------------------------------------------------------------------------------------------------
+
+
+def read(source: Source, pieces: Sequence[WorkPiece]) -> Decoded:
+    """Read and decode the images of a batch.
+
+    Returns
+    -------
+    Decoded
+        Images (height, width, channel) uint8. A bad one is None, its reason on record.
+    """
+    result = BatchResult([], socket.gethostname(), dict.fromkeys(("read", "decode", "extract", "write"), 0.0))
+    patience = Patience()
+    return Decoded([_read_piece(source, piece, result, patience) for piece in pieces], result)
+
+
+def _read_piece(source: Source, piece: WorkPiece, result: BatchResult, patience: Patience) -> list[Array | None]:
+    n = len(piece.rows)
+    outcome = PieceResult(piece.layout, piece.start, piece.stop, piece.rows, np.zeros(n, np.uint8), [""] * n, [""] * n, [""] * n)
+    images: list[Array | None] = [None] * n
+    for i in range(n):
+        try:
+            images[i] = _read_image(source, piece, i, outcome, result, patience)
+        except ImageError as error:
+            outcome.status[i] = Status.QUARANTINED
+            outcome.error[i] = str(error)
+        except PassingFaultError as fault:
+            outcome.error[i] = str(fault)
+    result.pieces.append(outcome)
+    return images
+
+
+def _read_image(source: Source, piece: WorkPiece, i: int, outcome: PieceResult, result: BatchResult, patience: Patience) -> Array:
+    started = time.perf_counter()
+    data = read_bytes(source, piece.paths[i], piece.fingerprints[i], patience)
+    outcome.digest[i] = hashlib.sha256(data).hexdigest()
+    between = time.perf_counter()
+    result.stage_s["read"] += between - started
+    image = decode.decode(data, source.decode)
+    result.stage_s["decode"] += time.perf_counter() - between
+    height, width = image.shape[:2]
+    if height > piece.layout.size[0] or width > piece.layout.size[1]:
+        raise ImageError("changed", f"decoded to {height} x {width} pixels, more than its header said")
+    result.bytes_read += len(data)
+    result.pixels += height * width
+    return image
+
+
+# -- extract ---------------------------------------------------------------------------------------------------------------------
+
+
+def extract(decoded: Decoded) -> Extracted:
+    """Compute the maps of a batch, one image per call, straight into the blocks that are written."""
+    plugin = _plugin()
+    started = time.perf_counter()
+    blocks = [
+        _extract_piece(plugin, images, outcome) for images, outcome in zip(decoded.images, decoded.result.pieces, strict=True)
+    ]
+    decoded.result.stage_s["extract"] += time.perf_counter() - started
+    return Extracted(blocks, decoded.result)
+
+
+def _extract_piece(plugin: ExtractorPlugin, images: list[Array | None], outcome: PieceResult) -> dict[str, Array]:
+    layout, n = outcome.layout, len(images)
+    fills = {layer.name: layer.fill_value for layer in plugin.layers}
+    blocks: dict[str, Array] = {}
+    for layer, stored in zip(layout.layers, plugin.layers, strict=True):
+        shape = (outcome.stop - outcome.start, layer.channels, layer.height, layer.width)
+        blocks[layer.name] = np.empty(shape, stored.dtype)
+        outcome.pooled[layer.name] = np.full((n, len(store.STATISTICS), layer.channels), np.nan, np.float32)
+    missing = np.ones(outcome.stop - outcome.start, bool)
+    for i, (row, image) in enumerate(zip(outcome.rows, images, strict=True)):
+        if image is None:
+            continue
+        missing[row - outcome.start] = False
+        rows = {name: block[row - outcome.start] for name, block in blocks.items()}
+        valid = _valid_views(plugin, image, rows, fills)
+        for name, statistics in plugin.extractor.extract_into(image, valid).items():
+            outcome.pooled[name][i] = statistics
+        outcome.maps_digest[i] = maps_digest(valid.values())
+        outcome.status[i] = Status.DONE
+    for name, block in blocks.items():
+        block[missing] = fills[name]
+    return blocks
+
+
+def _valid_views(plugin: ExtractorPlugin, image: Array, rows: dict[str, Array], fills: dict[str, float]) -> dict[str, Array]:
+    """The part of each row that this image's maps take; the rest is filled."""
+    sizes = dict(zip(layer_names(plugin.spec.layers), output_sizes(plugin.spec.layers, *image.shape[:2]), strict=True))
+    views: dict[str, Array] = {}
+    for name, row in rows.items():
+        height, width = sizes[name]
+        row[:, height:, :] = fills[name]
+        row[:, :height, width:] = fills[name]
+        views[name] = row[:, :height, :width]
+    return views
+
+
+def maps_digest(maps: Iterable[Array]) -> str:
+    """XXH3-128 of one image's maps as stored: per layer its valid extent (channel, y, x), C order, little-endian; 32 hex digits."""
+    digest = xxhash.xxh3_128()
+    for values in maps:
+        digest.update(np.ascontiguousarray(values).data)
+    return digest.hexdigest()
+
+
+# -- write -----------------------------------------------------------------------------------------------------------------------
+
+
+def write(target: Target, extracted: Extracted) -> BatchResult:
+    """Write the whole shards of a batch; what they hold of earlier runs is kept.
+
+    Returns
+    -------
+    BatchResult
+        What the driver commits: only after this returns are the maps in the store.
+    """
+    plugin, result = _plugin(), extracted.result
+    started = time.perf_counter()
+    for outcome, blocks in zip(result.pieces, extracted.blocks, strict=True):
+        if (outcome.status == Status.DONE).any():
+            for layer, stored in zip(outcome.layout.layers, plugin.layers, strict=True):
+                _keep_others(target, outcome, layer, blocks[layer.name])
+                result.bytes_written += store.write_maps(
+                    Path(target.path), target.run_id, outcome.layout, layer, outcome.start, blocks[layer.name], stored.fill_value
+                )
+    result.stage_s["write"] += time.perf_counter() - started
+    return result
+
+
+def _keep_others(target: Target, outcome: PieceResult, layer: LayerLayout, block: Array) -> None:
+    """Take the shard's other rows over from the store."""
+    kept = np.ones(len(block), bool)
+    kept[np.asarray(outcome.rows) - outcome.start] = False
+    if kept.any():
+        old = store.read_maps(Path(target.path), outcome.layout, layer.name, outcome.start, outcome.stop)
+        block[kept] = old[kept]

@@ -1,0 +1,77 @@
+"""Images made once per session, a cluster shared by the tests that only need one, and what is compared after a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline.cluster import LocalSpec, connect
+from pipeline.config import make_job
+from pipeline.run import run_job
+from pipeline.store import REJECTED, Status, Store
+
+TWELVE_SIZES = [(40 + 7 * k, 60 + 5 * k) for k in range(12)]
+
+
+def make_images(folder: Path, n: int, sizes, seed: int = 0, suffix: str = ".png") -> Path:
+    """Smooth random pictures, so that JPEG and the maps have something to do."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    for i in range(n):
+        height, width = sizes[i % len(sizes)]
+        coarse = rng.integers(0, 256, (height // 8 + 2, width // 8 + 2, 3), dtype=np.uint8)
+        Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC).save(folder / f"img{i:05d}{suffix}")
+    return folder
+
+
+def content(path: Path, layer: str = "conv1") -> dict[str, tuple]:
+    """What a store holds of every image: status, error, digests, pooled values and the bytes of its valid maps."""
+    store = Store(path)
+    found: dict[str, tuple] = {}
+    for shape_class in store.classes.values():
+        columns = {name: store.column(shape_class.name, name) for name in ("path", "status", "error", "digest", "maps_digest")}
+        sizes = [store.column(shape_class.name, name) for name in ("input_height", "input_width")]
+        mean = store.column(shape_class.name, f"{layer}_mean")
+        maps = store.array(shape_class.name, layer)
+        for row in range(shape_class.length):
+            status = Status(int(columns["status"][row]))
+            if not status.is_live:
+                continue
+            assert columns["path"][row] not in found, "two live rows"
+            lost = [shape_class.size[axis] - int(sizes[axis][row]) for axis in (0, 1)]
+            valid = np.asarray(maps[row])[:, : maps.shape[2] - lost[0], : maps.shape[3] - lost[1]]
+            data = valid.tobytes() if status is Status.DONE else b""
+            values = tuple(columns[name][row] for name in ("error", "digest", "maps_digest"))
+            found[columns["path"][row]] = (status.name, *values, mean[row].tobytes(), data)
+    for path_, error, status in zip(*(store.column(REJECTED, name) for name in ("path", "error", "status")), strict=True):
+        if status < Status.REMOVED:
+            assert path_ not in found, "live and rejected"
+            found[path_] = ("REJECTED", error)
+    return found
+
+
+@pytest.fixture(scope="session")
+def client():
+    """One local cluster of two workers."""
+    with connect(LocalSpec(workers=2)) as connected:
+        yield connected
+
+
+@pytest.fixture(scope="session")
+def twelve_sizes(tmp_path_factory) -> Path:
+    """120 pictures of 12 sizes."""
+    return make_images(tmp_path_factory.mktemp("source") / "twelve", 120, TWELVE_SIZES)
+
+
+@pytest.fixture
+def run(client, tmp_path):
+    """Run a job on the shared cluster."""
+
+    def call(source, store=None, **values):
+        job = make_job({"source": str(source), "store": str(store or tmp_path / "features.zarr"), **values})
+        return run_job(job, client)
+
+    return call

@@ -1,0 +1,322 @@
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.nn.functional import conv2d
+
+from pipeline import open_store
+from pipeline.config import make_job
+from pipeline.errors import FeaturemapsError, StoreBusyError, UsageError
+from pipeline.lock import StoreLock
+from pipeline.run import run_job
+from pipeline.store import RUNS, Store
+from tests.conftest import TWELVE_SIZES, content, make_images
+
+pytestmark = pytest.mark.cluster
+
+
+@pytest.fixture
+def commit_often(monkeypatch):
+    """Let tests act between a run's first batch and its last."""
+    monkeypatch.setattr("pipeline.driver.COMMIT_S", 0.02)
+    monkeypatch.setattr("pipeline.driver.BATCHES_IN_FLIGHT_PER_SLOT", 1)
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    """Enough work for a dozen batches."""
+    return make_images(tmp_path_factory.mktemp("source") / "many", 240, [(400, 500)], suffix=".jpg")
+
+
+def objects(store: Path) -> dict[str, tuple[int, int]]:
+    """Inode and time of change of all objects but the receipts and the lock."""
+    files = (p for p in store.rglob("*") if p.is_file() and RUNS not in p.relative_to(store).parts)
+    return {str(p.relative_to(store)): (p.stat().st_ino, p.stat().st_mtime_ns) for p in files}
+
+
+def plain_maps(path: Path) -> np.ndarray:
+    """The tutorial's extractor written down a second time: float64, conv2d, one image."""
+    rng = np.random.RandomState(23455)
+    bound = 1 / np.sqrt(3 * 9 * 9)
+    weight = rng.uniform(-bound, bound, (2, 3, 9, 9))[:, :, ::-1, ::-1].copy()
+    bias = rng.uniform(-0.5, 0.5, 2)
+    pixels = np.asarray(Image.open(path).convert("RGB")).transpose(2, 0, 1)[None] / 256.0
+    return torch.sigmoid(conv2d(torch.from_numpy(pixels), torch.from_numpy(weight), torch.from_numpy(bias)))[0].numpy()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "uint16", "uint8"])
+def test_every_image_has_the_maps_that_plain_pytorch_computes(run, twelve_sizes, tmp_path, dtype):
+    summary = run(twelve_sizes, dtype=dtype)
+    assert (summary.outcome, summary.n_done, summary.n_bad_total) == ("complete", 120, 0)
+    store = open_store(tmp_path / "features.zarr")
+    assert sorted(store.images["path"]) == sorted(p.name for p in twelve_sizes.iterdir())
+    assert sorted(store.classes) == sorted(f"{h}x{w}" for h, w in TWELVE_SIZES)
+    bound = Store(tmp_path / "features.zarr").spec.layers[0].error_bound
+    for name in store.images["path"][::10]:
+        expected = plain_maps(twelve_sizes / name)
+        image = store.image(name)
+        np.testing.assert_allclose(image["conv1"].values, expected, rtol=0, atol=bound + 1e-6)
+        np.testing.assert_allclose(image["conv1_mean"].values, expected.mean((1, 2)), atol=1e-6)
+        np.testing.assert_allclose(image["conv1_std"].values, expected.std((1, 2)), atol=1e-6)
+        np.testing.assert_allclose(image["conv1_min"].values, expected.min((1, 2)), atol=1e-6)
+        np.testing.assert_allclose(image["conv1_max"].values, expected.max((1, 2)), atol=1e-6)
+
+
+def test_a_second_run_opens_no_image_and_rewrites_nothing(run, twelve_sizes, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(twelve_sizes, source)
+    run(source)
+    before = objects(tmp_path / "features.zarr")
+    accessed = 1_000_000_000  # older than the change, so that relatime notes the next access
+    for path in source.iterdir():
+        os.utime(path, ns=(accessed, path.stat().st_mtime_ns))
+    summary = run(source)
+    assert (summary.outcome, summary.n_done, summary.n_unchanged) == ("complete", 0, 120)
+    assert objects(tmp_path / "features.zarr") == before
+    assert {path.stat().st_atime_ns for path in source.iterdir()} == {accessed}
+
+
+def test_no_cluster_is_started_when_there_is_nothing_to_do(run, twelve_sizes, tmp_path, monkeypatch):
+    run(twelve_sizes)
+    monkeypatch.setattr("pipeline.driver.with_client", None)
+    job = make_job({"source": str(twelve_sizes), "store": str(tmp_path / "features.zarr"), "cluster": "there is none"})
+    assert run_job(job).outcome == "complete"
+
+
+def test_new_images_are_appended_and_the_old_are_kept(run, twelve_sizes, tmp_path):
+    source = make_images(tmp_path / "source", 60, TWELVE_SIZES)
+    run(source)
+    first = content(tmp_path / "features.zarr")
+    make_images(source, 120, [*TWELVE_SIZES, (33, 99)][:12])
+    make_images(source / "more", 5, [(33, 99)], seed=1)
+    summary = run(source)
+    assert (summary.n_done, summary.n_new) == (125, 125)  # the sixty were written anew, with a new time
+    run(source, tmp_path / "whole.zarr")
+    assert content(tmp_path / "features.zarr") == content(tmp_path / "whole.zarr")
+    assert first.items() <= content(tmp_path / "features.zarr").items()
+
+
+def test_added_images_fill_the_half_full_shard_without_touching_its_rows(run, tmp_path):
+    source = make_images(tmp_path / "source", 7, [(50, 60)])
+    run(source)
+    make_images(source / "more", 8, [(50, 60)], seed=1)
+    summary = run(source)
+    assert (summary.n_done, summary.n_unchanged) == (8, 7)
+    run(source, tmp_path / "whole.zarr")
+    assert content(tmp_path / "features.zarr") == content(tmp_path / "whole.zarr")
+
+
+def test_changed_vanished_and_returning_images(run, tmp_path):
+    source = make_images(tmp_path / "source", 30, TWELVE_SIZES)
+    run(source)
+    gone = source / "img00003.png"
+    gone.rename(tmp_path / "kept.png")
+    make_images(tmp_path / "other", 1, [(77, 88)], seed=9)
+    shutil.copy(tmp_path / "other" / "img00000.png", source / "img00005.png")
+    summary = run(source)
+    assert (summary.n_removed, summary.n_done, summary.n_unchanged) == (1, 1, 28)
+    assert gone.name not in content(tmp_path / "features.zarr")
+    run(source, tmp_path / "whole.zarr")
+    assert content(tmp_path / "features.zarr") == content(tmp_path / "whole.zarr")
+    (tmp_path / "kept.png").rename(gone)
+    summary = run(source)
+    assert (summary.n_returned, summary.n_done) == (1, 0)
+    run(source, tmp_path / "again.zarr")
+    assert content(tmp_path / "features.zarr") == content(tmp_path / "again.zarr")
+
+
+def test_padded_classes_hold_the_same_maps(run, twelve_sizes, tmp_path, monkeypatch):
+    run(twelve_sizes)
+    monkeypatch.setattr("pipeline.plan.MAX_EXACT_CLASSES", 3)
+    monkeypatch.setattr("pipeline.plan.assign_classes.__defaults__", (3,))
+    run(twelve_sizes, tmp_path / "padded.zarr")
+    store = Store(tmp_path / "padded.zarr")
+    assert {c.kind for c in store.classes.values()} == {"exact", "padded"}
+    assert len(store.classes) < 12
+    assert content(tmp_path / "padded.zarr") == content(tmp_path / "features.zarr")
+    padded = next(c for c in store.classes.values() if c.kind == "padded")
+    dataset = open_store(tmp_path / "padded.zarr").dataset(padded.name)
+    lost = padded.size[0] - int(dataset["input_height"][0])
+    maps = dataset["conv1"][0].values
+    assert np.isnan(maps[:, maps.shape[1] - lost :]).all()
+    assert not np.isnan(maps[:, : maps.shape[1] - lost, :5]).any()
+
+
+def test_resize_makes_one_class(run, twelve_sizes, tmp_path):
+    run(twelve_sizes, decode={"resize": [64, 48]})
+    assert open_store(tmp_path / "features.zarr").classes == ("64x48",)
+
+
+def test_a_stack_of_layers_keeps_the_ones_that_were_asked_for(run, twelve_sizes, tmp_path):
+    layers = [{"filters": 4, "kernel": 5, "pool": 2, "activation": "tanh"}, {"filters": 6, "kernel": 3}]
+    run(twelve_sizes, extractor={"layers": layers, "outputs": ["conv1", "conv2"]}, decode={"color": "grey"})
+    image = open_store(tmp_path / "features.zarr").image("img00000.png")
+    assert image["conv1"].shape == (4, 18, 28)
+    assert image["conv2"].shape == (6, 16, 26)
+    assert image["conv2_y"].values[:2].tolist() == [4.5, 6.5]
+
+
+def test_limit_takes_the_first_of_the_listing_and_removes_nothing(run, twelve_sizes, tmp_path):
+    run(twelve_sizes)
+    summary = run(twelve_sizes, limit=5)
+    assert (summary.n_listed, summary.n_unchanged, summary.n_removed) == (5, 5, 0)
+    run(twelve_sizes, tmp_path / "few.zarr", limit=5)
+    assert sorted(content(tmp_path / "few.zarr")) == [f"img{i:05d}.png" for i in range(5)]
+
+
+def test_a_stopped_run_commits_what_was_in_flight_and_the_next_finishes(client, tmp_path, commit_often, many):
+    job = make_job({"source": str(many), "store": str(tmp_path / "features.zarr")})
+    stop = threading.Event()
+
+    def on_progress(progress):
+        if progress.n_finished:
+            stop.set()
+
+    summary = run_job(job, client, stop=stop, on_progress=on_progress)
+    assert summary.outcome == "stopped"
+    assert 0 < summary.n_done < 240
+    assert summary.n_done + summary.n_pending == 240
+    assert run_job(job, client).n_done == 240 - summary.n_done
+    run_job(job.model_copy(update={"store": str(tmp_path / "whole.zarr")}), client)
+    assert content(tmp_path / "features.zarr") == content(tmp_path / "whole.zarr")
+
+
+def test_a_receipt_says_what_was_run_on_what(run, twelve_sizes, tmp_path):
+    summary = run(twelve_sizes)
+    (receipt,) = Store(tmp_path / "features.zarr").receipts()
+    assert receipt["run_id"] == summary.run_id
+    assert receipt["outcome"] == "complete"
+    assert receipt["n_done"] == sum(receipt["hosts"].values()) == 120
+    assert receipt["bytes_read"] == sum(p.stat().st_size for p in twelve_sizes.iterdir())
+    assert receipt["versions"]["featuremaps"]
+    assert receipt["config"]["dtype"] == "float32"
+    assert set(receipt["stage_s"]) == {"read", "decode", "extract", "write"}
+    assert abs(sum(receipt["shares"].values()) - 1) < 1e-6
+
+
+def test_two_runs_on_one_store_never_mix(run, twelve_sizes, tmp_path):
+    run(twelve_sizes)
+    with StoreLock(tmp_path / "features.zarr" / RUNS, "another"), pytest.raises(StoreBusyError, match="held by run another"):
+        run(twelve_sizes)
+
+
+def test_a_run_that_lost_its_store_commits_nothing(client, twelve_sizes, tmp_path):
+    job = make_job({"source": str(twelve_sizes), "store": str(tmp_path / "features.zarr")})
+
+    def steal(progress):
+        if progress.stage == "starting workers":
+            (tmp_path / "features.zarr" / RUNS / "lock.json").write_text('{"run_id": "thief"}')
+
+    with pytest.raises(FeaturemapsError, match="no longer holds the store"):
+        run_job(job, client, on_progress=steal)
+    assert content(tmp_path / "features.zarr") == {}
+
+
+def test_other_settings_are_refused_with_their_difference(run, twelve_sizes, tmp_path):
+    run(twelve_sizes)
+    before = objects(tmp_path / "features.zarr")
+    with pytest.raises(UsageError, match=r'made with other settings.*dtype: the store has "float32", this run asks for "uint8"'):
+        run(twelve_sizes, dtype="uint8")
+    with pytest.raises(UsageError, match=r"extractor\.weights_sha256: the store has .* this run asks for"):
+        run(twelve_sizes, extractor={"seed": 1})
+    with pytest.raises(UsageError, match=r'decode\.color: the store has "rgb", this run asks for "grey"'):
+        run(twelve_sizes, decode={"color": "grey"})
+    other = make_images(tmp_path / "other", 1, [(50, 50)])
+    with pytest.raises(UsageError, match=r"source_root: the store has .*twelve.* this run asks for .*other"):
+        run(other)
+    assert objects(tmp_path / "features.zarr") == before
+
+
+def test_a_store_inside_its_source_is_refused(run, tmp_path):
+    source = make_images(tmp_path / "source", 1, [(50, 50)])
+    with pytest.raises(UsageError, match=r"lies inside the source .* put the store beside"):
+        run(source, source / "features.zarr")
+    assert not (source / "features.zarr").exists()
+
+
+def test_an_emptied_source_is_refused_and_nothing_is_marked(run, twelve_sizes, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(twelve_sizes, source)
+    run(source)
+    before = content(tmp_path / "features.zarr")
+    for path in source.iterdir():
+        path.unlink()
+    with pytest.raises(UsageError, match="mounted"):
+        run(source)
+    make_images(source, 100, TWELVE_SIZES, seed=5)
+    for i in range(95):
+        (source / f"img{i:05d}.png").unlink()
+    with pytest.raises(UsageError, match=r"not in the source any more, above the allowed 10%"):
+        run(source)
+    assert content(tmp_path / "features.zarr") == before
+
+
+def test_a_plan_that_does_not_fit_memory_is_refused_with_the_number_that_would(tmp_path, twelve_sizes):
+    job = make_job(
+        {"source": str(twelve_sizes), "store": str(tmp_path / "f.zarr"), "workers": 1, "memory_limit_bytes": 400 * 2**20}
+    )
+    with pytest.raises(UsageError, match=r"need up to \d+ MiB per worker, and a worker may use 400 MiB"):
+        run_job(job)
+
+
+def test_a_plan_that_does_not_fit_the_disk_is_refused(run, twelve_sizes, monkeypatch):
+    monkeypatch.setattr("pipeline.driver.free_bytes", lambda _: 1000)
+    with pytest.raises(FeaturemapsError, match=r"need up to 0\.01 GB, and .* has 0\.00 GB free"):
+        run(twelve_sizes)
+
+
+def test_when_most_images_cannot_be_reached_the_source_is_at_fault(run, tmp_path):
+    source = tmp_path / "list.txt"
+    source.write_text("\n".join(f"missing{i}.png" for i in range(600)))
+    with pytest.raises(
+        FeaturemapsError, match=r"500 of the last 500 images cannot be read at all: the source .* none of them was quarantined"
+    ):
+        run(source)
+    assert content(tmp_path / "features.zarr") == {}
+
+
+def test_a_source_that_vanishes_in_the_middle_quarantines_nothing(client, tmp_path, commit_often, many):
+    source = tmp_path / "source"
+    shutil.copytree(many, source)
+    job = make_job({"source": str(source), "store": str(tmp_path / "features.zarr")})
+    moved = tmp_path / "unmounted"
+
+    def unmount(progress):
+        if progress.n_finished and not moved.exists():
+            source.rename(moved)
+            source.mkdir()
+
+    summary = run_job(job, client, on_progress=unmount)
+    assert summary.outcome == "incomplete"
+    assert summary.n_quarantined == summary.n_rejected == 0
+    assert summary.n_pending == 240 - summary.n_done > 0
+    assert summary.faults
+    source.rmdir()
+    moved.rename(source)
+    assert run_job(job, client).outcome == "complete"
+    run_job(job.model_copy(update={"store": str(tmp_path / "whole.zarr")}), client)
+    assert content(tmp_path / "features.zarr") == content(tmp_path / "whole.zarr")
+
+
+def test_an_image_that_changes_after_it_was_listed_is_quarantined_and_done_by_the_next_run(client, tmp_path):
+    source = make_images(tmp_path / "source", 3, [(50, 60)])
+    job = make_job({"source": str(source), "store": str(tmp_path / "features.zarr")})
+
+    def change(progress):
+        if progress.stage == "starting workers":
+            make_images(source, 1, [(50, 60)], seed=7)
+            (source / "img00002.png").unlink()
+
+    summary = run_job(job, client, on_progress=change)
+    assert (summary.n_done, summary.n_quarantined + summary.n_rejected) == (1, 2)
+    time.sleep(0.01)
+    summary = run_job(job.model_copy(update={"max_removed": 1.0}), client)
+    assert (summary.n_done, summary.n_removed, summary.n_bad_total) == (1, 1, 0)
