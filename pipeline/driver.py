@@ -101,7 +101,9 @@ class Driver:
         self.spec = extractor_spec(store.spec)
         self.channels = job.decode.channels
         self.source = reading.Source(listing.root, job.decode)
-        self.target = tasks.Target(str(store.path), summary.run_id)
+        self.target = tasks.Target(
+            str(store.path), summary.run_id, f"extractor-{store.spec.extractor['sha256'][:16]}-{job.dtype}"
+        )
         self.finished: queue.SimpleQueue[str] = queue.SimpleQueue()
         self.in_flight: dict[str, tuple[str, Any, Future]] = {}  # key -> kind, what was sent, future
         self.ready: deque[Batch] = deque()
@@ -166,7 +168,9 @@ class Driver:
             self.image_of[size] = dict(rows)
             self.waiting[size] = [row for row, _ in rows]
         self._check_resources({c.size: c.layout for c in self.store.classes.values()}, {})
-        self.client.register_plugin(tasks.ExtractorPlugin(self.spec, self.store.weights(), self.store.spec.layers))
+        self.client.register_plugin(
+            tasks.ExtractorPlugin(self.target.extractor, self.spec, self.store.weights(), self.store.spec.layers)
+        )
         self.progress.stage = "running"
         if not self.found.new:
             self._plan(complete=True)
@@ -373,7 +377,7 @@ class Driver:
         self.n_sent += 1
         submit = self.client.submit
         decoded = submit(tasks.read, self.source, pieces, key=f"read-{name}", resources={"read": 1}, pure=False)
-        extracted = submit(tasks.extract, decoded, key=f"extract-{name}", resources={"extract": 1}, pure=False)
+        extracted = submit(tasks.extract, self.target, decoded, key=f"extract-{name}", resources={"extract": 1}, pure=False)
         future = submit(tasks.write, self.target, extracted, key=f"write-{name}", resources={"write": 1}, pure=False)
         self._submit("batch", [(piece.layout.size, piece.paths[0], len(piece.paths)) for piece in pieces], future)
 

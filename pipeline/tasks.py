@@ -7,12 +7,10 @@ import ctypes
 import hashlib
 import signal
 import socket
-import threading
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import xxhash
@@ -27,15 +25,15 @@ from pipeline.plan import ClassLayout, LayerLayout
 from pipeline.reading import Patience, Source, read_bytes
 from pipeline.store import Status, StoredLayer
 
-PLUGIN = "featuremaps"
-
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Where maps go, and for which run."""
+    """Where maps go, for which run, and which extractor makes them."""
 
     path: str
     run_id: str
+    extractor: str
+    """Name of the `ExtractorPlugin`; runs of different stores may share a cluster."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,25 +112,18 @@ class ExtractorPlugin(WorkerPlugin):  # type: ignore[misc]
 
     Parameters
     ----------
+    name : str
+        Tells extractors apart on a cluster that several runs share.
     spec : ExtractorSpec
     weights : dict of str to (...) float32
     layers : tuple of StoredLayer
     """
 
-    name = PLUGIN
-    idempotent = False
-
-    def __init__(self, spec: ExtractorSpec, weights: dict[str, Array], layers: tuple[StoredLayer, ...]) -> None:
+    def __init__(self, name: str, spec: ExtractorSpec, weights: dict[str, Array], layers: tuple[StoredLayer, ...]) -> None:
+        self.name = name
         self.spec = spec
         self.weights = weights
         self.layers = layers
-        self._lock = threading.Lock()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"spec": self.spec, "weights": self.weights, "layers": self.layers}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(**state)  # type: ignore[misc]
 
     def setup(self, worker: Worker) -> None:  # noqa: ARG002 (Dask's signature)
         """Prepare the process; a Ctrl-C at the terminal is for the driver alone, which drains."""
@@ -145,8 +136,8 @@ class ExtractorPlugin(WorkerPlugin):  # type: ignore[misc]
         self.extractor = Extractor(self.spec, self.weights, self.layers)
 
 
-def _plugin() -> ExtractorPlugin:
-    plugin: ExtractorPlugin = get_worker().plugins[PLUGIN]
+def _plugin(target: Target) -> ExtractorPlugin:
+    plugin: ExtractorPlugin = get_worker().plugins[target.extractor]
     return plugin
 
 
@@ -201,9 +192,9 @@ def _read_image(source: Source, piece: WorkPiece, i: int, outcome: PieceResult, 
 # -- extract ---------------------------------------------------------------------------------------------------------------------
 
 
-def extract(decoded: Decoded) -> Extracted:
+def extract(target: Target, decoded: Decoded) -> Extracted:
     """Compute the maps of a batch, one image per call, straight into the blocks that are written."""
-    plugin = _plugin()
+    plugin = _plugin(target)
     started = time.perf_counter()
     blocks = [
         _extract_piece(plugin, images, outcome) for images, outcome in zip(decoded.images, decoded.result.pieces, strict=True)
@@ -267,7 +258,7 @@ def write(target: Target, extracted: Extracted) -> BatchResult:
     BatchResult
         What the driver commits: only after this returns are the maps in the store.
     """
-    plugin, result = _plugin(), extracted.result
+    plugin, result = _plugin(target), extracted.result
     started = time.perf_counter()
     for outcome, blocks in zip(result.pieces, extracted.blocks, strict=True):
         if (outcome.status == Status.DONE).any():

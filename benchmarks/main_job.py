@@ -1,0 +1,119 @@
+"""The main job's own promises, measured: many sizes, memory, a run with nothing to do, a plan of a million images.
+
+    python -m benchmarks.main_job sizes|memory|nothing|million
+
+Each prints ratios of one run on one machine and asserts the number of images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import psutil
+
+from benchmarks.images import FOLDER, command, machine, make, run
+
+STORE = FOLDER / "store.zarr"
+
+
+def fresh(*arguments: object) -> dict:
+    shutil.rmtree(STORE, ignore_errors=True)
+    return json.loads(run("run", *arguments, STORE, "--json"))
+
+
+def sizes(n: int = 10_000) -> None:
+    """Images of 3,000 sizes against as many pixels in images of one size."""
+    many = [(100 + i % 60, 100 + i // 60) for i in range(3000)]
+    mean = [(round(sum(h for h, _ in many) / 3000), round(sum(w for _, w in many) / 3000))]
+    folders = {"one size": make("one-size", n, mean), "3,000 sizes": make("many-sizes", n, many)}
+    times: dict[str, list[float]] = {name: [] for name in folders}
+    for _ in range(3):
+        for name, folder in folders.items():
+            receipt = fresh(folder)
+            assert receipt["n_done"] == n, receipt
+            times[name].append(receipt["elapsed_s"])
+            print(f"{name}: {receipt['elapsed_s']:.1f} s, of which with workers {receipt['compute_s']:.1f} s; {receipt['shares']}")
+    one, several = (sorted(values)[1] for values in times.values())
+    print(f"{n} images of 3,000 sizes take {several / one:.2f} times as long as of one size (medians of 3: {several:.1f} s, {one:.1f} s)")
+
+
+class Peak(threading.Thread):
+    """Largest resident memory of a process and of any of its descendants, bytes, sampled 50 times a second."""
+
+    def __init__(self, pid: int) -> None:
+        super().__init__(daemon=True)
+        self.process, self.driver, self.worker, self.over = psutil.Process(pid), 0, 0, threading.Event()
+        self.start()
+
+    def run(self) -> None:
+        while not self.over.wait(0.02):
+            try:
+                self.driver = max(self.driver, self.process.memory_info().rss)
+                for child in self.process.children(recursive=True):
+                    self.worker = max(self.worker, child.memory_info().rss)
+            except psutil.Error:
+                pass
+
+
+def measured(*arguments: object) -> tuple[dict, Peak, float]:
+    started = time.monotonic()
+    process = subprocess.Popen(command(*arguments, "--json"), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    peak = Peak(process.pid)
+    output, _ = process.communicate()
+    peak.over.set()
+    assert process.returncode == 0
+    return json.loads(output), peak, time.monotonic() - started
+
+
+def memory() -> None:
+    """Peak memory of driver and workers at 4,000 images against 400."""
+    peaks = {}
+    for n in (400, 4000):
+        shutil.rmtree(STORE, ignore_errors=True)
+        receipt, peak, _ = measured("run", make("photographs", n, [(516, 639)], distinct=400), STORE)
+        assert receipt["n_done"] == n
+        peaks[n] = peak
+        print(f"{n} images: driver {peak.driver / 2**20:.0f} MiB, largest worker {peak.worker / 2**20:.0f} MiB")
+    print(
+        f"4,000 against 400 images: driver x {peaks[4000].driver / peaks[400].driver:.3f}, "
+        f"worker x {peaks[4000].worker / peaks[400].worker:.3f}"
+    )
+
+
+def nothing(n: int = 10_000) -> None:
+    """A run on a finished store of 10,000 files."""
+    folder = make("one-size", n, [(130, 124)])
+    assert fresh(folder)["n_done"] == n
+    receipt, peak, elapsed_s = measured("run", folder, STORE)
+    assert (receipt["n_done"], receipt["n_unchanged"]) == (0, n)
+    print(f"nothing to do for {n} images: {elapsed_s:.2f} s for the whole command, peak {peak.driver / 2**20:.0f} MiB")
+
+
+def million(n: int = 1_000_000) -> None:
+    """A plan of a million images; hard links to 3,000 pictures, so that disk is no matter."""
+    many = [(100 + i % 60, 100 + i // 60) for i in range(3000)]
+    folder = make("million", n, many, distinct=3000)
+    paths = FOLDER / f"million-{n}.txt"
+    if not paths.exists():
+        paths.write_text("\n".join(str(Path(folder.name) / f"{i // 1000:04d}" / f"{i:07d}.jpg") for i in range(n)))
+    for source in (paths, folder):
+        preview, peak, elapsed_s = measured("plan", source, FOLDER / "none.zarr")
+        assert preview["n_to_compute"] == n
+        print(
+            f"plan of {n} images from a {'list' if source is paths else 'folder'}: {elapsed_s:.1f} s, driver {peak.driver / 2**20:.0f} "
+            f"MiB ({peak.driver / n:.0f} bytes an image with everything), largest helper {peak.worker / 2**20:.0f} MiB; "
+            f"{preview['n_new_classes']} classes"
+        )
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["sizes", "memory", "nothing", "million"])
+    print(machine())
+    globals()[parser.parse_args().what]()
