@@ -38,9 +38,13 @@ def sizes(n: int = 10_000) -> None:
             receipt = fresh(folder)
             assert receipt["n_done"] == n, receipt
             times[name].append(receipt["elapsed_s"])
-            print(f"{name}: {receipt['elapsed_s']:.1f} s, of which with workers {receipt['compute_s']:.1f} s; {receipt['shares']}")
+            print(
+                f"{name}: {receipt['elapsed_s']:.1f} s, of which with workers {receipt['compute_s']:.1f} s; {receipt['shares']}"
+            )
     one, several = (sorted(values)[1] for values in times.values())
-    print(f"{n} images of 3,000 sizes take {several / one:.2f} times as long as of one size (medians of 3: {several:.1f} s, {one:.1f} s)")
+    print(
+        f"{n} images of 3,000 sizes take {several / one:.2f} times as long as of one size (medians of 3: {several:.1f} s, {one:.1f} s)"
+    )
 
 
 class Peak(threading.Thread):

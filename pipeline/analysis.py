@@ -91,7 +91,7 @@ class FeatureStore:
         rejected = pd.DataFrame({name: self._store.column(REJECTED, name) for name in ("path", "error", "status")})
         rejected["row"] = np.arange(len(rejected))
         live = rejected[rejected["status"] < Status.REMOVED].assign(
-            status="rejected", **dict.fromkeys(_SIZES, 0), **{"class": ""}
+            status="rejected", **dict.fromkeys(_SIZES, np.int32(0)), **{"class": ""}
         )
         order = ["path", "class", "row", *_SIZES, "status", "error"]
         return pd.concat([*parts, live[order]], ignore_index=True)

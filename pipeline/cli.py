@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import signal
@@ -82,7 +83,10 @@ def _make_job(what: tuple[str, ...], options: dict[str, Any]) -> Job:
     if len(what) == 1 and what[0].endswith(_JOB_SUFFIXES):
         return load_job(what[0], values)
     if len(what) != 2:
-        raise UsageError(f"{len(what)} arguments were given ({' '.join(what)}): give SOURCE and STORE, or one JOB.yaml")
+        raise UsageError(
+            f"SOURCE and STORE, or one JOB.yaml, are needed, but {'this was' if len(what) == 1 else f'these {len(what)} were'} given: "
+            f"{' '.join(what[:5])}; nothing was started. Name both, and quote a pattern, so that the shell does not expand it"
+        )
     return make_job({"source": what[0], "store": what[1], **values})
 
 
@@ -195,7 +199,14 @@ def _show_progress(on_terminal: bool) -> Iterator[Callable[[Progress], None]]:
     )
 
     columns = [SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
-    with Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bar:
+    with Progress(
+        *columns,
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+        speed_estimate_period=600,
+    ) as bar:
         task = bar.add_task("listing", total=None)
 
         def update(progress: Any) -> None:
@@ -229,6 +240,8 @@ def _log_lines() -> Callable[[Progress], None]:
 
 def _describe(summary: Summary, job: Job) -> str:
     """The closing summary of a run."""
+    from pipeline.summary import printable
+
     lines = [
         (
             f"{summary.outcome}: {summary.n_done} images done, {summary.n_unchanged} unchanged, {summary.n_quarantined} quarantined, "
@@ -246,10 +259,12 @@ def _describe(summary: Summary, job: Job) -> str:
             f"time of the workers: {shares}; bottleneck: {summary.bottleneck}",
         ]
     if summary.faults:
-        lines.append(f"faults that may pass: {'; '.join(summary.faults[:3])}; run again to try these images again")
+        faults = "; ".join(map(printable, summary.faults[:3]))
+        lines.append(f"faults that may pass: {faults}; run again to try these images again")
     if summary.unreadable_folders:
         lines.append(
-            f"folders that could not be read, whose images keep what they have: {', '.join(summary.unreadable_folders[:5])}"
+            "folders that could not be read, whose images keep what they have: "
+            + ", ".join(map(printable, summary.unreadable_folders[:5]))
         )
     if summary.n_bad_total:
         lines.append(f"{summary.n_bad_total} bad images in all: featuremaps status {job.store} lists them with their reasons")
@@ -259,11 +274,22 @@ def _describe(summary: Summary, job: Job) -> str:
 
 def main() -> None:
     """Run the command; errors that the user can mend are a paragraph and an exit code, never a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="surrogateescape")  # names that are not UTF-8 go out as they came in
     try:
         code = cli.main(standalone_mode=False)
     except FeaturemapsError as error:
-        click.echo(f"featuremaps: {error}", err=True)
+        paragraph = " ".join(line.strip() for line in str(error).splitlines())
+        click.echo(f"featuremaps: {paragraph}", err=True)
         code = error.exit_code
+    except OSError as error:
+        click.echo(
+            f"featuremaps: the file system failed ({error}): what was committed stands; check the disk, its space and the "
+            "permissions, and run the same command again",
+            err=True,
+        )
+        code = EXIT_FAILED
     except click.ClickException as error:
         error.show()
         code = error.exit_code

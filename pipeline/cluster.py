@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 from collections.abc import Iterator
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -135,8 +137,21 @@ def connect(spec: LocalSpec | AddressSpec) -> Iterator[Client]:
             "dashboard_address": "127.0.0.1:0",
             "silence_logs": logging.ERROR,
         }
-        with LocalCluster(**options) as cluster, Client(cluster) as client:
+        with _without_interrupts():
+            cluster = LocalCluster(**options)
+        with cluster, Client(cluster) as client:
             yield client
+
+
+@contextlib.contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Threads and processes that start meanwhile never see SIGINT: a Ctrl-C at the terminal is for the driver alone, which drains."""
+    resource_tracker.ensure_running()  # whose start would unblock the signal
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextlib.contextmanager
@@ -158,8 +173,12 @@ def worker_slots(client: Client) -> dict[str, tuple[int, int]]:
     ------
     FeaturemapsError
         When a role has no worker.
+    ConnectionError
+        When the scheduler is gone.
     """
     workers = client.scheduler_info(n_workers=-1)["workers"]
+    if client.status != "running":
+        raise ConnectionError(f"connection to {client} is {client.status}")
     for role in ROLES:
         if not any(worker["resources"].get(role) for worker in workers.values()):
             raise FeaturemapsError(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -171,8 +172,9 @@ def load_job(path: str | Path, overrides: dict[str, Any] | None = None) -> Job:
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())  # YAML's errors draw the place over several lines
         raise UsageError(
-            f"job file {path} cannot be read ({error}), so nothing was started; give a YAML file with at least source and store"
+            f"job file {path} cannot be read ({reason}), so nothing was started; give a YAML file with at least source and store"
         ) from error
     if not isinstance(data, dict):
         raise UsageError(f"job file {path} holds {type(data).__name__}, not keys and values; it needs at least source and store")
@@ -186,7 +188,10 @@ def load_job(path: str | Path, overrides: dict[str, Any] | None = None) -> Job:
 
 
 def _beside(path: Path, value: str) -> str:
-    return value if "://" in value else str(path.absolute().parent / Path(value).expanduser())
+    try:
+        return value if "://" in value else str(path.absolute().parent / Path(value).expanduser())
+    except RuntimeError as error:
+        raise UsageError(f"job file {path} names {value!r}, whose home folder is not known: write the path out") from error
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -213,29 +218,47 @@ def validate_model(model: type[M], values: Any, where: str) -> M:
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        problems = "; ".join(_explain(model, problem) for problem in error.errors())
+        found = error.errors()
+        deeper = {problem["loc"][:n] for problem in found for n in range(1, len(problem["loc"]))}
+        # A tuple whose items were refused is also "too short", which would only distract.
+        problems = "; ".join(_explain(model, problem) for problem in found if problem["loc"] not in deeper)
         raise UsageError(f"{where} is not usable, so nothing was started: {problems}") from error
 
 
 def _explain(model: type[BaseModel], problem: Any) -> str:
     """One problem of pydantic's, as value, expectation and remedy."""
-    location = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        known = _keys_at(model, problem["loc"][:-1])
-        near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
+        *above, key = problem["loc"]
+        place, where = _locate(model, tuple(above))
+        known = sorted(place.model_fields)
+        near = difflib.get_close_matches(str(key), known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known keys are {', '.join(known)}"
-        return f"unknown key {location!r}: {hint}"
+        return f"unknown key {'.'.join(filter(None, (where, str(key))))!r}: {hint}"
+    location = _locate(model, problem["loc"])[1]
     if problem["type"] == "missing":
         return f"key {location!r} is missing: add it"
+    if problem["type"] == "union_tag_not_found":
+        tag = problem["ctx"]["discriminator"].strip("'")
+        return f"key {f'{location}.{tag}'!r} is missing: add it"
+    if problem["type"] == "value_error":
+        return f"{location}: {problem['ctx']['error']}"
     return f"{location or 'the whole'}: {problem['msg']}, not {problem['input']!r}"
 
 
-def _keys_at(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
-    """The keys that are known at a place inside ``model``."""
+def _locate(model: type[BaseModel], location: tuple[int | str, ...]) -> tuple[Any, str]:
+    """The type at a place inside ``model``, and the place in the file's own keys: pydantic's also has the kinds of unions."""
+    place: Any = model
+    shown: list[str] = []
     for part in location:
-        field = model.model_fields.get(str(part))
-        if field is None:
+        while get_origin(place) is Annotated or NoneType in get_args(place):
+            place = get_args(place)[0]
+        if get_origin(place) in {Union, UnionType}:
+            fields = ((member, member.model_fields.values()) for member in get_args(place))
+            place = next(member for member, inner in fields if any(part in get_args(field.annotation) for field in inner))
             continue
-        inner = [a for a in (field.annotation, *get_args(field.annotation)) if isinstance(a, type) and issubclass(a, BaseModel)]
-        model = inner[0] if inner else model
-    return sorted(model.model_fields)
+        shown.append(str(part))
+        if isinstance(place, type) and issubclass(place, BaseModel):
+            place = place.model_fields[str(part)].annotation
+        else:
+            place = get_args(place)[1 if get_origin(place) is dict else 0]
+    return place, ".".join(shown)

@@ -10,11 +10,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from distributed import Client, Future, KilledWorker
+from distributed.client import ClosedClientError
+from distributed.comm import CommClosedError
 
 from pipeline import reading, tasks
 from pipeline.changes import Changes
@@ -49,7 +52,9 @@ FIRST_APPEND = 4096
 MAX_APPEND = 65_536
 READY_BATCHES_PER_SLOT = 4
 FAULT_SAMPLE = 500
-LOST_S = 30.0
+RESULT_S = 10.0
+NO_WORKERS_S = 120.0
+REGISTER_TRIES = 5
 # Reasons that say more about the source than about the image.
 _ACCESS = ("missing", "permission_denied", "changed", "not_a_file")
 
@@ -116,6 +121,8 @@ class Driver:
         self.recent: deque[bool] = deque(maxlen=FAULT_SAMPLE)  # of the last images seen: whether they could not be reached
         self.results: list[tasks.BatchResult] = []
         self.failure: FeaturemapsError | None = None
+        self.is_lost = False  # nothing that is in flight will come back
+        self.no_workers_since: float | None = None
 
     # -- the loop --------------------------------------------------------------------------------------------------------------
 
@@ -127,7 +134,14 @@ class Driver:
         FeaturemapsError
             What ended the run early; what was in flight has been waited for and committed.
         """
-        self._prepare()
+        try:
+            self._prepare()
+            self._loop()
+        except (OSError, CancelledError, ClosedClientError) as error:
+            self._fail(self._why(error, None))
+        self._end()
+
+    def _loop(self) -> None:
         started = time.monotonic()
         next_commit, next_receipt = started + COMMIT_S, started + RECEIPT_S
         try:
@@ -139,6 +153,9 @@ class Driver:
                 if not self.in_flight:
                     break
                 self._wait(next_commit - time.monotonic())
+                if self.is_lost or self.client.status != "running":
+                    self._fail(_lost(None))
+                    break
                 self.summary.compute_s = time.monotonic() - started
                 if time.monotonic() >= next_commit:
                     self._commit()
@@ -147,10 +164,11 @@ class Driver:
                 if time.monotonic() >= next_receipt:
                     self.store.write_receipt(self.summary.run_id, receipt(self.summary))
                     next_receipt = time.monotonic() + RECEIPT_S
+                    self._check_workers()
         finally:
-            self.client.cancel([future for _, _, future in self.in_flight.values()], force=True)
-        self.summary.compute_s = time.monotonic() - started
-        self._end()
+            with contextlib.suppress(OSError, CancelledError, ClosedClientError):
+                self.client.cancel([future for _, _, future in self.in_flight.values()], force=True)
+            self.summary.compute_s = time.monotonic() - started
 
     @property
     def draining(self) -> bool:
@@ -160,6 +178,7 @@ class Driver:
     def _prepare(self) -> None:
         """Look at the workers, give them the extractor, and take up the rows that are in the store already."""
         workers = worker_slots(self.client)
+        self.addresses = set(workers)
         self.slots = self.summary.slots = sum(slots for slots, _ in workers.values())
         self.memory_limit_bytes = min((limit for _, limit in workers.values() if limit), default=0)
         self.threads = max(slots for slots, _ in workers.values())
@@ -167,13 +186,23 @@ class Driver:
             rows = self.found.pending.get(shape_class.name, [])
             self.image_of[size] = dict(rows)
             self.waiting[size] = [row for row, _ in rows]
-        self._check_resources({c.size: c.layout for c in self.store.classes.values()}, {})
-        self.client.register_plugin(
-            tasks.ExtractorPlugin(self.target.extractor, self.spec, self.store.weights(), self.store.spec.layers)
-        )
+        self._check_resources({size: self.store.classes[size].layout for size, rows in self.image_of.items() if rows}, {})
+        self._register(tasks.ExtractorPlugin(self.target.extractor, self.spec, self.store.weights(), self.store.spec.layers))
         self.progress.stage = "running"
         if not self.found.new:
             self._plan(complete=True)
+
+    def _register(self, plugin: tasks.ExtractorPlugin) -> None:
+        """Give every worker the extractor; a worker that dies meanwhile makes the whole call fail, and gets it when it is back."""
+        for left in reversed(range(REGISTER_TRIES)):
+            try:
+                self.client.register_plugin(plugin)
+                return
+            except OSError as error:
+                if not left or self.client.status != "running":
+                    raise
+                logger.info("giving the extractor to the workers once more: %s", error)
+                time.sleep(1.0)
 
     def _wait(self, timeout_s: float) -> None:
         """Take up what finished, waiting for the first at most ``timeout_s``."""
@@ -192,9 +221,12 @@ class Driver:
         kind, sent, future = self.in_flight.pop(key)
         if future.status == "finished":
             try:
-                result = future.result()
-            except (OSError, RuntimeError) as error:
-                self._fail(_lost(error))
+                result = future.result(timeout=RESULT_S)
+            except TimeoutError:
+                self._submit(kind, sent, future)  # the worker that held it is gone: it is computed once more
+                return
+            except (OSError, RuntimeError, CancelledError, KilledWorker, FeaturemapsError) as error:
+                self._fail(self._why(error, sent))
                 return
             if kind == "probe":
                 self.probed[sent] = result
@@ -204,11 +236,33 @@ class Driver:
             self._fail(_explain(future.exception(), sent, self.store.path))
         else:
             self._fail(_lost(None))
+            self.is_lost = True
+
+    def _why(self, error: BaseException, sent: Any) -> FeaturemapsError:
+        """Tell a lost scheduler from what a task or the store raised."""
+        lost = self.client.status != "running" or isinstance(error, CommClosedError | CancelledError | ClosedClientError)
+        return _lost(error) if lost else _explain(error, sent, self.store.path)
+
+    def _check_workers(self) -> None:
+        """Give up when nobody is left to work: a scheduler that was started by hand would wait for ever."""
+        try:
+            worker_slots(self.client)
+            self.no_workers_since = None
+        except FeaturemapsError as error:
+            now = time.monotonic()
+            self.no_workers_since = self.no_workers_since or now
+            if now - self.no_workers_since >= NO_WORKERS_S:
+                failure = FeaturemapsError(
+                    f"workers were lost and none has come for {NO_WORKERS_S:.0f} s: the run stopped, and what was committed stands; "
+                    f"start workers and run the same command again to go on from there ({error})"
+                )
+                self._fail(failure)
+                self.is_lost = True
 
     def _fail(self, failure: FeaturemapsError) -> None:
         """Note the first failure; the loop drains and `run` raises it."""
         if self.failure is None:
-            logger.error("stopping: %s", failure)
+            logger.info("stopping: %s", failure)
             self.failure = failure
 
     # -- probing and appending -------------------------------------------------------------------------------------------------
@@ -271,7 +325,7 @@ class Driver:
         for size, item in zip(sizes, good, strict=True):
             groups.setdefault(size, []).append(item)
         layouts = {size: self._layout(size) for size in groups}
-        known = {c.size: c.layout for c in self.store.classes.values()}
+        known = {size: self.store.classes[size].layout for size, rows in self.image_of.items() if rows}
         self._check_resources({**known, **layouts}, {size: len(items) for size, items in groups.items()})
         require_lock(self.store.path / RUNS, self.summary.run_id)
         for size, items in groups.items():
@@ -332,7 +386,7 @@ class Driver:
         if not layouts:
             return
         window = BATCHES_IN_FLIGHT_PER_SLOT * self.threads
-        needed = worker_memory_bytes(layouts, self.channels, self.threads, window)
+        needed = worker_memory_bytes(layouts.values(), self.channels, self.threads, window)
         if self.memory_limit_bytes and needed > self.memory_limit_bytes:
             largest = max(layouts, key=lambda size: size[0] * size[1])
             raise UsageError(
@@ -443,9 +497,8 @@ class Driver:
         columns: dict[str, Array] = {
             "digest": stack([digest for piece in pieces for digest in piece.digest]),
             "maps_digest": stack([digest for piece in pieces for digest in piece.maps_digest]),
+            "error": stack(errors),  # also where there is none: an earlier try may have left one
         }
-        if any(errors) or self.job.retry_quarantined:
-            columns["error"] = stack(errors)
         for layer in self.store.spec.layers:
             pooled = np.concatenate([piece.pooled[layer.name] for piece in pieces])
             columns |= {f"{layer.name}_{name}": pooled[:, i] for i, name in enumerate(STATISTICS)}
@@ -483,6 +536,9 @@ class Driver:
         self.notify(self.progress)
         if self.failure is not None:
             raise self.failure
+        if self._has_lost_workers():
+            require_lock(self.store.path / RUNS, self.summary.run_id)
+            self.store.repair()  # what the workers that were lost left
         unsent = sum(map(len, self.image_of.values()))
         unprobed = len(self.found.new) - min(self.next_append * PROBE_BLOCK, len(self.found.new)) + len(self.buffer)
         self.summary.n_pending += unsent + unprobed
@@ -490,6 +546,12 @@ class Driver:
             self.summary.outcome = "stopped"
         else:
             self.summary.outcome = "incomplete" if self.summary.n_pending else "complete"
+
+    def _has_lost_workers(self) -> bool:
+        try:
+            return not self.addresses <= set(worker_slots(self.client))
+        except (OSError, FeaturemapsError):
+            return True
 
 
 def _lost(error: BaseException | None) -> FeaturemapsError:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 Precision = Literal["float32", "float64"]
 
+BAND_OUTPUTS = 1 << 19  # convolve about half a million outputs at a time: as fast, and scratch does not grow with the image
 BAND_VALUES = 1 << 18  # un-shuffle about 1 MiB at a time, which stays in a core's cache
 
 _scratch = threading.local()
@@ -120,14 +121,21 @@ class Layer(nn.Module):
         return _activate(x + self.bias[:, None, None], self.spec.activation)
 
     def _blocked(self, x: Tensor, out: Tensor) -> Tensor:
-        (kh, kw), (sy, sx) = self.spec.kernel, self.block
+        (kh, kw), (sy, sx), (py, _) = self.spec.kernel, self.block, self.spec.pool
         height, width = x.shape[1] - kh + 1, x.shape[2] - kw + 1
-        padded = _channels_last(x, padded_extent(height, sy) + kh - 1, padded_extent(width, sx) + kw - 1)
-        y = conv2d(padded, self.block_weight, self.block_bias, stride=self.block)  # (1, filters*sy*sx, rows/sy, columns/sx)
-        if self.spec.pool == (1, 1):
-            return _unshuffle(_activate(y, self.spec.activation), self.block, out)
-        maps = _unshuffle(y, self.block, _buffer("unpooled", self.spec.filters, height, width))
-        return out.copy_(_activate(max_pool2d(maps, self.spec.pool), self.spec.activation))  # max(x) + bias = max(x + bias)
+        columns = padded_extent(width, sx)
+        band = max(1, BAND_OUTPUTS // (self.spec.filters * columns * sy * py)) * sy * py
+        for top in range(0, out.shape[1] * py, band):
+            rows = min(band, height - top)
+            padded = _channels_last(x[:, top : top + rows + kh - 1], padded_extent(rows, sy) + kh - 1, columns + kw - 1)
+            y = conv2d(padded, self.block_weight, self.block_bias, stride=self.block)  # (1, filters*sy*sx, rows/sy, columns/sx)
+            part = out[:, top // py : (top + rows) // py]
+            if self.spec.pool == (1, 1):
+                _unshuffle(_activate(y, self.spec.activation), self.block, part)
+            else:
+                maps = _unshuffle(y, self.block, _buffer("unpooled", self.spec.filters, rows, width))
+                part.copy_(_activate(max_pool2d(maps, self.spec.pool), self.spec.activation))  # max(x) + bias = max(x + bias)
+        return out
 
 
 def _channels_last(x: Tensor, height: int, width: int) -> Tensor:

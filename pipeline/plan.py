@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from pipeline.errors import FeaturemapsError
@@ -27,7 +27,9 @@ BATCHES_PER_SLOT = 4
 BATCHES_IN_FLIGHT_PER_SLOT = 2
 
 # What a worker holds whatever the images: interpreter, torch, dask and zarr.
-WORKER_BASE_BYTES = 500 * 1024**2
+WORKER_BASE_BYTES = 450 * 1024**2
+# Scratch of the convolution, whatever the image's size.
+BAND_BYTES = 32 * 1024**2
 
 Size = tuple[int, int]
 
@@ -323,15 +325,15 @@ def pack_batches(pieces: Sequence[Piece], slots: int) -> list[Batch]:
     return batches
 
 
-def worker_memory_bytes(layouts: Mapping[Size, ClassLayout], channels: int, threads: int, window: int) -> int:
+def worker_memory_bytes(layouts: Iterable[ClassLayout], channels: int, threads: int, window: int) -> int:
     """Projected peak memory of one worker.
 
-    The interpreter and its libraries, ``window`` batches in flight, and per thread the scratch of the largest image: its pixels
-    as float32, the polyphase result, the maps before they are stored, and the compressed object.
+    The interpreter and its libraries; the decoded images of all batches in flight; per thread the maps of one batch, the
+    compressed object of one shard, and the scratch of one image: its pixels once more, its maps as float32 twice, and a band.
 
     Parameters
     ----------
-    layouts : mapping of size to ClassLayout
+    layouts : iterable of ClassLayout
     channels : int
         Channels of the decoded image.
     threads : int
@@ -339,16 +341,13 @@ def worker_memory_bytes(layouts: Mapping[Size, ClassLayout], channels: int, thre
     window : int
         Batches of one worker in flight.
     """
-    if not layouts:
-        return WORKER_BASE_BYTES
-    shard = max(
-        layout.shard_rows * (layout.size[0] * layout.size[1] * channels + layout.row_bytes) for layout in layouts.values()
-    )
-    batch = max(BATCH_BYTES, shard)
-    scratch = max(
-        layout.size[0] * layout.size[1] * channels * 5
-        + 3 * sum(layer.channels * layer.height * layer.width * 4 for layer in layout.layers)
-        for layout in layouts.values()
-    )
-    stored = max(layout.shard_rows * layout.row_bytes for layout in layouts.values())
-    return WORKER_BASE_BYTES + window * batch + threads * (scratch + stored)
+    return WORKER_BASE_BYTES + max((_class_memory_bytes(layout, channels, threads, window) for layout in layouts), default=0)
+
+
+def _class_memory_bytes(layout: ClassLayout, channels: int, threads: int, window: int) -> int:
+    image = layout.size[0] * layout.size[1] * channels
+    shard = layout.shard_rows * (image + layout.row_bytes)
+    n_images = layout.shard_rows * max(1, BATCH_BYTES // shard)
+    maps = 4 * sum(layer.channels * layer.height * layer.width for layer in layout.layers)
+    scratch = image + 2 * maps + BAND_BYTES
+    return window * n_images * image + threads * (n_images * layout.row_bytes + layout.shard_rows * layout.row_bytes + scratch)

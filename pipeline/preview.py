@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.changes import Changes, check_removals
 from pipeline.collection import Listing, list_collection
 from pipeline.config import Job
 from pipeline.lock import current_holder
@@ -30,7 +31,8 @@ from pipeline.plan import (
 from pipeline.reading import Probed, Source, probe_block
 from pipeline.run import check_apart, compare_with_store, count_statuses, open_for
 from pipeline.settings import layout_of, multiply_adds, needed_size, store_spec
-from pipeline.store import REJECTED, Status, Store, free_bytes
+from pipeline.store import REJECTED, ShapeClass, Status, Store, free_bytes
+from pipeline.summary import printable
 from pipeline.weights import load_weights
 
 BLOCK = 2048
@@ -47,6 +49,8 @@ class Preview:
     n_to_reject: int = 0
     n_faults: int = 0
     n_removed: int = 0
+    n_returned: int = 0
+    """Removed images that are back unchanged."""
     reasons: dict[str, int] = field(default_factory=dict)
     """Images to reject per code."""
     classes: dict[str, int] = field(default_factory=dict)
@@ -74,6 +78,7 @@ class Preview:
             (
                 f"{self.n_listed} images listed: {self.n_to_compute} to compute, {self.n_unchanged} unchanged, "
                 f"{self.n_to_reject} to reject, {self.n_removed} to mark removed"
+                + (f", {self.n_returned} back" if self.n_returned else "")
             ),
             f"{len(self.classes)} shape classes ({self.n_new_classes} new): {listed or 'none'}",
             f"{self.n_shards} shards in {self.n_batches} batches for {self.workers} workers, roughly {self.work_s:.0f} s of one core",
@@ -102,13 +107,14 @@ def plan_job(job: Job) -> Preview:
     check_apart(Path(job.store).absolute(), job.source, listing.root)
     store = open_for(Path(job.store), store_spec(job, listing.root, load_weights(job.extractor, job.decode.channels)))
     found = compare_with_store(job, store, listing)
+    check_removals(found, job.max_removed)
     workers = job.workers or len(os.sched_getaffinity(0))
     preview = Preview(len(listing), found.n_unchanged, n_removed=found.n_removed, workers=workers)
+    preview.n_returned = sum(map(len, found.returned.values())) - _take_up_returned(found, store)
     preview.free_bytes = free_bytes(Path(job.store).absolute())
 
-    existing = {} if store is None else {c.size: c for c in store.classes.values()}
-    rows = {size: len(found.pending.get(c.name, [])) for size, c in existing.items()}
-    rows = {size: n for size, n in rows.items() if n}
+    existing = {} if store is None else store.classes
+    pending = {size: [row for row, _ in found.pending.get(c.name, ())] for size, c in existing.items()}
     sizes: list[Size] = []
     reasons: Counter[str] = Counter()
     for p in _probe_all(job, listing, found.new, workers):
@@ -119,9 +125,22 @@ def plan_job(job: Job) -> Preview:
         else:
             sizes.append((p.input_height, p.input_width))
     new = Counter(assign_classes(sizes, existing))
-    _fill(preview, job, {size: rows.get(size, 0) + new[size] for size in rows.keys() | new.keys()}, set(existing))
+    _fill(preview, job, existing, {size: rows for size, rows in pending.items() if rows}, new)
     preview.reasons, preview.n_to_reject = dict(reasons), sum(reasons.values())
     return preview
+
+
+def _take_up_returned(found: Changes, store: Store | None) -> int:
+    """Count images that are back but were never computed, and put them with the pending ones."""
+    if store is None:
+        return 0
+    n = 0
+    for group, rows in found.returned.items():
+        known = store.column(group, "maps_digest") + store.column(group, "error")
+        again = [(row, i) for row, i in rows if not known[row]]
+        found.pending[group] = sorted([*found.pending.get(group, []), *again])
+        n += len(again)
+    return n
 
 
 def _probe_all(job: Job, listing: Listing, images: Sequence[int], workers: int) -> Iterator[Probed]:
@@ -142,23 +161,30 @@ def _probe_all(job: Job, listing: Listing, images: Sequence[int], workers: int) 
             yield from future.result()
 
 
-def _fill(preview: Preview, job: Job, rows: dict[Size, int], existing: set[Size]) -> None:
+def _fill(
+    preview: Preview, job: Job, existing: Mapping[Size, ShapeClass], pending: dict[Size, list[int]], new: Mapping[Size, int]
+) -> None:
     """Cut the rows of each class as a run would."""
     layouts: dict[Size, ClassLayout] = {}
     pieces = []
     channels = job.decode.channels
-    for size, n in rows.items():
-        layouts[size] = layout = layout_of(size, job.extractor, np.dtype(job.dtype).itemsize, channels)
+    for size in pending.keys() | new.keys():
+        known = existing.get(size)
+        length = known.length if known else 0
+        n_rows = length + new.get(size, 0)
+        rows = [*pending[size], *range(length, n_rows)] if size in pending else range(length, n_rows)
+        layout = known.layout if known else layout_of(size, job.extractor, np.dtype(job.dtype).itemsize, channels)
+        layouts[size] = layout
         cost_s = image_cost_s(layout, multiply_adds(job.extractor, size, channels))
-        pieces += cut_pieces(layout, range(n), n, cost_s, channels)[0]
-        preview.work_s += n * cost_s
-        preview.maps_bytes += n * layout.row_bytes
-    preview.n_to_compute = sum(rows.values())
-    preview.classes = {class_name(size): n for size, n in rows.items()}
-    preview.n_new_classes = len(rows.keys() - existing)
+        pieces += cut_pieces(layout, rows, n_rows, cost_s, channels)[0]
+        preview.work_s += len(rows) * cost_s
+        preview.maps_bytes += len(rows) * layout.row_bytes
+        preview.classes[class_name(size)] = len(rows)
+    preview.n_to_compute = sum(preview.classes.values())
+    preview.n_new_classes = len(layouts.keys() - existing.keys())
     preview.n_shards = len(pieces)
     preview.n_batches = len(pack_batches(pieces, preview.workers))
-    preview.worker_memory_bytes = worker_memory_bytes(layouts, channels, 1, BATCHES_IN_FLIGHT_PER_SLOT)
+    preview.worker_memory_bytes = worker_memory_bytes(layouts.values(), channels, 1, BATCHES_IN_FLIGHT_PER_SLOT)
 
 
 @dataclass(slots=True)
@@ -183,12 +209,11 @@ class StoreStatus:
     @property
     def left_s(self) -> float | None:
         """Seconds until the run at work ends at its present pace."""
-        rate = (self.last_run or {}).get("images_per_s", 0.0)
-        left = self.counts["pending"] + (self.last_run or {}).get("n_listed", 0) - self._n_known()
-        return left / rate if self.holder and rate else None
-
-    def _n_known(self) -> int:
-        return sum(self.counts[name] for name in ("pending", "done", "quarantined", "rejected"))
+        run = self.last_run
+        if not self.holder or not run or run["run_id"] != self.holder["run_id"] or not run["images_per_s"]:
+            return None
+        finished = sum(run[name] for name in ("n_unchanged", "n_returned", "n_done", "n_quarantined", "n_rejected"))
+        return float((run["n_listed"] - finished) / run["images_per_s"])
 
     def describe(self) -> str:
         """For a person."""
@@ -202,11 +227,15 @@ class StoreStatus:
         if self.last_run:
             run = self.last_run
             lines.append(
-                f"last run {run['run_id']}: {run['outcome']}, {run['n_done']} done at {run['images_per_s']:.1f} images/s"
+                f"last run {run['run_id']}: {run['outcome']}, {run['n_done']} done"
+                + (f" at {run['images_per_s']:.1f} images/s" if run["n_done"] else "")
                 + (f", bottleneck {run['bottleneck']}" if run["bottleneck"] else "")
                 + (f" -- {run['message']}" if run["message"] else "")
             )
-        lines += [f"  {item['path']}  {item['error']}" for item in self.bad]
+        lines += [f"  {printable(item['path'])}  {printable(item['error'])}" for item in self.bad]
+        n_more = self.counts["quarantined"] + self.counts["rejected"] - len(self.bad)
+        if n_more:
+            lines.append(f"  and {n_more} more bad images: --quarantined N lists N")
         return "\n".join(lines)
 
 
@@ -219,7 +248,6 @@ def store_status(path: Path, n_bad: int = 20) -> StoreStatus:
         When there is no store.
     """
     store = Store(path)
-    receipts = store.receipts()
     return StoreStatus(
         str(path),
         store.spec.source,
@@ -228,7 +256,7 @@ def store_status(path: Path, n_bad: int = 20) -> StoreStatus:
         count_statuses(store),
         _bad_images(store, n_bad),
         current_holder(path),
-        receipts[-1] if receipts else None,
+        store.last_receipt(),
     )
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -12,10 +13,13 @@ from pipeline.decode import decode
 from pipeline.errors import ImageError, UsageError
 from pipeline.reading import Source, read_current
 from pipeline.settings import decode_spec
+from pipeline.summary import printable
 
 FORMATS = (".png", ".svg", ".pdf")
 MAX_MAPS = 16
 _COLUMNS = 4
+_PANEL = 3.2  # inches of the longer side of a map
+Pixels: TypeAlias = np.ndarray[Any, Any]
 
 
 def show_image(store: Path, path: str, output: Path) -> None:
@@ -43,14 +47,23 @@ def show_image(store: Path, path: str, output: Path) -> None:
         for layer in features.layers
         for channel in range(maps[layer].shape[0])
     ]
-    figure = _draw(path, _source_pixels(features, path), panels[:MAX_MAPS], len(panels))
+    _save(_source_pixels(features, path), printable(path), panels[:MAX_MAPS], len(panels), output)
+
+
+def _save(pixels: Pixels | None, title: str, panels: list[tuple[str, Pixels]], n_maps: int, output: Path) -> None:
     try:
-        figure.savefig(output, dpi=150)
+        import matplotlib as mpl  # noqa: PLC0415 (an extra)
+    except ImportError as error:
+        raise UsageError('figures need matplotlib, which is not installed: pip install "featuremaps[figures]"') from error
+    try:
+        # Titles stay text in an SVG; a name is no formula; a font may lack a glyph, which then is a box.
+        with mpl.rc_context({"svg.fonttype": "none", "text.usetex": False}), warnings.catch_warnings(action="ignore"):
+            _draw(pixels, title, panels, n_maps).savefig(output, dpi=150)
     except OSError as error:
         raise UsageError(f"figure {output} cannot be written ({error}): check its folder, permissions and space") from error
 
 
-def _source_pixels(features: FeatureStore, path: str) -> np.ndarray[Any, Any] | None:
+def _source_pixels(features: FeatureStore, path: str) -> Pixels | None:
     """The image as the extractor saw it, or None where the source cannot be read any more."""
     spec = decode_spec(features._store.spec)
     try:
@@ -59,33 +72,35 @@ def _source_pixels(features: FeatureStore, path: str) -> np.ndarray[Any, Any] | 
         return None
 
 
-def _draw(path: str, pixels: np.ndarray[Any, Any] | None, panels: list[tuple[str, Any]], n_maps: int) -> Any:
-    try:
-        from matplotlib.figure import Figure  # noqa: PLC0415 (an extra)
-    except ImportError as error:
-        raise UsageError('figures need matplotlib, which is not installed: pip install "featuremaps[figures]"') from error
+def _draw(pixels: Pixels | None, title: str, panels: list[tuple[str, Pixels]], n_maps: int) -> Any:
+    from matplotlib.figure import Figure  # noqa: PLC0415 (an extra)
+
     columns = min(_COLUMNS, len(panels))
     rows = -(-len(panels) // columns)
     height, width = panels[0][1].shape
-    panel = 3.2
-    ratio = min(max(height / width, 0.4), 2.0)
-    top = panel * ratio * min(columns, 2)
-    figure = Figure(figsize=(panel * columns + 0.4, top + rows * (panel * ratio + 0.4) + 0.5), layout="constrained")
-    parts: Any = figure.subfigures(2, 1, height_ratios=[top, rows * (panel * ratio + 0.4)])
+    ratio = height / width
+    panel_width = max(_PANEL / max(ratio, 1.0), 1.5)  # room for a title over a narrow map
+    panel_height = max(_PANEL * min(ratio, 1.0), 0.3)
+    top = max(panel_height * min(columns, 2), min(panel_width * columns * ratio, _PANEL))
+    below_height = rows * (panel_height + 0.4)
+    figure_width = max(panel_width * columns + 0.4, _PANEL)
+    figure = Figure(figsize=(figure_width, top + below_height + 0.5), layout="constrained")
+    n_letters = int(figure_width / 0.11)
+    parts: Any = figure.subfigures(2, 1, height_ratios=[top + 0.4, below_height])
     above, below = parts
     axes = above.subplots()
     axes.axis("off")
-    axes.set_title(path if len(path) < 70 else f"...{path[-67:]}", parse_math=False)
+    axes.set_title(title if len(title) <= n_letters else f"...{title[3 - n_letters :]}", parse_math=False)
     if pixels is None:
         axes.text(0.5, 0.5, "the source image cannot be read any more", ha="center", va="center")
     else:
-        axes.imshow(pixels.squeeze(), cmap="gray", vmin=0, vmax=255)
+        axes.imshow(pixels if pixels.shape[2] == 3 else pixels[:, :, 0], cmap="gray", vmin=0, vmax=255)
     grid = below.subplots(rows, columns, squeeze=False)
     for axes in grid.flat:
         axes.axis("off")
-    for axes, (title, values) in zip(grid.flat, panels, strict=False):
+    for axes, (name, values) in zip(grid.flat, panels, strict=False):
         axes.imshow(values, cmap="gray")
-        axes.set_title(title, fontsize="medium")
+        axes.set_title(name, fontsize="medium")
     if n_maps > len(panels):
         below.suptitle(f"the first {len(panels)} of {n_maps} maps", fontsize="small")
     return figure

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import platform
 import secrets
@@ -77,12 +78,16 @@ def run_job(
     check_apart(path, job.source, listing.root)
     weights = load_weights(job.extractor, job.decode.channels)
     spec = store_spec(job, listing.root, weights)
+    if open_for(path, spec) is None and client is None and job.cluster is not None:
+        from pipeline.cluster import load_cluster  # noqa: PLC0415 (as below)
+
+        load_cluster(job.cluster, cluster_file)  # before there is a store
     prepare_folder(path)
     summary = Summary(_run_id(), started=_now(), config=job.model_dump(mode="json"), versions=_versions(), n_listed=len(listing))
     summary.unreadable_folders = list(listing.unreadable[:100])
     with StoreLock(path / RUNS, summary.run_id) as lock:
         store = open_for(path, spec) or create_store(path, spec, weights)
-        if lock.took_over:
+        if lock.took_over or (store.last_receipt() or {}).get("outcome") != "complete":
             store.repair()
         try:
             _work(job, store, listing, summary, progress, notify, client, stop or threading.Event(), cluster_file)
@@ -91,7 +96,8 @@ def run_job(
             raise
         finally:
             summary.elapsed_s, summary.ended = time.monotonic() - started, _now()
-            store.write_receipt(summary.run_id, receipt(summary))
+            with contextlib.suppress(*([OSError] if summary.outcome == "failed" else [])):  # a full disk has been told of already
+                store.write_receipt(summary.run_id, receipt(summary))
     return summary
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Mapping, Sequence
@@ -42,6 +43,7 @@ _LEDGER = {
     "error": "string",
     "status": "uint8",
 }
+_CLASS_NAME = re.compile(r"\d+x\d+")
 _REJECTED = {"path": "string", "size_bytes": "int64", "fingerprint": "string", "error": "string", "status": "uint8"}
 
 
@@ -223,6 +225,11 @@ class Store:
         """The receipts of all runs, oldest first."""
         return [read_json(path) for path in sorted((self.path / RUNS).glob("*Z-*.json"))]
 
+    def last_receipt(self) -> dict[str, Any] | None:
+        """The newest run's receipt."""
+        newest = max((self.path / RUNS).glob("*Z-*.json"), default=None)
+        return None if newest is None else read_json(newest)
+
     def _column_type(self, group: str, name: str) -> tuple[str, tuple[int, ...]]:
         types = _REJECTED if group == REJECTED else _LEDGER
         if name in types:
@@ -246,8 +253,19 @@ class Store:
     # -- the driver's writing ----------------------------------------------------------------------------------------------------
 
     def create_class(self, layout: ClassLayout, kind: str, columns: Columns) -> None:
-        """Create a class with its first rows, all pending; it exists from the moment its group's metadata does."""
+        """Create a class with its first rows, all pending; it exists from the moment its group's metadata does.
+
+        Raises
+        ------
+        FeaturemapsError
+            When there is such a class: its rows would be lost.
+        """
         group = self.path / class_name(layout.size)
+        if (group / "zarr.json").exists():
+            raise FeaturemapsError(
+                f"class {group} exists already: making it anew would lose its rows, so nothing was touched; this is an error of "
+                "the program, please report it"
+            )
         shutil.rmtree(group, ignore_errors=True)  # what a crash left
         length = len(columns["path"])
         documents = {name: _column_document(name, dtype, length) for name, dtype in _LEDGER.items()}
@@ -258,15 +276,16 @@ class Store:
         for name, document in documents.items():
             (group / name).mkdir(parents=True)
             put_json(group / name / "zarr.json", document)
-        self.classes[layout.size] = shape_class = ShapeClass(layout.size, length, layout, kind)
-        self._write_columns(shape_class.name, np.arange(length), columns)
+        self._write_columns(group.name, np.arange(length), columns)
         height, width = layout.size
         attributes = {"shape_class": {"height": height, "width": width, "kind": kind, "shard_rows": layout.shard_rows}}
         put_json(group / "zarr.json", _group_document(attributes))
-        self.classes[layout.size] = replace(shape_class, attributes=attributes)
+        self.classes[layout.size] = ShapeClass(layout.size, length, layout, kind, attributes)
 
     def append(self, group: str, columns: Columns) -> np.ndarray[Any, np.dtype[np.int64]]:
         """Append rows to a class or to ``rejected``; ``status`` grows last, so a crash before that leaves them unseen.
+
+        Every append to a group must give the same columns: what a crashed one left behind the end is overwritten, not cleared.
 
         Returns
         -------
@@ -294,9 +313,13 @@ class Store:
         self.classes[size] = replace(shape_class, kind="padded", attributes=attributes)
 
     def commit(self, group: str, rows: Array, columns: Columns) -> None:
-        """Write columns of some rows, ``status`` last: the row's maps must be in the store already."""
-        self._write_columns(group, rows, {name: values for name, values in columns.items() if name != "status"})
-        self._write_columns(group, rows, {"status": columns["status"]})
+        """Write columns of some rows, ``status`` last: the row's maps must be in the store already.
+
+        ``maps_digest`` is the last but one: by it a removed row whose image returns is known to be done.
+        """
+        last = ("maps_digest", "status")
+        order = sorted(columns, key=lambda name: last.index(name) if name in last else -1)
+        self._write_columns(group, rows, {name: columns[name] for name in order})
 
     def _write_columns(self, group: str, rows: Array, columns: Columns) -> None:
         for name, values in columns.items():
@@ -316,14 +339,18 @@ class Store:
                 put_json(folder / "zarr.json", document)
 
     def repair(self) -> None:
-        """Undo what a crash left: arrays longer than ``status``, temporary files; only under the lock."""
+        """Undo what a crash left: arrays longer than ``status``, unfinished classes, temporary files; only under the lock."""
         for group in [*(c.name for c in self.classes.values()), REJECTED]:
             self._resize(group, self.length(group))
-            for litter in (self.path / group).rglob("*.partial"):
+        for folder in self.path.iterdir():
+            if _CLASS_NAME.fullmatch(folder.name) and not (folder / "zarr.json").exists():
+                shutil.rmtree(folder)
+        for litter in self.path.rglob("*.partial"):
+            if not litter.name.startswith("lock.json"):  # may belong to a run that is waiting for the lock just now
                 litter.unlink(missing_ok=True)
 
     def write_receipt(self, run_id: str, receipt: Mapping[str, Any]) -> None:
-        """Leave a run's receipt in ``runs/`` and note the version that wrote last."""
+        """Leave a run's receipt in ``runs/``."""
         put_json(self.path / RUNS / f"{run_id}.json", receipt)
 
     def touch_version(self, version: str) -> None:
@@ -336,9 +363,12 @@ class Store:
 def is_store(path: Path) -> bool:
     """Whether ``path`` holds a finished creation of a store of any format."""
     try:
-        return (path / "zarr.json").exists()
+        (path / "zarr.json").stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
     except OSError as error:
         raise UsageError(f"store {path} cannot be looked at ({error}): check its permissions; nothing was started") from error
+    return True
 
 
 def prepare_folder(path: Path) -> None:
@@ -351,7 +381,7 @@ def prepare_folder(path: Path) -> None:
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
-        others = [] if is_store(path) else sorted({p.name for p in path.iterdir()} - {RUNS, EXTRACTOR, REJECTED})
+        others = [] if is_store(path) else sorted(p.name for p in path.iterdir() if not _is_unfinished(p))
         if others:
             raise UsageError(
                 f"{path} holds {others[0]!r} and is no store, so writing there could overwrite somebody's files; give a folder "
@@ -367,11 +397,19 @@ def prepare_folder(path: Path) -> None:
         ) from error
 
 
+def _is_unfinished(entry: Path) -> bool:
+    """Whether an entry of a folder without a store is what a crash in the middle of its creation left."""
+    begun = (entry.parent / RUNS / "zarr.json").exists()  # which is written first
+    litter = entry.name.startswith("zarr.json.") and entry.name.endswith(".partial")
+    return litter or entry.name in ((RUNS, EXTRACTOR, REJECTED) if begun else (RUNS,))
+
+
 def create_store(path: Path, spec: StoreSpec, weights: Mapping[str, Array]) -> Store:
     """Create an empty store in a folder from `prepare_folder`; it exists from the moment its root metadata does."""
-    (path / EXTRACTOR).mkdir(exist_ok=True)
+    shutil.rmtree(path / EXTRACTOR, ignore_errors=True)  # what a crash left, maybe of other layers
+    (path / EXTRACTOR).mkdir()
     for name, values in weights.items():
-        (path / EXTRACTOR / name).mkdir(exist_ok=True)
+        (path / EXTRACTOR / name).mkdir()
         dimensions = [f"{name}_{i}" for i in range(values.ndim)]
         document = array_document(values.shape, "float32", dimensions, chunk=values.shape, fill=float("nan"))
         put(path / EXTRACTOR / name / _key(0, values.ndim), compress(np.ascontiguousarray(values, "float32")))
@@ -395,7 +433,7 @@ def _root_document(spec: StoreSpec) -> dict[str, Any]:
 def _read_spec(path: Path) -> StoreSpec:
     if not is_store(path):
         raise UsageError(f"there is no store at {path}: check the path, or make one with `featuremaps run SOURCE {path}`")
-    content = read_json(path / "zarr.json").get("attributes", {}).get("featuremaps")
+    content = (read_json(path / "zarr.json").get("attributes") or {}).get("featuremaps")
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         found = content.get("format") if isinstance(content, dict) else None
         raise UsageError(
@@ -403,11 +441,17 @@ def _read_spec(path: Path) -> StoreSpec:
             f"this version reads and writes format {FORMAT} only: nothing was touched; give another folder or use the version that "
             "made it"
         )
-    layers = tuple(
-        StoredLayer(**{**layer, "fill_value": float("nan") if layer["fill_value"] is None else layer["fill_value"]})
-        for layer in content["layers"]
-    )
-    return StoreSpec(**{**content, "layers": layers})
+    try:
+        layers = tuple(
+            StoredLayer(**{**layer, "fill_value": float("nan") if layer["fill_value"] is None else layer["fill_value"]})
+            for layer in content["layers"]
+        )
+        return StoreSpec(**{**content, "layers": layers})
+    except (KeyError, TypeError) as error:
+        raise FeaturemapsError(
+            f"metadata {path / 'zarr.json'} does not say what a store of format {FORMAT} says ({error}), so nobody knows what its maps "
+            "mean; restore that file from a copy"
+        ) from error
 
 
 def _read_layout(folder: Path, layer: StoredLayer) -> LayerLayout:

@@ -85,6 +85,17 @@ class Summary:
         return max(shares, key=lambda stage: shares[stage]) if shares else ""
 
 
+def printable(name: str) -> str:
+    r"""A name on one line, without what a terminal would obey: unprintable characters as Python escapes them.
+
+    Examples
+    --------
+    >>> printable("caf\u00e9\n.jpg")
+    'café\\n.jpg'
+    """
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in name)
+
+
 def receipt(summary: Summary) -> dict[str, Any]:
     """The summary with what follows from it, as JSON values."""
     derived = {"images_per_s": summary.images_per_s, "megapixels_per_s": summary.megapixels_per_s}

@@ -320,6 +320,7 @@ def test_pooled_statistics_of_a_large_map_are_accurate() -> None:
     block=st.none() | st.tuples(st.integers(1, 4), st.integers(1, 4)),
     pooling=st.sampled_from([(1, 1), (2, 2), (3, 1)]),
     more=st.tuples(st.integers(3, 40), st.integers(3, 40)),
+    band=st.sampled_from([1, 300, extractor.BAND_OUTPUTS]),
     seed=st.integers(0, 2**32 - 1),
 )
 def test_blocked_equals_plain_convolution(
@@ -329,6 +330,7 @@ def test_blocked_equals_plain_convolution(
     block: tuple[int, int] | None,
     pooling: tuple[int, int],
     more: tuple[int, int],
+    band: int,
     seed: int,
 ) -> None:
     rng = np.random.default_rng(seed)
@@ -337,6 +339,7 @@ def test_blocked_equals_plain_convolution(
     bias = torch.from_numpy(rng.uniform(-0.5, 0.5, filters).astype(np.float32))
     spec = LayerSpec(filters=filters, kernel=kernel, pool=pooling, activation="none")
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(extractor, "BAND_OUTPUTS", band)
         if block is not None:
             patch.setattr(extractor, "block_shape", lambda *_: block)
             patch.setattr(extractor, "padded_extent", lambda extent, step: -(-extent // step) * step)

@@ -166,8 +166,8 @@ def test_cost_grows_with_work():
 
 
 def test_projected_memory_grows_with_the_image_the_window_and_the_threads():
-    small = worker_memory_bytes({(64, 64): layout_for((64, 64))}, 3, 1, 2)
-    large = worker_memory_bytes({(8000, 6000): layout_for((8000, 6000))}, 3, 1, 2)
-    assert worker_memory_bytes({}, 3, 1, 2) < small < large
-    assert worker_memory_bytes({(64, 64): layout_for((64, 64))}, 3, 1, 4) > small
-    assert worker_memory_bytes({(64, 64): layout_for((64, 64))}, 3, 2, 2) > small
+    small = worker_memory_bytes([layout_for((64, 64))], 3, 1, 2)
+    large = worker_memory_bytes([layout_for((64, 64)), layout_for((8000, 6000))], 3, 1, 2)
+    assert worker_memory_bytes([], 3, 1, 2) < small < large
+    assert worker_memory_bytes([layout_for((64, 64))], 3, 1, 4) > small
+    assert worker_memory_bytes([layout_for((64, 64))], 3, 2, 2) > small

@@ -1,0 +1,180 @@
+from __future__ import annotations
+
+import ipaddress
+import os
+import re
+import socket
+from pathlib import Path
+
+import psutil
+import pytest
+from distributed import Client, LocalCluster
+
+from pipeline import cluster
+from pipeline.cluster import (
+    ROLES,
+    AddressSpec,
+    LocalSpec,
+    connect,
+    load_cluster,
+    local_memory_bytes,
+    local_workers,
+    worker_slots,
+)
+from pipeline.config import make_job
+from pipeline.driver import with_client
+from pipeline.errors import FeaturemapsError, UsageError
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+def test_every_cluster_of_the_repositorys_file_can_be_used():
+    path = REPOSITORY / "cluster.yaml"
+    assert load_cluster("local", path) == LocalSpec()
+    assert load_cluster("two-workers", path) == LocalSpec(workers=2, memory_limit_bytes=4 * 2**30)
+    assert load_cluster("running", path) == AddressSpec(kind="address", address="tcp://127.0.0.1:8786")
+
+
+def test_without_a_name_it_is_this_machine_and_no_file_is_read(tmp_path):
+    assert load_cluster(None, tmp_path / "there is none.yaml") == LocalSpec()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            "clusters: {a: {kind: local}, b: {kind: local}}",
+            r"cluster\.yaml has no cluster 'x': nothing was started; it has a, b$",
+        ),
+        ("clusters: [", r"(?s)cluster 'x' is looked up in .*cluster\.yaml, which cannot be read \(.*leave --cluster away"),
+        ("", r"cluster\.yaml is not usable.*the whole: Input should be a valid dictionary"),
+        ("cluster: {}", r"unknown key 'cluster': did you mean 'clusters'\?"),
+        ("clusters: {x: {kind: local, worker: 2}}", r"unknown key 'clusters\.x\.worker': did you mean 'workers'\?"),
+        ("clusters: {local: {kind: address, adress: y}}", r"unknown key 'clusters\.local\.adress': did you mean 'address'\?"),
+        ("clusters: {x: {kind: address}}", r"key 'clusters\.x\.address' is missing: add it"),
+        ("clusters: {x: {workers: 2}}", r"key 'clusters\.x\.kind' is missing: add it"),
+        ("clusters: {x: {kind: slurm}}", r"clusters\.x: Input tag 'slurm' .* expected tags: 'local', 'address'"),
+        ("clusters: {x: {kind: local, workers: 0}}", r"clusters\.x\.workers: Input should be greater than 0, not 0"),
+    ],
+)
+def test_a_cluster_that_cannot_be_used_is_refused(tmp_path, text, expected):
+    (tmp_path / "cluster.yaml").write_text(text)
+    with pytest.raises(UsageError, match=expected):
+        load_cluster("x", tmp_path / "cluster.yaml")
+
+
+def test_a_missing_file_is_refused_with_the_place_to_run_from(tmp_path):
+    with pytest.raises(
+        UsageError, match=r"cluster 'x' is looked up in .*No such file.*run from the folder that holds cluster\.yaml"
+    ):
+        load_cluster("x", tmp_path / "cluster.yaml")
+
+
+def test_this_machines_cores_and_memory_are_shared_among_the_workers():
+    assert local_workers(None) == len(os.sched_getaffinity(0))
+    assert local_workers(3) == 3
+    assert local_memory_bytes(2, 123) == 123
+    assert 2 * local_memory_bytes(2, None) <= 0.9 * psutil.virtual_memory().total
+
+
+def test_an_unreachable_scheduler_is_named(monkeypatch):
+    monkeypatch.setattr(cluster, "CONNECT_TIMEOUT_S", 0.2)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # bound, but nobody listens
+        address = f"tcp://127.0.0.1:{taken.getsockname()[1]}"
+        expected = (
+            rf"no Dask scheduler answers at {address} \(.*\): nothing was started; check the address and that `dask scheduler`"
+        )
+        with pytest.raises(FeaturemapsError, match=expected), connect(AddressSpec(kind="address", address=address)):
+            pass
+
+
+def test_an_address_of_no_known_form_is_named(monkeypatch):
+    monkeypatch.setattr(cluster, "CONNECT_TIMEOUT_S", 0.2)
+    with (
+        pytest.raises(FeaturemapsError, match="no Dask scheduler answers at quic://here"),
+        connect(AddressSpec(kind="address", address="quic://here")),
+    ):
+        pass
+
+
+@pytest.fixture
+def threads_only():
+    """A cluster inside this process whose worker offers what a test asks for."""
+    clusters = []
+
+    def start(**resources):
+        local = LocalCluster(
+            n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None, resources=resources, protocol="tcp"
+        )
+        clusters.append(local)
+        return local
+
+    yield start
+    for local in clusters:
+        local.close()
+
+
+def test_a_scheduler_that_runs_already_is_used_and_left_running(threads_only):
+    local = threads_only(read=1, extract=3, write=1)
+    with connect(AddressSpec(kind="address", address=local.scheduler_address)) as client:
+        (slots,) = worker_slots(client).values()
+        assert slots[0] == 3
+    with Client(local.scheduler_address) as client:
+        assert client.submit(lambda: 5).result() == 5
+
+
+@pytest.mark.parametrize("missing", ROLES)
+def test_workers_without_a_role_are_refused_with_the_option_that_gives_it(threads_only, missing):
+    local = threads_only(**{role: 1 for role in ROLES if role != missing})
+    expected = re.escape(
+        f"none of the 1 workers offers the resource {missing!r}, so its tasks would wait for ever: "
+        'start workers with --resources "read=1 extract=1 write=1"'
+    )
+    with Client(local) as client, pytest.raises(FeaturemapsError, match=expected):
+        worker_slots(client)
+
+
+@pytest.mark.cluster
+def test_every_worker_of_the_local_cluster_offers_one_slot_and_a_memory_limit(client):
+    slots = worker_slots(client)
+    assert [n for n, _ in slots.values()] == [1, 1]
+    assert all(limit > 2**28 for _, limit in slots.values())
+
+
+@pytest.mark.cluster
+def test_the_local_cluster_listens_on_loopback_only(client):
+    me = psutil.Process()
+    found = [
+        connection.laddr
+        for process in (me, *me.children(recursive=True))
+        for connection in process.net_connections(kind="inet")
+        if connection.status == psutil.CONN_LISTEN
+    ]
+    assert len(found) >= 4  # scheduler, dashboard, two workers
+    assert not [address for address in found if not ipaddress.ip_address(address.ip).is_loopback]
+    assert client.dashboard_link.startswith("http://127.0.0.1:")
+
+
+@pytest.mark.cluster
+def test_a_job_says_how_many_workers_the_local_cluster_has(monkeypatch, tmp_path):
+    asked = []
+
+    class Connection:
+        def __init__(self, spec):
+            asked.append(spec)
+
+        def __enter__(self):
+            return "client"
+
+        def __exit__(self, *_):
+            pass
+
+    monkeypatch.setattr("pipeline.driver.connect", Connection)
+    job = make_job({"source": "a", "store": "b", "workers": 3, "memory_limit_bytes": 10})
+    with with_client(job, None, tmp_path) as connected:
+        assert connected == "client"
+    (tmp_path / "cluster.yaml").write_text("clusters: {big: {kind: local, workers: 9, memory_limit_bytes: 99}}")
+    with with_client(make_job({"source": "a", "store": "b", "cluster": "big", "workers": 4}), None, tmp_path / "cluster.yaml"):
+        pass
+    assert asked == [LocalSpec(workers=3, memory_limit_bytes=10), LocalSpec(workers=4, memory_limit_bytes=99)]

@@ -1,0 +1,205 @@
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel
+
+from pipeline.config import DecodeSpec, ExtractorSpec, Job, LayerSpec, load_job, make_job, validate_model
+from pipeline.errors import UsageError
+
+JOB = {"source": "photos", "store": "features.zarr"}
+
+
+def refused(values, where: str = "the command") -> str:
+    """The message that a job with these values gets, one paragraph."""
+    with pytest.raises(UsageError) as caught:
+        make_job({**JOB, **values}, where)
+    message = str(caught.value)
+    assert message.startswith(f"{where} is not usable, so nothing was started: ")
+    assert "\n" not in message
+    return message
+
+
+def test_a_job_needs_no_more_than_source_and_store_and_then_is_the_tutorials():
+    job = make_job(JOB)
+    assert job.extractor.layers == (LayerSpec(filters=2, kernel=(9, 9), pool=(1, 1), activation="sigmoid"),)
+    assert (job.extractor.seed, job.dtype, job.decode.color, job.max_removed) == (23455, "float32", "rgb", 0.10)
+    assert job.extractor.output_names == ("conv1",)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"dtpye": "uint8"}, "unknown key 'dtpye': did you mean 'dtype'?"),
+        ({"max_quarantine": 3}, "unknown key 'max_quarantine': did you mean 'max_quarantined'?"),
+        ({"decode": {"colour": "grey"}}, "unknown key 'decode.colour': did you mean 'color'?"),
+        ({"extractor": {"layer": []}}, "unknown key 'extractor.layer': did you mean 'layers'?"),
+        (
+            {"extractor": {"layers": [{}, {"kernels": 5}]}},
+            "unknown key 'extractor.layers.1.kernels': did you mean 'kernel'?",
+        ),
+        (
+            {"extractor": {"layers": [{"zzz": 5}]}},
+            "unknown key 'extractor.layers.0.zzz': known keys are activation, filters, kernel, pool",
+        ),
+        ({"zzz": 1}, "unknown key 'zzz': known keys are cluster, decode, dtype, extractor, limit, max_quarantined"),
+    ],
+)
+def test_an_unknown_key_is_refused_with_the_nearest_known_one(values, expected):
+    assert expected in refused(values)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"dtype": "int8"}, "dtype: Input should be 'float32', 'float16', 'uint16' or 'uint8', not 'int8'"),
+        ({"limit": 0}, "limit: Input should be greater than 0, not 0"),
+        ({"workers": -1}, "workers: Input should be greater than 0, not -1"),
+        ({"memory_limit_bytes": "much"}, "memory_limit_bytes: Input should be a valid integer"),
+        ({"max_quarantined": -1}, "max_quarantined: Input should be greater than or equal to 0, not -1"),
+        ({"max_removed": 2}, "max_removed: Input should be less than or equal to 1, not 2"),
+        ({"retry_quarantined": "perhaps"}, "retry_quarantined: Input should be a valid boolean"),
+        ({"source": 5}, "source: Input should be a valid string, not 5"),
+        ({"decode": {"resize": [0, 5]}}, "decode.resize.0: Input should be greater than 0, not 0"),
+        ({"decode": {"resize": 5}}, "decode.resize: Input should be a valid tuple, not 5"),
+        ({"decode": {"background": [0, 0, 256]}}, "decode.background.2: Input should be less than or equal to 255, not 256"),
+        ({"decode": {"formats": ["PSD"]}}, "decode.formats.0: Input should be 'AVIF', 'BMP'"),
+        ({"decode": {"resize_filter": "box3"}}, "decode.resize_filter: Input should be 'nearest'"),
+        ({"decode": {"pixel_limit": 0}}, "decode.pixel_limit: Input should be greater than 0, not 0"),
+        ({"decode": None}, "decode: Input should be a valid dictionary or instance of DecodeSpec, not None"),
+        ({"extractor": {"seed": 2**32}}, "extractor.seed: Input should be less than 4294967296"),
+        ({"extractor": {"layers": []}}, "extractor.layers: Tuple should have at least 1 item after validation, not 0"),
+        (
+            {"extractor": {"layers": [{"activation": "softmax"}]}},
+            "extractor.layers.0.activation: Input should be 'sigmoid', 'tanh', 'relu' or 'none', not 'softmax'",
+        ),
+        ({"extractor": {"layers": [{"kernel": 0}]}}, "extractor.layers.0.kernel.0: Input should be greater than 0, not 0"),
+        (
+            {"extractor": {"outputs": ["conv1", "conv7"]}},
+            "extractor: outputs ['conv7'] are not layers of this extractor; it has ['conv1']",
+        ),
+        ({"extractor": {"outputs": ["conv1", "conv1"]}}, "extractor: outputs ['conv1', 'conv1'] name a layer twice"),
+    ],
+)
+def test_a_bad_value_is_refused_with_what_was_expected_and_what_was_found(values, expected):
+    assert expected in refused(values)
+
+
+def test_all_mistakes_are_named_at_once_and_none_that_only_follows_from_another():
+    message = refused({"dtype": "int8", "extractor": {"layers": [{"filers": 3}]}, "zzz": 1})
+    problems = message.split(": ", 1)[1].split("; ")
+    assert len(problems) == 3
+    assert "at least 1 item" not in message
+
+
+def test_a_missing_key_is_named():
+    with pytest.raises(UsageError, match=r"the command is not usable.*key 'store' is missing: add it$"):
+        make_job({"source": "photos"})
+
+
+def test_values_that_are_no_mapping_are_refused():
+    with pytest.raises(UsageError, match=r"this is not usable.*the whole: Input should be a valid dictionary"):
+        validate_model(Job, [1], "this")
+
+
+def test_a_key_of_a_plain_mapping_is_part_of_the_place():
+    class Shelf(BaseModel):
+        by_name: dict[str, DecodeSpec]
+
+    with pytest.raises(UsageError, match=r"unknown key 'by_name\.decode\.colr': did you mean 'color'\?"):
+        validate_model(Shelf, {"by_name": {"decode": {"colr": "rgb"}}}, "the shelf")
+
+
+def test_a_square_kernel_or_pool_is_one_number():
+    layer = LayerSpec(kernel=5, pool=2)
+    assert (layer.kernel, layer.pool) == ((5, 5), (2, 2))
+
+
+@pytest.mark.parametrize(
+    ("text", "layer"),
+    [
+        ("2x9x9", LayerSpec()),
+        ("20x5x3:tanh", LayerSpec(filters=20, kernel=(5, 3), activation="tanh")),
+        ("4x3x3:pool2", LayerSpec(filters=4, kernel=3, pool=2)),
+        ("4x3x3:pool2:none", LayerSpec(filters=4, kernel=3, pool=2, activation="none")),
+    ],
+)
+def test_a_layer_of_the_command_line_is_read(text, layer):
+    assert LayerSpec.parse(text) == layer
+
+
+@pytest.mark.parametrize(
+    "text", ["", "2", "2x9", "2x9x9x9", "axbxc", "0x9x9", "2x9x9:softmax", "2x9x9:pool", "2x9x9:pool0", "2x-9x9"]
+)
+def test_a_layer_of_another_form_is_refused_with_an_example(text):
+    expected = (
+        rf"layer {re.escape(repr(text))} is not of the form FILTERSxHEIGHTxWIDTH.*for instance 2x9x9:sigmoid or 20x5x5:tanh:pool2"
+    )
+    with pytest.raises(UsageError, match=expected):
+        LayerSpec.parse(text)
+
+
+def test_outputs_come_first_layer_first_whatever_their_order():
+    spec = ExtractorSpec(layers=(LayerSpec(),) * 11, outputs=("conv10", "conv2"))
+    assert spec.output_names == ("conv2", "conv10")
+    assert ExtractorSpec(layers=(LayerSpec(),) * 3).output_names == ("conv3",)
+
+
+# -- job files -------------------------------------------------------------------------------------------------------------------
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "job.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_paths_in_a_job_file_are_relative_to_it(tmp_path, monkeypatch):
+    job = load_job(write(tmp_path, "source: photos/*.jpg\nstore: ../features.zarr\nextractor: {weights: w.safetensors}"))
+    assert job.source == str(tmp_path / "photos/*.jpg")
+    assert job.store == str(tmp_path / "../features.zarr")
+    assert job.extractor.weights == str(tmp_path / "w.safetensors")
+    monkeypatch.chdir(tmp_path)
+    assert load_job("job.yaml") == job
+
+
+def test_absolute_paths_home_folders_and_urls_of_a_job_file_stay(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/of/me")
+    job = load_job(write(tmp_path, "source: ~/photos\nstore: s3://bucket/features.zarr\nextractor: {weights: /w.safetensors}"))
+    assert (job.source, job.store, job.extractor.weights) == ("/home/of/me/photos", "s3://bucket/features.zarr", "/w.safetensors")
+
+
+def test_an_unknown_home_folder_is_refused(tmp_path):
+    with pytest.raises(UsageError, match=r"names '~nobody-of-that-name/photos', whose home folder is not known"):
+        load_job(write(tmp_path, "source: ~nobody-of-that-name/photos\nstore: x"))
+
+
+def test_overrides_replace_single_values_of_a_job_file(tmp_path):
+    path = write(tmp_path, "source: a\nstore: b\ndtype: uint8\ndecode: {color: grey, resize: [64, 48]}\nextractor:\n")
+    job = load_job(path, {"decode": {"resize": [32, 32]}, "extractor": {"seed": 7}, "limit": 3})
+    assert (job.dtype, job.decode.color, job.decode.resize, job.limit) == ("uint8", "grey", (32, 32), 3)
+    assert job.extractor.seed == 7
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"source: [", r"job file .*job\.yaml cannot be read \(.*\), so nothing was started"),
+        (b"\xff\xfe", r"job file .*job\.yaml cannot be read"),
+        (b"- a\n- b\n", r"job file .*job\.yaml holds list, not keys and values"),
+        (b"", r"job file .*job\.yaml holds NoneType, not keys and values"),
+        (b"source: a\nstore: b\nlimt: 3\n", r"job file .*job\.yaml is not usable.*unknown key 'limt': did you mean 'limit'\?"),
+        (b"store: b\n", r"job file .*job\.yaml is not usable.*key 'source' is missing"),
+    ],
+)
+def test_a_job_file_that_makes_no_job_is_refused(tmp_path, content, expected):
+    (tmp_path / "job.yaml").write_bytes(content)
+    with pytest.raises(UsageError, match=expected):
+        load_job(tmp_path / "job.yaml")
+
+
+def test_a_missing_job_file_is_refused(tmp_path):
+    with pytest.raises(UsageError, match=r"job file .*none\.yaml cannot be read \(.*No such file.*give a YAML file"):
+        load_job(tmp_path / "none.yaml")

@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import pytest
+from distributed import KilledWorker
+
+from pipeline.driver import _explain, _lost
+from pipeline.errors import StaleWriterError
+
+STORE = Path("features.zarr")
+
+
+def test_what_a_task_says_for_people_is_passed_on():
+    error = StaleWriterError("late")
+    assert _explain(error, None, STORE) is error
+
+
+@pytest.mark.parametrize(
+    ("error", "sent", "message"),
+    [
+        (OSError(errno.ENOSPC, "No space left"), None, r"the disk of features.zarr is full .*No space left.* free space and run"),
+        (OSError(errno.EROFS, "Read-only"), None, r"store features.zarr cannot be written any more .*Read-only.* check the disk"),
+        (
+            KilledWorker("write-1", None, 10),
+            [((516, 639), "cats/tom.jpg", 26)],
+            r"a batch killed its worker every time .*26 of 516 x 639 pixels from 'cats/tom.jpg' on.* too little memory",
+        ),
+        (KilledWorker("probe-1", None, 10), 3, r"a batch killed its worker every time"),
+        (
+            ZeroDivisionError("division by zero"),
+            None,
+            r"failed in a way that it should not \(ZeroDivisionError: division by zero\)",
+        ),
+    ],
+)
+def test_what_ends_a_run_is_said_for_a_person(error, sent, message):
+    failure = _explain(error, sent, STORE)
+    assert failure.__cause__ is error
+    with pytest.raises(type(failure), match=message):
+        raise failure
+
+
+def test_a_lost_scheduler_is_named():
+    with pytest.raises(type(_lost(None)), match=r"scheduler or its connection was lost: what was committed stands"):
+        raise _lost(None)
+    with pytest.raises(type(_lost(None)), match=r"was lost \(gone\)"):
+        raise _lost(OSError("gone"))

@@ -1,0 +1,263 @@
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline import preview
+from pipeline.config import make_job
+from pipeline.errors import UsageError
+from pipeline.lock import StoreLock
+from pipeline.preview import plan_job, store_status
+from pipeline.run import run_job
+from pipeline.store import REJECTED, RUNS, Status, Store
+from tests.conftest import make_images
+
+pytestmark = pytest.mark.cluster
+
+
+def job_of(source, store, **values):
+    return make_job({"source": str(source), "store": str(store), "workers": 2, **values})
+
+
+def everything(folder: Path) -> dict[str, tuple[int, int, bytes]]:
+    """All there is below a folder: inode, time of change and content."""
+    files = {str(p.relative_to(folder)): p for p in folder.rglob("*")}
+    return {name: (p.stat().st_ino, p.stat().st_mtime_ns, p.read_bytes() if p.is_file() else b"") for name, p in files.items()}
+
+
+def shards(store: Path) -> int:
+    """Shards with rows that are done."""
+    found = Store(store)
+    rows = {
+        name: np.flatnonzero(found.column(name, "status") == Status.DONE) for name in (c.name for c in found.classes.values())
+    }
+    return sum(len(np.unique(rows[c.name] // c.layout.shard_rows)) for c in found.classes.values())
+
+
+@pytest.fixture
+def source(tmp_path, twelve_sizes):
+    """120 good images and four bad ones."""
+    source = tmp_path / "source"
+    shutil.copytree(twelve_sizes, source)
+    (source / "empty.png").touch()
+    (source / "text.jpg").write_text("no image")
+    (source / "text2.jpg").write_text("no image")
+    make_images(tmp_path / "small", 1, [(8, 100)])
+    shutil.move(tmp_path / "small" / "img00000.png", source / "small.png")
+    return source
+
+
+def test_a_plan_is_what_run_then_does_and_changes_nothing(client, source, tmp_path):
+    job = job_of(source, tmp_path / "f.zarr")
+    before = everything(tmp_path)
+    planned = plan_job(job)
+    assert everything(tmp_path) == before
+    summary = run_job(job, client)
+    assert (planned.n_listed, planned.n_to_compute, planned.n_to_reject) == (124, summary.n_done, summary.n_rejected)
+    assert planned.reasons == {"empty": 1, "not_an_image": 2, "too_small": 1}
+    store = Store(tmp_path / "f.zarr")
+    assert planned.classes == {c.name: c.length for c in store.classes.values()}
+    assert (planned.n_new_classes, planned.n_shards) == (12, shards(tmp_path / "f.zarr"))
+    assert planned.maps_bytes == sum(c.length * c.layout.row_bytes for c in store.classes.values())
+    assert summary.bytes_written <= planned.maps_bytes
+
+
+def test_a_plan_for_an_existing_store_counts_what_is_left_to_do(client, tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.plan.MAX_SHARD_ROWS", 4)
+    source = make_images(tmp_path / "source", 10, [(50, 60)])
+    job = job_of(source, tmp_path / "f.zarr")
+    run_job(job, client)
+    (source / "img00003.png").rename(tmp_path / "away.png")
+    make_images(source / "more", 5, [(50, 60), (70, 80)], seed=1)
+    (source / "more" / "bad.png").write_text("no image")
+    before = everything(tmp_path)
+    planned = plan_job(job)
+    assert everything(tmp_path) == before
+    assert (planned.n_unchanged, planned.n_to_compute, planned.n_removed, planned.n_to_reject) == (9, 5, 1, 1)
+    assert planned.classes == {"50x60": 3, "70x80": 2}
+    assert planned.n_new_classes == 1
+    assert planned.n_shards == 3  # rows 10 and 11 fill the half-full shard, 12 begins one, and there is a new class
+    summary = run_job(job, client)
+    assert (summary.n_unchanged, summary.n_done, summary.n_removed, summary.n_rejected) == (9, 5, 1, 1)
+    (tmp_path / "away.png").rename(source / "img00003.png")
+    planned = plan_job(job)
+    assert (planned.n_returned, planned.n_to_compute, planned.n_unchanged) == (1, 0, 15)
+    assert "0 to mark removed, 1 back" in planned.describe()
+    assert run_job(job, client).n_returned == 1
+
+
+def test_an_image_that_comes_back_before_it_was_computed_is_to_compute(client, tmp_path):
+    source = make_images(tmp_path / "source", 4, [(50, 60)])
+    job = job_of(source, tmp_path / "f.zarr", max_removed=1.0)
+    run_job(job, client)
+    store = Store(tmp_path / "f.zarr")  # as if a run had stopped after it had seen the image vanish
+    empty = np.array([""], object)
+    store.commit("50x60", np.array([2]), {"maps_digest": empty, "status": np.array([Status.REMOVED], np.uint8)})
+    planned = plan_job(job)
+    assert (planned.n_returned, planned.n_to_compute, planned.classes, planned.n_shards) == (0, 1, {"50x60": 1}, 1)
+    assert run_job(job, client).n_done == 1
+
+
+def test_quarantined_and_rejected_images_are_planned_again_when_asked(client, source, tmp_path):
+    run_job(job_of(source, tmp_path / "f.zarr"), client)
+    assert plan_job(job_of(source, tmp_path / "f.zarr")).n_to_reject == 0
+    planned = plan_job(job_of(source, tmp_path / "f.zarr", retry_quarantined=True))
+    assert (planned.n_to_reject, planned.n_unchanged) == (4, 120)
+
+
+def test_a_plan_refuses_what_run_would_refuse(client, source, tmp_path):
+    run_job(job_of(source, tmp_path / "f.zarr"), client)
+    with pytest.raises(UsageError, match="made with other settings"):
+        plan_job(job_of(source, tmp_path / "f.zarr", dtype="uint8"))
+    with pytest.raises(UsageError, match="lies inside the source"):
+        plan_job(job_of(source, source / "f.zarr"))
+    for path in sorted(source.iterdir())[:50]:
+        path.unlink()
+    with pytest.raises(UsageError, match=r"50 of the store's 124 images are not in the source any more, above the allowed 10%"):
+        plan_job(job_of(source, tmp_path / "f.zarr"))
+
+
+def test_a_limit_is_planned_as_it_is_run(source, tmp_path):
+    planned = plan_job(job_of(source, tmp_path / "f.zarr", limit=5))
+    assert (planned.n_listed, planned.n_to_compute, planned.n_to_reject) == (5, 4, 1)
+
+
+def test_the_process_pool_finds_what_one_process_finds(source, tmp_path, monkeypatch):
+    inline = plan_job(job_of(source, tmp_path / "f.zarr"))
+    monkeypatch.setattr(preview, "INLINE", 0)
+    monkeypatch.setattr(preview, "BLOCK", 10)  # 13 blocks for two processes: more than may wait at once
+    pooled = plan_job(job_of(source, tmp_path / "f.zarr"))
+    for found in (inline, pooled):
+        found.free_bytes = 0
+    assert pooled == inline
+    assert list(pooled.classes) == list(inline.classes)
+    assert list(pooled.reasons) == list(inline.reasons)
+
+
+def test_images_that_cannot_be_reached_just_now_are_said(source, tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.reading.RETRY_PAUSES_S", ())
+    real = preview.probe_block
+    faulty = preview.Probed(fault="img00000.png: [Errno 5] Input/output error")
+    monkeypatch.setattr(preview, "probe_block", lambda *args: [faulty, *real(*args)[1:]])
+    planned = plan_job(job_of(source, tmp_path / "f.zarr"))
+    assert planned.n_faults == 1
+    assert "1 images could not be reached just now and would be tried again" in planned.describe()
+
+
+def test_a_plan_says_what_does_not_fit(source, tmp_path, monkeypatch):
+    assert "DOES NOT FIT" not in plan_job(job_of(source, tmp_path / "f.zarr")).describe()
+    monkeypatch.setattr(preview, "free_bytes", lambda _: 1000)
+    described = plan_job(job_of(source, tmp_path / "f.zarr")).describe()
+    assert "0.00 GB free -- DOES NOT FIT" in described
+    assert "124 images listed: 120 to compute, 0 unchanged, 4 to reject, 0 to mark removed\n" in described
+    assert "12 shape classes (12 new): " in described
+    assert "), ...\n" in described
+    assert "to reject: 1 empty, 1 too_small, 2 not_an_image" in described
+
+
+# -- status ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def finished(client, source, tmp_path):
+    run_job(job_of(source, tmp_path / "f.zarr"), client)
+    return tmp_path / "f.zarr"
+
+
+def test_the_status_counts_and_lists_bad_images_with_their_reasons(finished):
+    status = store_status(finished)
+    assert {name: n for name, n in status.counts.items() if n} == {"done": 120, "rejected": 4}
+    assert (status.n_classes, status.dtype, status.holder) == (12, "float32", None)
+    described = status.describe()
+    assert "  empty.png  empty: the file has 0 bytes" in described
+    assert "  small.png  too_small: 8 x 100 pixels, smaller than the 9 x 9 that one output needs" in described
+    assert ", 120 done at " in described
+    assert "more bad images" not in described
+
+
+def test_of_many_bad_images_the_first_are_listed_and_the_number_of_the_others_is_said(finished):
+    status = store_status(finished, 1)
+    assert len(status.bad) == 1
+    assert status.describe().endswith("  and 3 more bad images: --quarantined N lists N")
+    assert "more bad images" in store_status(finished, 0).describe()
+
+
+def test_a_bad_image_is_listed_on_one_line_whatever_its_name(client, tmp_path):
+    source = make_images(tmp_path / "source", 1, [(50, 60)])
+    (source / "two\nlines\x1b[2J.png").touch()
+    run_job(job_of(source, tmp_path / "f.zarr"), client)
+    status = store_status(tmp_path / "f.zarr")
+    assert status.bad[0]["path"] == "two\nlines\x1b[2J.png"
+    assert status.describe().splitlines()[-1] == r"  two\nlines\x1b[2J.png  empty: the file has 0 bytes"
+
+
+def test_quarantined_rows_are_listed_after_rejected_images_and_superseded_ones_never(finished, source, client):
+    store = Store(finished)
+    name = next(iter(store.classes.values())).name
+    path, error = store.column(name, "path")[0], np.array(["truncated: cut"], object)
+    store.commit(name, np.array([0]), {"error": error, "status": np.array([Status.QUARANTINED], np.uint8)})
+    store.commit(REJECTED, np.array([0]), {"status": np.array([Status.SUPERSEDED], np.uint8)})
+    status = store_status(finished)
+    assert len(status.bad) == 4
+    assert status.bad[-1] == {"path": path, "error": "truncated: cut"}
+    assert (status.counts["quarantined"], status.counts["rejected"], status.counts["done"]) == (1, 3, 119)
+
+
+def receipt_of(store, run_id, **values):
+    store.write_receipt(run_id, {**store.receipts()[-1], "run_id": run_id, **values})
+
+
+def test_while_a_run_works_the_status_says_who_and_how_long_it_takes(finished):
+    with StoreLock(finished / RUNS, "20990101T000000Z-new") as lock:
+        status = store_status(finished)
+        assert status.left_s is None  # its receipt is not there yet, and the last run's pace says nothing of its own
+        receipt_of(
+            Store(finished),
+            lock.run_id,
+            n_listed=1000,
+            n_unchanged=120,
+            n_done=300,
+            images_per_s=10.0,
+            outcome="running",
+            n_rejected=0,
+        )
+        status = store_status(finished)
+        assert status.holder["run_id"] == lock.run_id
+        assert status.left_s == pytest.approx(58.0)
+        assert (
+            f"run {lock.run_id} works on it: process {os.getpid()} on {socket.gethostname()}, about 58 s left"
+            in status.describe()
+        )
+    status = store_status(finished)
+    assert (status.holder, status.left_s) == (None, None)
+
+
+def test_the_time_left_of_a_limited_run_is_not_negative(finished):
+    with StoreLock(finished / RUNS, "20990101T000000Z-new") as lock:
+        receipt_of(Store(finished), lock.run_id, n_listed=5, n_unchanged=3, n_done=1, n_rejected=0, images_per_s=0.5)
+        assert store_status(finished).left_s == pytest.approx(2.0)
+
+
+def test_a_run_that_failed_says_why_and_one_that_did_nothing_claims_no_pace(finished):
+    receipt_of(Store(finished), "20990101T000000Z-new", outcome="failed", n_done=0, bottleneck="", message="OSError: no")
+    described = store_status(finished).describe()
+    assert "last run 20990101T000000Z-new: failed, 0 done -- OSError: no" in described
+
+
+def test_a_store_without_a_run_has_a_status(finished):
+    for path in (finished / RUNS).glob("*Z-*.json"):
+        path.unlink()
+    status = store_status(finished)
+    assert status.last_run is None
+    assert "last run" not in status.describe()
+
+
+def test_there_is_no_status_without_a_store(tmp_path):
+    with pytest.raises(UsageError, match=r"there is no store at .*none: check the path"):
+        store_status(tmp_path / "none")
+    assert not (tmp_path / "none").exists()

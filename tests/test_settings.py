@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+import hashlib
+import json
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from pipeline.config import DecodeSpec, ExtractorSpec, LayerSpec, make_job
+from pipeline.settings import decode_spec, extractor_spec, layout_of, multiply_adds, needed_size, store_spec
+from pipeline.store import difference
+from pipeline.weights import load_weights, weights_digest
+
+LAYERS = [{"filters": 4, "kernel": 5, "pool": 2, "activation": "tanh"}, {"filters": 6, "kernel": [3, 1]}]
+
+
+def spec_of(**values):
+    job = make_job({"source": "photos", "store": "features.zarr", **values})
+    return store_spec(job, "/photos", load_weights(job.extractor, job.decode.channels))
+
+
+def test_a_store_gives_back_the_rules_and_layers_that_it_was_made_with():
+    decode = {"color": "grey", "resize": (40, 50), "background": (1, 2, 3), "formats": ("PNG",)}
+    spec = spec_of(decode=decode, extractor={"layers": LAYERS, "outputs": ["conv2", "conv1"]})
+    assert decode_spec(spec) == DecodeSpec(**decode)
+    found = extractor_spec(spec)
+    assert found.layers == tuple(LayerSpec(**layer) for layer in LAYERS)
+    assert found.output_names == ("conv1", "conv2")
+    assert [(layer.name, layer.channels) for layer in spec.layers] == [("conv1", 4), ("conv2", 6)]
+
+
+def test_the_spec_survives_json_as_the_store_keeps_it():
+    spec = spec_of(extractor={"layers": LAYERS})
+    assert json.loads(json.dumps(spec.decode)) == spec.decode
+    assert json.loads(json.dumps(spec.extractor)) == spec.extractor
+
+
+def test_a_digest_covers_the_content_and_not_where_weights_came_from(tmp_path):
+    seeded = spec_of()
+    weights = load_weights(ExtractorSpec(), 3)
+    save_file({name.replace("_", "."): values for name, values in weights.items()}, tmp_path / "w.safetensors")
+    loaded = spec_of(extractor={"weights": str(tmp_path / "w.safetensors")})
+    assert seeded.extractor["origin"] == {"seed": 23455}
+    assert loaded.extractor["origin"] == {"weights": "w.safetensors"}
+    assert loaded.extractor["sha256"] == seeded.extractor["sha256"]
+    assert difference(seeded, loaded) == []
+    content = {key: value for key, value in seeded.extractor.items() if key not in {"sha256", "origin"}}
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    assert seeded.extractor["sha256"] == hashlib.sha256(text.encode()).hexdigest()
+    assert content["weights_sha256"] == weights_digest(weights)
+
+
+@pytest.mark.parametrize(
+    ("values", "line"),
+    [
+        ({"dtype": "uint8"}, 'dtype: the store has "float32", this run asks for "uint8"'),
+        ({"decode": {"color": "grey"}}, 'decode.color: the store has "rgb", this run asks for "grey"'),
+        ({"decode": {"resize": [5, 5]}}, "decode.resize: the store has null, this run asks for [5, 5]"),
+        ({"decode": {"exif_orientation": False}}, "decode.exif_orientation: the store has true, this run asks for false"),
+        ({"extractor": {"outputs": ["conv1"]}}, None),
+        ({"limit": 3, "workers": 2, "max_removed": 1, "retry_quarantined": True}, None),
+    ],
+)
+def test_what_changes_the_maps_differs_and_what_does_not_is_free_to_change(values, line):
+    lines = difference(spec_of(), spec_of(**values))
+    assert (line in lines) if line else lines == []
+
+
+def test_another_seed_differs_in_its_weights():
+    assert any(line.startswith("extractor.weights_sha256: ") for line in difference(spec_of(), spec_of(extractor={"seed": 1})))
+
+
+@pytest.mark.parametrize(("dtype", "fill"), [("float32", np.nan), ("float16", np.nan), ("uint16", 0), ("uint8", 0)])
+def test_a_sigmoid_layer_is_stored_within_its_own_bounds(dtype, fill):
+    (layer,) = spec_of(dtype=dtype).layers
+    assert np.array_equal(layer.fill_value, fill, equal_nan=True)
+    if dtype.startswith("float"):
+        assert (layer.scale_factor, layer.add_offset) == (1.0, 0.0)
+    else:
+        assert 0 < layer.scale_factor * np.iinfo(dtype).max < 1.1
+        assert layer.error_bound < layer.scale_factor
+
+
+def test_the_smallest_image_is_the_receptive_field():
+    spec = ExtractorSpec(layers=tuple(LayerSpec(**layer) for layer in LAYERS))
+    assert needed_size(spec) == (10, 6)
+    assert needed_size(ExtractorSpec()) == (9, 9)
+    sizes = [(layer.height, layer.width) for layer in layout_of((10, 6), spec, 4, 3).layers]
+    assert sizes == [(1, 1)]
+
+
+def test_a_layout_has_the_layers_that_are_stored():
+    spec = ExtractorSpec(layers=tuple(LayerSpec(**layer) for layer in LAYERS), outputs=("conv1", "conv2"))
+    layout = layout_of((100, 80), spec, 2, 3)
+    assert [(layer.name, layer.channels, layer.height, layer.width) for layer in layout.layers] == [
+        ("conv1", 4, 48, 38),
+        ("conv2", 6, 46, 38),
+    ]
+
+
+def test_the_work_of_an_image_is_that_of_its_convolutions_before_the_pool():
+    spec = ExtractorSpec(layers=tuple(LayerSpec(**layer) for layer in LAYERS))
+    first = 4 * 3 * 25 * 96 * 76
+    second = 6 * 4 * 3 * 46 * 38
+    assert multiply_adds(spec, (100, 80), 3) == first + second

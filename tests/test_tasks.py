@@ -1,0 +1,166 @@
+from __future__ import annotations
+
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import xxhash
+
+from pipeline import tasks
+from pipeline.collection import list_collection
+from pipeline.config import DecodeSpec, make_job
+from pipeline.errors import StaleWriterError
+from pipeline.lock import StoreLock
+from pipeline.reading import Source
+from pipeline.settings import extractor_spec, layout_of, store_spec
+from pipeline.store import RUNS, Status, create_store, prepare_folder, stack
+from pipeline.tasks import ExtractorPlugin, Target, WorkPiece, extract, keep_memory, maps_digest, read, write
+from pipeline.weights import load_weights
+from tests.conftest import make_images
+
+SIZE = (40, 50)
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch):
+    """A store with five pending rows of one class, the piece that computes them, and a worker's plugin in this process."""
+    make_images(tmp_path / "source", 5, [SIZE])
+    job = make_job({"source": str(tmp_path / "source"), "store": str(tmp_path / "f.zarr"), "dtype": "uint16"})
+    listing = list_collection(job.source)
+    weights = load_weights(job.extractor, 3)
+    prepare_folder(tmp_path / "f.zarr")
+    store = create_store(tmp_path / "f.zarr", store_spec(job, listing.root, weights), weights)
+    layout = layout_of(SIZE, job.extractor, 2, 3)
+    fingerprints = tuple(listing.fingerprint(i) for i in range(5))
+    columns = {"path": stack(listing.paths), "fingerprint": stack(fingerprints), "size_bytes": np.array(listing.size_bytes)}
+    for name in ("source_height", "input_height"):
+        columns[name] = np.full(5, SIZE[0], np.int32)
+    for name in ("source_width", "input_width"):
+        columns[name] = np.full(5, SIZE[1], np.int32)
+    store.create_class(layout, "exact", columns)
+    plugin = ExtractorPlugin("ours", extractor_spec(store.spec), store.weights(), store.spec.layers)
+    monkeypatch.setattr("pipeline.tasks.signal.signal", lambda *_: None)  # this process keeps its Ctrl-C
+    plugin.setup(None)
+    monkeypatch.setattr(tasks, "get_worker", lambda: SimpleNamespace(plugins={"ours": plugin}))
+    piece = WorkPiece(layout, 0, 5, tuple(range(5)), tuple(listing.paths), fingerprints)
+    with StoreLock(tmp_path / "f.zarr" / RUNS, "this run"):
+        yield SimpleNamespace(
+            store=store,
+            piece=piece,
+            source=Source(listing.root, DecodeSpec()),
+            target=Target(str(store.path), "this run", "ours"),
+            plugin=plugin,
+        )
+
+
+def only(piece, *rows):
+    """The part of a piece that computes some rows of its shard."""
+    paths, fingerprints = (tuple(values[row] for row in rows) for values in (piece.paths, piece.fingerprints))
+    return WorkPiece(piece.layout, piece.start, piece.stop, rows, paths, fingerprints)
+
+
+def test_a_batch_is_read_extracted_and_written_with_its_digests_and_pooled_values(work):
+    result = write(work.target, extract(work.target, read(work.source, [work.piece])))
+    (outcome,) = result.pieces
+    assert outcome.status.tolist() == [Status.DONE] * 5
+    stored = np.asarray(work.store.array("40x50", "conv1")[:])
+    assert stored.dtype == np.uint16
+    assert (stored > 0).all()
+    assert outcome.maps_digest == [maps_digest([rows]) for rows in stored]
+    layer = work.store.spec.layers[0]
+    means = (stored * layer.scale_factor + layer.add_offset).mean((2, 3))
+    np.testing.assert_allclose(outcome.pooled["conv1"][:, 0], means, atol=layer.error_bound)
+    assert result.bytes_read == sum(p.stat().st_size for p in Path(work.source.root).iterdir())
+    assert (result.pixels, result.bytes_written > 1000) == (5 * 40 * 50, True)
+    assert all(seconds > 0 for seconds in result.stage_s.values())
+
+
+def test_a_bad_image_leaves_fill_in_its_row_and_its_reason_in_the_result(work):
+    (Path(work.source.root) / work.piece.paths[2]).write_bytes(b"no image")
+    (Path(work.source.root) / work.piece.paths[3]).unlink()
+    (outcome,) = write(work.target, extract(work.target, read(work.source, [work.piece]))).pieces
+    assert outcome.status.tolist() == [1, 1, 2, 2, 1]
+    assert [error.split(":")[0] for error in outcome.error] == ["", "", "changed", "missing", ""]
+    assert [bool(digest) for digest in outcome.maps_digest] == [True, True, False, False, True]
+    stored = np.asarray(work.store.array("40x50", "conv1")[:])
+    assert [bool((row == 0).all()) for row in stored] == [False, False, True, True, False]
+    assert np.isnan(outcome.pooled["conv1"][2:4]).all()
+
+
+def test_an_image_that_decodes_larger_than_its_class_is_not_squeezed_in(work):
+    make_images(Path(work.source.root), 1, [(41, 50)])
+    fingerprints = (list_collection(work.source.root).fingerprint(0), *work.piece.fingerprints[1:])
+    piece = WorkPiece(work.piece.layout, 0, 5, work.piece.rows, work.piece.paths, fingerprints)
+    outcome = read(work.source, [piece]).result.pieces[0]
+    assert outcome.error[0] == "changed: decoded to 41 x 50 pixels, more than its header said"
+
+
+def test_a_passing_fault_leaves_the_row_pending(work, monkeypatch):
+    monkeypatch.setattr("pipeline.reading.RETRY_PAUSES_S", ())
+    monkeypatch.setattr("pipeline.reading.os.open", lambda *_: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+    outcome = read(work.source, [work.piece]).result.pieces[0]
+    assert outcome.status.tolist() == [Status.PENDING] * 5
+    assert outcome.error[0] == "img00000.png: [Errno 5] Input/output error"
+
+
+def test_rows_of_the_shard_that_are_not_computed_are_kept(work):
+    write(work.target, extract(work.target, read(work.source, [only(work.piece, 0, 3)])))
+    before = np.asarray(work.store.array("40x50", "conv1")[:])
+    assert [bool(row.any()) for row in before] == [True, False, False, True, False]
+    write(work.target, extract(work.target, read(work.source, [only(work.piece, 1, 4)])))
+    after = np.asarray(work.store.array("40x50", "conv1")[:])
+    assert np.array_equal(after[[0, 3]], before[[0, 3]])
+    assert [bool(row.any()) for row in after] == [True, True, False, True, True]
+
+
+def test_a_batch_of_bad_images_only_writes_nothing(work):
+    for path in work.piece.paths:
+        (Path(work.source.root) / path).write_bytes(b"")
+    result = write(work.target, extract(work.target, read(work.source, [work.piece])))
+    assert result.bytes_written == 0
+    assert not list((work.store.path / "40x50" / "conv1").glob("c.*"))
+
+
+def test_a_late_task_of_another_run_writes_nothing(work):
+    extracted = extract(work.target, read(work.source, [work.piece]))
+    with pytest.raises(StaleWriterError, match="run yesterday's no longer holds the store"):
+        write(Target(work.target.path, "yesterday's", "ours"), extracted)
+    assert not list((work.store.path / "40x50" / "conv1").glob("c.*"))
+
+
+def test_the_digest_of_maps_is_over_their_bytes_layer_by_layer_in_c_order():
+    first = np.arange(24, dtype="<f4").reshape(2, 3, 4)
+    second = np.arange(6, dtype=np.uint8).reshape(1, 2, 3)
+    expected = xxhash.xxh3_128(first.tobytes() + second.tobytes()).hexdigest()
+    assert len(expected) == 32
+    assert maps_digest([first, second]) == expected
+    wider = np.zeros((2, 5, 9), np.float32)
+    wider[:, :3, :4] = first
+    assert maps_digest([wider[:, :3, :4], second]) == expected  # a view of a padded row is its valid extent
+    assert maps_digest([second, first]) != expected
+
+
+def test_memory_is_kept_without_a_word_where_that_is_possible_and_where_not(monkeypatch):
+    keep_memory()
+    monkeypatch.setattr("pipeline.tasks.ctypes.CDLL", lambda _: object())  # a C library without mallopt
+    keep_memory()
+
+
+def test_the_plugin_travels_to_the_workers_and_builds_its_extractor_there(work):
+    fresh = ExtractorPlugin("ours", work.plugin.spec, work.plugin.weights, work.plugin.layers)
+    travelled = pickle.loads(pickle.dumps(fresh))
+    assert (travelled.name, travelled.spec) == ("ours", work.plugin.spec)
+    assert pickle.dumps(travelled.layers) == pickle.dumps(work.plugin.layers)
+    assert np.array_equal(travelled.weights["conv1_weight"], work.plugin.weights["conv1_weight"])
+    assert not hasattr(travelled, "extractor")
+    travelled.setup(None)
+    assert travelled.extractor is not None
+
+
+def test_workers_import_torch_only_when_they_are_set_up():
+    code = "import sys, pipeline.tasks; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
