@@ -46,6 +46,7 @@ _DASK_CONFIG = {
         "OMP_NUM_THREADS": "1",
         "MKL_NUM_THREADS": "1",
         "OPENBLAS_NUM_THREADS": "1",
+        "DASK_LOGGING__DISTRIBUTED": "error",
     },
 }
 
@@ -135,12 +136,26 @@ def connect(spec: LocalSpec | AddressSpec) -> Iterator[Client]:
             "resources": dict.fromkeys(ROLES, 1),
             "host": "127.0.0.1",
             "dashboard_address": "127.0.0.1:0",
-            "silence_logs": logging.ERROR,
+            "silence_logs": False,  # it would change the level of handlers that are not its own
         }
-        with _without_interrupts():
-            cluster = LocalCluster(**options)
-        with cluster, Client(cluster) as client:
-            yield client
+        with _quiet_dask():
+            with _without_interrupts():
+                cluster = LocalCluster(**options)
+            with cluster, Client(cluster) as client:
+                yield client
+
+
+@contextlib.contextmanager
+def _quiet_dask() -> Iterator[None]:
+    """Dask's own lines below ERROR stay out of the terminal; workers lost and replaced are in the summary."""
+    before = {name: logging.getLogger(name).level for name in ("distributed", "distributed.client", "distributed.gc")}
+    for name, level in before.items():
+        logging.getLogger(name).setLevel(max(level, logging.ERROR))
+    try:
+        yield
+    finally:
+        for name, level in before.items():
+            logging.getLogger(name).setLevel(level)
 
 
 @contextlib.contextmanager

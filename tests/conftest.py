@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
 import numpy as np
@@ -52,15 +51,6 @@ def content(path: Path, layer: str = "conv1") -> dict[str, tuple]:
             assert path_ not in found, "live and rejected"
             found[path_] = ("REJECTED", error)
     return found
-
-
-@pytest.fixture(autouse=True)
-def _own_loggers_speak():
-    """Undo what other tests' commands and Dask's logging set-up did to our loggers."""
-    for name, known in list(logging.root.manager.loggerDict.items()):
-        if name.split(".")[0] == "pipeline" and isinstance(known, logging.Logger):
-            known.disabled, known.propagate = False, True
-            known.setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="session")

@@ -313,7 +313,7 @@ def test_what_may_not_be_read_is_said_and_costs_itself_only(public):
             "check its permissions; nothing was started",
             "cannot be looked at",
             "cannot be looked at",
-            "check its permissions; nothing was started",
+            "cannot be written (Permission denied): nothing was started; check its permissions",
             "cannot be read (Permission denied), so nothing was listed and nothing was marked as removed",
             "'secret.png' has no maps in",
         ),
