@@ -13,10 +13,11 @@ import pandas as pd
 import xarray as xr
 
 from pipeline.chunks import Array
-from pipeline.errors import UsageError
+from pipeline.errors import FeaturemapsError, UsageError
 from pipeline.layers import layer_names, output_sizes, receptive_field
+from pipeline.schema import REJECTED, STATISTICS, ShapeClass, Status, StoredLayer
 from pipeline.settings import extractor_spec
-from pipeline.store import REJECTED, STATISTICS, ShapeClass, Status, Store, StoredLayer
+from pipeline.store import Store
 
 _SIZES = ("source_height", "source_width", "input_height", "input_width")
 _COLUMNS = ("path", *_SIZES, "size_bytes", "fingerprint", "digest", "maps_digest", "status", "error")
@@ -105,7 +106,8 @@ class FeatureStore:
 
     @cached_property
     def _by_path(self) -> pd.DataFrame:
-        return self.images.drop_duplicates("path", keep="last").set_index("path")
+        ranked = self.images.assign(is_done=self.images["status"] == "done").sort_values("is_done", kind="stable")
+        return ranked.drop_duplicates("path", keep="last").set_index("path")  # after a crash an image may have two rows
 
     def dataset(self, name: str) -> xr.Dataset:
         """All rows of one shape class, lazy.
@@ -166,7 +168,13 @@ class FeatureStore:
             f"{layer}_{axis}": slice(length) for layer in self.layers for axis, length in zip("yx", named[layer], strict=True)
         }
         keep = [*self.layers, *(f"{layer}_{statistic}" for layer in self.layers for statistic in STATISTICS)]
-        return dataset[keep].isel(crop).load()
+        try:
+            return dataset[keep].isel(crop).load()
+        except (OSError, ValueError, RuntimeError) as error:
+            raise FeaturemapsError(
+                f"maps of {path!r} in {self.path} cannot be read ({error}): an object of class {entry['class']} is damaged or out of "
+                "reach; check the disk, or restore it from a copy"
+            ) from error
 
     def _entry(self, path: str) -> Any:
         table = self._by_path

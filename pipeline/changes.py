@@ -9,9 +9,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from pipeline.collection import UNREADABLE
 from pipeline.errors import UsageError
+from pipeline.schema import REJECTED, Status
 
-PENDING, DONE, QUARANTINED, REMOVED, SUPERSEDED = range(5)  # as in store.Status and docs/store-format.md
+# Reasons that say more about the source than about the image: such an image is tried again by every run.
+_ACCESS = ("missing", "permission_denied", "changed", "not_a_file")
+
+
+def is_inaccessible(error: str) -> bool:
+    """Whether an image's error says that it could not be reached."""
+    return error.split(":", 1)[0] in _ACCESS
 
 
 class Entry(NamedTuple):
@@ -29,6 +37,17 @@ class Entries:
     path: np.ndarray[Any, Any]
     fingerprint: np.ndarray[Any, Any]
     status: np.ndarray[Any, Any]
+    error: Callable[[], np.ndarray[Any, Any]]
+    """Asked for only where a row is quarantined."""
+
+    @property
+    def inaccessible(self) -> np.ndarray[Any, np.dtype[np.bool_]]:
+        """Rows that were quarantined because the image could not be reached."""
+        found = np.asarray(self.status == Status.QUARANTINED)
+        if found.any():
+            error = self.error()
+            found[found] = [is_inaccessible(text) for text in error[found]]
+        return found
 
 
 @dataclass(slots=True)
@@ -44,11 +63,13 @@ class Changes:
     returned: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
     """Per class: (row, image) of removed rows whose image is back unchanged."""
     set_status: dict[str, dict[int, int]] = field(default_factory=dict)
-    """Per group: row -> status to set before anything else (removed or superseded)."""
+    """Per group: row -> status to set before anything else."""
     n_live: int = 0
     n_removed: int = 0
     n_unchanged: int = 0
     """Images whose entry stands: done, quarantined or rejected."""
+    n_unreachable: int = 0
+    """Of those, images that cannot be looked at just now."""
 
     def mark(self, entry: Entry, status: int) -> None:
         """Note a status to set."""
@@ -58,6 +79,26 @@ class Changes:
     def n_pending(self) -> int:
         """Rows to compute that are in the store already."""
         return sum(map(len, self.pending.values()))
+
+    @property
+    def has_work(self) -> bool:
+        """Whether the ledger is to be written at all."""
+        return bool(self.new or self.pending or self.returned or self.set_status)
+
+    def settle_returned(self, outcome: Callable[[str], tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]) -> None:
+        """Decide what rows are whose image is back, by ``maps_digest`` and ``error`` of their group: those without are pending."""
+        for group, rows in self.returned.items():
+            maps_digest, error = outcome(group)
+            for row, i in rows:
+                if maps_digest[row]:
+                    self.mark(Entry(group, row), Status.DONE)
+                elif error[row] and not is_inaccessible(error[row]):
+                    self.mark(Entry(group, row), Status.QUARANTINED)
+                else:
+                    self.mark(Entry(group, row), Status.PENDING)
+                    self.pending.setdefault(group, []).append((row, i))
+        for pending in self.pending.values():
+            pending.sort()
 
 
 def compare(
@@ -80,7 +121,7 @@ def compare(
     fingerprint : callable
         Fingerprint of an image by its position.
     retry_quarantined : bool
-        Compute quarantined rows and probe rejected images again.
+        Compute quarantined rows and probe rejected images again; those that could not be reached are so always.
     complete : bool
         Whether the listing is all of the source: only then are images that it lacks removed.
     unreadable : sequence of str
@@ -97,63 +138,71 @@ def compare(
     owner_row = array("q", [-1]) * len(paths)
     current = bytearray(len(paths))  # whether the owner has today's fingerprint
     statuses = bytearray(len(paths))
+    retries = bytearray(len(paths))
     gone: list[Entry] = []
     changes = Changes()
 
     for entries in groups:
         names.append(entries.group)
-        for row, status in enumerate(entries.status.tolist()):
-            if status == SUPERSEDED:
+        for row, (status, inaccessible) in enumerate(zip(entries.status.tolist(), entries.inaccessible.tolist(), strict=True)):
+            if status == Status.SUPERSEDED:
                 continue
             entry = Entry(entries.group, row)
             i = position.get(entries.path[row], -1)
-            changes.n_live += status != REMOVED
+            changes.n_live += status != Status.REMOVED
             if i < 0:
-                if status != REMOVED and not _below(entries.path[row], unreadable):
+                if status != Status.REMOVED and not _below(entries.path[row], unreadable):
                     gone.append(entry)
                 continue
             same = entries.fingerprint[row] == fingerprint(i)
-            if status == REMOVED and not same:
+            if status == Status.REMOVED and not same:
                 continue
             old = Entry(names[owner_group[i]], owner_row[i]) if owner_row[i] >= 0 else None
             # Of two entries the one with today's fingerprint wins, a live one before a removed one, then the last.
-            if old is not None and (current[i], statuses[i] != REMOVED) > (same, status != REMOVED):
+            if old is not None and (current[i], statuses[i] != Status.REMOVED) > (same, status != Status.REMOVED):
                 _retire(changes, entry, status)
                 continue
             if old is not None:
                 _retire(changes, old, statuses[i])
             owner_group[i], owner_row[i], current[i], statuses[i] = len(names) - 1, row, same, status
+            retries[i] = retry_quarantined or inaccessible
 
     for i in range(len(paths)):
         kept = Entry(names[owner_group[i]], owner_row[i]) if owner_row[i] >= 0 else None
-        _decide(changes, i, kept, bool(current[i]), statuses[i], retry_quarantined)
+        is_unreachable = fingerprint(i) == UNREADABLE
+        _decide(changes, i, kept, bool(current[i]), statuses[i], bool(retries[i]), is_unreachable)
     for rows in changes.pending.values():
         rows.sort()
     if complete:
         for entry in gone:
-            changes.mark(entry, REMOVED)
+            changes.mark(entry, Status.REMOVED)
         changes.n_removed = len(gone)
     return changes
 
 
 def _retire(changes: Changes, entry: Entry, status: int) -> None:
     """Another entry stands for the image: of two live rows one is superseded; a removed one stays as it is."""
-    if status != REMOVED:
-        changes.mark(entry, SUPERSEDED)
+    if status != Status.REMOVED:
+        changes.mark(entry, Status.SUPERSEDED)
 
 
-def _decide(changes: Changes, i: int, entry: Entry | None, same: bool, status: int, retry: bool) -> None:
+def _decide(changes: Changes, i: int, entry: Entry | None, same: bool, status: int, retry: bool, is_unreachable: bool) -> None:
     """Put one listed image where it belongs."""
-    rejected = entry is not None and entry.group == "rejected"
+    rejected = entry is not None and entry.group == REJECTED
     if entry is None:
         changes.new.append(i)
-    elif not same or (rejected and (retry or status == REMOVED)):
+    elif is_unreachable and status != Status.PENDING:  # whatever is wrong with it says nothing about what was done
+        changes.n_unreachable += not same
+        changes.n_unchanged += 1
+    elif not same or (rejected and (retry or status == Status.REMOVED)):
         changes.new.append(i)
-        if status != REMOVED:
+        if status != Status.REMOVED:
             changes.replaces[i] = entry
-    elif status == REMOVED:
+    elif status == Status.REMOVED:
         changes.returned.setdefault(entry.group, []).append((entry.row, i))
-    elif status == PENDING or (status == QUARANTINED and retry and not rejected):
+    elif status == Status.PENDING or (status == Status.QUARANTINED and retry):
+        if status == Status.QUARANTINED:
+            changes.mark(entry, Status.PENDING)  # before its columns are written anew
         changes.pending.setdefault(entry.group, []).append((entry.row, i))
     else:
         changes.n_unchanged += 1
@@ -171,10 +220,10 @@ def check_removals(changes: Changes, max_removed: float) -> None:
     UsageError
         Which is what an unmounted disk or a wrong folder looks like.
     """
-    allowed = max_removed * changes.n_live
-    if changes.n_removed > max(allowed, 0):
+    n_gone = changes.n_removed + changes.n_unreachable
+    if n_gone > max_removed * changes.n_live:
         raise UsageError(
-            f"{changes.n_removed} of the store's {changes.n_live} images are not in the source any more, above the allowed "
+            f"{n_gone} of the store's {changes.n_live} images are not in the source any more, above the allowed "
             f"{max_removed:.0%}: this looks like an unmounted disk or a wrong folder, so nothing was marked as removed and nothing "
             "was read; check the source, or allow it with --max-removed"
         )

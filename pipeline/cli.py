@@ -266,6 +266,10 @@ def _describe(summary: Summary, job: Job) -> str:
             "folders that could not be read, whose images keep what they have: "
             + ", ".join(map(printable, summary.unreadable_folders[:5]))
         )
+    if summary.n_unreachable:
+        lines.append(
+            f"{summary.n_unreachable} images could not be looked at and keep what they have: check links and permissions"
+        )
     if summary.n_bad_total:
         lines.append(f"{summary.n_bad_total} bad images in all: featuremaps status {job.store} lists them with their reasons")
     lines.append(f"store {job.store}, receipt runs/{summary.run_id}.json")

@@ -13,11 +13,10 @@ from typing import Annotated, Any, Literal
 
 import dask
 import psutil
-import yaml
 from distributed import Client, LocalCluster
 from pydantic import BaseModel, ConfigDict, Field
 
-from pipeline.config import Positive, validate_model
+from pipeline.config import Positive, read_yaml, validate_model
 from pipeline.errors import FeaturemapsError, UsageError
 from pipeline.lock import WORKER_TTL_S
 
@@ -92,8 +91,8 @@ def load_cluster(name: str | None, path: Path = Path("cluster.yaml")) -> LocalSp
     if name is None:
         return LocalSpec()
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        values = read_yaml(path)
+    except ValueError as error:
         raise UsageError(
             f"cluster {name!r} is looked up in {path}, which cannot be read ({error}): nothing was started; run from the folder that "
             "holds cluster.yaml, or leave --cluster away for this machine"

@@ -302,6 +302,20 @@ def _advance(parts: Sequence[str], state: State, name: bytes) -> State:
     return after
 
 
+def walks_into(source: str, root: str, folder: str) -> bool:
+    """Whether listing ``source``, whose root is ``root``, looks into an absolute ``folder``."""
+    below = os.path.relpath(folder, os.path.realpath(root)).split("/")
+    if below[0] == "..":
+        return False
+    if os.path.isdir(source):
+        return True
+    parts = _split_pattern(source)[1]
+    state = _reach(parts, 0)
+    for name in below:
+        state = _advance(parts, state, os.fsencode(name)) if name != "." else state
+    return min(state, default=len(parts)) < len(parts)
+
+
 def _walk(root: str, step: Step, start: State, end: int, unreadable: list[str]) -> Iterator[tuple[str, os.DirEntry[bytes]]]:
     """Yield what lies below ``root``, is no folder and brings the pattern to its end; lost folders go to ``unreadable``."""
     top = os.fsencode(root)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
@@ -170,11 +171,10 @@ def load_job(path: str | Path, overrides: dict[str, Any] | None = None) -> Job:
     """
     path = Path(path)
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())  # YAML's errors draw the place over several lines
+        data = read_yaml(path)
+    except ValueError as error:
         raise UsageError(
-            f"job file {path} cannot be read ({reason}), so nothing was started; give a YAML file with at least source and store"
+            f"job file {path} cannot be read ({error}), so nothing was started; give a YAML file with at least source and store"
         ) from error
     if not isinstance(data, dict):
         raise UsageError(f"job file {path} holds {type(data).__name__}, not keys and values; it needs at least source and store")
@@ -185,6 +185,36 @@ def load_job(path: str | Path, overrides: dict[str, Any] | None = None) -> Job:
     if isinstance(extractor, dict) and isinstance(extractor.get("weights"), str):
         extractor["weights"] = _beside(path, extractor["weights"])
     return make_job(_merge(data, overrides or {}), where=f"job file {path}")
+
+
+def read_yaml(path: Path) -> Any:
+    """Read a YAML file of plain values.
+
+    Raises
+    ------
+    ValueError
+        When it cannot be read, or has keys that are no text.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        _check_keys(content, set())
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise ValueError(" ".join(str(error).split())) from error  # YAML's errors draw the place over several lines
+    return content
+
+
+def _check_keys(content: Any, seen: set[int]) -> None:
+    if id(content) in seen:  # an alias, of which a small file can hold billions
+        return
+    if isinstance(content, dict | list):
+        seen.add(id(content))
+    if isinstance(content, dict):
+        for key in content:
+            if not isinstance(key, str):
+                raise ValueError(f"key {key!r} is no text; put it in quotes")  # noqa: TRY004 (of the file's content)
+    if isinstance(content, dict | list):
+        for value in content.values() if isinstance(content, dict) else content:
+            _check_keys(value, seen)
 
 
 def _beside(path: Path, value: str) -> str:
@@ -221,7 +251,9 @@ def validate_model(model: type[M], values: Any, where: str) -> M:
         found = error.errors()
         deeper = {problem["loc"][:n] for problem in found for n in range(1, len(problem["loc"]))}
         # A tuple whose items were refused is also "too short", which would only distract.
-        problems = "; ".join(_explain(model, problem) for problem in found if problem["loc"] not in deeper)
+        first = [problem for problem in found if problem["loc"] not in deeper]
+        problems = "; ".join(_explain(model, problem) for problem in first[:10])
+        problems += f"; and {len(first) - 10} more" if len(first) > 10 else ""
         raise UsageError(f"{where} is not usable, so nothing was started: {problems}") from error
 
 
@@ -242,7 +274,7 @@ def _explain(model: type[BaseModel], problem: Any) -> str:
         return f"key {f'{location}.{tag}'!r} is missing: add it"
     if problem["type"] == "value_error":
         return f"{location}: {problem['ctx']['error']}"
-    return f"{location or 'the whole'}: {problem['msg']}, not {problem['input']!r}"
+    return f"{location or 'the whole'}: {problem['msg']}, not {reprlib.repr(problem['input'])}"
 
 
 def _locate(model: type[BaseModel], location: tuple[int | str, ...]) -> tuple[Any, str]:

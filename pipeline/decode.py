@@ -10,7 +10,7 @@ import logging
 import struct
 import warnings
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import IO, TYPE_CHECKING, Any, BinaryIO, cast, get_args
 
 import numpy as np
@@ -66,6 +66,8 @@ class ImageSize:
     """Pixels, as the extractor sees the image."""
     input_width: int
     """Pixels, as the extractor sees the image."""
+    decode_bytes: int = field(default=0, compare=False)
+    """Memory that decoding takes, at most: pixels in the mode of the file, oriented, flattened and as an array."""
 
 
 def probe(data: BinaryIO | bytes, spec: DecodeSpec) -> ImageSize:
@@ -280,7 +282,8 @@ def _measure(image: Image.Image, orientation: int, spec: DecodeSpec) -> ImageSiz
     _check_pixels("the resized image has", input_height, input_width, spec.pixel_limit)
     # A tall sliver: Pillow resizes the rows first, into a buffer as high as the image and as wide as the result.
     _check_pixels("resizing needs", height, input_width, max(spec.pixel_limit, DEFAULT_PIXEL_LIMIT))
-    return ImageSize(height, width, input_height, input_width)
+    is_plain = image.mode in {"L", "RGB"} and not image.has_transparency_data
+    return ImageSize(height, width, input_height, input_width, height * width * (6 if is_plain else 16))
 
 
 def _mend_colour_key(image: Image.Image) -> None:
@@ -313,10 +316,11 @@ def _scale_grey(image: Image.Image) -> Image.Image:
     """16-bit (12-bit TIFF) grey to mode L, or LA with a colour key, over the full range and never clipped."""
     tags: Any = getattr(image, "tag_v2", {})
     white = 4095 if tags.get(_BITS_PER_SAMPLE) == (12,) else 65535
-    values = np.asarray(image).astype(np.uint32)
+    levels = ((np.arange(white + 1) * 255 + white // 2) // white).astype(np.uint8)
     if tags.get(_PHOTOMETRIC) == 0:  # white is zero, which Pillow minds at 8 bits only
-        values = white - values
-    grey = Image.fromarray(((values * 255 + white // 2) // white).astype(np.uint8))
+        levels = levels[::-1]
+    values = np.asarray(image)
+    grey = Image.fromarray(levels[values])
     key = image.info.get("transparency")
     if key is None:
         return grey

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
 import queue
 import threading
@@ -20,12 +19,14 @@ from distributed.client import ClosedClientError
 from distributed.comm import CommClosedError
 
 from pipeline import reading, tasks
-from pipeline.changes import Changes
-from pipeline.chunks import Array
+from pipeline.capacity import require_memory, require_space
+from pipeline.changes import Changes, is_inaccessible
 from pipeline.cluster import LocalSpec, connect, load_cluster, worker_slots
-from pipeline.collection import Listing
+from pipeline.collection import UNREADABLE, Listing
 from pipeline.config import Job
-from pipeline.errors import FeaturemapsError, UsageError
+from pipeline.errors import FeaturemapsError
+from pipeline.faults import explain, scheduler_lost
+from pipeline.ledger import Ledger
 from pipeline.lock import require_lock
 from pipeline.plan import (
     BATCHES_IN_FLIGHT_PER_SLOT,
@@ -33,14 +34,13 @@ from pipeline.plan import (
     ClassLayout,
     Size,
     assign_classes,
-    class_name,
     cut_pieces,
     image_cost_s,
     pack_batches,
-    worker_memory_bytes,
 )
+from pipeline.schema import REJECTED, RUNS, Status
 from pipeline.settings import extractor_spec, layout_of, multiply_adds, needed_size
-from pipeline.store import REJECTED, RUNS, STATISTICS, Status, Store, free_bytes, stack
+from pipeline.store import Store
 from pipeline.summary import Progress, Summary, receipt
 
 logger = logging.getLogger(__name__)
@@ -55,8 +55,6 @@ FAULT_SAMPLE = 500
 RESULT_S = 10.0
 NO_WORKERS_S = 120.0
 REGISTER_TRIES = 5
-# Reasons that say more about the source than about the image.
-_ACCESS = ("missing", "permission_denied", "changed", "not_a_file")
 
 
 @contextlib.contextmanager
@@ -103,6 +101,7 @@ class Driver:
     ) -> None:
         self.job, self.store, self.listing, self.found = job, store, listing, found
         self.client, self.summary, self.progress, self.notify, self.stop = client, summary, progress, notify, stop
+        self.ledger = Ledger(store, listing)
         self.spec = extractor_spec(store.spec)
         self.channels = job.decode.channels
         self.source = reading.Source(listing.root, job.decode)
@@ -119,6 +118,8 @@ class Driver:
         self.buffer: list[tuple[int, reading.Probed]] = []  # probed, in the order of the listing, not appended
         self.n_appended = self.n_sent = self.n_seen = 0
         self.recent: deque[bool] = deque(maxlen=FAULT_SAMPLE)  # of the last images seen: whether they could not be reached
+        self.source_failed = False
+        self.decode_bytes = 0  # the most that one of the images probed takes
         self.results: list[tasks.BatchResult] = []
         self.failure: FeaturemapsError | None = None
         self.is_lost = False  # nothing that is in flight will come back
@@ -154,7 +155,7 @@ class Driver:
                     break
                 self._wait(next_commit - time.monotonic())
                 if self.is_lost or self.client.status != "running":
-                    self._fail(_lost(None))
+                    self._fail(scheduler_lost(None))
                     break
                 self.summary.compute_s = time.monotonic() - started
                 if time.monotonic() >= next_commit:
@@ -186,7 +187,7 @@ class Driver:
             rows = self.found.pending.get(shape_class.name, [])
             self.image_of[size] = dict(rows)
             self.waiting[size] = [row for row, _ in rows]
-        self._check_resources({size: self.store.classes[size].layout for size, rows in self.image_of.items() if rows}, {})
+        self._check_capacity({size: self.store.classes[size].layout for size, rows in self.image_of.items() if rows}, {})
         self._register(tasks.ExtractorPlugin(self.target.extractor, self.spec, self.store.weights(), self.store.spec.layers))
         self.progress.stage = "running"
         if not self.found.new:
@@ -233,20 +234,20 @@ class Driver:
             else:
                 self._take_batch(result)
         elif future.status == "error":
-            self._fail(_explain(future.exception(), sent, self.store.path))
+            self._fail(explain(future.exception(), sent, self.store.path))
         else:
-            self._fail(_lost(None))
+            self._fail(scheduler_lost(None))
             self.is_lost = True
 
     def _why(self, error: BaseException, sent: Any) -> FeaturemapsError:
         """Tell a lost scheduler from what a task or the store raised."""
         lost = self.client.status != "running" or isinstance(error, CommClosedError | CancelledError | ClosedClientError)
-        return _lost(error) if lost else _explain(error, sent, self.store.path)
+        return scheduler_lost(error) if lost else explain(error, sent, self.store.path)
 
     def _check_workers(self) -> None:
         """Give up when nobody is left to work: a scheduler that was started by hand would wait for ever."""
         try:
-            worker_slots(self.client)
+            self.slots = sum(slots for slots, _ in worker_slots(self.client).values())
             self.no_workers_since = None
         except FeaturemapsError as error:
             now = time.monotonic()
@@ -308,12 +309,13 @@ class Driver:
             except FeaturemapsError as failure:
                 self._fail(failure)
             except OSError as error:
-                self._fail(_explain(error, None, self.store.path))
+                self._fail(explain(error, None, self.store.path))
             self.buffer = []
 
     def _append(self, probed: list[tuple[int, reading.Probed]], *, complete: bool) -> None:
         for _, p in probed:
             self._count(p.error, is_fault=bool(p.fault))
+        probed = [self._doubt(i, p) for i, p in probed if not self._is_known(i, p)]
         self._check_source()
         faults = [p.fault for _, p in probed if p.fault]
         self.summary.faults = (self.summary.faults + faults)[:20]
@@ -325,84 +327,49 @@ class Driver:
         for size, item in zip(sizes, good, strict=True):
             groups.setdefault(size, []).append(item)
         layouts = {size: self._layout(size) for size in groups}
+        self.decode_bytes = max([self.decode_bytes, *(p.decode_bytes for _, p in good)])
         known = {size: self.store.classes[size].layout for size, rows in self.image_of.items() if rows}
-        self._check_resources({**known, **layouts}, {size: len(items) for size, items in groups.items()})
+        self._check_capacity({**known, **layouts}, {size: len(items) for size, items in groups.items()})
         require_lock(self.store.path / RUNS, self.summary.run_id)
         for size, items in groups.items():
-            rows = self._append_class(size, layouts[size], items)
+            rows = self.ledger.append(size, layouts[size], items)
             self.image_of.setdefault(size, {}).update(zip(rows, (i for i, _ in items), strict=True))
             self.waiting.setdefault(size, []).extend(rows)
         if rejected:
-            self._append_rejected(rejected)
-        self._supersede(i for i, p in probed if not p.fault)
+            self.ledger.append_rejected(rejected)
+            self.summary.n_rejected += len(rejected)
+            self.progress.n_quarantined += len(rejected)
+            self.progress.n_finished += len(rejected)
+        self.ledger.supersede(self.found.replaces[i] for i, p in probed if not p.fault and i in self.found.replaces)
         self.n_appended += len(good)
         self._plan(complete=complete)
+
+    def _doubt(self, i: int, found: reading.Probed) -> tuple[int, reading.Probed]:
+        """An image that can be read, but could not be looked at when it was listed, has no fingerprint: the next run does it."""
+        if self.listing.fingerprint(i) == UNREADABLE and not found.error and not found.fault:
+            found = reading.Probed(fault=f"{self.listing.paths[i]}: could not be looked at when the source was listed")
+        return i, found
+
+    def _is_known(self, i: int, found: reading.Probed) -> bool:
+        """Whether an image that was tried again is rejected for the reason on record; the entry stands."""
+        entry = self.found.replaces.get(i)
+        known = (
+            entry is not None and entry.group == REJECTED and bool(found.error) and self.ledger.is_rejected(entry, i, found.error)
+        )
+        self.summary.n_unchanged += known
+        self.progress.n_finished += known
+        return known
 
     def _layout(self, size: Size) -> ClassLayout:
         if size in self.store.classes:
             return self.store.classes[size].layout
         return layout_of(size, self.spec, np.dtype(self.job.dtype).itemsize, self.channels)
 
-    def _append_class(self, size: Size, layout: ClassLayout, items: list[tuple[int, reading.Probed]]) -> list[int]:
-        columns = self._listed_columns([i for i, _ in items])
-        for name in ("source_height", "source_width", "input_height", "input_width"):
-            columns[name] = np.array([getattr(p, name) for _, p in items], np.int32)
-        padded = any((p.input_height, p.input_width) != size for _, p in items)
-        if size not in self.store.classes:
-            self.store.create_class(layout, "padded" if padded else "exact", columns)
-            return list(range(len(items)))
-        if padded and self.store.classes[size].kind == "exact":
-            self.store.mark_padded(size)
-        return list(self.store.append(class_name(size), columns).tolist())
-
-    def _listed_columns(self, images: list[int]) -> dict[str, Array]:
-        return {
-            "path": stack([self.listing.paths[i] for i in images]),
-            "size_bytes": np.array([self.listing.size_bytes[i] for i in images], np.int64),
-            "fingerprint": stack([self.listing.fingerprint(i) for i in images]),
-        }
-
-    def _append_rejected(self, rejected: list[tuple[int, reading.Probed]]) -> None:
-        columns = self._listed_columns([i for i, _ in rejected])
-        columns["error"] = stack([p.error for _, p in rejected])
-        columns["status"] = np.full(len(rejected), Status.QUARANTINED, np.uint8)
-        self.store.append(REJECTED, columns)
-        self.summary.n_rejected += len(rejected)
-        self.progress.n_quarantined += len(rejected)
-        self.progress.n_finished += len(rejected)
-
-    def _supersede(self, images: Iterator[int]) -> None:
-        """Retire the entries that the appended ones replace."""
-        old: dict[str, list[int]] = {}
-        for i in images:
-            if i in self.found.replaces:
-                entry = self.found.replaces[i]
-                old.setdefault(entry.group, []).append(entry.row)
-        for group, rows in old.items():
-            self.store.commit(group, np.array(rows), {"status": np.full(len(rows), Status.SUPERSEDED, np.uint8)})
-
-    def _check_resources(self, layouts: dict[Size, ClassLayout], n_new: dict[Size, int]) -> None:
+    def _check_capacity(self, layouts: dict[Size, ClassLayout], n_new: dict[Size, int]) -> None:
         """Refuse what cannot fit memory or disk, with the number that would."""
-        if not layouts:
-            return
-        window = BATCHES_IN_FLIGHT_PER_SLOT * self.threads
-        needed = worker_memory_bytes(layouts.values(), self.channels, self.threads, window)
-        if self.memory_limit_bytes and needed > self.memory_limit_bytes:
-            largest = max(layouts, key=lambda size: size[0] * size[1])
-            raise UsageError(
-                f"images of {largest[0]} x {largest[1]} pixels need up to {needed / 2**20:.0f} MiB per worker, and a worker may use "
-                f"{self.memory_limit_bytes / 2**20:.0f} MiB: it would be killed, so its images were not started; run with fewer workers "
-                f"of at least {needed / 2**20:.0f} MiB each (--workers, --memory-limit), or with --resize or --dtype uint8"
-            )
-        rows = {size: n_new.get(size, 0) + len(self.image_of.get(size, {})) for size in layouts}
-        wanted = sum(n * layouts[size].row_bytes for size, n in rows.items())
-        free = free_bytes(self.store.path)
-        if wanted > free:
-            raise FeaturemapsError(
-                f"the maps of {sum(rows.values())} images need up to {wanted / 1e9:.2f} GB, and {self.store.path} has {free / 1e9:.2f} GB "
-                f"free: they were not started, so that the disk does not run full in the middle; free {(wanted - free) / 1e9:.2f} GB, or "
-                "use --dtype uint8, --resize or --limit"
-            )
+        n_rows = {size: n_new.get(size, 0) + len(self.image_of.get(size, {})) for size in layouts}
+        require_memory(layouts, self.channels, self.threads, self.memory_limit_bytes, self.decode_bytes)
+        require_space(self.store.path, sum(n * layouts[size].row_bytes for size, n in n_rows.items()), sum(n_rows.values()))
 
     # -- batches ---------------------------------------------------------------------------------------------------------------
 
@@ -458,14 +425,15 @@ class Driver:
 
     def _count(self, error: str, *, is_fault: bool) -> None:
         self.n_seen += 1
-        self.recent.append(is_fault or error.split(":", 1)[0] in _ACCESS)
+        self.recent.append(is_fault or is_inaccessible(error))
+        self.source_failed |= len(self.recent) == FAULT_SAMPLE and sum(self.recent) > FAULT_SAMPLE / 2
 
     def _check_source(self) -> None:
         """Stop when most images cannot even be reached."""
-        if self._source_failed:
+        if self.source_failed:
             raise FeaturemapsError(
-                f"{sum(self.recent)} of the last {FAULT_SAMPLE} images cannot be read at all: the source {self.listing.root}, not the "
-                "images, is at fault, so none of them was quarantined; check that it is mounted and readable, then run again"
+                f"most of {FAULT_SAMPLE} images in a row cannot be read at all: the source {self.listing.root}, not the images, is at "
+                "fault, so the run stopped; check that it is mounted and readable, then run again, which tries all of them again"
             )
 
     # -- the ledger ------------------------------------------------------------------------------------------------------------
@@ -476,38 +444,13 @@ class Driver:
             return
         results, self.results = self.results, []
         try:
-            require_lock(self.store.path / RUNS, self.summary.run_id)
-            for size in sorted({piece.layout.size for result in results for piece in result.pieces}):
-                pieces = [piece for result in results for piece in result.pieces if piece.layout.size == size]
-                self._commit_class(class_name(size), pieces)
+            pieces = [piece for result in results for piece in result.pieces]
+            self.ledger.commit(pieces, source_failed=self.source_failed)
         except OSError as error:
-            self._fail(_explain(error, None, self.store.path))
+            self._fail(explain(error, None, self.store.path))
             return
         for result in results:
             self._account(result)
-
-    def _commit_class(self, group: str, pieces: list[tasks.PieceResult]) -> None:
-        status = np.concatenate([piece.status for piece in pieces])
-        errors = [error for piece in pieces for error in piece.error]
-        inaccessible = np.array([error.split(":", 1)[0] in _ACCESS for error in errors])
-        keep = (status != Status.PENDING) & ~(inaccessible & self._source_failed)
-        if not keep.any():
-            return
-        rows = np.concatenate([piece.rows for piece in pieces])
-        columns: dict[str, Array] = {
-            "digest": stack([digest for piece in pieces for digest in piece.digest]),
-            "maps_digest": stack([digest for piece in pieces for digest in piece.maps_digest]),
-            "error": stack(errors),  # also where there is none: an earlier try may have left one
-        }
-        for layer in self.store.spec.layers:
-            pooled = np.concatenate([piece.pooled[layer.name] for piece in pieces])
-            columns |= {f"{layer.name}_{name}": pooled[:, i] for i, name in enumerate(STATISTICS)}
-        columns["status"] = status
-        self.store.commit(group, rows[keep], {name: values[keep] for name, values in columns.items()})
-
-    @property
-    def _source_failed(self) -> bool:
-        return len(self.recent) == FAULT_SAMPLE and sum(self.recent) > FAULT_SAMPLE / 2
 
     def _account(self, result: tasks.BatchResult) -> None:
         summary = self.summary
@@ -552,43 +495,3 @@ class Driver:
             return not self.addresses <= set(worker_slots(self.client))
         except (OSError, FeaturemapsError):
             return True
-
-
-def _lost(error: BaseException | None) -> FeaturemapsError:
-    failure = FeaturemapsError(
-        f"the Dask scheduler or its connection was lost{f' ({error})' if error else ''}: what was committed stands, and nothing else "
-        "counts; run the same command again to go on from there"
-    )
-    failure.__cause__ = error
-    return failure
-
-
-def _explain(error: BaseException | None, sent: Any, store: Path) -> FeaturemapsError:
-    """What ended the run, for a person."""
-    if isinstance(error, FeaturemapsError):
-        return error
-    if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}:
-        text = (
-            f"the disk of {store} is full ({error.strerror}): the run stopped, and what was committed stands; free space and run the "
-            "same command again to go on from there"
-        )
-    elif isinstance(error, OSError):
-        text = (
-            f"store {store} cannot be written any more ({error}): the run stopped, and what was committed stands; check the disk and "
-            "the permissions and run the same command again"
-        )
-    elif isinstance(error, KilledWorker):
-        size, first, n = sent[0] if isinstance(sent, list) else (("?", "?"), "?", "?")
-        text = (
-            f"a batch killed its worker every time (its first images: {n} of {size[0]} x {size[1]} pixels from {first!r} on): an image "
-            "that crashes the decoder, or too little memory per worker; the rest that was committed stands; look at these images, or "
-            "run with more memory per worker (--workers, --memory-limit)"
-        )
-    else:
-        text = (
-            f"a task failed in a way that it should not ({type(error).__name__}: {error}): the run stopped, and what was committed "
-            "stands; please report this with the log (-v), then run the same command again"
-        )
-    failure = FeaturemapsError(text)
-    failure.__cause__ = error
-    return failure

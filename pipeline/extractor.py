@@ -287,8 +287,8 @@ class Extractor(nn.Module):
             yield from self._plain(image, self.dtype)
             return
         x = image.permute(2, 0, 1)  # (channel, y, x); 1/256 is in the weights
-        for layer, (name, shape) in zip(self.layers, self._shapes(*image.shape).items(), strict=True):
-            x = layer(x, out[name] if name in out else _buffer("maps", *shape))  # what was in "maps" is in "input" by then
+        for i, (layer, (name, shape)) in enumerate(zip(self.layers, self._shapes(*image.shape).items(), strict=True)):
+            x = layer(x, out[name] if name in out else _buffer(f"maps{i % 2}", *shape))  # the other one still holds its input
             yield name, x
 
     def _plain(self, image: Tensor, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:

@@ -37,25 +37,29 @@ class Holder:
     boot_id: str
     """Changes when the host restarts; with the PID namespace, as containers share one boot."""
     pid: int
-    process_started: float
-    """Unix time, so that a reused pid is not taken for the holder."""
+    process_started: int
+    """Clock ticks since the boot, which no step of the clock moves, so that a reused pid is not taken for the holder."""
     job_id: str
     """Batch system's job id, or empty."""
 
     @classmethod
     def current(cls, run_id: str) -> Holder:
         """The holder that this process is."""
-        return cls(run_id, socket.gethostname(), _boot_id(), os.getpid(), psutil.Process().create_time(), _job_id())
+        return cls(run_id, socket.gethostname(), _boot_id(), os.getpid(), _start_ticks(os.getpid()), _job_id())
 
     def is_dead(self) -> bool:
         """Whether it ran on this host and boot and its process is gone; False when that cannot be known from here."""
         if (self.host, self.boot_id) != (socket.gethostname(), _boot_id()):
             return False
         try:
-            process = psutil.Process(self.pid)
-            return bool(abs(process.create_time() - self.process_started) > 1.0 or process.status() == psutil.STATUS_ZOMBIE)
-        except psutil.NoSuchProcess:
+            return _start_ticks(self.pid) != self.process_started or psutil.Process(self.pid).status() == psutil.STATUS_ZOMBIE
+        except (psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):
             return True
+
+
+def _start_ticks(pid: int) -> int:
+    """When a process started; proc(5) counts the field behind the name, which may hold anything."""
+    return int(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[19])
 
 
 def _boot_id() -> str:
@@ -114,18 +118,18 @@ class StoreLock:
         temporary.write_text(json.dumps(asdict(Holder.current(self.run_id))), encoding="utf-8")
         try:
             with _guard(self.path.parent):
-                self._clear_stale()
+                self._clear_stale(temporary.stat().st_mtime)
                 os.link(temporary, self.path)  # fails if the object exists: exclusive also where flock is not
         except FileExistsError:
             raise StoreBusyError(f"store {self.path.parent.parent} was taken by another run just now; run again later") from None
         finally:
             temporary.unlink()
 
-    def _clear_stale(self) -> None:
-        """Remove the lock of a run that is surely over, or refuse."""
+    def _clear_stale(self, now: float) -> None:
+        """Remove the lock of a run that is surely over, or refuse; ``now`` by the clock of the file server, as the heartbeat is."""
         try:
             holder = Holder(**json.loads(self.path.read_text(encoding="utf-8")))
-            silent_s = time.time() - self.path.stat().st_mtime
+            silent_s = now - self.path.stat().st_mtime
         except FileNotFoundError:
             return
         except (ValueError, TypeError) as error:
@@ -183,8 +187,10 @@ def require_lock(folder: Path, run_id: str) -> None:
 
 def current_holder(store: Path) -> dict[str, Any] | None:
     """Who works on a store now, as far as can be seen from here."""
+    path = store / "runs" / _NAME
     try:
-        holder = Holder(**json.loads((store / "runs" / _NAME).read_text(encoding="utf-8")))
+        holder = Holder(**json.loads(path.read_text(encoding="utf-8")))
+        silent_s = time.time() - path.stat().st_mtime
     except (OSError, ValueError, TypeError):
         return None
-    return None if holder.is_dead() else asdict(holder)
+    return None if holder.is_dead() or silent_s >= LOCK_TTL_S else asdict(holder)

@@ -325,11 +325,12 @@ def pack_batches(pieces: Sequence[Piece], slots: int) -> list[Batch]:
     return batches
 
 
-def worker_memory_bytes(layouts: Iterable[ClassLayout], channels: int, threads: int, window: int) -> int:
+def worker_memory_bytes(layouts: Iterable[ClassLayout], channels: int, threads: int, window: int, decode_bytes: int = 0) -> int:
     """Projected peak memory of one worker.
 
     The interpreter and its libraries; the decoded images of all batches in flight; per thread the maps of one batch, the
-    compressed object of one shard, and the scratch of one image: its pixels once more, its maps as float32 twice, and a band.
+    compressed object of one shard, and the scratch of one image: its pixels once more, its maps as float32 twice, and a band;
+    or, while the image is decoded, its file and its pixels in the source's own mode and size.
 
     Parameters
     ----------
@@ -340,8 +341,11 @@ def worker_memory_bytes(layouts: Iterable[ClassLayout], channels: int, threads: 
         Threads of the worker that extract and write.
     window : int
         Batches of one worker in flight.
+    decode_bytes : int
+        What decoding one image takes at most.
     """
-    return WORKER_BASE_BYTES + max((_class_memory_bytes(layout, channels, threads, window) for layout in layouts), default=0)
+    largest = max((_class_memory_bytes(layout, channels, threads, window) for layout in layouts), default=0)
+    return WORKER_BASE_BYTES + largest + threads * decode_bytes
 
 
 def _class_memory_bytes(layout: ClassLayout, channels: int, threads: int, window: int) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -13,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.changes import Changes, check_removals
+from pipeline.changes import check_removals
+from pipeline.cluster import local_memory_bytes, local_workers
 from pipeline.collection import Listing, list_collection
 from pipeline.config import Job
 from pipeline.lock import current_holder
@@ -29,11 +29,11 @@ from pipeline.plan import (
     worker_memory_bytes,
 )
 from pipeline.reading import Probed, Source, probe_block
-from pipeline.run import check_apart, compare_with_store, count_statuses, open_for
-from pipeline.settings import layout_of, multiply_adds, needed_size, store_spec
-from pipeline.store import REJECTED, ShapeClass, Status, Store, free_bytes
+from pipeline.run import check_job, compare_with_store, count_statuses, open_for, settle_returned
+from pipeline.schema import REJECTED, ShapeClass, Status
+from pipeline.settings import layout_of, multiply_adds, needed_size
+from pipeline.store import Store, free_bytes
 from pipeline.summary import printable
-from pipeline.weights import load_weights
 
 BLOCK = 2048
 INLINE = 4 * BLOCK
@@ -64,6 +64,8 @@ class Preview:
     """Upper bound: uncompressed."""
     free_bytes: int = 0
     worker_memory_bytes: int = 0
+    worker_limit_bytes: int = 0
+    """Memory of one worker on this machine; 0 where the cluster is another."""
     workers: int = 0
 
     def to_dict(self) -> dict[str, Any]:
@@ -84,7 +86,9 @@ class Preview:
             f"{self.n_shards} shards in {self.n_batches} batches for {self.workers} workers, roughly {self.work_s:.0f} s of one core",
             f"maps up to {self.maps_bytes / 1e9:.2f} GB before compression, {self.free_bytes / 1e9:.2f} GB free"
             + (" -- DOES NOT FIT" if self.maps_bytes > self.free_bytes else ""),
-            f"up to {self.worker_memory_bytes / 2**20:.0f} MiB per worker",
+            f"up to {self.worker_memory_bytes / 2**20:.0f} MiB per worker"
+            + (f" of {self.worker_limit_bytes / 2**20:.0f} MiB" if self.worker_limit_bytes else "")
+            + (" -- DOES NOT FIT" if 0 < self.worker_limit_bytes < self.worker_memory_bytes else ""),
         ]
         if self.reasons:
             lines.append("to reject: " + ", ".join(f"{n} {code}" for code, n in self.reasons.items()))
@@ -93,7 +97,7 @@ class Preview:
         return "\n".join(lines)
 
 
-def plan_job(job: Job) -> Preview:
+def plan_job(job: Job, cluster_file: Path = Path("cluster.yaml")) -> Preview:
     """Say what `run_job` would do with a job, by listing and probing but writing nothing.
 
     Raises
@@ -104,18 +108,24 @@ def plan_job(job: Job) -> Preview:
     listing = list_collection(job.source)
     if job.limit is not None:
         listing = listing.limit(job.limit)
-    check_apart(Path(job.store).absolute(), job.source, listing.root)
-    store = open_for(Path(job.store), store_spec(job, listing.root, load_weights(job.extractor, job.decode.channels)))
+    spec, _ = check_job(job, listing, cluster_file)
+    store = open_for(Path(job.store), spec)
     found = compare_with_store(job, store, listing)
     check_removals(found, job.max_removed)
-    workers = job.workers or len(os.sched_getaffinity(0))
+    workers = local_workers(job.workers)
     preview = Preview(len(listing), found.n_unchanged, n_removed=found.n_removed, workers=workers)
-    preview.n_returned = sum(map(len, found.returned.values())) - _take_up_returned(found, store)
+    if job.cluster is None:
+        preview.worker_limit_bytes = local_memory_bytes(workers, job.memory_limit_bytes)
+    n_pending = found.n_pending
+    if store is not None:
+        settle_returned(store, found)
+    preview.n_returned = sum(map(len, found.returned.values())) - (found.n_pending - n_pending)
     preview.free_bytes = free_bytes(Path(job.store).absolute())
 
     existing = {} if store is None else store.classes
     pending = {size: [row for row, _ in found.pending.get(c.name, ())] for size, c in existing.items()}
     sizes: list[Size] = []
+    decode_bytes = 0
     reasons: Counter[str] = Counter()
     for p in _probe_all(job, listing, found.new, workers):
         if p.error:
@@ -124,23 +134,11 @@ def plan_job(job: Job) -> Preview:
             preview.n_faults += 1
         else:
             sizes.append((p.input_height, p.input_width))
+            decode_bytes = max(decode_bytes, p.decode_bytes)
     new = Counter(assign_classes(sizes, existing))
-    _fill(preview, job, existing, {size: rows for size, rows in pending.items() if rows}, new)
+    _fill(preview, job, existing, {size: rows for size, rows in pending.items() if rows}, new, decode_bytes)
     preview.reasons, preview.n_to_reject = dict(reasons), sum(reasons.values())
     return preview
-
-
-def _take_up_returned(found: Changes, store: Store | None) -> int:
-    """Count images that are back but were never computed, and put them with the pending ones."""
-    if store is None:
-        return 0
-    n = 0
-    for group, rows in found.returned.items():
-        known = store.column(group, "maps_digest") + store.column(group, "error")
-        again = [(row, i) for row, i in rows if not known[row]]
-        found.pending[group] = sorted([*found.pending.get(group, []), *again])
-        n += len(again)
-    return n
 
 
 def _probe_all(job: Job, listing: Listing, images: Sequence[int], workers: int) -> Iterator[Probed]:
@@ -162,7 +160,12 @@ def _probe_all(job: Job, listing: Listing, images: Sequence[int], workers: int) 
 
 
 def _fill(
-    preview: Preview, job: Job, existing: Mapping[Size, ShapeClass], pending: dict[Size, list[int]], new: Mapping[Size, int]
+    preview: Preview,
+    job: Job,
+    existing: Mapping[Size, ShapeClass],
+    pending: dict[Size, list[int]],
+    new: Mapping[Size, int],
+    decode_bytes: int,
 ) -> None:
     """Cut the rows of each class as a run would."""
     layouts: dict[Size, ClassLayout] = {}
@@ -184,7 +187,7 @@ def _fill(
     preview.n_new_classes = len(layouts.keys() - existing.keys())
     preview.n_shards = len(pieces)
     preview.n_batches = len(pack_batches(pieces, preview.workers))
-    preview.worker_memory_bytes = worker_memory_bytes(layouts.values(), channels, 1, BATCHES_IN_FLIGHT_PER_SLOT)
+    preview.worker_memory_bytes = worker_memory_bytes(layouts.values(), channels, 1, BATCHES_IN_FLIGHT_PER_SLOT, decode_bytes)
 
 
 @dataclass(slots=True)

@@ -47,6 +47,7 @@ class Probed(NamedTuple):
     input_width: int = 0
     error: str = ""
     fault: str = ""
+    decode_bytes: int = 0
 
 
 class Patience:
@@ -83,7 +84,8 @@ def _probe(source: Source, path: str, needed: tuple[int, int], patience: Patienc
             f"{size.input_height} x {size.input_width} pixels, smaller than the {needed[0]} x {needed[1]} that one output needs"
         )
         return Probed(error=str(ImageError("too_small", text)))
-    return Probed(size.source_height, size.source_width, size.input_height, size.input_width)
+    sizes = size.source_height, size.source_width, size.input_height, size.input_width
+    return Probed(*sizes, decode_bytes=size.decode_bytes)
 
 
 def _probe_file(source: Source, path: str) -> decode.ImageSize:

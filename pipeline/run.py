@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,15 @@ import numpy as np
 
 from pipeline import changes as ledger_changes
 from pipeline.changes import Changes, Entries
-from pipeline.collection import Listing, list_collection
+from pipeline.chunks import Array
+from pipeline.collection import Listing, list_collection, walks_into
 from pipeline.config import Job
 from pipeline.decode import decode_versions
 from pipeline.errors import UsageError
-from pipeline.lock import StoreLock
-from pipeline.settings import VERSION, store_spec
-from pipeline.store import REJECTED, RUNS, Status, Store, create_store, difference, is_store, prepare_folder
+from pipeline.lock import StoreLock, require_lock
+from pipeline.schema import REJECTED, RUNS, Status, StoreSpec, difference
+from pipeline.settings import VERSION, needed_size, store_spec
+from pipeline.store import Store, check_folder, create_store, is_store, prepare_folder
 from pipeline.summary import Progress, Summary, receipt
 from pipeline.weights import load_weights
 
@@ -75,18 +78,13 @@ def run_job(
     listing = list_collection(job.source)
     if job.limit is not None:
         listing = listing.limit(job.limit)
-    check_apart(path, job.source, listing.root)
-    weights = load_weights(job.extractor, job.decode.channels)
-    spec = store_spec(job, listing.root, weights)
-    if open_for(path, spec) is None and client is None and job.cluster is not None:
-        from pipeline.cluster import load_cluster  # noqa: PLC0415 (as below)
-
-        load_cluster(job.cluster, cluster_file)  # before there is a store
+    spec, weights = check_job(job, listing, cluster_file if client is None else None)
     prepare_folder(path)
     summary = Summary(_run_id(), started=_now(), config=job.model_dump(mode="json"), versions=_versions(), n_listed=len(listing))
     summary.unreadable_folders = list(listing.unreadable[:100])
     with StoreLock(path / RUNS, summary.run_id) as lock:
         store = open_for(path, spec) or create_store(path, spec, weights)
+        store.fence = partial(require_lock, path / RUNS, summary.run_id)
         if lock.took_over or (store.last_receipt() or {}).get("outcome") != "complete":
             store.repair()
         try:
@@ -115,13 +113,18 @@ def _work(
     """Compare, and send what there is to do, if anything, to the cluster."""
     found = compare_with_store(job, store, listing)
     ledger_changes.check_removals(found, job.max_removed)
+    if found.has_work:
+        store.write_receipt(
+            summary.run_id, receipt(summary)
+        )  # whose outcome has the next run repair the store, should this one die
     _apply(store, found)
     summary.n_unchanged, summary.n_new, summary.n_removed = found.n_unchanged, len(found.new), found.n_removed
+    summary.n_unreachable = found.n_unreachable
     summary.n_returned = sum(map(len, found.returned.values()))
     progress.n_total, progress.n_start = len(listing), len(listing) - len(found.new) - found.n_pending
     progress.n_finished, progress.stage = progress.n_start, "starting workers"
     notify(progress)
-    if found.new or found.n_pending:
+    if found.new or found.n_pending:  # of returned ones, too
         store.touch_version(VERSION)
         from pipeline.driver import Driver, with_client  # noqa: PLC0415 (no Dask and no cluster when there is nothing to do)
 
@@ -133,6 +136,32 @@ def _work(
     summary.n_bad_total = counts["quarantined"] + counts["rejected"]
 
 
+def check_job(job: Job, listing: Listing, cluster_file: Path | None) -> tuple[StoreSpec, dict[str, Array]]:
+    """Check settings, store and cluster against each other before anything is written; return the store's spec and the weights.
+
+    Raises
+    ------
+    UsageError
+        When they do not fit.
+    """
+    path = Path(job.store).absolute()
+    check_apart(path, job.source, listing.root)
+    needed, resize = needed_size(job.extractor), job.decode.resize
+    if resize and (resize[0] < needed[0] or resize[1] < needed[1]):
+        raise UsageError(
+            f"images resized to {resize[0]} x {resize[1]} pixels (height x width) leave no maps, because one value of these layers needs "
+            f"{needed[0]} x {needed[1]}: nothing was started; resize to at least that, or change the layers"
+        )
+    weights = load_weights(job.extractor, job.decode.channels)
+    spec = store_spec(job, listing.root, weights)
+    check_folder(path)
+    if open_for(path, spec) is None and cluster_file is not None and job.cluster is not None:
+        from pipeline.cluster import load_cluster  # noqa: PLC0415 (no Dask when there is nothing to do)
+
+        load_cluster(job.cluster, cluster_file)
+    return spec, weights
+
+
 def check_apart(store: Path, source: str, root: str) -> None:
     """Refuse a store inside the folder that is walked; beside a list of paths it may be.
 
@@ -140,8 +169,7 @@ def check_apart(store: Path, source: str, root: str) -> None:
     ------
     UsageError
     """
-    walked = Path(root).resolve()
-    if not Path(source).is_file() and (store.resolve() == walked or walked in store.resolve().parents):
+    if not Path(source).is_file() and walks_into(source, root, str(store.resolve())):
         raise UsageError(
             f"store {store} lies inside the source {root}: the next listing would walk through the store's own files; nothing was "
             "started; put the store beside the source"
@@ -171,11 +199,7 @@ def open_for(path: Path, spec: Any) -> Store | None:
 def compare_with_store(job: Job, store: Store | None, listing: Listing) -> Changes:
     """`changes.compare` for a store on disk; without one everything is new."""
     groups = [] if store is None else [*(c.name for c in store.classes.values()), REJECTED]
-    entries = (
-        Entries(group, *(store.column(group, name) for name in ("path", "fingerprint", "status")))
-        for group in groups
-        if store is not None
-    )
+    entries = (_entries(store, group) for group in groups if store is not None)
     complete = listing.complete and (store is None or store.spec.source == str(Path(job.source).absolute()))
     return ledger_changes.compare(
         entries,
@@ -187,20 +211,19 @@ def compare_with_store(job: Job, store: Store | None, listing: Listing) -> Chang
     )
 
 
+def _entries(store: Store, group: str) -> Entries:
+    column = partial(store.column, group)
+    return Entries(group, column("path"), column("fingerprint"), column("status"), partial(column, "error"))
+
+
+def settle_returned(store: Store, found: Changes) -> None:
+    """`Changes.settle_returned` for a store on disk."""
+    found.settle_returned(lambda group: (store.column(group, "maps_digest"), store.column(group, "error")))
+
+
 def _apply(store: Store, found: Changes) -> None:
     """Set the statuses that follow from the listing alone; returned rows are what their columns say they were."""
-    for group, rows in found.returned.items():
-        maps_digest, error = store.column(group, "maps_digest"), store.column(group, "error")
-        for row, i in rows:
-            if maps_digest[row]:
-                found.set_status.setdefault(group, {})[row] = Status.DONE
-            elif error[row]:
-                found.set_status.setdefault(group, {})[row] = Status.QUARANTINED
-            else:
-                found.set_status.setdefault(group, {})[row] = Status.PENDING
-                found.pending.setdefault(group, []).append((row, i))
-    for rows in found.pending.values():
-        rows.sort()
+    settle_returned(store, found)
     for group, statuses in found.set_status.items():
         rows_array = np.array(sorted(statuses))
         store.commit(group, rows_array, {"status": np.array([statuses[row] for row in rows_array.tolist()], np.uint8)})

@@ -12,7 +12,7 @@ from pipeline.chunks import Array
 from pipeline.config import DecodeSpec, ExtractorSpec, Job
 from pipeline.layers import layer_names, output_bounds, output_sizes, receptive_field
 from pipeline.plan import ClassLayout, Size, class_layout
-from pipeline.store import StoredLayer, StoreSpec
+from pipeline.schema import StoredLayer, StoreSpec
 from pipeline.weights import quantisation, weights_digest
 
 DECODER = "pillow"

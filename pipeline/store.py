@@ -1,125 +1,46 @@
-"""Store format 1: a Zarr v3 group with one group per shape class; the only home of zarr. See docs/store-format.md."""
+"""Reads and writes stores, each object whole; the only home of zarr."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import re
 import shutil
 import uuid
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from enum import IntEnum
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import zarr
 
-from pipeline.chunks import Array, array_document, compress, decompress, encode_shard, pad
+from pipeline.chunks import Array, array_document, compress, decompress
 from pipeline.errors import FeaturemapsError, StaleWriterError, UsageError
 from pipeline.lock import require_lock
 from pipeline.plan import ClassLayout, LayerLayout, Size, class_name
-
-FORMAT = 1
-COLUMN_ROWS = 16_384
-MAX_COLUMN_BYTES = 4 * 1024**2
-REJECTED = "rejected"
-RUNS = "runs"
-EXTRACTOR = "extractor"
-STATISTICS = ("mean", "std", "min", "max")
-Columns: TypeAlias = Mapping[str, Array]
-
-_LEDGER = {
-    "path": "string",
-    "source_height": "int32",
-    "source_width": "int32",
-    "input_height": "int32",
-    "input_width": "int32",
-    "size_bytes": "int64",
-    "fingerprint": "string",
-    "digest": "string",
-    "maps_digest": "string",
-    "error": "string",
-    "status": "uint8",
-}
-_CLASS_NAME = re.compile(r"\d+x\d+")
-_REJECTED = {"path": "string", "size_bytes": "int64", "fingerprint": "string", "error": "string", "status": "uint8"}
-
-
-class Status(IntEnum):
-    """What the ledger says of a row; what it says is true, what it does not say is done again."""
-
-    PENDING = 0
-    DONE = 1
-    QUARANTINED = 2
-    REMOVED = 3
-    SUPERSEDED = 4
-
-    @property
-    def is_live(self) -> bool:
-        """Whether the row stands for an image of the collection."""
-        return self < Status.REMOVED
-
-
-@dataclass(frozen=True, slots=True)
-class StoredLayer:
-    """One layer whose maps are stored: ``value = stored * scale_factor + add_offset``."""
-
-    name: str
-    channels: int
-    dtype: str
-    scale_factor: float
-    add_offset: float
-    fill_value: float
-    """NaN for floats, 0 for integers; data never take it."""
-    error_bound: float
-    """Largest difference between a decoded value and the float32 value that was computed."""
-
-    def attributes(self) -> dict[str, Any]:
-        """CF attributes of the array."""
-        common = {"error_bound": self.error_bound}
-        if self.dtype.startswith("float"):
-            return common
-        return common | {"scale_factor": self.scale_factor, "add_offset": self.add_offset, "_FillValue": 0}
-
-
-@dataclass(frozen=True, slots=True)
-class StoreSpec:
-    """What a store was made with; a later run must agree, but for the versions."""
-
-    source: str
-    """What was listed: a folder, a pattern or a list, absolute."""
-    source_root: str
-    """The folder that stored paths are relative to, absolute."""
-    dtype: str
-    extractor: dict[str, Any]
-    """Layers, outputs, input channels, where the weights came from, and ``sha256`` over all but the latter."""
-    decode: dict[str, Any]
-    """The decode rules and their ``sha256``."""
-    layers: tuple[StoredLayer, ...]
-    created_version: str
-    written_version: str
-    format: int = FORMAT
-
-
-@dataclass(frozen=True, slots=True)
-class ShapeClass:
-    """One group of the store."""
-
-    size: Size
-    """Input height and width, pixels."""
-    length: int
-    """Rows, as ``len(status)`` says."""
-    layout: ClassLayout
-    kind: str = "exact"
-    """``exact``: every image has just this size; ``padded``: some are smaller."""
-    attributes: dict[str, Any] = field(default_factory=dict, hash=False)
-
-    @property
-    def name(self) -> str:
-        """Name of the group."""
-        return class_name(self.size)
+from pipeline.schema import (
+    CLASS_NAME,
+    EXTRACTOR,
+    FORMAT,
+    LEDGER_COLUMNS,
+    REJECTED,
+    REJECTED_COLUMNS,
+    RUNS,
+    STATISTICS,
+    Columns,
+    ShapeClass,
+    StoredLayer,
+    StoreSpec,
+    column_document,
+    column_type,
+    encode_rows,
+    group_document,
+    maps_document,
+    object_key,
+    pooled_document,
+    root_document,
+)
 
 
 def put(path: Path, data: bytes) -> None:
@@ -158,10 +79,6 @@ def read_json(path: Path) -> dict[str, Any]:
     return document
 
 
-def _group_document(attributes: dict[str, Any]) -> dict[str, Any]:
-    return {"zarr_format": 3, "node_type": "group", "attributes": attributes}
-
-
 class Store:
     """A store on a file system: the driver writes through it, everybody may read.
 
@@ -178,6 +95,8 @@ class Store:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.fence: Callable[[], None] = lambda: None
+        """Called before anything is written to the ledger; raises when this process may no longer."""
         self.spec = _read_spec(path)
         self.classes: dict[Size, ShapeClass] = {}
         self.reload()
@@ -186,18 +105,20 @@ class Store:
         """Look at the classes anew."""
         found = (self._read_class(folder) for folder in sorted(self.path.iterdir()) if (folder / "status").is_dir())
         self.classes = {c.size: c for c in found if c is not None}
-        self.n_rejected = int(read_json(self.path / REJECTED / "status" / "zarr.json")["shape"][0])
+        with _understood(self.path / REJECTED):
+            self.n_rejected = int(read_json(self.path / REJECTED / "status" / "zarr.json")["shape"][0])
 
     def _read_class(self, folder: Path) -> ShapeClass | None:
-        if folder.name == REJECTED or not (folder / "zarr.json").exists():
-            return None  # what a crash left of a class that was being created
-        attributes = read_json(folder / "zarr.json")["attributes"]
-        shape = attributes["shape_class"]
-        size = (int(shape["height"]), int(shape["width"]))
-        length = int(read_json(folder / "status" / "zarr.json")["shape"][0])
-        layers = tuple(_read_layout(folder, layer) for layer in self.spec.layers)
-        shard_rows = int(shape["shard_rows"])
-        return ShapeClass(size, length, ClassLayout(size, shard_rows, layers), str(shape["kind"]), attributes)
+        if not CLASS_NAME.fullmatch(folder.name) or not _exists(folder / "zarr.json"):
+            return None  # not ours, or what a crash left of a class that was being created
+        with _understood(folder):
+            attributes = read_json(folder / "zarr.json")["attributes"]
+            shape = attributes["shape_class"]
+            size = (int(shape["height"]), int(shape["width"]))
+            length = int(read_json(folder / "status" / "zarr.json")["shape"][0])
+            layers = tuple(_read_layout(folder, layer) for layer in self.spec.layers)
+            shard_rows = int(shape["shard_rows"])
+            return ShapeClass(size, length, ClassLayout(size, shard_rows, layers), str(shape["kind"]), attributes)
 
     # -- reading ---------------------------------------------------------------------------------------------------------------
 
@@ -208,7 +129,7 @@ class Store:
     def column(self, group: str, name: str) -> Array:
         """One column of the ledger, whole: (image,) or, for pooled values, (image, channel)."""
         length = self.length(group)
-        dtype, chunk = self._column_type(group, name)
+        dtype, chunk = column_type(self.spec.layers, group, name)
         parts = [self._read_chunk(group, name, dtype, chunk, i) for i in range(-(-length // chunk[0]))]
         return np.concatenate(parts)[:length] if parts else np.empty((0, *chunk[1:]), object if dtype == "string" else dtype)
 
@@ -230,15 +151,8 @@ class Store:
         newest = max((self.path / RUNS).glob("*Z-*.json"), default=None)
         return None if newest is None else read_json(newest)
 
-    def _column_type(self, group: str, name: str) -> tuple[str, tuple[int, ...]]:
-        types = _REJECTED if group == REJECTED else _LEDGER
-        if name in types:
-            return types[name], (COLUMN_ROWS,)
-        layer = next(layer for layer in self.spec.layers if name.rsplit("_", 1)[0] == layer.name)
-        return "float32", pooled_chunk(layer.channels)
-
     def _read_chunk(self, group: str, name: str, dtype: str, chunk: tuple[int, ...], i: int) -> Array:
-        path = self.path / group / name / _key(i, len(chunk))
+        path = self.path / group / name / object_key(i, len(chunk))
         try:
             data = path.read_bytes()
         except FileNotFoundError:
@@ -261,25 +175,25 @@ class Store:
             When there is such a class: its rows would be lost.
         """
         group = self.path / class_name(layout.size)
-        if (group / "zarr.json").exists():
+        if _exists(group / "zarr.json"):
             raise FeaturemapsError(
                 f"class {group} exists already: making it anew would lose its rows, so nothing was touched; this is an error of "
                 "the program, please report it"
             )
-        shutil.rmtree(group, ignore_errors=True)  # what a crash left
+        _remove_unfinished(group)
         length = len(columns["path"])
-        documents = {name: _column_document(name, dtype, length) for name, dtype in _LEDGER.items()}
+        documents = {name: column_document(name, dtype, length) for name, dtype in LEDGER_COLUMNS.items()}
         for layer, stored in zip(layout.layers, self.spec.layers, strict=True):
-            documents[layer.name] = _maps_document(layout, layer, stored, length)
+            documents[layer.name] = maps_document(layout, layer, stored, length)
             for statistic in STATISTICS:
-                documents[f"{layer.name}_{statistic}"] = _pooled_document(stored, length)
+                documents[f"{layer.name}_{statistic}"] = pooled_document(stored, length)
         for name, document in documents.items():
             (group / name).mkdir(parents=True)
             put_json(group / name / "zarr.json", document)
         self._write_columns(group.name, np.arange(length), columns)
         height, width = layout.size
         attributes = {"shape_class": {"height": height, "width": width, "kind": kind, "shard_rows": layout.shard_rows}}
-        put_json(group / "zarr.json", _group_document(attributes))
+        put_json(group / "zarr.json", group_document(attributes))
         self.classes[layout.size] = ShapeClass(layout.size, length, layout, kind, attributes)
 
     def append(self, group: str, columns: Columns) -> np.ndarray[Any, np.dtype[np.int64]]:
@@ -309,7 +223,7 @@ class Store:
         shape_class = self.classes[size]
         attributes = dict(shape_class.attributes)
         attributes["shape_class"] = {**attributes["shape_class"], "kind": "padded"}
-        put_json(self.path / shape_class.name / "zarr.json", _group_document(attributes))
+        put_json(self.path / shape_class.name / "zarr.json", group_document(attributes))
         self.classes[size] = replace(shape_class, kind="padded", attributes=attributes)
 
     def commit(self, group: str, rows: Array, columns: Columns) -> None:
@@ -323,18 +237,20 @@ class Store:
 
     def _write_columns(self, group: str, rows: Array, columns: Columns) -> None:
         for name, values in columns.items():
-            dtype, chunk = self._column_type(group, name)
+            dtype, chunk = column_type(self.spec.layers, group, name)
             for i in np.unique(rows // chunk[0]):
                 inside = rows // chunk[0] == i
                 content = self._read_chunk(group, name, dtype, chunk, int(i))
                 content[rows[inside] - i * chunk[0]] = values[inside]
-                put(self.path / group / name / _key(int(i), len(chunk)), compress(content))
+                self.fence()
+                put(self.path / group / name / object_key(int(i), len(chunk)), compress(content))
 
     def _resize(self, group: str, length: int) -> None:
         arrays = [folder for folder in (self.path / group).iterdir() if (folder / "zarr.json").exists()]
         for folder in sorted(arrays, key=lambda folder: folder.name == "status"):
             document = read_json(folder / "zarr.json")
             if document["shape"][0] != length:
+                self.fence()
                 document["shape"][0] = length
                 put_json(folder / "zarr.json", document)
 
@@ -343,8 +259,8 @@ class Store:
         for group in [*(c.name for c in self.classes.values()), REJECTED]:
             self._resize(group, self.length(group))
         for folder in self.path.iterdir():
-            if _CLASS_NAME.fullmatch(folder.name) and not (folder / "zarr.json").exists():
-                shutil.rmtree(folder)
+            if CLASS_NAME.fullmatch(folder.name) and not _exists(folder / "zarr.json"):
+                _remove_unfinished(folder)
         for litter in self.path.rglob("*.partial"):
             if not litter.name.startswith("lock.json"):  # may belong to a run that is waiting for the lock just now
                 litter.unlink(missing_ok=True)
@@ -357,7 +273,38 @@ class Store:
         """Note which version wrote last."""
         if version != self.spec.written_version:
             self.spec = replace(self.spec, written_version=version)
-            put_json(self.path / "zarr.json", _root_document(self.spec))
+            put_json(self.path / "zarr.json", root_document(self.spec))
+
+
+def _exists(path: Path) -> bool:
+    """Whether there is such an object; storage that cannot tell raises, because what does not exist is cleared away."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
+def _remove_unfinished(group: Path) -> None:
+    """Clear away what a crash left of a class that was being created, and which therefore never had a status."""
+    if any((group / "status").glob("c.*")):
+        raise FeaturemapsError(
+            f"class {group} has rows but no zarr.json, so it was damaged after it was made: clearing it away would lose its maps, so "
+            "nothing was touched; restore that file from a copy, or move the folder away to compute its images again"
+        )
+    shutil.rmtree(group, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _understood(path: Path) -> Iterator[None]:
+    """Metadata that says something else than format 1 does is an error for people."""
+    try:
+        yield
+    except (KeyError, TypeError, IndexError, ValueError, AttributeError) as error:
+        raise FeaturemapsError(
+            f"metadata of {path} does not say what a store of format {FORMAT} says ({type(error).__name__}: {error}), so nobody knows "
+            "what its maps mean; restore its zarr.json files from a copy"
+        ) from error
 
 
 def is_store(path: Path) -> bool:
@@ -371,6 +318,30 @@ def is_store(path: Path) -> bool:
     return True
 
 
+def check_folder(path: Path) -> None:
+    """Check that a store is or can be at ``path``.
+
+    Raises
+    ------
+    UsageError
+        When it is no folder, or one that holds something else.
+    """
+    try:
+        others = [] if is_store(path) else sorted(p.name for p in path.iterdir() if not _is_unfinished(p))
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise UsageError(
+            f"store {path} cannot be written ({error.strerror}): nothing was started; check its permissions and the space, or give "
+            "another folder"
+        ) from error
+    if others:
+        raise UsageError(
+            f"{path} holds {others[0]!r} and is no store, so writing there could overwrite somebody's files; give a folder that does "
+            "not exist yet, or an existing store"
+        )
+
+
 def prepare_folder(path: Path) -> None:
     """Make the folder of a new store with its ``runs``, so that it can be locked.
 
@@ -379,17 +350,12 @@ def prepare_folder(path: Path) -> None:
     UsageError
         When the folder holds something else, or cannot be made.
     """
+    check_folder(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        others = [] if is_store(path) else sorted(p.name for p in path.iterdir() if not _is_unfinished(p))
-        if others:
-            raise UsageError(
-                f"{path} holds {others[0]!r} and is no store, so writing there could overwrite somebody's files; give a folder "
-                "that does not exist yet, or an existing store"
-            )
         (path / RUNS).mkdir(exist_ok=True)
         if not (path / RUNS / "zarr.json").exists():
-            put_json(path / RUNS / "zarr.json", _group_document({}))
+            put_json(path / RUNS / "zarr.json", group_document({}))
     except OSError as error:
         raise UsageError(
             f"store {path} cannot be written ({error.strerror}): nothing was started; check its permissions and the space, or give "
@@ -412,28 +378,22 @@ def create_store(path: Path, spec: StoreSpec, weights: Mapping[str, Array]) -> S
         (path / EXTRACTOR / name).mkdir()
         dimensions = [f"{name}_{i}" for i in range(values.ndim)]
         document = array_document(values.shape, "float32", dimensions, chunk=values.shape, fill=float("nan"))
-        put(path / EXTRACTOR / name / _key(0, values.ndim), compress(np.ascontiguousarray(values, "float32")))
+        put(path / EXTRACTOR / name / object_key(0, values.ndim), compress(np.ascontiguousarray(values, "float32")))
         put_json(path / EXTRACTOR / name / "zarr.json", document)
-    put_json(path / EXTRACTOR / "zarr.json", _group_document({"sha256": spec.extractor["sha256"]}))
-    for name, dtype in _REJECTED.items():
+    put_json(path / EXTRACTOR / "zarr.json", group_document({"sha256": spec.extractor["sha256"]}))
+    for name, dtype in REJECTED_COLUMNS.items():
         (path / REJECTED / name).mkdir(parents=True, exist_ok=True)
-        put_json(path / REJECTED / name / "zarr.json", _column_document(name, dtype, 0))
-    put_json(path / REJECTED / "zarr.json", _group_document({}))
-    put_json(path / "zarr.json", _root_document(spec))
+        put_json(path / REJECTED / name / "zarr.json", column_document(name, dtype, 0))
+    put_json(path / REJECTED / "zarr.json", group_document({}))
+    put_json(path / "zarr.json", root_document(spec))
     return Store(path)
-
-
-def _root_document(spec: StoreSpec) -> dict[str, Any]:
-    content = asdict(spec)
-    for layer in content["layers"]:
-        layer["fill_value"] = None if np.isnan(layer["fill_value"]) else layer["fill_value"]
-    return _group_document({"featuremaps": content})
 
 
 def _read_spec(path: Path) -> StoreSpec:
     if not is_store(path):
         raise UsageError(f"there is no store at {path}: check the path, or make one with `featuremaps run SOURCE {path}`")
-    content = (read_json(path / "zarr.json").get("attributes") or {}).get("featuremaps")
+    with _understood(path):
+        content = (read_json(path / "zarr.json").get("attributes") or {}).get("featuremaps")
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         found = content.get("format") if isinstance(content, dict) else None
         raise UsageError(
@@ -441,17 +401,14 @@ def _read_spec(path: Path) -> StoreSpec:
             f"this version reads and writes format {FORMAT} only: nothing was touched; give another folder or use the version that "
             "made it"
         )
-    try:
+    with _understood(path):
         layers = tuple(
             StoredLayer(**{**layer, "fill_value": float("nan") if layer["fill_value"] is None else layer["fill_value"]})
             for layer in content["layers"]
         )
+        for part, key in ((content["extractor"], "layers"), (content["decode"], "sha256")):
+            part[key]  # must be there
         return StoreSpec(**{**content, "layers": layers})
-    except (KeyError, TypeError) as error:
-        raise FeaturemapsError(
-            f"metadata {path / 'zarr.json'} does not say what a store of format {FORMAT} says ({error}), so nobody knows what its maps "
-            "mean; restore that file from a copy"
-        ) from error
 
 
 def _read_layout(folder: Path, layer: StoredLayer) -> LayerLayout:
@@ -461,44 +418,6 @@ def _read_layout(folder: Path, layer: StoredLayer) -> LayerLayout:
     grid = codec["configuration"] if codec["name"] == "sharding_indexed" else document["chunk_grid"]["configuration"]
     rows, _, chunk_height, chunk_width = grid["chunk_shape"]
     return LayerLayout(layer.name, channels, height, width, np.dtype(layer.dtype).itemsize, rows, chunk_height, chunk_width)
-
-
-def pooled_chunk(channels: int) -> tuple[int, int]:
-    """Chunk of a pooled column: many thousand rows, at most 4 MiB."""
-    return max(1, min(COLUMN_ROWS, MAX_COLUMN_BYTES // (4 * channels))), channels
-
-
-def _column_document(name: str, dtype: str, length: int) -> dict[str, Any]:
-    attributes: dict[str, Any] = {}
-    if name == "status":
-        attributes = {"flag_values": [int(s) for s in Status], "flag_meanings": " ".join(s.name.lower() for s in Status)}
-    fill = "" if dtype == "string" else 0
-    return array_document((length,), dtype, ("image",), chunk=(COLUMN_ROWS,), fill=fill, attributes=attributes)
-
-
-def _pooled_document(layer: StoredLayer, length: int) -> dict[str, Any]:
-    dimensions = ("image", f"{layer.name}_channel")
-    chunk = pooled_chunk(layer.channels)
-    return array_document((length, layer.channels), "float32", dimensions, chunk=chunk, fill=float("nan"))
-
-
-def _maps_document(layout: ClassLayout, layer: LayerLayout, stored: StoredLayer, length: int) -> dict[str, Any]:
-    maps = (layer.channels, layer.height, layer.width)
-    sharded = layout.is_sharded(layer)
-    return array_document(
-        (length, *maps),
-        stored.dtype,
-        ("image", *(f"{layer.name}_{axis}" for axis in ("channel", "y", "x"))),
-        chunk=(layer.chunk_rows, layer.channels, layer.chunk_height, layer.chunk_width),
-        shard=(layout.shard_rows, *maps) if sharded else None,
-        fill=stored.fill_value,
-        attributes=stored.attributes(),
-    )
-
-
-def _key(first: int, n_dimensions: int) -> str:
-    """Key of the object at ``first`` along the first axis, whole along the others."""
-    return ".".join(["c", str(first), *["0"] * (n_dimensions - 1)])
 
 
 def _size(group: str) -> Size:
@@ -551,61 +470,17 @@ def write_maps(path: Path, run_id: str, layout: ClassLayout, layer: LayerLayout,
             f"{folder} has {length} rows, but a task was about to write rows {start} to {start + len(block)} as a whole shard: the "
             "store has changed since the task was sent; it writes nothing, and the next run does its rows"
         )
-    objects = _encode(layout, layer, start, block, fill)
+    objects = encode_rows(layout, layer, start, block, fill)
     require_lock(path / RUNS, run_id)
     for key, data in objects.items():
         put(folder / key, data)
     return sum(map(len, objects.values()))
 
 
-def _encode(layout: ClassLayout, layer: LayerLayout, start: int, block: Array, fill: float) -> dict[str, bytes]:
-    """The objects that hold the rows of one shard: the shard, or the plain chunks of a shard's rows."""
-    if layout.is_sharded(layer):
-        return {_key(start // layout.shard_rows, 4): encode_shard(block, layer.chunk_rows, layout.shard_rows, fill)}
-    shape = (layer.chunk_rows, layer.channels, layer.chunk_height, layer.chunk_width)
-    cuts = [
-        (iy, ix) for iy in range(-(-layer.height // layer.chunk_height)) for ix in range(-(-layer.width // layer.chunk_width))
-    ]
-    return {
-        f"c.{start // layer.chunk_rows}.0.{iy}.{ix}": compress(pad(_cut(block, layer, iy, ix), shape, fill)) for iy, ix in cuts
-    }
-
-
-def _cut(block: Array, layer: LayerLayout, iy: int, ix: int) -> Array:
-    h, w = layer.chunk_height, layer.chunk_width
-    cut: Array = block[:, :, iy * h : (iy + 1) * h, ix * w : (ix + 1) * w]
-    return cut
-
-
 def read_maps(path: Path, layout: ClassLayout, layer: str, start: int, stop: int) -> Array:
     """Rows of one layer as stored, for a writer that must keep them: (n, channel, y, x)."""
     array = zarr.open_array(str(path / class_name(layout.size) / layer), mode="r", zarr_format=3)
     return np.asarray(array[start:stop])
-
-
-def difference(old: StoreSpec, new: StoreSpec) -> list[str]:
-    """What two specs disagree about, a line each: ``key: store has x, the command asks for y``."""
-    lines: list[str] = []
-    for key in ("source_root", "dtype"):
-        lines += _differ(key, getattr(old, key), getattr(new, key))
-    for part in ("extractor", "decode"):
-        a, b = getattr(old, part), getattr(new, part)
-        if a["sha256"] != b["sha256"]:
-            keys = sorted((a.keys() | b.keys()) - {"sha256"})
-            lines += [line for key in keys for line in _differ(f"{part}.{key}", a.get(key), b.get(key))]
-    return lines
-
-
-def _differ(key: str, old: Any, new: Any) -> list[str]:
-    a, b = json.dumps(old, default=list), json.dumps(new, default=list)
-    return [] if a == b else [f"{key}: the store has {a}, this run asks for {b}"]
-
-
-def stack(names: Sequence[str]) -> Array:
-    """Strings as a column."""
-    column = np.empty(len(names), object)
-    column[:] = names
-    return column
 
 
 def free_bytes(path: Path) -> int:

@@ -42,6 +42,7 @@ class Summary:
     n_new: int = 0
     n_removed: int = 0
     n_returned: int = 0
+    n_unreachable: int = 0
     n_done: int = 0
     n_quarantined: int = 0
     n_rejected: int = 0

@@ -23,7 +23,7 @@ from pipeline.errors import ImageError, PassingFaultError
 from pipeline.layers import layer_names, output_sizes
 from pipeline.plan import ClassLayout, LayerLayout
 from pipeline.reading import Patience, Source, read_bytes
-from pipeline.store import Status, StoredLayer
+from pipeline.schema import STATISTICS, Status, StoredLayer
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ class PieceResult:
     maps_digest: list[str]
     error: list[str]
     pooled: dict[str, Array] = field(default_factory=dict)
-    """Per layer (n, statistic, channel) float32, statistics in the order of `store.STATISTICS`."""
+    """Per layer (n, statistic, channel) float32, statistics in the order of `STATISTICS`."""
 
 
 @dataclass(slots=True)
@@ -210,7 +210,7 @@ def _extract_piece(plugin: ExtractorPlugin, images: list[Array | None], outcome:
     for layer, stored in zip(layout.layers, plugin.layers, strict=True):
         shape = (outcome.stop - outcome.start, layer.channels, layer.height, layer.width)
         blocks[layer.name] = np.empty(shape, stored.dtype)
-        outcome.pooled[layer.name] = np.full((n, len(store.STATISTICS), layer.channels), np.nan, np.float32)
+        outcome.pooled[layer.name] = np.full((n, len(STATISTICS), layer.channels), np.nan, np.float32)
     missing = np.ones(outcome.stop - outcome.start, bool)
     for i, (row, image) in enumerate(zip(outcome.rows, images, strict=True)):
         if image is None:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 Array: TypeAlias = np.ndarray[Any, Any]
 Weights: TypeAlias = dict[str, Array]
 
+MAX_WEIGHTS = 1 << 27
 RANGE_MARGIN = 1 / 4096  # of the range of quantised values, each side: far above the float32 rounding of a convolution
 INTEGER_MAX = {"uint8": 255, "uint16": 65535}
 FLOAT_MAX = {"float16": 65504.0, "float32": float(np.finfo(np.float32).max)}
@@ -60,6 +61,12 @@ def load_weights(spec: ExtractorSpec, channels: int) -> Weights:
     UsageError
         When the file cannot be read, or does not hold exactly the finite floats that the layers need.
     """
+    n_weights = sum(map(math.prod, weight_shapes(spec.layers, channels).values()))
+    if n_weights > MAX_WEIGHTS:
+        raise UsageError(
+            f"layers have {n_weights:,} weights, and more than {MAX_WEIGHTS:,} are surely a slip of the pen: nothing was started; use "
+            "fewer filters or smaller kernels"
+        )
     if spec.weights is None:
         return seeded_weights(spec, channels)
     where = f"weights file {spec.weights}"

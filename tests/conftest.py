@@ -11,7 +11,8 @@ from PIL import Image
 from pipeline.cluster import LocalSpec, connect
 from pipeline.config import make_job
 from pipeline.run import run_job
-from pipeline.store import REJECTED, Status, Store
+from pipeline.schema import REJECTED, Status
+from pipeline.store import Store
 
 TWELVE_SIZES = [(40 + 7 * k, 60 + 5 * k) for k in range(12)]
 

@@ -27,7 +27,8 @@ import yaml
 from distributed import Client
 
 from pipeline.lock import current_holder
-from pipeline.store import RUNS, Status, Store
+from pipeline.schema import RUNS, Status
+from pipeline.store import Store
 from tests.conftest import content, make_images
 
 EMBEDDED = ("driver", "worker")

@@ -16,9 +16,10 @@ import zarr
 import pipeline
 from pipeline import open_store
 from pipeline.config import make_job
-from pipeline.errors import UsageError
+from pipeline.errors import FeaturemapsError, UsageError
 from pipeline.run import run_job
-from pipeline.store import Status, Store
+from pipeline.schema import Status
+from pipeline.store import Store
 from tests.conftest import make_images
 
 pytestmark = pytest.mark.cluster
@@ -334,3 +335,13 @@ def test_the_package_has_no_other_names():
     assert set(pipeline.__all__) == {"__version__", "open_store"}
     with pytest.raises(AttributeError, match="module 'pipeline' has no attribute 'nonsense'"):
         _ = pipeline.nonsense
+
+
+def test_a_damaged_object_is_named_for_people(folder, tmp_path):
+    store = tmp_path / "f.zarr"
+    shutil.copytree(folder / "plain.zarr", store)
+    path = open_store(store).images.query("status == 'done'").iloc[0]
+    for part in (store / path["class"] / "conv1").glob("c.*"):
+        part.write_bytes(part.read_bytes()[:-5])
+    with pytest.raises(FeaturemapsError, match=r"maps of .* cannot be read \(.*is damaged or out of reach"):
+        open_store(store).image(path["path"])

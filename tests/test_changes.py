@@ -5,13 +5,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.changes import DONE, PENDING, QUARANTINED, REMOVED, SUPERSEDED, Changes, Entries, Entry, check_removals, compare
+from pipeline.changes import Changes, Entries, Entry, check_removals, compare
+from pipeline.collection import UNREADABLE
 from pipeline.errors import UsageError
+from pipeline.schema import Status
+
+PENDING, DONE, QUARANTINED, REMOVED, SUPERSEDED = Status
 
 
 def entries(group, *rows):
-    path, fingerprint, status = zip(*rows, strict=True) if rows else ((), (), ())
-    return Entries(group, np.array(path, object), np.array(fingerprint, object), np.array(status, np.uint8))
+    """Rows of (path, fingerprint, status) or (path, fingerprint, status, error)."""
+    columns = zip(*((*row, "")[:4] for row in rows), strict=True) if rows else ((), (), (), ())
+    path, fingerprint, status, error = (np.array(column, object) for column in columns)
+    return Entries(group, path, fingerprint, status.astype(np.uint8), lambda: error)
 
 
 def run(groups, listing, **options):
@@ -114,3 +120,39 @@ def test_many_removals_are_refused_and_few_are_not():
     check_removals(Changes(n_live=100, n_removed=10), 0.1)
     with pytest.raises(UsageError, match=r"11 of the store's 100 images .* 10%.* nothing was marked as removed"):
         check_removals(Changes(n_live=100, n_removed=11), 0.1)
+
+
+def test_what_cannot_be_looked_at_just_now_keeps_its_entry():
+    groups = [
+        entries("9x9", ("a", "1", DONE), ("b", "1", QUARANTINED, "truncated: x"), ("c", "1", PENDING)),
+        entries("rejected", ("d", "1", QUARANTINED)),
+    ]
+    found = run(groups, dict.fromkeys("abcd", UNREADABLE))
+    assert (found.n_unchanged, found.n_unreachable, found.set_status, found.replaces) == (3, 3, {}, {2: Entry("9x9", 2)})
+    assert found.new == [2]  # what was not done yet is tried, and says itself what is wrong with it
+    with pytest.raises(UsageError, match=r"3 of the store's 4 images are not in the source any more, above the allowed 50%"):
+        check_removals(found, 0.5)
+
+
+def test_a_broken_link_that_was_rejected_stays_so():
+    found = run([entries("rejected", ("d", UNREADABLE, QUARANTINED, "missing: No such file"))], {"d": UNREADABLE})
+    assert (found.new, found.n_unchanged, found.n_unreachable) == ([], 1, 0)
+
+
+@pytest.mark.parametrize("error", ["missing: x", "permission_denied: x", "changed: x", "not_a_file: x"])
+def test_what_could_not_be_reached_is_tried_again_by_every_run(error):
+    groups = [
+        entries("9x9", ("a", "1", QUARANTINED, error), ("b", "1", QUARANTINED, "truncated: x")),
+        entries("rejected", ("c", "1", QUARANTINED, error)),
+    ]
+    found = run(groups, {"a": "1", "b": "1", "c": "1"})
+    assert (found.pending, found.new, found.replaces, found.n_unchanged) == ({"9x9": [(0, 0)]}, [2], {2: Entry("rejected", 0)}, 1)
+    assert found.set_status == {"9x9": {0: PENDING}}
+
+
+def test_a_returned_row_is_what_its_columns_say():
+    group = entries("9x9", *((name, "1", REMOVED) for name in "abcd"))
+    found = run([group], dict.fromkeys("abcd", "1"))
+    found.settle_returned(lambda _: (np.array(["ff", "", "", ""]), np.array(["", "truncated: x", "missing: x", ""])))
+    assert found.set_status == {"9x9": {0: DONE, 1: QUARANTINED, 2: PENDING, 3: PENDING}}
+    assert found.pending == {"9x9": [(2, 2), (3, 3)]}

@@ -19,7 +19,8 @@ from pipeline.config import LayerSpec, make_job
 from pipeline.errors import FeaturemapsError, StoreBusyError
 from pipeline.lock import StoreLock
 from pipeline.run import run_job
-from pipeline.store import RUNS, Store
+from pipeline.schema import RUNS
+from pipeline.store import Store
 from pipeline.summary import Progress, Summary
 from tests.conftest import make_images
 

@@ -203,3 +203,25 @@ def test_a_job_file_that_makes_no_job_is_refused(tmp_path, content, expected):
 def test_a_missing_job_file_is_refused(tmp_path):
     with pytest.raises(UsageError, match=r"job file .*none\.yaml cannot be read \(.*No such file.*give a YAML file"):
         load_job(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("source: 2024-02-30", "day is out of range"),
+        ("[" * 3000, "recursion"),
+        ("1: 2", "key 1 is no text; put it in quotes"),
+        ("extractor: {null: 2}", "key None is no text"),
+        ("a: &a [*a]", "unknown key 'a'"),
+        (
+            "a: &a [x, x, x, x, x, x, x, x]\n"
+            + "".join(f"{n}: &{n} [{', '.join([f'*{m}'] * 8)}]\n" for m, n in zip("abcdefghij", "bcdefghijk", strict=True)),
+            "unknown key",
+        ),
+    ],
+)
+def test_a_hostile_job_file_is_refused_in_a_line(tmp_path, text, expected):
+    path = write(tmp_path, text)
+    with pytest.raises(UsageError, match=expected) as found:
+        load_job(path)
+    assert len(str(found.value)) < 2000 + len(str(path))

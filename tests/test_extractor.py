@@ -351,6 +351,27 @@ def test_blocked_equals_plain_convolution(
     torch.testing.assert_close(blocked, plain, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n_layers", [2, 3, 4])
+@pytest.mark.parametrize("outputs", ["last", "first and last", "all"])
+def test_stacks_in_bands_equal_the_reference(monkeypatch, n_layers: int, outputs: str, dtype: str) -> None:
+    """No layer may overwrite the input that its next band needs."""
+    monkeypatch.setattr(extractor, "BAND_OUTPUTS", 500)
+    names = [f"conv{i + 1}" for i in range(n_layers)]
+    kept = {"last": names[-1:], "first and last": [names[0], names[-1]], "all": names}[outputs]
+    layers = tuple(LayerSpec(filters=3 + i % 2, kernel=(3, 3), activation=("relu", "tanh")[i % 2]) for i in range(n_layers))
+    spec = ExtractorSpec(layers=layers, outputs=tuple(kept))
+    weights = seeded_weights(spec, 3)
+    bounds = dict(zip(names, output_bounds(spec.layers, weights), strict=True))
+    chosen = {name: quantisation(bounds[name], dtype) for name in kept}
+    made = Extractor(spec, weights, [Stored(name, q.dtype, q.scale_factor, q.add_offset) for name, q in chosen.items()])
+    image = random_image(61, 43)
+    reference = made.reference(image)
+    for name, maps in made.extract(image).items():
+        found = dequantise(maps, chosen[name])
+        assert np.abs(found - reference[name]).max() <= chosen[name].error_bound + 1e-5
+
+
 @pytest.mark.parametrize("spec", [DEFAULT, TWO_LAYERS])
 @pytest.mark.parametrize("size", [(12, 12), (13, 12), (12, 29), (57, 83), (200, 131)])
 def test_float32_agrees_with_the_reference(spec: ExtractorSpec, size: tuple[int, int]) -> None:

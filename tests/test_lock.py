@@ -135,3 +135,19 @@ def test_the_batch_systems_job_is_on_record(runs, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
     with StoreLock(runs, "mine"):
         assert current_holder(runs.parent)["job_id"] == "4711"
+
+
+def test_a_step_of_the_clock_does_not_declare_a_live_holder_dead(runs, other_process, monkeypatch):
+    monkeypatch.setattr("psutil.boot_time", lambda: 1.0)
+    with pytest.raises(StoreBusyError):
+        StoreLock(runs, "mine")
+    assert current_holder(runs.parent) is not None
+
+
+def test_a_holder_elsewhere_that_fell_silent_is_not_said_to_work(runs):
+    path = runs / "lock.json"
+    path.write_text(json.dumps({**_current(), "host": "elsewhere"}))
+    assert current_holder(runs.parent)["host"] == "elsewhere"
+    long_ago = time.time() - LOCK_TTL_S - 1
+    os.utime(path, (long_ago, long_ago))
+    assert current_holder(runs.parent) is None

@@ -16,8 +16,10 @@ from pipeline import open_store
 from pipeline.config import make_job
 from pipeline.errors import FeaturemapsError, StoreBusyError, UsageError
 from pipeline.lock import StoreLock
+from pipeline.preview import plan_job
 from pipeline.run import run_job
-from pipeline.store import RUNS, Store
+from pipeline.schema import RUNS, Status, stack
+from pipeline.store import Store
 from tests.conftest import TWELVE_SIZES, content, make_images
 
 pytestmark = pytest.mark.cluster
@@ -268,7 +270,7 @@ def test_a_plan_that_does_not_fit_memory_is_refused_with_the_number_that_would(t
 
 
 def test_a_plan_that_does_not_fit_the_disk_is_refused(run, twelve_sizes, monkeypatch):
-    monkeypatch.setattr("pipeline.driver.free_bytes", lambda _: 1000)
+    monkeypatch.setattr("pipeline.capacity.free_bytes", lambda _: 1000)
     with pytest.raises(FeaturemapsError, match=r"need up to 0\.01 GB, and .* has 0\.00 GB free"):
         run(twelve_sizes)
 
@@ -277,7 +279,7 @@ def test_when_most_images_cannot_be_reached_the_source_is_at_fault(run, tmp_path
     source = tmp_path / "list.txt"
     source.write_text("\n".join(f"missing{i}.png" for i in range(600)))
     with pytest.raises(
-        FeaturemapsError, match=r"500 of the last 500 images cannot be read at all: the source .* none of them was quarantined"
+        FeaturemapsError, match=r"most of 500 images in a row cannot be read at all: the source .* tries all of them again"
     ):
         run(source)
     assert content(tmp_path / "features.zarr") == {}
@@ -320,3 +322,75 @@ def test_an_image_that_changes_after_it_was_listed_is_quarantined_and_done_by_th
     time.sleep(0.01)
     summary = run_job(job.model_copy(update={"max_removed": 1.0}), client)
     assert (summary.n_done, summary.n_removed, summary.n_bad_total) == (1, 1, 0)
+
+
+def test_a_thousand_good_images_after_a_failed_stretch_do_not_hide_it(run, tmp_path):
+    """The rule holds within one block of the listing, too."""
+    make_images(tmp_path / "good", 520, [(20, 20)])
+    source = tmp_path / "list.txt"
+    good = sorted(path.name for path in (tmp_path / "good").iterdir())
+    source.write_text("\n".join([*(f"missing{i}.png" for i in range(400)), *(f"good/{name}" for name in good)]))
+    with pytest.raises(FeaturemapsError, match="most of 500 images in a row cannot be read at all"):
+        run(source)
+
+
+@pytest.fixture
+def links(tmp_path):
+    """Six links into a disk that can be unmounted."""
+    make_images(tmp_path / "disk", 6, [(30, 40)])
+    (tmp_path / "links").mkdir()
+    for path in (tmp_path / "disk").iterdir():
+        (tmp_path / "links" / path.name).symlink_to(path)
+    return tmp_path / "links"
+
+
+def test_links_to_an_unmounted_disk_are_refused_and_cost_nothing(run, links, tmp_path):
+    run(links)
+    before = content(tmp_path / "features.zarr")
+    (tmp_path / "disk").rename(tmp_path / "unmounted")
+    with pytest.raises(UsageError, match="6 of the store's 6 images are not in the source any more, above the allowed 10%"):
+        run(links)
+    summary = run(links, max_removed=1.0)
+    assert (summary.n_unreachable, summary.n_unchanged, summary.n_removed, summary.n_rejected) == (6, 6, 0, 0)
+    assert content(tmp_path / "features.zarr") == before
+    (tmp_path / "unmounted").rename(tmp_path / "disk")
+    assert run(links).n_unchanged == 6
+    assert content(tmp_path / "features.zarr") == before
+
+
+def test_what_could_not_be_read_is_tried_again_without_being_asked(run, tmp_path):
+    source = make_images(tmp_path / "source", 3, [(30, 40)])
+    run(source)
+    store = Store(tmp_path / "features.zarr")
+    store.commit("30x40", np.array([1]), {"error": stack(["missing: gone"]), "status": np.array([Status.QUARANTINED], np.uint8)})
+    assert run(source).n_done == 1
+    assert {row[0] for row in content(tmp_path / "features.zarr").values()} == {"DONE"}
+
+
+def test_a_resize_below_the_receptive_field_is_refused_by_plan_and_run(run, twelve_sizes, tmp_path):
+    job = make_job({"source": str(twelve_sizes), "store": str(tmp_path / "f.zarr"), "decode": {"resize": [5, 5]}})
+    for start in (plan_job, run_job):
+        with pytest.raises(UsageError, match=r"resized to 5 x 5 pixels .* leave no maps, because .* needs 9 x 9"):
+            start(job)
+    assert not (tmp_path / "f.zarr").exists()
+
+
+def test_plan_refuses_the_folder_and_the_cluster_that_run_refuses(twelve_sizes, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("x")
+    for start in (plan_job, run_job):
+        with pytest.raises(UsageError, match=r"holds 'thesis\.tex' and is no store"):
+            start(make_job({"source": str(twelve_sizes), "store": str(tmp_path / "mine")}))
+        job = make_job({"source": str(twelve_sizes), "store": str(tmp_path / "f.zarr"), "cluster": "big"})
+        with pytest.raises(UsageError, match=r"cluster 'big' is looked up in"):
+            start(job, cluster_file=tmp_path / "no")
+    assert not (tmp_path / "f.zarr").exists()
+
+
+def test_a_store_beside_the_files_of_a_pattern_is_fine(run, tmp_path, monkeypatch):
+    make_images(tmp_path, 2, [(30, 40)])
+    monkeypatch.chdir(tmp_path)
+    assert run("*.png", tmp_path / "f.zarr").n_done == 2
+    assert run("*.png", tmp_path / "f.zarr").n_unchanged == 2
+    with pytest.raises(UsageError, match="lies inside the source"):
+        run("**/*.png", tmp_path / "g.zarr")

@@ -8,8 +8,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from pipeline.config import DecodeSpec, ExtractorSpec, LayerSpec, make_job
+from pipeline.schema import difference
 from pipeline.settings import decode_spec, extractor_spec, layout_of, multiply_adds, needed_size, store_spec
-from pipeline.store import difference
 from pipeline.weights import load_weights, weights_digest
 
 LAYERS = [{"filters": 4, "kernel": 5, "pool": 2, "activation": "tanh"}, {"filters": 6, "kernel": [3, 1]}]

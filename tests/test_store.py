@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -22,10 +23,12 @@ import zarr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from pipeline import schema
 from pipeline import store as store_module
 from pipeline.errors import FeaturemapsError, StaleWriterError, UsageError
+from pipeline.lock import require_lock
 from pipeline.plan import ClassLayout, LayerLayout, class_layout, class_name
-from pipeline.store import (
+from pipeline.schema import (
     COLUMN_ROWS,
     EXTRACTOR,
     FORMAT,
@@ -33,21 +36,13 @@ from pipeline.store import (
     RUNS,
     STATISTICS,
     Status,
-    Store,
     StoredLayer,
     StoreSpec,
-    create_store,
     difference,
-    free_bytes,
-    is_store,
     pooled_chunk,
-    prepare_folder,
-    put,
-    read_json,
-    read_maps,
     stack,
-    write_maps,
 )
+from pipeline.store import Store, create_store, free_bytes, is_store, prepare_folder, put, read_json, read_maps, write_maps
 from pipeline.weights import dequantise, quantisation
 
 DTYPES = ("float32", "float16", "uint16", "uint8")
@@ -177,8 +172,8 @@ def fill_store(path: Path, dtype: str = "float32") -> Store:
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Columns of several chunks, also the pooled ones."""
-    monkeypatch.setattr(store_module, "COLUMN_ROWS", 4)
-    monkeypatch.setattr(store_module, "MAX_COLUMN_BYTES", 24)  # conv1: 3 rows, conv2: 2
+    monkeypatch.setattr(schema, "COLUMN_ROWS", 4)
+    monkeypatch.setattr(schema, "MAX_COLUMN_BYTES", 24)  # conv1: 3 rows, conv2: 2
 
 
 def rows_of(path: Path) -> dict[tuple[str, int], dict[str, object]]:
@@ -972,7 +967,7 @@ def test_damaged_metadata_is_refused_by_name(tmp_path, name):
 def test_a_store_that_does_not_say_what_it_should_is_refused(tmp_path, change, said):
     fill_store(tmp_path / "s")
     edit(tmp_path / "s" / "zarr.json", lambda content: change(content["attributes"]["featuremaps"]))
-    with pytest.raises(FeaturemapsError, match=rf"metadata .*zarr\.json does not say what a store of format 1 says \(.*{said}"):
+    with pytest.raises(FeaturemapsError, match=rf"metadata of .* does not say what a store of format 1 says \(.*{said}"):
         Store(tmp_path / "s")
 
 
@@ -1124,3 +1119,67 @@ def test_the_documentation_names_every_array_status_and_constant():
         assert re.search(rf"\| {status.value} \| {status.name.lower()} \|", text), status
     assert f"{COLUMN_ROWS:,}" in text
     assert f"format {FORMAT}" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        (f"{GROUP}/zarr.json", lambda content: content.update(attributes={})),
+        (f"{GROUP}/zarr.json", lambda content: content.pop("attributes")),
+        (f"{GROUP}/status/zarr.json", lambda content: content.pop("shape")),
+        (f"{GROUP}/conv1/zarr.json", lambda content: content.update(codecs=[])),
+        ("zarr.json", lambda content: content.update(attributes=[1])),
+        ("zarr.json", lambda content: content["attributes"]["featuremaps"].update(extractor={})),
+        (f"{REJECTED}/status/zarr.json", lambda content: content.update(shape=[])),
+    ],
+)
+def test_metadata_that_says_something_else_is_refused(tmp_path, name, change):
+    fill_store(tmp_path / "s")
+    edit(tmp_path / "s" / name, change)
+    with pytest.raises(
+        FeaturemapsError, match=r"metadata of .* does not say what a store of format 1 says .* restore its zarr\.json"
+    ):
+        Store(tmp_path / "s")
+
+
+def test_a_foreign_group_in_a_store_is_left_alone(tmp_path):
+    fill_store(tmp_path / "s")
+    (tmp_path / "s" / "notes" / "status").mkdir(parents=True)
+    (tmp_path / "s" / "notes" / "zarr.json").write_text("{}")
+    store = Store(tmp_path / "s")
+    store.repair()
+    assert [c.name for c in store.classes.values()] == [GROUP]
+    assert (tmp_path / "s" / "notes" / "zarr.json").exists()
+
+
+def test_a_class_that_lost_its_metadata_is_never_cleared_away(tmp_path):
+    store = fill_store(tmp_path / "s")
+    layout = next(iter(store.classes.values())).layout
+    (tmp_path / "s" / GROUP / "zarr.json").unlink()
+    store = Store(tmp_path / "s")
+    for clear in (store.repair, lambda: store.create_class(layout, "exact", listed(0, 6))):
+        with pytest.raises(FeaturemapsError, match=r"has rows but no zarr\.json, so it was damaged .* nothing was touched"):
+            clear()
+    assert list((tmp_path / "s" / GROUP / "conv1").glob("c.*"))
+
+
+def test_storage_that_cannot_tell_whether_an_object_exists_is_not_taken_for_an_empty_one(tmp_path, monkeypatch):
+    store = fill_store(tmp_path / "s")
+
+    def stale(path, **_):
+        raise OSError(116, "Stale file handle", str(path))
+
+    monkeypatch.setattr(Path, "stat", stale)
+    with pytest.raises(OSError, match="Stale file handle"):
+        store.repair()
+
+
+def test_a_driver_that_lost_the_store_writes_no_more(tmp_path):
+    store = fill_store(tmp_path / "s")
+    before = store.column(GROUP, "status").tolist()
+    store.fence = partial(require_lock, tmp_path / "s" / RUNS, "late")
+    with pytest.raises(StaleWriterError, match="run late no longer holds the store"):
+        store.commit(GROUP, np.array([4]), {"status": np.array([1], np.uint8)})
+    with pytest.raises(StaleWriterError):
+        store.append(REJECTED, rejected(200, 1))
+    assert Store(tmp_path / "s").column(GROUP, "status").tolist() == before

@@ -16,8 +16,9 @@ from pipeline.config import DecodeSpec, make_job
 from pipeline.errors import StaleWriterError
 from pipeline.lock import StoreLock
 from pipeline.reading import Source
+from pipeline.schema import RUNS, Status, stack
 from pipeline.settings import extractor_spec, layout_of, store_spec
-from pipeline.store import RUNS, Status, create_store, prepare_folder, stack
+from pipeline.store import create_store, prepare_folder
 from pipeline.tasks import ExtractorPlugin, Target, WorkPiece, extract, keep_memory, maps_digest, read, write
 from pipeline.weights import load_weights
 from tests.conftest import make_images

@@ -6,15 +6,15 @@ from pathlib import Path
 import pytest
 from distributed import KilledWorker
 
-from pipeline.driver import _explain, _lost
 from pipeline.errors import StaleWriterError
+from pipeline.faults import explain, scheduler_lost
 
 STORE = Path("features.zarr")
 
 
 def test_what_a_task_says_for_people_is_passed_on():
     error = StaleWriterError("late")
-    assert _explain(error, None, STORE) is error
+    assert explain(error, None, STORE) is error
 
 
 @pytest.mark.parametrize(
@@ -36,14 +36,14 @@ def test_what_a_task_says_for_people_is_passed_on():
     ],
 )
 def test_what_ends_a_run_is_said_for_a_person(error, sent, message):
-    failure = _explain(error, sent, STORE)
+    failure = explain(error, sent, STORE)
     assert failure.__cause__ is error
     with pytest.raises(type(failure), match=message):
         raise failure
 
 
-def test_a_lost_scheduler_is_named():
-    with pytest.raises(type(_lost(None)), match=r"scheduler or its connection was lost: what was committed stands"):
-        raise _lost(None)
-    with pytest.raises(type(_lost(None)), match=r"was lost \(gone\)"):
-        raise _lost(OSError("gone"))
+def test_ascheduler_lost_scheduler_is_named():
+    with pytest.raises(type(scheduler_lost(None)), match=r"scheduler or its connection was lost: what was committed stands"):
+        raise scheduler_lost(None)
+    with pytest.raises(type(scheduler_lost(None)), match=r"was lost \(gone\)"):
+        raise scheduler_lost(OSError("gone"))

@@ -1,0 +1,47 @@
+"""Whether memory and disk hold what a run would put there, said before it starts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from pipeline.errors import FeaturemapsError, UsageError
+from pipeline.plan import BATCHES_IN_FLIGHT_PER_SLOT, ClassLayout, Size, worker_memory_bytes
+from pipeline.store import free_bytes
+
+
+def require_memory(layouts: Mapping[Size, ClassLayout], channels: int, threads: int, limit_bytes: int, decode_bytes: int) -> None:
+    """Check that the largest images fit a worker of ``limit_bytes`` (0: no limit) with ``threads`` batches at a time.
+
+    Raises
+    ------
+    UsageError
+        When they do not.
+    """
+    if not layouts or not limit_bytes:
+        return
+    needed = worker_memory_bytes(layouts.values(), channels, threads, BATCHES_IN_FLIGHT_PER_SLOT * threads, decode_bytes)
+    if needed > limit_bytes:
+        largest = max(layouts, key=lambda size: size[0] * size[1])
+        raise UsageError(
+            f"images of {largest[0]} x {largest[1]} pixels need up to {needed / 2**20:.0f} MiB per worker, and a worker may use "
+            f"{limit_bytes / 2**20:.0f} MiB: it would be killed, so its images were not started; run with fewer workers "
+            f"of at least {needed / 2**20:.0f} MiB each (--workers, --memory-limit), or with --resize or --dtype uint8"
+        )
+
+
+def require_space(path: Path, wanted_bytes: int, n_images: int) -> None:
+    """Check that the disk of ``path`` has ``wanted_bytes`` free.
+
+    Raises
+    ------
+    FeaturemapsError
+        When it has not.
+    """
+    free = free_bytes(path)
+    if wanted_bytes > free:
+        raise FeaturemapsError(
+            f"the maps of {n_images} images need up to {wanted_bytes / 1e9:.2f} GB, and {path} has {free / 1e9:.2f} GB free: they were "
+            f"not started, so that the disk does not run full in the middle; free {(wanted_bytes - free) / 1e9:.2f} GB, or use "
+            "--dtype uint8, --resize or --limit"
+        )

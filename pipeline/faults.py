@@ -1,0 +1,52 @@
+"""What ended a run, for a person: what happened, what stands, what to do."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+from typing import Any
+
+from distributed import KilledWorker
+
+from pipeline.errors import FeaturemapsError
+
+
+def scheduler_lost(error: BaseException | None) -> FeaturemapsError:
+    """The scheduler or the connection to it is gone."""
+    failure = FeaturemapsError(
+        f"the Dask scheduler or its connection was lost{f' ({error})' if error else ''}: what was committed stands, and nothing else "
+        "counts; run the same command again to go on from there"
+    )
+    failure.__cause__ = error
+    return failure
+
+
+def explain(error: BaseException | None, sent: Any, store: Path) -> FeaturemapsError:
+    """Say what an error in the store, or in the task that ``sent`` describes, means for the run."""
+    if isinstance(error, FeaturemapsError):
+        return error
+    if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}:
+        text = (
+            f"the disk of {store} is full ({error.strerror}): the run stopped, and what was committed stands; free space and run the "
+            "same command again to go on from there"
+        )
+    elif isinstance(error, OSError):
+        text = (
+            f"store {store} cannot be written any more ({error}): the run stopped, and what was committed stands; check the disk and "
+            "the permissions and run the same command again"
+        )
+    elif isinstance(error, KilledWorker):
+        size, first, n = sent[0] if isinstance(sent, list) else (("?", "?"), "?", "?")
+        text = (
+            f"a batch killed its worker every time (its first images: {n} of {size[0]} x {size[1]} pixels from {first!r} on): an image "
+            "that crashes the decoder, or too little memory per worker; the rest that was committed stands; look at these images, or "
+            "run with more memory per worker (--workers, --memory-limit)"
+        )
+    else:
+        text = (
+            f"a task failed in a way that it should not ({type(error).__name__}: {error}): the run stopped, and what was committed "
+            "stands; please report this with the log (-v), then run the same command again"
+        )
+    failure = FeaturemapsError(text)
+    failure.__cause__ = error
+    return failure

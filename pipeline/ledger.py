@@ -1,0 +1,99 @@
+"""What the driver writes of images: entries when they are probed, outcomes when their maps are in the store."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+
+import numpy as np
+
+from pipeline.changes import Entry, is_inaccessible
+from pipeline.chunks import Array
+from pipeline.collection import Listing
+from pipeline.plan import ClassLayout, Size, class_name
+from pipeline.reading import Probed
+from pipeline.schema import REJECTED, STATISTICS, Status, stack
+from pipeline.store import Store
+from pipeline.tasks import PieceResult
+
+
+class Ledger:
+    """The ledger of a store, in terms of the images of a listing.
+
+    Parameters
+    ----------
+    store : Store
+    listing : Listing
+    """
+
+    def __init__(self, store: Store, listing: Listing) -> None:
+        self.store, self.listing = store, listing
+
+    def append(self, size: Size, layout: ClassLayout, items: list[tuple[int, Probed]]) -> list[int]:
+        """Append probed images (index in the listing, what the probe found) to a class, and make it if need be; return their rows."""
+        columns = self._listed_columns([i for i, _ in items])
+        for name in ("source_height", "source_width", "input_height", "input_width"):
+            columns[name] = np.array([getattr(p, name) for _, p in items], np.int32)
+        padded = any((p.input_height, p.input_width) != size for _, p in items)
+        if size not in self.store.classes:
+            self.store.create_class(layout, "padded" if padded else "exact", columns)
+            return list(range(len(items)))
+        if padded and self.store.classes[size].kind == "exact":
+            self.store.mark_padded(size)
+        return list(self.store.append(class_name(size), columns).tolist())
+
+    def _listed_columns(self, images: list[int]) -> dict[str, Array]:
+        return {
+            "path": stack([self.listing.paths[i] for i in images]),
+            "size_bytes": np.array([self.listing.size_bytes[i] for i in images], np.int64),
+            "fingerprint": stack([self.listing.fingerprint(i) for i in images]),
+        }
+
+    def append_rejected(self, rejected: Sequence[tuple[int, Probed]]) -> None:
+        """Append images that cannot be done, with their reason."""
+        columns = self._listed_columns([i for i, _ in rejected])
+        columns["error"] = stack([p.error for _, p in rejected])
+        columns["status"] = np.full(len(rejected), Status.QUARANTINED, np.uint8)
+        self.store.append(REJECTED, columns)
+
+    def is_rejected(self, entry: Entry, image: int, error: str) -> bool:
+        """Whether an entry of ``rejected`` says just this of an image."""
+        known = (self._rejected[name][entry.row] for name in ("fingerprint", "error"))
+        return tuple(known) == (self.listing.fingerprint(image), error)
+
+    @cached_property
+    def _rejected(self) -> dict[str, Array]:
+        """As it was when the run began."""
+        return {name: self.store.column(REJECTED, name) for name in ("fingerprint", "error")}
+
+    def supersede(self, entries: Iterable[Entry]) -> None:
+        """Retire entries that others replace."""
+        old: dict[str, list[int]] = {}
+        for entry in entries:
+            old.setdefault(entry.group, []).append(entry.row)
+        for group, rows in old.items():
+            self.store.commit(group, np.array(rows), {"status": np.full(len(rows), Status.SUPERSEDED, np.uint8)})
+
+    def commit(self, pieces: Sequence[PieceResult], *, source_failed: bool) -> None:
+        """Write what tasks reported, ``status`` last; of a source that failed, nothing about images that could not be reached."""
+        for size in sorted({piece.layout.size for piece in pieces}):
+            self._commit_class(class_name(size), [piece for piece in pieces if piece.layout.size == size], source_failed)
+
+    def _commit_class(self, group: str, pieces: list[PieceResult], source_failed: bool) -> None:
+        status = np.concatenate([piece.status for piece in pieces])
+        errors = [error for piece in pieces for error in piece.error]
+        inaccessible = np.array([is_inaccessible(error) for error in errors])
+        keep = (status != Status.PENDING) & ~(inaccessible & source_failed)
+        if not keep.any():
+            return
+        rows = np.concatenate([piece.rows for piece in pieces])
+        columns: dict[str, Array] = {
+            "digest": stack([digest for piece in pieces for digest in piece.digest]),
+            "maps_digest": stack([digest for piece in pieces for digest in piece.maps_digest]),
+            "error": stack(errors),  # also where there is none: an earlier try may have left one
+        }
+        for layer in self.store.spec.layers:
+            pooled = np.concatenate([piece.pooled[layer.name] for piece in pieces])
+            columns |= {f"{layer.name}_{name}": pooled[:, i] for i, name in enumerate(STATISTICS)}
+        columns["status"] = status
+        self.store.commit(group, rows[keep], {name: values[keep] for name, values in columns.items()})

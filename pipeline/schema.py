@@ -1,0 +1,222 @@
+"""What store format 1 says: names, documents and objects, without reading or writing any. See docs/store-format.md."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from enum import IntEnum
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from pipeline.chunks import Array, array_document, compress, encode_shard, pad
+from pipeline.plan import ClassLayout, LayerLayout, Size, class_name
+
+FORMAT = 1
+COLUMN_ROWS = 16_384
+MAX_COLUMN_BYTES = 4 * 1024**2
+REJECTED = "rejected"
+RUNS = "runs"
+EXTRACTOR = "extractor"
+STATISTICS = ("mean", "std", "min", "max")
+Columns: TypeAlias = Mapping[str, Array]
+
+LEDGER_COLUMNS = {
+    "path": "string",
+    "source_height": "int32",
+    "source_width": "int32",
+    "input_height": "int32",
+    "input_width": "int32",
+    "size_bytes": "int64",
+    "fingerprint": "string",
+    "digest": "string",
+    "maps_digest": "string",
+    "error": "string",
+    "status": "uint8",
+}
+CLASS_NAME = re.compile(r"\d+x\d+")
+REJECTED_COLUMNS = {"path": "string", "size_bytes": "int64", "fingerprint": "string", "error": "string", "status": "uint8"}
+
+
+class Status(IntEnum):
+    """What the ledger says of a row; what it says is true, what it does not say is done again."""
+
+    PENDING = 0
+    DONE = 1
+    QUARANTINED = 2
+    REMOVED = 3
+    SUPERSEDED = 4
+
+    @property
+    def is_live(self) -> bool:
+        """Whether the row stands for an image of the collection."""
+        return self < Status.REMOVED
+
+
+@dataclass(frozen=True, slots=True)
+class StoredLayer:
+    """One layer whose maps are stored: ``value = stored * scale_factor + add_offset``."""
+
+    name: str
+    channels: int
+    dtype: str
+    scale_factor: float
+    add_offset: float
+    fill_value: float
+    """NaN for floats, 0 for integers; data never take it."""
+    error_bound: float
+    """Largest difference between a decoded value and the float32 value that was computed."""
+
+    def attributes(self) -> dict[str, Any]:
+        """CF attributes of the array."""
+        common = {"error_bound": self.error_bound}
+        if self.dtype.startswith("float"):
+            return common
+        return common | {"scale_factor": self.scale_factor, "add_offset": self.add_offset, "_FillValue": 0}
+
+
+@dataclass(frozen=True, slots=True)
+class StoreSpec:
+    """What a store was made with; a later run must agree, but for the versions."""
+
+    source: str
+    """What was listed: a folder, a pattern or a list, absolute."""
+    source_root: str
+    """The folder that stored paths are relative to, absolute."""
+    dtype: str
+    extractor: dict[str, Any]
+    """Layers, outputs, input channels, where the weights came from, and ``sha256`` over all but the latter."""
+    decode: dict[str, Any]
+    """The decode rules and their ``sha256``."""
+    layers: tuple[StoredLayer, ...]
+    created_version: str
+    written_version: str
+    format: int = FORMAT
+
+
+@dataclass(frozen=True, slots=True)
+class ShapeClass:
+    """One group of the store."""
+
+    size: Size
+    """Input height and width, pixels."""
+    length: int
+    """Rows, as ``len(status)`` says."""
+    layout: ClassLayout
+    kind: str = "exact"
+    """``exact``: every image has just this size; ``padded``: some are smaller."""
+    attributes: dict[str, Any] = field(default_factory=dict, hash=False)
+
+    @property
+    def name(self) -> str:
+        """Name of the group."""
+        return class_name(self.size)
+
+
+def group_document(attributes: dict[str, Any]) -> dict[str, Any]:
+    """Metadata of a group."""
+    return {"zarr_format": 3, "node_type": "group", "attributes": attributes}
+
+
+def root_document(spec: StoreSpec) -> dict[str, Any]:
+    """Metadata of a store's root."""
+    content = asdict(spec)
+    for layer in content["layers"]:
+        layer["fill_value"] = None if np.isnan(layer["fill_value"]) else layer["fill_value"]
+    return group_document({"featuremaps": content})
+
+
+def pooled_chunk(channels: int) -> tuple[int, int]:
+    """Chunk of a pooled column: many thousand rows, at most 4 MiB."""
+    return max(1, min(COLUMN_ROWS, MAX_COLUMN_BYTES // (4 * channels))), channels
+
+
+def column_type(layers: Sequence[StoredLayer], group: str, name: str) -> tuple[str, tuple[int, ...]]:
+    """Type and chunk of a column."""
+    types = REJECTED_COLUMNS if group == REJECTED else LEDGER_COLUMNS
+    if name in types:
+        return types[name], (COLUMN_ROWS,)
+    layer = next(layer for layer in layers if name.rsplit("_", 1)[0] == layer.name)
+    return "float32", pooled_chunk(layer.channels)
+
+
+def column_document(name: str, dtype: str, length: int) -> dict[str, Any]:
+    """Metadata of a ledger column."""
+    attributes: dict[str, Any] = {}
+    if name == "status":
+        attributes = {"flag_values": [int(s) for s in Status], "flag_meanings": " ".join(s.name.lower() for s in Status)}
+    fill = "" if dtype == "string" else 0
+    return array_document((length,), dtype, ("image",), chunk=(COLUMN_ROWS,), fill=fill, attributes=attributes)
+
+
+def pooled_document(layer: StoredLayer, length: int) -> dict[str, Any]:
+    """Metadata of a pooled column (image, channel)."""
+    dimensions = ("image", f"{layer.name}_channel")
+    chunk = pooled_chunk(layer.channels)
+    return array_document((length, layer.channels), "float32", dimensions, chunk=chunk, fill=float("nan"))
+
+
+def maps_document(layout: ClassLayout, layer: LayerLayout, stored: StoredLayer, length: int) -> dict[str, Any]:
+    """Metadata of a layer's maps (image, channel, y, x)."""
+    maps = (layer.channels, layer.height, layer.width)
+    sharded = layout.is_sharded(layer)
+    return array_document(
+        (length, *maps),
+        stored.dtype,
+        ("image", *(f"{layer.name}_{axis}" for axis in ("channel", "y", "x"))),
+        chunk=(layer.chunk_rows, layer.channels, layer.chunk_height, layer.chunk_width),
+        shard=(layout.shard_rows, *maps) if sharded else None,
+        fill=stored.fill_value,
+        attributes=stored.attributes(),
+    )
+
+
+def object_key(first: int, n_dimensions: int) -> str:
+    """Key of the object at ``first`` along the first axis, whole along the others."""
+    return ".".join(["c", str(first), *["0"] * (n_dimensions - 1)])
+
+
+def encode_rows(layout: ClassLayout, layer: LayerLayout, start: int, block: Array, fill: float) -> dict[str, bytes]:
+    """The objects that hold the rows of one shard: the shard, or the plain chunks of a shard's rows."""
+    if layout.is_sharded(layer):
+        return {object_key(start // layout.shard_rows, 4): encode_shard(block, layer.chunk_rows, layout.shard_rows, fill)}
+    shape = (layer.chunk_rows, layer.channels, layer.chunk_height, layer.chunk_width)
+    cuts = [
+        (iy, ix) for iy in range(-(-layer.height // layer.chunk_height)) for ix in range(-(-layer.width // layer.chunk_width))
+    ]
+    return {
+        f"c.{start // layer.chunk_rows}.0.{iy}.{ix}": compress(pad(_cut(block, layer, iy, ix), shape, fill)) for iy, ix in cuts
+    }
+
+
+def _cut(block: Array, layer: LayerLayout, iy: int, ix: int) -> Array:
+    h, w = layer.chunk_height, layer.chunk_width
+    cut: Array = block[:, :, iy * h : (iy + 1) * h, ix * w : (ix + 1) * w]
+    return cut
+
+
+def difference(old: StoreSpec, new: StoreSpec) -> list[str]:
+    """What two specs disagree about, a line each: ``key: store has x, the command asks for y``."""
+    lines: list[str] = []
+    for key in ("source_root", "dtype"):
+        lines += _differ(key, getattr(old, key), getattr(new, key))
+    for part in ("extractor", "decode"):
+        a, b = getattr(old, part), getattr(new, part)
+        if a["sha256"] != b["sha256"]:
+            keys = sorted((a.keys() | b.keys()) - {"sha256"})
+            lines += [line for key in keys for line in _differ(f"{part}.{key}", a.get(key), b.get(key))]
+    return lines
+
+
+def _differ(key: str, old: Any, new: Any) -> list[str]:
+    a, b = json.dumps(old, default=list), json.dumps(new, default=list)
+    return [] if a == b else [f"{key}: the store has {a}, this run asks for {b}"]
+
+
+def stack(names: Sequence[str]) -> Array:
+    """Strings as a column."""
+    column = np.empty(len(names), object)
+    column[:] = names
+    return column
