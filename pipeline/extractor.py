@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, max_pool2d
 
+from pipeline import kernel
 from pipeline.errors import FeaturemapsError, ImageError
 from pipeline.layers import block_shape, layer_names, output_sizes, padded_extent, receptive_field
 from pipeline.weights import INTEGER_MAX, Array, StoredAs, StoredOutput, quantisation, storable_range
@@ -25,6 +26,7 @@ Precision = Literal["float32", "float64"]
 BAND_OUTPUTS = 1 << 19  # convolve about half a million outputs at a time: as fast, and scratch does not grow with the image
 BAND_VALUES = 1 << 18  # un-shuffle about 1 MiB at a time, which stays in a core's cache
 
+_AS_FLOAT32 = quantisation((0, 0), "float32")
 _scratch = threading.local()
 
 
@@ -207,6 +209,8 @@ class Extractor(nn.Module):
             for name, layer in zip(self.names, self.specs, strict=True)
         )
         self.channels = tensors["conv1_weight"].shape[1]
+        weight, bias = (np.array(weights[f"conv1_{part}"], np.float32, order="C") for part in ("weight", "bias"))
+        self.compiled = weight / np.float32(256), bias  # for pixels of 0 ... 255; exact, because it is a power of two
         self.dtype, self.device = dtype, torch.device(device)
         self.to(self.device)
         if self.device.type == "cuda":  # full float32, and the same result every time
@@ -270,6 +274,10 @@ class Extractor(nn.Module):
             When a map holds NaN, infinity or values beyond what its dtype was chosen for.
         """
         self._check(image, out)
+        if len(self.layers) == 1 and self._is_compiled(out["conv1"], self.stored["conv1"]):
+            pooled = {"conv1": self._first_layer(image, self.stored["conv1"], out["conv1"])}
+            _check_range("conv1", pooled["conv1"], self.stored["conv1"])
+            return pooled
         direct = {name: torch.from_numpy(values) for name, values in out.items() if self.stored[name].dtype == "float32"}
         pooled = {}
         for name, values in self._maps(_pixels(image), direct):
@@ -288,8 +296,23 @@ class Extractor(nn.Module):
             return
         x = image.permute(2, 0, 1)  # (channel, y, x); 1/256 is in the weights
         for i, (layer, (name, shape)) in enumerate(zip(self.layers, self._shapes(*image.shape).items(), strict=True)):
-            x = layer(x, out[name] if name in out else _buffer(f"maps{i % 2}", *shape))  # the other one still holds its input
+            maps = out[name] if name in out else _buffer(f"maps{i % 2}", *shape)  # the other one still holds its input
+            if i == 0 and image.dtype == torch.uint8 and self._is_compiled(maps.numpy(), _AS_FLOAT32):
+                self._first_layer(image.numpy(), _AS_FLOAT32, maps.numpy())
+                x = maps
+            else:
+                x = layer(x, maps)
             yield name, x
+
+    def _is_compiled(self, out: Array, stored: StoredAs) -> bool:
+        """Whether the first layer's maps can be put into ``out`` by compiled code."""
+        is_plain = self.dtype == torch.float32 and self.device.type == "cpu" and self.specs[0].pool == (1, 1)
+        return is_plain and out.strides[2] == out.itemsize and kernel.is_available(stored)
+
+    def _first_layer(self, image: Array, stored: StoredAs, out: Array) -> Pooled:
+        pixels = np.ascontiguousarray(image)
+        statistics = kernel.first_layer(pixels, *self.compiled, self.specs[0].activation, stored, out)
+        return Pooled(*statistics.astype(np.float32))
 
     def _plain(self, image: Tensor, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
         """Layer after layer, its maps, by torch's own convolution."""
@@ -333,7 +356,7 @@ def _pixels(image: Array) -> Tensor:
 
 def _check_range(name: str, pooled: Pooled, q: StoredAs) -> None:
     low, high = storable_range(q)
-    if not (low <= pooled.min.min() and pooled.max.max() <= high):  # also when they are NaN
+    if not (low <= pooled.min.min() and pooled.max.max() <= high and np.isfinite(pooled.mean).all()):  # also when they are NaN
         raise FeaturemapsError(
             f"{name} ranges over [{pooled.min.min()}, {pooled.max.max()}], but {q.dtype} was chosen for [{low:g}, {high:g}], so "
             "its values would be stored as others; the weights are not those of the store, or overflow float32: use theirs"

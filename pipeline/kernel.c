@@ -1,0 +1,149 @@
+/* The first layer in one pass over the image: uint8 pixels in, convolution, bias, activation, statistics, stored values out. */
+
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum activation { NONE, SIGMOID, TANH, RELU };
+enum kind { FLOAT32, UINT8, UINT16 };
+
+struct pair { /* two filters and the input rows that two output rows need */
+    int channels, kh, kw;
+    float *const *rows;     /* (kh + 1, channel) */
+    const float *weight[2]; /* (channel, ky, kx) each */
+    float bias[2];
+};
+
+struct moments {
+    double n, mean, squares; /* squares: about the mean */
+    float low, high;
+};
+
+struct stored { /* integers are value * levels + constant, cut off */
+    int kind;
+    float levels, constant;
+};
+
+struct version {
+    int lanes;
+    void (*convolve)(const struct pair *, int width, float *out[2][2]);
+    void (*activate)(float *, int n, int activation);
+    struct moments (*measure)(const float *, int n);
+    void (*store)(const float *, int n, const struct stored *, char *out);
+    void (*widen)(const uint8_t *, int n, int channels, float *const *rows);
+};
+
+#define JOIN_(a, b) a##b
+#define JOIN(a, b) JOIN_(a, b)
+
+#define LANES 4
+#define WIDE 3
+#define NAME(x) JOIN(plain_, x)
+#include "kernel_tile.h"
+#undef LANES
+#undef WIDE
+#undef NAME
+
+#if defined(__x86_64__)
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#define LANES 8
+#define WIDE 2
+#define NAME(x) JOIN(avx2_, x)
+#include "kernel_tile.h"
+#undef LANES
+#undef WIDE
+#undef NAME
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,fma,prefer-vector-width=512")
+#define LANES 16
+#define WIDE 6
+#define NAME(x) JOIN(avx512_, x)
+#include "kernel_tile.h"
+#undef LANES
+#undef WIDE
+#undef NAME
+#pragma GCC pop_options
+#endif
+
+static const struct version *choose(int lanes)
+{
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (lanes >= 16 && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vl"))
+        return &avx512_version;
+    if (lanes >= 8 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+        return &avx2_version;
+#endif
+    (void)lanes;
+    return &plain_version;
+}
+
+/* Lanes of the widest version that this processor runs, at most so many. */
+int featuremaps_lanes(int lanes) { return choose(lanes)->lanes; }
+
+static void merge(struct moments *all, struct moments row) /* Chan, Golub and LeVeque 1979 */
+{
+    double n = all->n + row.n, delta = row.mean - all->mean;
+    all->squares += row.squares + delta * delta * all->n * row.n / n;
+    all->mean += delta * row.n / n;
+    all->low = all->n && all->low < row.low ? all->low : row.low;
+    all->high = all->n && all->high > row.high ? all->high : row.high;
+    all->n = n;
+}
+
+/*
+ * image: (height, width, channel), contiguous. weight: (filters, channel, kh, kw); bias: (filters). out: (filters, y, x) with
+ * strides in bytes, contiguous along x. statistics: (filters, 4): mean, sum of squares about it, low, high. Returns 0, or -1
+ * where there is no memory.
+ */
+int featuremaps_layer(const uint8_t *image, int height, int width, int channels, const float *weight, const float *bias,
+                      int filters, int kh, int kw, int activation, int kind, float levels, float constant, char *out,
+                      int64_t filter_stride, int64_t row_stride, double *statistics, int lanes)
+{
+    const struct version *v = choose(lanes);
+    const struct stored stored = {kind, levels, constant};
+    int out_height = height - kh + 1, out_width = width - kw + 1, size = channels * kh * kw;
+    size_t padded = (size_t)width + 64 + (size_t)kw; /* the last vectors reach beyond the row */
+    int n_rows = (kh + 1) * channels, even = (filters + 1) / 2 * 2;
+    float *ring = calloc((size_t)(n_rows + 4) * padded + size, sizeof *ring);
+    float **rows = malloc(2 * (size_t)n_rows * sizeof *rows);
+    struct moments *all = calloc((size_t)filters, sizeof *all);
+    if (!ring || !rows || !all) {
+        free(ring), free(rows), free(all);
+        return -1;
+    }
+    float *const buffers = ring + (size_t)n_rows * padded, *const zeros = buffers + 4 * padded;
+    float **slots = rows + n_rows; /* (kh + 1, channel): where row y of the image goes, at y % (kh + 1) */
+    for (int i = 0; i < n_rows; i++)
+        slots[i] = ring + (size_t)i * padded;
+    int read = 0;
+    for (int y = 0; y < out_height; y += 2) {
+        int n = y + 1 < out_height ? 2 : 1;
+        for (; read < y + kh + n - 1; read++)
+            v->widen(image + (size_t)read * width * channels, width, channels, slots + read % (kh + 1) * channels);
+        for (int i = 0; i <= kh; i++)
+            memcpy(rows + i * channels, slots + (y + i) % (kh + 1) * channels, (size_t)channels * sizeof *rows);
+        for (int f = 0; f < even; f += 2) {
+            int last = f + 1 < filters;
+            struct pair pair = {channels, kh, kw, rows, {weight + (size_t)f * size, last ? weight + (size_t)(f + 1) * size : zeros},
+                                {bias[f], last ? bias[f + 1] : 0}};
+            float *to[2][2] = {{buffers, buffers + padded}, {buffers + 2 * padded, buffers + 3 * padded}};
+            v->convolve(&pair, out_width, to);
+            for (int k = 0; k <= last; k++)
+                for (int r = 0; r < n; r++) {
+                    v->activate(to[k][r], out_width, activation);
+                    merge(&all[f + k], v->measure(to[k][r], out_width));
+                    v->store(to[k][r], out_width, &stored, out + (f + k) * filter_stride + (y + r) * row_stride);
+                }
+        }
+    }
+    for (int f = 0; f < filters; f++) {
+        double *s = statistics + 4 * f;
+        s[0] = all[f].mean, s[1] = all[f].squares, s[2] = all[f].low, s[3] = all[f].high;
+    }
+    free(ring), free(rows), free(all);
+    return 0;
+}
