@@ -25,11 +25,16 @@ Array = np.ndarray[Any, Any]
 
 def compress(values: Array) -> bytes:
     """Encode a C-contiguous array of numbers, or a 1-D object array of strings, as one checksummed chunk."""
+    return b"".join(_compress(values))
+
+
+def _compress(values: Array) -> tuple[bytes, bytes]:
+    """The chunk and its checksum."""
     if values.dtype == object:
         body = Blosc("lz4", BLOSC_LEVEL, Blosc.NOSHUFFLE).encode(VLenUTF8().encode(values))
     else:
-        body = Blosc("lz4", BLOSC_LEVEL, Blosc.SHUFFLE).encode(values)
-    return bytes(body) + _checksum(body)
+        body = Blosc("lz4", BLOSC_LEVEL, Blosc.BITSHUFFLE).encode(values)
+    return body, _checksum(body)
 
 
 def decompress(data: bytes, dtype: str, shape: tuple[int, ...]) -> Array:
@@ -53,10 +58,10 @@ def decompress(data: bytes, dtype: str, shape: tuple[int, ...]) -> Array:
 
 
 def _checksum(body: bytes) -> bytes:
-    return int(google_crc32c.value(bytes(body))).to_bytes(4, "little")
+    return int(google_crc32c.value(body)).to_bytes(4, "little")
 
 
-def encode_shard(block: Array, chunk_rows: int, shard_rows: int, fill: float) -> bytes:
+def encode_shard(block: Array, chunk_rows: int, shard_rows: int, fill: float) -> list[bytes]:
     """Encode the first rows of a shard; inner chunks past the last row are left out and read as fill.
 
     Parameters
@@ -71,19 +76,20 @@ def encode_shard(block: Array, chunk_rows: int, shard_rows: int, fill: float) ->
 
     Returns
     -------
-    bytes
-        Inner chunks, then the index ``(offset, nbytes)`` as little-endian uint64 with its crc32c.
+    list of bytes
+        Parts of the object, in their order: inner chunks, then the index ``(offset, nbytes)`` as little-endian uint64 with its crc32c.
     """
     index = np.full((shard_rows // chunk_rows, 2), _MISSING, "<u8")
     parts: list[bytes] = []
     offset = 0
     for i, start in enumerate(range(0, len(block), chunk_rows)):
         rows = block[start : start + chunk_rows]
-        parts.append(compress(pad(rows, (chunk_rows, *rows.shape[1:]), fill)))
-        index[i] = offset, len(parts[-1])
-        offset += len(parts[-1])
+        chunk = _compress(pad(rows, (chunk_rows, *rows.shape[1:]), fill))
+        parts += chunk
+        index[i] = offset, sum(map(len, chunk))
+        offset += sum(map(len, chunk))
     table = index.tobytes()
-    return b"".join([*parts, table, _checksum(table)])
+    return [*parts, table, _checksum(table)]
 
 
 def pad(values: Array, shape: tuple[int, ...], fill: float) -> Array:
@@ -151,7 +157,7 @@ def _codecs(dtype: str) -> list[dict[str, Any]]:
         first: dict[str, Any] = {"name": "vlen-utf8", "configuration": {}}
         itemsize, shuffle = 1, "noshuffle"
     else:
-        itemsize, shuffle = np.dtype(dtype).itemsize, "shuffle"
+        itemsize, shuffle = np.dtype(dtype).itemsize, "bitshuffle"
         first = {"name": "bytes", "configuration": {"endian": "little"}} if itemsize > 1 else {"name": "bytes"}
     blosc = {"typesize": itemsize, "cname": "lz4", "clevel": BLOSC_LEVEL, "shuffle": shuffle, "blocksize": 0}
     return [first, {"name": "blosc", "configuration": blosc}, _CRC32C]

@@ -76,7 +76,9 @@ def first_layer(image: Array, weight: Array, bias: Array, activation: Activation
     filters, _, kh, kw = weight.shape
     if library is None or out.strides[2] != out.itemsize or not (image.flags.c_contiguous and weight.flags.c_contiguous):
         raise ValueError("the compiled layer needs its library and contiguous arrays; use torch's")
-    levels, constant = (1 / stored.scale_factor, 0.5 - stored.add_offset / stored.scale_factor) if stored.dtype in INTEGER_MAX else (0, 0)
+    levels, constant = (
+        (1 / stored.scale_factor, 0.5 - stored.add_offset / stored.scale_factor) if stored.dtype in INTEGER_MAX else (0, 0)
+    )
     statistics = np.empty((filters, 4))
     failed = library.featuremaps_layer(
         *(image.ctypes.data, height, width, channels),

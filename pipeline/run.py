@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from pipeline import changes as ledger_changes
+from pipeline import kernel
 from pipeline.changes import Changes, Entries
 from pipeline.chunks import Array
 from pipeline.collection import Listing, list_collection, walks_into
@@ -249,5 +250,5 @@ def _now() -> str:
 
 
 def _versions() -> dict[str, str]:
-    packages = {name: version(name) for name in ("dask", "distributed", "numpy", "torch", "zarr")}
+    packages = {name: version(name) for name in ("dask", "distributed", "numpy", "torch", "zarr")} | {"kernel": kernel.version()}
     return {"featuremaps": VERSION, "python": platform.python_version(), **packages, **decode_versions()}

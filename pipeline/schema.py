@@ -178,7 +178,7 @@ def object_key(first: int, n_dimensions: int) -> str:
     return ".".join(["c", str(first), *["0"] * (n_dimensions - 1)])
 
 
-def encode_rows(layout: ClassLayout, layer: LayerLayout, start: int, block: Array, fill: float) -> dict[str, bytes]:
+def encode_rows(layout: ClassLayout, layer: LayerLayout, start: int, block: Array, fill: float) -> dict[str, list[bytes]]:
     """The objects that hold the rows of one shard: the shard, or the plain chunks of a shard's rows."""
     if layout.is_sharded(layer):
         return {object_key(start // layout.shard_rows, 4): encode_shard(block, layer.chunk_rows, layout.shard_rows, fill)}
@@ -187,7 +187,7 @@ def encode_rows(layout: ClassLayout, layer: LayerLayout, start: int, block: Arra
         (iy, ix) for iy in range(-(-layer.height // layer.chunk_height)) for ix in range(-(-layer.width // layer.chunk_width))
     ]
     return {
-        f"c.{start // layer.chunk_rows}.0.{iy}.{ix}": compress(pad(_cut(block, layer, iy, ix), shape, fill)) for iy, ix in cuts
+        f"c.{start // layer.chunk_rows}.0.{iy}.{ix}": [compress(pad(_cut(block, layer, iy, ix), shape, fill))] for iy, ix in cuts
     }
 
 

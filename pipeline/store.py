@@ -43,11 +43,12 @@ from pipeline.schema import (
 )
 
 
-def put(path: Path, data: bytes) -> None:
+def put(path: Path, *parts: bytes) -> None:
     """Write one object whole: a reader sees the old bytes or the new ones, also after a kill."""
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
     try:
-        temporary.write_bytes(data)
+        with temporary.open("wb") as file:
+            file.writelines(parts)
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -472,9 +473,9 @@ def write_maps(path: Path, run_id: str, layout: ClassLayout, layer: LayerLayout,
         )
     objects = encode_rows(layout, layer, start, block, fill)
     require_lock(path / RUNS, run_id)
-    for key, data in objects.items():
-        put(folder / key, data)
-    return sum(map(len, objects.values()))
+    for key, parts in objects.items():
+        put(folder / key, *parts)
+    return sum(len(part) for parts in objects.values() for part in parts)
 
 
 def read_maps(path: Path, layout: ClassLayout, layer: str, start: int, stop: int) -> Array:

@@ -209,9 +209,10 @@ def litter(store: Path) -> list[str]:
 def last_touch(store: Path) -> float:
     """When an object of a class was last changed, Unix time; 0 before the first."""
     times = [0.0]
-    for path in store.glob("[0-9]*x[0-9]*/*/*"):
-        with contextlib.suppress(OSError):
-            times.append(path.stat().st_mtime)
+    for folder, _, names in os.walk(store):  # passes over what a repair clears away meanwhile
+        for name in names if Path(folder).parent.parent == store else ():
+            with contextlib.suppress(OSError):
+                times.append((Path(folder) / name).stat().st_mtime)
     return max(times)
 
 

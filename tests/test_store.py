@@ -504,14 +504,15 @@ def crash_after(n_puts: int, *, torn: bool = False) -> Iterator[None]:
     """Let the process end at its put number ``n_puts``; ``torn`` leaves half of the object under its temporary name."""
     left = n_puts
 
-    def put_or_crash(path: Path, data: bytes) -> None:
+    def put_or_crash(path: Path, *parts: bytes) -> None:
         nonlocal left
         if left == 0:
             if torn:
+                data = b"".join(parts)
                 path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial").write_bytes(data[: len(data) // 2])
             raise Crash
         left -= 1
-        put(path, data)
+        put(path, *parts)
 
     with patch.object(store_module, "put", put_or_crash):
         yield

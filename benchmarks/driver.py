@@ -1,0 +1,109 @@
+"""What scheduling costs: 1,000,000 images whose reading, extraction and writing are replaced by nothing.
+
+    python -m benchmarks.driver [--images 1000000] [--workers 1]
+
+Driver, scheduler and workers share this process, so that its CPU time over the number of batches is an upper bound of what driver
+and scheduler spend on one. The ledger is really written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import shutil
+import tempfile
+import time
+from array import array
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+from distributed import Client, LocalCluster, WorkerPlugin
+
+from benchmarks.images import machine
+from pipeline import driver, run, tasks
+from pipeline.cluster import ROLES
+from pipeline.collection import Listing
+from pipeline.config import make_job
+from pipeline.reading import Probed
+from pipeline.schema import STATISTICS, Status
+
+SIZE = (516, 639)
+
+
+class NoExtractor(WorkerPlugin):  # type: ignore[misc]
+    def __init__(self, name: str, *_: Any) -> None:
+        self.name = name
+
+
+def probe(_: Any, paths: list[str], __: Any) -> list[Probed]:
+    return [Probed(*SIZE, *SIZE)] * len(paths)
+
+
+def read(_: Any, pieces: list[tasks.WorkPiece]) -> list[tasks.WorkPiece]:
+    return pieces
+
+
+def extract(_: Any, pieces: list[tasks.WorkPiece]) -> list[tasks.WorkPiece]:
+    return pieces
+
+
+def write(_: Any, pieces: list[tasks.WorkPiece]) -> tasks.BatchResult:
+    result = tasks.BatchResult([], "here", dict.fromkeys(("read", "decode", "extract", "write"), 0.0))
+    for piece in pieces:
+        n = len(piece.rows)
+        done = np.full(n, Status.DONE, np.uint8)
+        pooled = {"conv1": np.zeros((n, len(STATISTICS), 2), np.float32)}
+        texts = [f"{row:064x}" for row in piece.rows]
+        short = [text[:32] for text in texts]
+        result.pieces.append(
+            tasks.PieceResult(piece.layout, piece.start, piece.stop, piece.rows, done, texts, short, [""] * n, pooled)
+        )
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=1_000_000)
+    parser.add_argument("--workers", type=int, default=1)
+    given = parser.parse_args()
+    n = given.images
+    print(machine())
+    paths = [f"{i // 1000:04d}/{i:07d}.jpg" for i in range(n)]
+    listing = Listing("/photos", paths, array("q", [100_000]) * n, array("q", [1]) * n)
+    run.list_collection = lambda _: listing  # type: ignore[attr-defined,assignment]
+    run.check_apart = lambda *_: None  # type: ignore[assignment]
+    driver.require_space = lambda *_: None  # type: ignore[attr-defined,assignment]
+    driver.require_memory = lambda *_: None  # type: ignore[attr-defined,assignment]
+    driver.reading.probe_block = probe  # type: ignore[assignment]
+    tasks.read, tasks.extract, tasks.write = read, extract, write  # type: ignore[assignment]
+    tasks.ExtractorPlugin = NoExtractor  # type: ignore[assignment,misc]
+    taken: list[float] = []
+    take = driver.Driver._take_batch
+
+    def take_and_note(self: driver.Driver, result: tasks.BatchResult) -> None:
+        taken.append(time.monotonic())
+        take(self, result)
+
+    driver.Driver._take_batch = take_and_note  # type: ignore[method-assign]
+    folder = Path(tempfile.mkdtemp())
+    before = psutil.Process().memory_info().rss
+    resources = dict.fromkeys(ROLES, 1)
+    options = {"processes": False, "n_workers": given.workers, "threads_per_worker": 1, "dashboard_address": None}
+    with LocalCluster(resources=resources, silence_logs=False, **options) as cluster, Client(cluster) as client:
+        started, cpu = time.monotonic(), time.process_time()
+        summary = run.run_job(make_job({"source": "/photos", "store": str(folder / "f.zarr")}), client)
+        elapsed_s, cpu_s = time.monotonic() - started, time.process_time() - cpu
+    assert summary.n_done == n, summary
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(
+        f"{n} images in {len(taken)} batches: {elapsed_s:.1f} s, {len(taken) / elapsed_s:.0f} batches/s; {1e3 * cpu_s / len(taken):.1f} ms "
+        f"CPU per batch and {1e6 * cpu_s / n:.1f} us per image for driver, scheduler, ledger and empty tasks; first batch after "
+        f"{taken[0] - started:.1f} s; peak {peak / 2**20:.0f} MiB, {(peak - before) / n:.0f} bytes an image above the start"
+    )
+    shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn.functional import conv2d
+
+from pipeline import kernel
+from pipeline.config import ExtractorSpec, LayerSpec
+from pipeline.extractor import Extractor
+from pipeline.layers import output_bounds
+from pipeline.weights import dequantise, quantisation, seeded_weights
+
+ACTIVATIONS = {"none": lambda x: x, "sigmoid": torch.sigmoid, "tanh": torch.tanh, "relu": torch.relu}
+HAS_COMPILER = shutil.which("cc") is not None
+needs_kernel = pytest.mark.skipif(not HAS_COMPILER, reason="no C compiler: torch does the work")
+
+
+def test_where_there_is_a_compiler_the_layer_is_compiled():
+    assert (kernel.version() != "torch") == HAS_COMPILER, "install the package anew with a C compiler: pip install -e ."
+
+
+@needs_kernel
+@given(
+    filters=st.integers(1, 5),
+    channels=st.sampled_from([1, 3, 4]),
+    kernel_size=st.tuples(st.integers(1, 10), st.integers(1, 10)),
+    more=st.tuples(st.integers(0, 8), st.integers(0, 200)),
+    activation=st.sampled_from(sorted(ACTIVATIONS)),
+    dtype=st.sampled_from(["float32", "uint8", "uint16"]),
+    lanes=st.sampled_from([4, 8, 16]),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_every_version_equals_the_reference(filters, channels, kernel_size, more, activation, dtype, lanes, seed):
+    rng = np.random.default_rng(seed)
+    spec = ExtractorSpec(layers=(LayerSpec(filters=filters, kernel=kernel_size, activation=activation),), seed=seed)
+    weights = seeded_weights(spec, channels)
+    image = rng.integers(0, 256, (kernel_size[0] + more[0], kernel_size[1] + more[1], channels), np.uint8)
+    stored = quantisation(output_bounds(spec.layers, weights)[0], dtype)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernel, "MAX_LANES", lanes)
+        out = np.full((filters, more[0] + 1, more[1] + 5), 77, dtype)  # rows with a margin, which stays as it is
+        view = out[:, :, 2 : more[1] + 3]
+        weight, bias = weights["conv1_weight"] / np.float32(256), weights["conv1_bias"]
+        statistics = kernel.first_layer(image, weight, bias, activation, stored, view)
+    x = torch.from_numpy(image).permute(2, 0, 1)[None].double()
+    exact = ACTIVATIONS[activation](conv2d(x, torch.from_numpy(weight).double(), torch.from_numpy(bias).double()))[0].numpy()
+    assert np.abs(dequantise(view, stored) - exact).max() <= stored.error_bound + 3e-6
+    expected = exact.mean((1, 2)), exact.std((1, 2)), exact.min((1, 2)), exact.max((1, 2))
+    np.testing.assert_allclose(statistics, expected, rtol=0, atol=3e-6)
+    assert (out[:, :, :2] == 77).all()
+    assert (out[:, :, more[1] + 3 :] == 77).all()
+
+
+@needs_kernel
+@pytest.mark.parametrize("dtype", ["float32", "float16", "uint16", "uint8"])
+@pytest.mark.parametrize("n_layers", [1, 2])
+def test_compiled_and_torch_store_the_same_within_a_level(monkeypatch, n_layers, dtype):
+    spec = ExtractorSpec(layers=(LayerSpec(),) + (LayerSpec(filters=3, kernel=(3, 3)),) * (n_layers - 1))
+    weights = seeded_weights(spec, 3)
+    stored = quantisation(output_bounds(spec.layers, weights)[-1], dtype)
+    image = np.random.default_rng(0).integers(0, 256, (61, 83, 3), np.uint8)
+    name = f"conv{n_layers}"
+
+    class Layer:
+        dtype, scale_factor, add_offset = stored.dtype, stored.scale_factor, stored.add_offset
+
+    Layer.name = name
+    found = {}
+    for lanes in (16, 0):
+        monkeypatch.setattr(kernel, "MAX_LANES", lanes)
+        extractor = Extractor(spec, weights, [Layer])
+        out = np.empty((spec.layers[-1].filters, 53 - 2 * (n_layers - 1), 75 - 2 * (n_layers - 1)), dtype)
+        pooled = extractor.extract_into(image, {name: out})[name]
+        found[lanes] = dequantise(out, stored), pooled
+    assert np.abs(found[16][0] - found[0][0]).max() <= 2 * stored.error_bound + 1e-5
+    for a, b in zip(found[16][1], found[0][1], strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=2e-6)
+
+
+def test_what_the_layer_cannot_take_is_refused():
+    stored = quantisation((0, 1), "float32")
+    image, weight, bias = np.zeros((9, 9, 3), np.uint8), np.zeros((2, 3, 9, 9), np.float32), np.zeros(2, np.float32)
+    with pytest.raises(ValueError, match="needs its library and contiguous arrays; use torch's"):
+        kernel.first_layer(image, weight, bias, "sigmoid", stored, np.empty((2, 1, 2), np.float32)[:, :, ::2])
+
+
+def test_an_installation_without_a_compiler_falls_back_to_torch(tmp_path):
+    """The package alone, as it is before anything is compiled."""
+    shutil.copytree("pipeline", tmp_path / "pipeline", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    (tmp_path / "pipeline" / "_kernel.foreign.so").write_bytes(b"another platform's")
+    code = "from pipeline import kernel, weights; print(kernel.version(), kernel.is_available(weights.quantisation((0, 1), 'uint8')))"
+    found = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert found.stdout == "torch False\n"
