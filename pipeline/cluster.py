@@ -24,14 +24,15 @@ logger = logging.getLogger(__name__)
 
 ROLES = ("read", "extract", "write")
 CONNECT_TIMEOUT_S = 20.0
+START_TRIES = 3
 
 _DASK_CONFIG = {
     # A batch's data stay where they are, and a task without a worker fails instead of hanging.
     "distributed.scheduler.work-stealing": False,
     "distributed.scheduler.no-workers-timeout": "120s",
     "distributed.scheduler.worker-ttl": f"{WORKER_TTL_S:.0f}s",
-    # Every task that a dead worker held becomes suspicious, not only the guilty one; few are in flight.
-    "distributed.scheduler.allowed-failures": 10,
+    # Every task that a dead worker held becomes suspicious, not only the guilty one: `pipeline.trial` tells them apart.
+    "distributed.scheduler.allowed-failures": 3,
     # The window bounds memory; spilling would only hide a plan that is too large.
     "distributed.worker.memory.target": False,
     "distributed.worker.memory.spill": False,
@@ -137,11 +138,24 @@ def connect(spec: LocalSpec | AddressSpec) -> Iterator[Client]:
             "dashboard_address": "127.0.0.1:0",
             "silence_logs": False,  # it would change the level of handlers that are not its own
         }
-        with _quiet_dask():
+        with _quiet_dask(), _start_local(options) as cluster, Client(cluster) as client:
+            yield client
+
+
+def _start_local(options: dict[str, Any]) -> LocalCluster:
+    """Start the cluster, again where a worker process died before it was up."""
+    for left in reversed(range(START_TRIES)):
+        try:
             with _without_interrupts():
-                cluster = LocalCluster(**options)
-            with cluster, Client(cluster) as client:
-                yield client
+                return LocalCluster(**options)
+        except RuntimeError as error:
+            logger.info("the local cluster did not start: %s", error)
+            if not left:
+                raise FeaturemapsError(
+                    f"the worker processes of this machine died {START_TRIES} times while they started ({error}: {error.__cause__}): "
+                    "nothing was started; check the free memory and the limits of processes, or use fewer --workers"
+                ) from error
+    raise AssertionError  # not reached
 
 
 @contextlib.contextmanager

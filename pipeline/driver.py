@@ -42,6 +42,7 @@ from pipeline.schema import REJECTED, RUNS, Status
 from pipeline.settings import extractor_spec, layout_of, multiply_adds, needed_size
 from pipeline.store import Store
 from pipeline.summary import Progress, Summary, receipt
+from pipeline.trial import Trial
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +56,7 @@ FAULT_SAMPLE = 500
 RESULT_S = 10.0
 NO_WORKERS_S = 120.0
 REGISTER_TRIES = 5
+MAX_ACQUITTALS = 3
 
 
 @contextlib.contextmanager
@@ -118,6 +120,8 @@ class Driver:
         self.buffer: list[tuple[int, reading.Probed]] = []  # probed, in the order of the listing, not appended
         self.n_appended = self.n_sent = self.n_seen = 0
         self.recent: deque[bool] = deque(maxlen=FAULT_SAMPLE)  # of the last images seen: whether they could not be reached
+        self.trials: deque[Trial] = deque()  # the first of them is going on
+        self.n_acquitted = 0  # trials that found nobody guilty
         self.source_failed = False
         self.decode_bytes = 0  # the most that one of the images probed takes
         self.results: list[tasks.BatchResult] = []
@@ -231,13 +235,26 @@ class Driver:
                 return
             if kind == "probe":
                 self.probed[sent] = result
+            elif kind == "trial":
+                self._judge(survived=True)
             else:
                 self._take_batch(result)
         elif future.status == "error":
-            self._fail(explain(future.exception(), sent, self.store.path))
+            self._take_error(kind, sent, future.exception())
         else:
             self._fail(scheduler_lost(None))
             self.is_lost = True
+
+    def _take_error(self, kind: str, sent: Any, error: BaseException | None) -> None:
+        is_killed = isinstance(error, KilledWorker)
+        if is_killed and kind == "trial":
+            self._judge(survived=False)
+        elif is_killed and kind == "batch" and self.n_acquitted < MAX_ACQUITTALS:
+            self.trials.append(Trial(sent))
+            if len(self.trials) == 1:
+                self._try_next()
+        else:
+            self._fail(explain(error, sent, self.store.path))
 
     def _why(self, error: BaseException, sent: Any) -> FeaturemapsError:
         """Tell a lost scheduler from what a task or the store raised."""
@@ -392,15 +409,46 @@ class Driver:
             sent += 1
 
     def _send(self, batch: Batch) -> None:
+        self._send_pieces([self._work_piece(piece) for piece in batch.pieces])
+
+    def _send_pieces(self, pieces: list[tasks.WorkPiece]) -> None:
         """Three tasks; only the last one's result, a few kB, comes back."""
-        pieces = [self._work_piece(piece) for piece in batch.pieces]
         name = f"{self.summary.run_id}-{self.n_sent}"
         self.n_sent += 1
         submit = self.client.submit
         decoded = submit(tasks.read, self.source, pieces, key=f"read-{name}", resources={"read": 1}, pure=False)
         extracted = submit(tasks.extract, self.target, decoded, key=f"extract-{name}", resources={"extract": 1}, pure=False)
         future = submit(tasks.write, self.target, extracted, key=f"write-{name}", resources={"write": 1}, pure=False)
-        self._submit("batch", [(piece.layout.size, piece.paths[0], len(piece.paths)) for piece in pieces], future)
+        self._submit("batch", pieces, future)
+
+    # -- batches that killed their worker ----------------------------------------------------------------------------------------
+
+    def _try_next(self) -> None:
+        """Compute the next suspect alone; in a drain the suspects stay pending."""
+        while self.trials and not self.draining:
+            piece = self.trials[0].next()
+            if piece is not None:
+                key = f"trial-{self.summary.run_id}-{self.n_sent}"
+                self.n_sent += 1
+                future = self.client.submit(
+                    tasks.attempt, self.target, self.source, piece, key=key, resources={"extract": 1}, pure=False
+                )
+                self._submit("trial", [piece], future)
+                return
+            self._end_trial(self.trials.popleft())
+
+    def _judge(self, *, survived: bool) -> None:
+        self.trials[0].judge(survived=survived)
+        self._try_next()
+
+    def _end_trial(self, trial: Trial) -> None:
+        """Record the guilty and send the others once more."""
+        self.n_acquitted += not trial.n_guilty
+        result = tasks.BatchResult(trial.verdicts(), "none", {})
+        if result.pieces:
+            self._take_batch(result)
+        if innocent := trial.innocent():
+            self._send_pieces(innocent)
 
     def _work_piece(self, piece: Any) -> tasks.WorkPiece:
         images = [self.image_of[piece.size].pop(row) for row in piece.rows]
@@ -466,7 +514,8 @@ class Driver:
             summary.faults = (summary.faults + faults)[:20]
         summary.n_done += n_done
         self.progress.n_finished += n_done
-        summary.hosts[result.host] = summary.hosts.get(result.host, 0) + n_done
+        if n_done:
+            summary.hosts[result.host] = summary.hosts.get(result.host, 0) + n_done
         summary.pixels += result.pixels
         summary.bytes_read += result.bytes_read
         summary.bytes_written += result.bytes_written
@@ -482,7 +531,7 @@ class Driver:
         if self._has_lost_workers():
             require_lock(self.store.path / RUNS, self.summary.run_id)
             self.store.repair()  # what the workers that were lost left
-        unsent = sum(map(len, self.image_of.values()))
+        unsent = sum(map(len, self.image_of.values())) + sum(trial.n_images for trial in self.trials)
         unprobed = len(self.found.new) - min(self.next_append * PROBE_BLOCK, len(self.found.new)) + len(self.buffer)
         self.summary.n_pending += unsent + unprobed
         if self.stop.is_set() and self.summary.n_pending:

@@ -36,11 +36,10 @@ def explain(error: BaseException | None, sent: Any, store: Path) -> FeaturemapsE
             "the permissions and run the same command again"
         )
     elif isinstance(error, KilledWorker):
-        size, first, n = sent[0] if isinstance(sent, list) else (("?", "?"), "?", "?")
+        images = f" of {len(sent[0].paths)} images from {sent[0].paths[0]!r} on" if isinstance(sent, list) else " of headers"
         text = (
-            f"a batch killed its worker every time (its first images: {n} of {size[0]} x {size[1]} pixels from {first!r} on): an image "
-            "that crashes the decoder, or too little memory per worker; the rest that was committed stands; look at these images, or "
-            "run with more memory per worker (--workers, --memory-limit)"
+            f"a batch{images} killed its worker every time, though each image alone did not: too little memory per worker, or workers "
+            "that something else kills; what was committed stands; run again with more memory per worker (--workers, --memory-limit)"
         )
     else:
         text = (

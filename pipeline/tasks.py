@@ -247,6 +247,11 @@ def maps_digest(maps: Iterable[Array]) -> str:
     return digest.hexdigest()
 
 
+def attempt(target: Target, source: Source, piece: WorkPiece) -> None:
+    """Read and extract, and keep nothing: whether the process survives it is what counts."""
+    extract(target, read(source, [piece]))
+
+
 # -- write -----------------------------------------------------------------------------------------------------------------------
 
 

@@ -178,3 +178,34 @@ def test_a_job_says_how_many_workers_the_local_cluster_has(monkeypatch, tmp_path
     with with_client(make_job({"source": "a", "store": "b", "cluster": "big", "workers": 4}), None, tmp_path / "cluster.yaml"):
         pass
     assert asked == [LocalSpec(workers=3, memory_limit_bytes=10), LocalSpec(workers=4, memory_limit_bytes=99)]
+
+
+class Starting:
+    """Stands for a cluster whose worker processes die while they start, which no test can time."""
+
+    def __init__(self, failures: int) -> None:
+        self.failures = failures
+        self.real = LocalCluster
+
+    def __call__(self, **options):
+        self.failures -= 1
+        if self.failures >= 0:
+            raise RuntimeError("Nanny failed to start.") from OSError("gone")
+        return self.real(**options)
+
+
+def test_a_worker_that_dies_while_it_starts_does_not_end_the_run(monkeypatch):
+    monkeypatch.setattr("pipeline.cluster.LocalCluster", Starting(2))
+    with connect(LocalSpec(workers=1)) as client:
+        assert client.submit(sum, [1, 2]).result() == 3
+
+
+def test_workers_that_never_start_are_said_so(monkeypatch):
+    monkeypatch.setattr("pipeline.cluster.LocalCluster", Starting(3))
+    with (
+        pytest.raises(
+            FeaturemapsError, match=r"died 3 times while they started \(Nanny failed to start\.: gone\).* fewer --workers"
+        ),
+        connect(LocalSpec(workers=1)),
+    ):
+        pass

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from distributed import KilledWorker
@@ -24,10 +25,10 @@ def test_what_a_task_says_for_people_is_passed_on():
         (OSError(errno.EROFS, "Read-only"), None, r"store features.zarr cannot be written any more .*Read-only.* check the disk"),
         (
             KilledWorker("write-1", None, 10),
-            [((516, 639), "cats/tom.jpg", 26)],
-            r"a batch killed its worker every time .*26 of 516 x 639 pixels from 'cats/tom.jpg' on.* too little memory",
+            [SimpleNamespace(paths=("cats/tom.jpg", "b.jpg"))],
+            r"a batch of 2 images from 'cats/tom.jpg' on killed its worker every time, though each image alone did not.* memory",
         ),
-        (KilledWorker("probe-1", None, 10), 3, r"a batch killed its worker every time"),
+        (KilledWorker("probe-1", None, 10), 3, r"a batch of headers killed its worker every time"),
         (
             ZeroDivisionError("division by zero"),
             None,
@@ -42,7 +43,7 @@ def test_what_ends_a_run_is_said_for_a_person(error, sent, message):
         raise failure
 
 
-def test_ascheduler_lost_scheduler_is_named():
+def test_a_lost_scheduler_is_named():
     with pytest.raises(type(scheduler_lost(None)), match=r"scheduler or its connection was lost: what was committed stands"):
         raise scheduler_lost(None)
     with pytest.raises(type(scheduler_lost(None)), match=r"was lost \(gone\)"):

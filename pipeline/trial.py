@@ -1,0 +1,81 @@
+"""Finding the image that kills its worker: one after another alone, so that nobody else is blamed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from pipeline.schema import STATISTICS, Status
+from pipeline.tasks import PieceResult, WorkPiece
+
+GUILTY = (
+    "crashed: its worker process died every time that it was computed alone (a crash of the decoder, or too little memory for it)"
+)
+
+
+class Trial:
+    """The images of a batch whose worker died again and again.
+
+    Parameters
+    ----------
+    pieces : sequence of WorkPiece
+        The batch.
+    """
+
+    def __init__(self, pieces: Sequence[WorkPiece]) -> None:
+        self.pieces = pieces
+        self._suspects = [(piece, i) for piece in pieces for i in range(len(piece.rows))]
+        self._guilty: list[tuple[WorkPiece, int]] = []
+        self._next = 0
+
+    @property
+    def n_images(self) -> int:
+        """Images of the batch."""
+        return len(self._suspects)
+
+    @property
+    def n_guilty(self) -> int:
+        """Images found guilty so far."""
+        return len(self._guilty)
+
+    def next(self) -> WorkPiece | None:
+        """One image as a piece of its own, or None when all were tried."""
+        if self._next == len(self._suspects):
+            return None
+        piece, i = self._suspects[self._next]
+        return _only(replace(piece, start=piece.rows[i], stop=piece.rows[i] + 1), [i])
+
+    def judge(self, *, survived: bool) -> None:
+        """Note what became of the worker that computed the image given last."""
+        if not survived:
+            self._guilty.append(self._suspects[self._next])
+        self._next += 1
+
+    def innocent(self) -> list[WorkPiece]:
+        """The batch without the guilty."""
+        kept = ((piece, [i for i in range(len(piece.rows)) if (piece, i) not in self._guilty]) for piece in self.pieces)
+        return [_only(piece, indices) for piece, indices in kept if indices]
+
+    def verdicts(self) -> list[PieceResult]:
+        """What is to be recorded of the guilty: quarantined, with the reason."""
+        results = []
+        for piece, i in self._guilty:
+            status = np.array([Status.QUARANTINED], np.uint8)
+            pooled = {
+                layer.name: np.full((1, len(STATISTICS), layer.channels), np.nan, np.float32) for layer in piece.layout.layers
+            }
+            rows = (piece.rows[i],)
+            results.append(PieceResult(piece.layout, piece.start, piece.stop, rows, status, [""], [""], [GUILTY], pooled))
+        return results
+
+
+def _only(piece: WorkPiece, indices: Sequence[int]) -> WorkPiece:
+    """A piece with some of its images."""
+    return replace(
+        piece,
+        rows=tuple(piece.rows[i] for i in indices),
+        paths=tuple(piece.paths[i] for i in indices),
+        fingerprints=tuple(piece.fingerprints[i] for i in indices),
+    )

@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+from distributed import WorkerPlugin
+
+from pipeline import decode
+from pipeline.cluster import LocalSpec, connect
+from pipeline.config import make_job
+from pipeline.plan import class_layout
+from pipeline.run import run_job
+from pipeline.schema import Status
+from pipeline.tasks import WorkPiece
+from pipeline.trial import GUILTY, Trial
+from tests.conftest import content, make_images
+
+
+def piece(start: int, *rows: int) -> WorkPiece:
+    layout = class_layout((20, 30), [("conv1", 2, (12, 22))], 4)
+    return WorkPiece(layout, start, start + 4, rows, tuple(f"{r}.png" for r in rows), tuple(f"f{r}" for r in rows))
+
+
+def test_every_image_is_tried_alone_and_only_the_guilty_are_recorded():
+    trial = Trial([piece(0, 0, 2), piece(4, 5, 6, 7)])
+    tried = []
+    while (alone := trial.next()) is not None:
+        assert (alone.start, alone.stop) == (alone.rows[0], alone.rows[0] + 1)
+        assert len(alone.rows) == len(alone.paths) == len(alone.fingerprints) == 1
+        tried.append(alone.rows[0])
+        trial.judge(survived=alone.rows[0] not in {0, 2, 6})
+    assert tried == [0, 2, 5, 6, 7]
+    assert trial.n_guilty == 3
+    (rest,) = trial.innocent()  # the first piece has none left
+    assert (rest.start, rest.stop, rest.rows, rest.paths, rest.fingerprints) == (4, 8, (5, 7), ("5.png", "7.png"), ("f5", "f7"))
+    verdicts = trial.verdicts()
+    assert [(v.rows, v.error, v.status.tolist()) for v in verdicts] == [((r,), [GUILTY], [Status.QUARANTINED]) for r in (0, 2, 6)]
+    assert np.isnan(verdicts[0].pooled["conv1"]).all()
+
+
+class Poison(WorkerPlugin):
+    """The decoder of every worker crashes on grey squares, as a bug of a native library would; it really kills the process."""
+
+    name = "poison"
+
+    def setup(self, worker) -> None:
+        real = decode.decode
+
+        def crash(data, spec):
+            image = real(data, spec)
+            if (image == 128).all():
+                os.kill(os.getpid(), signal.SIGKILL)
+                time.sleep(60)
+            return image
+
+        decode.decode = crash
+
+
+@pytest.mark.cluster
+@pytest.mark.kill
+def test_an_image_that_kills_its_worker_costs_itself_only(tmp_path):
+    from PIL import Image
+
+    source = make_images(tmp_path / "source", 24, [(40, 50), (60, 50)])
+    Image.new("RGB", (50, 40), (128, 128, 128)).save(source / "poison.png")
+    job = make_job({"source": str(source), "store": str(tmp_path / "f.zarr")})
+    with connect(LocalSpec(workers=2)) as client:
+        client.register_plugin(Poison())
+        summary = run_job(job, client)
+    assert (summary.outcome, summary.n_done, summary.n_quarantined, summary.n_pending) == ("complete", 24, 1, 0)
+    found = content(tmp_path / "f.zarr")
+    assert [name for name, row in found.items() if row[0] != "DONE"] == ["poison.png"]
+    (tmp_path / "source" / "poison.png").unlink()
+    clean = make_job({"source": str(source), "store": str(tmp_path / "clean.zarr")})
+    with connect(LocalSpec(workers=2)) as client:
+        run_job(clean, client)
+    assert {name: row for name, row in found.items() if name != "poison.png"} == content(tmp_path / "clean.zarr")
