@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pandas as pd
 import xarray as xr
 
 from pipeline.chunks import Array
+from pipeline.collection import encode_path
 from pipeline.errors import FeaturemapsError, UsageError
 from pipeline.layers import layer_names, output_sizes, receptive_field
 from pipeline.schema import REJECTED, STATISTICS, ShapeClass, Status, StoredLayer
@@ -130,14 +132,18 @@ class FeatureStore:
             When there is no such class.
         """
         shape_class = self._class(name)
+        is_done = self._store.column(name, "status") == Status.DONE  # rows that are not may hold maps of former images
         variables: dict[str, Any] = {}
         for layer in self._store.spec.layers:
             dims = ("image", *(f"{layer.name}_{axis}" for axis in ("channel", "y", "x")))
-            variables[layer.name] = (dims, self._maps(shape_class, layer), {"error_bound": layer.error_bound})
+            variables[layer.name] = (dims, _where(self._maps(shape_class, layer), is_done), {"error_bound": layer.error_bound})
             for statistic in STATISTICS:
-                variables[f"{layer.name}_{statistic}"] = (dims[:2], self._lazy(name, f"{layer.name}_{statistic}"))
+                variables[f"{layer.name}_{statistic}"] = (
+                    dims[:2],
+                    _where(self._lazy(name, f"{layer.name}_{statistic}"), is_done),
+                )
         for column in _COLUMNS:
-            variables[column] = (("image",), self._lazy(name, column))
+            variables[column] = (("image",), self._lazy(name, column), dict(self._store.array(name, column).attrs))
         dataset = xr.Dataset(variables, self._coordinates(shape_class), {"class": name, "kind": shape_class.kind})
         return dataset.set_coords("path")
 
@@ -178,6 +184,9 @@ class FeatureStore:
 
     def _entry(self, path: str) -> Any:
         table = self._by_path
+        encoded = encode_path(os.fsencode(path))  # as a shell completes it
+        if path not in table.index and encoded in table.index:
+            path = encoded
         if path not in table.index:
             near = difflib.get_close_matches(path, table.index, n=3, cutoff=0.3) if len(table) <= 100_000 else []
             hint = f"; did you mean {', '.join(map(repr, near))}?" if near else ""
@@ -223,6 +232,14 @@ class FeatureStore:
                 name = f"{layer.name}_{axis}"
                 coordinates[name] = (name, offset + stride * np.arange(n), {"units": "input pixel"})
         return coordinates
+
+
+def _where(values: da.Array, is_done: Array) -> da.Array:
+    """Values of rows that are done, NaN for the others."""
+    if is_done.all():
+        return values
+    mask = da.from_array(is_done, chunks=(values.chunks[0],), name=False).reshape((-1, *[1] * (values.ndim - 1)))
+    return da.where(mask, values, np.float32(np.nan))
 
 
 def _decode(stored: Array, layer: StoredLayer) -> Array:

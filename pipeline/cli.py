@@ -110,6 +110,7 @@ def run(what: tuple[str, ...], as_json: bool, verbose: int, **options: Any) -> i
     if summary.outcome != "complete":
         return EXIT_FAILED
     too_many = job.max_quarantined is not None and summary.n_bad_total > job.max_quarantined
+    too_many |= summary.n_bad_total > 0 and summary.n_done_total == 0
     return EXIT_QUARANTINED if too_many else EXIT_COMPLETE
 
 
@@ -123,7 +124,7 @@ def plan(what: tuple[str, ...], as_json: bool, verbose: int, **options: Any) -> 
 
     preview = plan_job(job)
     click.echo(json.dumps(preview.to_dict(), indent=1) if as_json else preview.describe())
-    return EXIT_COMPLETE
+    return EXIT_COMPLETE if preview.fits else EXIT_FAILED
 
 
 @cli.command()
@@ -269,6 +270,13 @@ def _describe(summary: Summary, job: Job) -> str:
     if summary.n_unreachable:
         lines.append(
             f"{summary.n_unreachable} images could not be looked at and keep what they have: check links and permissions"
+        )
+    if summary.ignored:
+        suffixes = ", ".join(printable(suffix) or "none" for suffix in list(summary.ignored)[:8])
+        lines.append(f"{sum(summary.ignored.values())} other files were passed over, by their suffix: {suffixes}")
+    if summary.n_bad_total and not summary.n_done_total:
+        lines.append(
+            "the store holds no maps at all: look at the reasons; if the settings were wrong, delete it and run with others"
         )
     if summary.n_bad_total:
         lines.append(f"{summary.n_bad_total} bad images in all: featuremaps status {job.store} lists them with their reasons")

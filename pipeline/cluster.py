@@ -89,7 +89,7 @@ def load_cluster(name: str | None, path: Path = Path("cluster.yaml")) -> LocalSp
     UsageError
         When the file or the name is missing, or the file holds something unknown.
     """
-    if name is None:
+    if name is None or (name == "local" and not path.exists()):
         return LocalSpec()
     try:
         values = read_yaml(path)

@@ -65,6 +65,8 @@ class Listing:
     """Time of the last change of each image, -1 where it could not be read."""
     unreadable: tuple[str, ...] = ()
     """Encoded relative folders that could not be read: what is known of the images below them stays as it is."""
+    ignored: dict[str, int] = field(default_factory=dict, repr=False)
+    """Files of a folder that are no images by their name: number per suffix, a few suffixes at most."""
     complete: bool = True
     """Whether this is the whole source, not its first few images."""
 
@@ -247,7 +249,8 @@ def _list_folder(root: str) -> Listing:
     # a folder is the pattern "**" that matches hidden names too: always at its only part, and always at its end
     walk = _walk(root, lambda state, _: state, frozenset({0, 1}), 1, unreadable)
     found = ((path, entry.stat) for path, entry in walk if _is_image(entry.name, others))
-    return _measured(root, found, unreadable, partial(_without_images, root, others))
+    listing = _measured(root, found, unreadable, partial(_without_images, root, others))
+    return replace(listing, ignored=dict(others.most_common()))
 
 
 def _without_images(root: str, others: Counter[str]) -> str:

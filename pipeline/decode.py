@@ -248,7 +248,7 @@ def _explain_unidentified(head: bytes, spec: DecodeSpec) -> str:
         return f"the content is {likely}, which is not among the formats to read ({', '.join(spec.formats)})"
     if isinstance(verdicts[likely], str):
         return f"the content is {likely}, which this build of Pillow cannot read"
-    return f"the content begins like {likely}, but its header cannot be read: cut short, damaged or of an unknown kind"
+    return f"the content begins like {likely}, but its header cannot be read: cut short, damaged, or of a kind that Pillow does not read"
 
 
 def _orientation(image: Image.Image) -> int:

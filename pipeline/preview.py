@@ -68,6 +68,14 @@ class Preview:
     """Memory of one worker on this machine; 0 where the cluster is another."""
     workers: int = 0
 
+    ignored: dict[str, int] = field(default_factory=dict)
+    """Files that are no images by their name: number per suffix."""
+
+    @property
+    def fits(self) -> bool:
+        """Whether disk and memory hold it; `run` refuses what they do not."""
+        return self.maps_bytes <= self.free_bytes and not 0 < self.worker_limit_bytes < self.worker_memory_bytes
+
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""
         return asdict(self)
@@ -83,8 +91,8 @@ class Preview:
                 + (f", {self.n_returned} back" if self.n_returned else "")
             ),
             f"{len(self.classes)} shape classes ({self.n_new_classes} new): {listed or 'none'}",
-            f"{self.n_shards} shards in {self.n_batches} batches for {self.workers} workers, roughly {self.work_s:.0f} s of one core",
-            f"maps up to {self.maps_bytes / 1e9:.2f} GB before compression, {self.free_bytes / 1e9:.2f} GB free"
+            f"shards: {self.n_shards}, batches: {self.n_batches}, workers: {self.workers}; roughly {max(1, self.work_s):.0f} s of one core",
+            f"maps up to {self.maps_bytes / 1e6:,.0f} MB before compression, {self.free_bytes / 1e6:,.0f} MB free"
             + (" -- DOES NOT FIT" if self.maps_bytes > self.free_bytes else ""),
             f"up to {self.worker_memory_bytes / 2**20:.0f} MiB per worker"
             + (f" of {self.worker_limit_bytes / 2**20:.0f} MiB" if self.worker_limit_bytes else "")
@@ -92,6 +100,10 @@ class Preview:
         ]
         if self.reasons:
             lines.append("to reject: " + ", ".join(f"{n} {code}" for code, n in self.reasons.items()))
+        if self.ignored:
+            lines.append(
+                f"{sum(self.ignored.values())} other files passed over, by their suffix: {', '.join(map(printable, self.ignored))}"
+            )
         if self.n_faults:
             lines.append(f"{self.n_faults} images could not be reached just now and would be tried again")
         return "\n".join(lines)
@@ -114,6 +126,7 @@ def plan_job(job: Job, cluster_file: Path = Path("cluster.yaml")) -> Preview:
     check_removals(found, job.max_removed)
     workers = local_workers(job.workers)
     preview = Preview(len(listing), found.n_unchanged, n_removed=found.n_removed, workers=workers)
+    preview.ignored = dict(listing.ignored)
     if job.cluster is None:
         preview.worker_limit_bytes = local_memory_bytes(workers, job.memory_limit_bytes)
     n_pending = found.n_pending
@@ -229,8 +242,10 @@ class StoreStatus:
             lines.append(f"run {self.holder['run_id']} works on it: process {self.holder['pid']} on {self.holder['host']}{left}")
         if self.last_run:
             run = self.last_run
+            is_dead = run["outcome"] == "running" and not self.holder
+            outcome = "died before its end; the same command goes on" if is_dead else run["outcome"]
             lines.append(
-                f"last run {run['run_id']}: {run['outcome']}, {run['n_done']} done"
+                f"last run {run['run_id']}: {outcome}, {run['n_done']} done"
                 + (f" at {run['images_per_s']:.1f} images/s" if run["n_done"] else "")
                 + (f", bottleneck {run['bottleneck']}" if run["bottleneck"] else "")
                 + (f" -- {run['message']}" if run["message"] else "")

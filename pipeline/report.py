@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -42,12 +43,13 @@ def show_image(store: Path, path: str, output: Path) -> None:
         raise UsageError(f"figure {output} would be of an unknown kind {output.suffix!r}: name it .png, .svg or .pdf")
     features = open_store(store)
     maps = features.image(path)
+    pixels = _source_pixels(features, path)
     panels = [
         (f"{layer}, channel {channel}", maps[layer].values[channel])
         for layer in features.layers
         for channel in range(maps[layer].shape[0])
     ]
-    _save(_source_pixels(features, path), printable(path), panels[:MAX_MAPS], len(panels), output)
+    _save(pixels, printable(path), panels[:MAX_MAPS], len(panels), output)
 
 
 def _save(pixels: Pixels | None, title: str, panels: list[tuple[str, Pixels]], n_maps: int, output: Path) -> None:
@@ -66,8 +68,16 @@ def _save(pixels: Pixels | None, title: str, panels: list[tuple[str, Pixels]], n
 def _source_pixels(features: FeatureStore, path: str) -> Pixels | None:
     """The image as the extractor saw it, or None where the source cannot be read any more."""
     spec = decode_spec(features._store.spec)
+    entry = features._entry(path)
     try:
-        return decode(read_current(Source(features.source_root, spec), path), spec)
+        data = read_current(Source(features.source_root, spec), str(entry.name))
+        digest = features._store.column(entry["class"], "digest")[entry["row"]]
+        if hashlib.sha256(data).hexdigest() != digest:
+            raise UsageError(
+                f"{path!r} has changed since its maps were computed, so the figure would show another photograph above them: nothing "
+                "was drawn; bring the store up to date with `featuremaps run` first"
+            )
+        return decode(data, spec)
     except (ImageError, OSError):
         return None
 

@@ -26,6 +26,7 @@ from pipeline.config import Job
 from pipeline.decode import decode_versions
 from pipeline.errors import UsageError
 from pipeline.lock import StoreLock, require_lock
+from pipeline.plan import WORKER_BASE_BYTES
 from pipeline.schema import REJECTED, RUNS, Status, StoreSpec, difference
 from pipeline.settings import VERSION, needed_size, store_spec
 from pipeline.store import Store, check_folder, create_store, is_store, prepare_folder
@@ -82,6 +83,7 @@ def run_job(
     spec, weights = check_job(job, listing, cluster_file if client is None else None)
     prepare_folder(path)
     summary = Summary(_run_id(), started=_now(), config=job.model_dump(mode="json"), versions=_versions(), n_listed=len(listing))
+    summary.ignored = dict(listing.ignored)
     summary.unreadable_folders = list(listing.unreadable[:100])
     with StoreLock(path / RUNS, summary.run_id) as lock:
         store = open_for(path, spec) or create_store(path, spec, weights)
@@ -90,6 +92,9 @@ def run_job(
             store.repair()
         try:
             _work(job, store, listing, summary, progress, notify, client, stop or threading.Event(), cluster_file)
+        except KeyboardInterrupt:
+            summary.outcome = "stopped"
+            raise
         except BaseException as error:
             summary.outcome, summary.message = "failed", f"{type(error).__name__}: {error}"
             raise
@@ -134,7 +139,7 @@ def _work(
     else:
         summary.outcome = "complete"
     counts = count_statuses(store)
-    summary.n_bad_total = counts["quarantined"] + counts["rejected"]
+    summary.n_bad_total, summary.n_done_total = counts["quarantined"] + counts["rejected"], counts["done"]
 
 
 def check_job(job: Job, listing: Listing, cluster_file: Path | None) -> tuple[StoreSpec, dict[str, Array]]:
@@ -152,6 +157,12 @@ def check_job(job: Job, listing: Listing, cluster_file: Path | None) -> tuple[St
         raise UsageError(
             f"images resized to {resize[0]} x {resize[1]} pixels (height x width) leave no maps, because one value of these layers needs "
             f"{needed[0]} x {needed[1]}: nothing was started; resize to at least that, or change the layers"
+        )
+    limit = job.memory_limit_bytes if job.cluster is None and cluster_file is not None else None
+    if limit is not None and limit < WORKER_BASE_BYTES:
+        raise UsageError(
+            f"workers may use {limit / 2**20:.0f} MiB each, and they need {WORKER_BASE_BYTES / 2**20:.0f} MiB before they "
+            "hold an image: they would be killed as they start, so nothing was started; give a larger --memory-limit, or none"
         )
     weights = load_weights(job.extractor, job.decode.channels)
     spec = store_spec(job, listing.root, weights)
@@ -190,9 +201,11 @@ def open_for(path: Path, spec: Any) -> Store | None:
     store = Store(path)
     lines = difference(store.spec, spec)
     if lines:
+        has_maps = any((store.column(c.name, "maps_digest") != "").any() for c in store.classes.values())
         raise UsageError(
             f"store {path} was made with other settings, and one store never mixes two: nothing was touched. What differs: "
             f"{'; '.join(lines)}. Run with the store's settings, or give another store"
+            + ("" if has_maps else "; this one holds no maps, so it may as well be deleted")
         )
     return store
 

@@ -43,6 +43,10 @@ class Summary:
     n_removed: int = 0
     n_returned: int = 0
     n_unreachable: int = 0
+    n_done_total: int = 0
+    """Images of the store that are done, by this run or an earlier one."""
+    ignored: dict[str, int] = field(default_factory=dict)
+    """Files that are no images by their name: number per suffix."""
     n_done: int = 0
     n_quarantined: int = 0
     n_rejected: int = 0

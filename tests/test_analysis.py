@@ -345,3 +345,23 @@ def test_a_damaged_object_is_named_for_people(folder, tmp_path):
         part.write_bytes(part.read_bytes()[:-5])
     with pytest.raises(FeaturemapsError, match=r"maps of .* cannot be read \(.*is damaged or out of reach"):
         open_store(store).image(path["path"])
+
+
+def test_images_that_left_or_changed_have_no_part_in_a_dataset(client, tmp_path):
+    source = make_images(tmp_path / "source", 8, [(30, 40)])
+    job = make_job({"source": str(source), "store": str(tmp_path / "f.zarr"), "max_removed": 0.5, "dtype": "uint8"})
+    run_job(job, client)
+    (source / "img00001.png").unlink()
+    shutil.copy(source / "img00003.png", source / "img00002.png")
+    run_job(job, client)
+    dataset = open_store(tmp_path / "f.zarr").dataset("30x40")
+    assert dataset["status"].values.tolist() == [1, 3, 4, 1, 1, 1, 1, 1, 1]
+    is_done = dataset["status"].values == 1
+    for name in ("conv1", "conv1_mean", "conv1_max"):
+        nan = np.isnan(dataset[name].values).reshape(9, -1)
+        assert nan[~is_done].all()
+        assert not nan[is_done].any()
+        assert dataset[name].dtype == np.float32
+    assert dataset["status"].attrs["flag_meanings"] == "pending done quarantined removed superseded"
+    paths = dataset["path"].values[is_done].tolist()
+    assert paths == [*sorted(set(paths) - {"img00002.png"}), "img00002.png"]

@@ -528,14 +528,14 @@ def test_a_disk_that_is_too_small_is_refused_with_the_number_that_is_missing(com
 
 def test_a_full_disk_is_one_paragraph_where_no_file_system_can_be_mounted_too(command, tmp_path, monkeypatch):
     source = make_images(tmp_path / "source", 3, [(50, 60)])
-    real = Path.write_bytes
+    real = Path.open
 
-    def write(path, data):
-        if "zarr.json" in path.name and path.parent.name == REJECTED:
+    def open_(path, *arguments, **options):
+        if "zarr.json" in path.name and path.parent.name == REJECTED and arguments == ("wb",):
             raise OSError(errno.ENOSPC, "No space left on device")
-        return real(path, data)
+        return real(path, *arguments, **options)
 
-    monkeypatch.setattr(Path, "write_bytes", write)
+    monkeypatch.setattr(Path, "open", open_)
     code, _, err = command("run", source, tmp_path / "f.zarr")
     assert code == 1
     assert "No space left on device" in err

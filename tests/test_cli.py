@@ -194,14 +194,23 @@ def test_a_summary_names_faults_and_unreadable_folders_on_one_line_each():
     assert lines[2] == r"folders that could not be read, whose images keep what they have: x\ny"
 
 
+def test_a_summary_says_what_was_passed_over_and_that_nothing_came_of_it():
+    summary = Summary("id", outcome="complete", ignored={".heic": 20, "": 1, ".x\ny": 1}, n_bad_total=3, n_unreachable=2)
+    lines = cli._describe(summary, make_job({"source": "a", "store": "b"})).splitlines()
+    assert lines[1] == "2 images could not be looked at and keep what they have: check links and permissions"
+    assert lines[2] == r"22 other files were passed over, by their suffix: .heic, none, .x\ny"
+    assert lines[3].startswith("the store holds no maps at all")
+
+
 @pytest.mark.parametrize(
     ("summary", "options", "code"),
     [
         (Summary("id", outcome="complete"), [], 0),
-        (Summary("id", outcome="complete", n_bad_total=3), [], 0),
-        (Summary("id", outcome="complete", n_bad_total=3), ["--max-quarantined", 3], 0),
+        (Summary("id", outcome="complete", n_bad_total=3, n_done_total=1), [], 0),
+        (Summary("id", outcome="complete", n_bad_total=3, n_done_total=1), ["--max-quarantined", 3], 0),
         (Summary("id", outcome="complete", n_bad_total=3), ["--max-quarantined", 2], 3),
         (Summary("id", outcome="complete", n_bad_total=1), ["--max-quarantined", 0], 3),
+        (Summary("id", outcome="complete", n_bad_total=3), [], 3),  # and nothing is done
         (Summary("id", outcome="stopped", n_bad_total=1), ["--max-quarantined", 0], 75),
         (Summary("id", outcome="incomplete"), [], 1),
     ],

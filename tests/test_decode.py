@@ -542,7 +542,7 @@ def test_format_that_the_build_lacks_is_named(monkeypatch):
 @pytest.mark.parametrize(("name", "data"), [("JPEG", b"\xff\xd8\xff, it says"), ("BMP", b"BM"), ("TIFF", FILES["tiff-lzw"][:-9])])
 def test_unreadable_header_names_the_format(name, data):
     both_raise(
-        data, RGB, rf"^not_an_image: the content begins like {name}, but its header cannot be read: cut short, damaged or of an"
+        data, RGB, rf"^not_an_image: the content begins like {name}, but its header cannot be read: cut short, damaged, or of a"
     )
 
 

@@ -154,10 +154,10 @@ def test_a_plan_says_what_does_not_fit(source, tmp_path, monkeypatch):
     assert "DOES NOT FIT" not in plan_job(job_of(source, tmp_path / "f.zarr")).describe()
     monkeypatch.setattr(preview, "free_bytes", lambda _: 1000)
     described = plan_job(job_of(source, tmp_path / "f.zarr")).describe()
-    assert "0.00 GB free -- DOES NOT FIT" in described
+    assert "0 MB free -- DOES NOT FIT" in described
     assert described.count("DOES NOT FIT") == 1
-    small = plan_job(job_of(source, tmp_path / "f.zarr", memory_limit_bytes=400 * 2**20)).describe()
-    assert "MiB per worker of 400 MiB -- DOES NOT FIT" in small
+    small = plan_job(job_of(source, tmp_path / "f.zarr", memory_limit_bytes=460 * 2**20)).describe()
+    assert "MiB per worker of 460 MiB -- DOES NOT FIT" in small
     assert "124 images listed: 120 to compute, 0 unchanged, 4 to reject, 0 to mark removed\n" in described
     assert "12 shape classes (12 new): " in described
     assert "), ...\n" in described
