@@ -174,6 +174,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--dtype", action="append", choices=["float32", "uint8"])
+    parser.add_argument("--json", type=Path, help="Write the medians there; `python -m benchmarks.plot` draws them.")
     parser.add_argument("--job", nargs=4, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.job:
@@ -191,6 +192,7 @@ def main() -> None:
     few = 2 * BATCH
     folders = {n: make("photos", n, [SIZE]) for n in (few, given.images)}
     cases = [("featuremaps", "ours"), *((peer, kind) for kind in ("plain", "ours") for peer in PACKAGES)]
+    results = []
     for dtype in given.dtype or ["uint8", "float32"]:
         rates: dict[tuple[str, str], list[float]] = {case: [] for case in cases}
         for _ in range(given.repeats):
@@ -200,6 +202,7 @@ def main() -> None:
                 rates[job, kind].append((given.images - few) / (whole - start))
                 print(f"  {dtype} {job} ({kind}): {rates[job, kind][-1]:.0f} images/s, {start:.1f} s for {few}", flush=True)
         medians = {case: statistics.median(values) for case, values in rates.items()}
+        results += [{"dtype": dtype, "job": job, "kind": kind, "images_per_s": rate} for (job, kind), rate in medians.items()]
         print(f"\n{dtype}, images/s, medians of {given.repeats} runs over {given.images} images of 639 x 516")
         for (job, kind), rate in medians.items():
             print(f"  {job + (' with our extractor' if kind == 'ours' and job != 'featuremaps' else ''):32s} {rate:7.1f}")
@@ -208,6 +211,8 @@ def main() -> None:
             best = max((rate, job) for (job, k), rate in medians.items() if k == kind and job != "featuremaps")
             print(f"  {ours / best[0]:.1f} times the fastest peer {text} ({best[1]})")
     shutil.rmtree(OUTPUT, ignore_errors=True)
+    if given.json:
+        given.json.write_text(json.dumps({"machine": machine(), "n_images": given.images, "results": results}, indent=1))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import torch
 from torch.nn.functional import conv2d
 
 from benchmarks.images import FOLDER, machine, make
-from pipeline import chunks, decode, kernel, store, tasks
+from pipeline import chunks, decode, kernel, objects, tasks
 from pipeline.config import Job, make_job
 from pipeline.extractor import Extractor, use_one_thread
 from pipeline.settings import layout_of, store_spec
@@ -68,7 +68,7 @@ def stages(dtype: str) -> dict[str, Callable[[], object]]:
         "extract": extract,
         "digest": lambda: [tasks.maps_digest([block[i % rows]]) for i in range(N)],
         "encode": lambda: [chunks.encode_shard(block, layer.chunk_rows, rows, q.fill_value) for _ in range(N // rows)],
-        "write": lambda: [store.put(target, *encoded) for _ in range(N // rows)],
+        "write": lambda: [objects.put(target, *encoded) for _ in range(N // rows)],
         "floor: F.conv2d, sigmoid, conversion": reference,
         "floor: copy of the maps": lambda: [block.copy() for _ in range(N // rows)],
         "floor: file of the maps, uncompressed": lambda: [target.write_bytes(plain) for _ in range(N // rows)],

@@ -14,9 +14,9 @@ import pandas as pd
 import xarray as xr
 
 from pipeline.chunks import Array
-from pipeline.collection import encode_path
 from pipeline.errors import FeaturemapsError, UsageError
 from pipeline.layers import layer_names, output_sizes, receptive_field
+from pipeline.paths import encode_path
 from pipeline.schema import REJECTED, STATISTICS, ShapeClass, Status, StoredLayer
 from pipeline.settings import extractor_spec
 from pipeline.store import Store

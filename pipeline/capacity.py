@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from pipeline.errors import FeaturemapsError, UsageError
+from pipeline.objects import free_bytes
 from pipeline.plan import BATCHES_IN_FLIGHT_PER_SLOT, ClassLayout, Size, worker_memory_bytes
-from pipeline.store import free_bytes
 
 
 def require_memory(layouts: Mapping[Size, ClassLayout], channels: int, threads: int, limit_bytes: int, decode_bytes: int) -> None:

@@ -12,7 +12,6 @@ is depth first, each folder sorted by the bytes of its names. Patterns follow th
 
 from __future__ import annotations
 
-import csv
 import fnmatch
 import logging
 import os
@@ -24,9 +23,10 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from operator import attrgetter
 from typing import TYPE_CHECKING
-from urllib.parse import unquote_to_bytes
 
 from pipeline.errors import UsageError
+from pipeline.lists import READERS, read_list
+from pipeline.paths import absolute_path, encode_path, nothing_listed, suffix_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     State = frozenset[int]  # places in a pattern that a path has reached
     Step = Callable[[State, bytes], State]
     Found = tuple[str, Callable[[], os.stat_result]]  # a path and how to stat it
-    Reader = Callable[[str], Iterator[tuple[int, bytes]]]  # of a list: each entry with its line
     Folders = dict[tuple[int, int], tuple[State, list[os.DirEntry[bytes]]]]  # by device and inode
 
 log = logging.getLogger(__name__)
@@ -48,7 +47,6 @@ UNREADABLE = "unreadable"
 """Fingerprint of an image whose size and time could not be read."""
 
 _MAGIC = re.compile(r"[*?[]")
-_ESCAPED = re.compile("[\udc80-\udcff]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,30 +95,6 @@ def _clamp(mtime_ns: int) -> int:
     return max(-(2**63), min(mtime_ns, 2**63 - 1))  # some file systems know the year 300,000
 
 
-def encode_path(relative: bytes) -> str:
-    r"""Turn the bytes of a path into text: valid UTF-8 stays, other bytes and ``%`` become ``%XX``.
-
-    Examples
-    --------
-    >>> encode_path(b"caf\xc3\xa9/50%\xff.jpg")
-    'café/50%25%FF.jpg'
-    >>> decode_path("café/50%25%FF.jpg")
-    b'caf\xc3\xa9/50%\xff.jpg'
-    """
-    text = relative.replace(b"%", b"%25").decode("utf-8", "surrogateescape")
-    return text if text.isascii() else _ESCAPED.sub(lambda match: f"%{ord(match[0]) - 0xDC00:02X}", text)
-
-
-def decode_path(path: str) -> bytes:
-    """Return the bytes that `encode_path` was given."""
-    return unquote_to_bytes(path)
-
-
-def absolute_path(root: str, path: str) -> bytes:
-    """Join a listing's root and one of its paths into what a worker opens."""
-    return os.path.join(os.fsencode(root), decode_path(path))
-
-
 def list_collection(source: str) -> Listing:
     """List every image of a source.
 
@@ -147,7 +121,7 @@ def list_collection(source: str) -> Listing:
         return _list_folder(path)
     if kind == "pattern":
         return _list_pattern(source)
-    root, paths = _read_list(path)
+    root, paths = read_list(path)
     found = ((relative, partial(os.stat, absolute_path(root, relative))) for relative in paths)
     return _measured(root, found, [], lambda: f"list {path!r} names no image")
 
@@ -163,7 +137,7 @@ def source_root(source: str) -> str:
     kind, path = _recognise(source)
     if kind == "folder":
         return path
-    return _split_pattern(source)[0] if kind == "pattern" else _read_list(path)[0]
+    return _split_pattern(source)[0] if kind == "pattern" else read_list(path)[0]
 
 
 def _recognise(source: str) -> tuple[str, str]:
@@ -187,33 +161,22 @@ def _recognise(source: str) -> tuple[str, str]:
 
 
 def _list_suffix(source: str, mode: int) -> str:
-    suffix = _suffix(source)
+    suffix = suffix_of(source)
     if suffix in SUFFIXES:
         raise UsageError(
             f"source {source!r} is a single image, and a source is a collection, so nothing was listed; "
             "give its folder, or a .txt list that names it"
         )
-    if suffix not in _READERS or not stat.S_ISREG(mode):
+    if suffix not in READERS or not stat.S_ISREG(mode):
         raise UsageError(
             f"source {source!r} is neither a folder nor a list that can be read, so nothing was listed; "
-            f"give a folder, a glob pattern, or a regular file that ends in {', '.join(_READERS)}"
+            f"give a folder, a glob pattern, or a regular file that ends in {', '.join(READERS)}"
         )
     return suffix
 
 
 def _absolute(path: str) -> str:
     return "/" + os.path.abspath(path).lstrip("/")  # POSIX keeps a leading "//"
-
-
-def _suffix(name: str | bytes) -> str:
-    return os.path.splitext(os.fsdecode(name))[1].lower()
-
-
-def _nothing(what: str, unreadable: Sequence[str] = ()) -> UsageError:
-    also = f" (folders that could not be read: {len(unreadable)}, first {unreadable[0]!r})" if unreadable else ""
-    return UsageError(
-        f"{what}{also}, so there is nothing to do: its disk may not be mounted. Nothing was marked as removed; check the path"
-    )
 
 
 def _measured(root: str, found: Iterable[Found], unreadable: list[str], nothing: Callable[[], str]) -> Listing:
@@ -228,7 +191,7 @@ def _measured(root: str, found: Iterable[Found], unreadable: list[str], nothing:
         listing.size_bytes.append(measure[0])
         listing.mtime_ns.append(measure[1])
     if not listing.paths:
-        raise _nothing(nothing(), unreadable)
+        raise nothing_listed(nothing(), unreadable)
     return replace(listing, unreadable=tuple(unreadable))
 
 
@@ -262,7 +225,7 @@ def _without_images(root: str, others: Counter[str]) -> str:
 
 def _is_image(name: bytes, others: Counter[str]) -> bool:
     """Whether the name counts; the suffixes of those that do not are counted in ``others``, a few at most."""
-    suffix = "._*" if name.startswith(b"._") else _suffix(name)
+    suffix = "._*" if name.startswith(b"._") else suffix_of(name)
     if suffix in SUFFIXES:
         return True
     others[suffix if suffix in others or len(others) < 20 else "..."] += 1
@@ -365,97 +328,7 @@ def _is_folder(entry: os.DirEntry[bytes]) -> bool | None:
     try:
         if entry.is_dir():
             return True
-        lost = entry.is_symlink() and not _suffix(entry.name) and not os.path.exists(entry.path)
+        lost = entry.is_symlink() and not suffix_of(entry.name) and not os.path.exists(entry.path)
     except OSError:
-        lost = _suffix(entry.name) not in SUFFIXES
+        lost = suffix_of(entry.name) not in SUFFIXES
     return None if lost else False
-
-
-def _read_list(path: str) -> tuple[str, list[str]]:
-    """Return the root, and every path once, in the order of the list."""
-    folder = os.path.join(os.path.dirname(os.fsencode(path)), b"")
-    unique: dict[str, None] = {}
-    count = empty = 0
-    try:
-        for line, name in _READERS[_suffix(path)](path):
-            if b"\0" in name:
-                raise UsageError(
-                    f"line {line} of list {path!r} has a NUL byte, which no file name can have, so nothing was listed; "
-                    "correct that line, and save the list as UTF-8"
-                )
-            absolute = b"/" + os.path.normpath(os.path.join(folder, name)).lstrip(b"/")
-            if name and absolute != b"/":
-                unique[encode_path(absolute)] = None
-                count += 1
-            else:
-                empty += 1
-    except (OSError, ValueError, csv.Error) as error:
-        raise UsageError(
-            f"list {path!r} cannot be read ({error}), so nothing was listed and nothing was marked as removed; "
-            "check its permissions and its content"
-        ) from error
-    if not unique:
-        raise _nothing(f"list {path!r} names no image")
-    if count > len(unique):
-        log.warning("list %r has %d duplicate entries: each image is listed once", path, count - len(unique))
-    if empty:
-        log.warning("list %r has %d entries without a name: left out", path, empty)
-    return _relative(encode_path(folder), list(unique))
-
-
-def _relative(folder: str, paths: list[str]) -> tuple[str, list[str]]:
-    """Return the root of absolute paths and, in the same list to save memory, what is below it; ``folder`` ends in "/"."""
-    if not all(path.startswith(folder) for path in paths):
-        shared = os.path.commonprefix(paths)  # noqa: RUF071 (characters are bytes here)
-        folder = shared[: shared.rindex("/") + 1]
-    for i, path in enumerate(paths):
-        paths[i] = path[len(folder) :]
-    return os.fsdecode(decode_path(folder.rstrip("/") or "/")), paths
-
-
-def _read_txt(path: str) -> Iterator[tuple[int, bytes]]:
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            text = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-            name = text.removesuffix(b"\n").removesuffix(b"\r")
-            if name.strip() and not name.startswith(b"#"):
-                yield number, name
-
-
-def _read_csv(path: str) -> Iterator[tuple[int, bytes]]:
-    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        rows = csv.reader(file, strict=True)
-        column = _column(path, next(rows, []))
-        for row in rows:
-            if row:
-                yield rows.line_num, (row[column] if column < len(row) else "").encode("utf-8", "surrogateescape")
-
-
-def _column(path: str, columns: list[str]) -> int:
-    if "path" not in columns:
-        raise UsageError(
-            f"list {path!r} has no column 'path' but {columns}, so nothing was listed; rename the column that holds the paths"
-        )
-    return columns.index("path")
-
-
-def _read_parquet(path: str) -> Iterator[tuple[int, bytes]]:
-    try:
-        from pyarrow import ArrowException, parquet  # noqa: PLC0415 (an extra)
-    except ImportError as error:
-        raise UsageError(
-            f"list {path!r} needs pyarrow, which is not installed, so nothing was listed; "
-            'install it with pip install "featuremaps[parquet]", or give a .csv list'
-        ) from error
-    with open(path, "rb") as file:
-        try:
-            table = parquet.ParquetFile(file)
-            _column(path, table.schema_arrow.names)
-            columns = (batch.column(0).cast("binary") for batch in table.iter_batches(columns=["path"]))
-            names = (name for column in columns for name in column.to_pylist())
-            yield from enumerate((name or b"" for name in names), start=1)
-        except ArrowException as error:
-            raise ValueError(str(error)) from error
-
-
-_READERS: dict[str, Reader] = {".txt": _read_txt, ".csv": _read_csv, ".parquet": _read_parquet}

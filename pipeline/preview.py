@@ -17,6 +17,7 @@ from pipeline.cluster import local_memory_bytes, local_workers
 from pipeline.collection import Listing, list_collection
 from pipeline.config import Job
 from pipeline.lock import current_holder
+from pipeline.objects import free_bytes
 from pipeline.plan import (
     BATCHES_IN_FLIGHT_PER_SLOT,
     ClassLayout,
@@ -32,7 +33,7 @@ from pipeline.reading import Probed, Source, probe_block
 from pipeline.run import check_job, compare_with_store, count_statuses, open_for, settle_returned
 from pipeline.schema import REJECTED, ShapeClass, Status
 from pipeline.settings import layout_of, multiply_adds, needed_size
-from pipeline.store import Store, free_bytes
+from pipeline.store import Store
 from pipeline.summary import printable
 
 BLOCK = 2048

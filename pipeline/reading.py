@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
 from pipeline import decode
-from pipeline.collection import absolute_path, fingerprint_of
+from pipeline.collection import fingerprint_of
 from pipeline.config import DecodeSpec
 from pipeline.errors import ImageError, PassingFaultError
+from pipeline.paths import absolute_path
 
 RETRY_PAUSES_S = (0.1, 0.5, 2.0)
 _THE_IMAGE_IS_AT_FAULT = {

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import os
 import shutil
-import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +15,7 @@ import zarr
 from pipeline.chunks import Array, array_document, compress, decompress
 from pipeline.errors import FeaturemapsError, StaleWriterError, UsageError
 from pipeline.lock import require_lock
+from pipeline.objects import exists, put, put_json, read_json
 from pipeline.plan import ClassLayout, LayerLayout, Size, class_name
 from pipeline.schema import (
     CLASS_NAME,
@@ -41,43 +39,6 @@ from pipeline.schema import (
     pooled_document,
     root_document,
 )
-
-
-def put(path: Path, *parts: bytes) -> None:
-    """Write one object whole: a reader sees the old bytes or the new ones, also after a kill."""
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
-    try:
-        with temporary.open("wb") as file:
-            file.writelines(parts)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def put_json(path: Path, document: Mapping[str, Any]) -> None:
-    """`put` a JSON document."""
-    put(path, json.dumps(document, indent=1, ensure_ascii=True).encode())
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a metadata document.
-
-    Raises
-    ------
-    FeaturemapsError
-        When it cannot be read or understood.
-    """
-    try:
-        document = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise FeaturemapsError(
-            f"metadata {path} cannot be read ({error}), so this store cannot be trusted as it is; check the disk and the "
-            "permissions, or restore that file from a copy"
-        ) from error
-    if not isinstance(document, dict):
-        raise FeaturemapsError(f"metadata {path} holds {type(document).__name__}, not an object; restore it from a copy")
-    return document
 
 
 class Store:
@@ -110,7 +71,7 @@ class Store:
             self.n_rejected = int(read_json(self.path / REJECTED / "status" / "zarr.json")["shape"][0])
 
     def _read_class(self, folder: Path) -> ShapeClass | None:
-        if not CLASS_NAME.fullmatch(folder.name) or not _exists(folder / "zarr.json"):
+        if not CLASS_NAME.fullmatch(folder.name) or not exists(folder / "zarr.json"):
             return None  # not ours, or what a crash left of a class that was being created
         with _understood(folder):
             attributes = read_json(folder / "zarr.json")["attributes"]
@@ -176,7 +137,7 @@ class Store:
             When there is such a class: its rows would be lost.
         """
         group = self.path / class_name(layout.size)
-        if _exists(group / "zarr.json"):
+        if exists(group / "zarr.json"):
             raise FeaturemapsError(
                 f"class {group} exists already: making it anew would lose its rows, so nothing was touched; this is an error of "
                 "the program, please report it"
@@ -260,7 +221,7 @@ class Store:
         for group in [*(c.name for c in self.classes.values()), REJECTED]:
             self._resize(group, self.length(group))
         for folder in self.path.iterdir():
-            if CLASS_NAME.fullmatch(folder.name) and not _exists(folder / "zarr.json"):
+            if CLASS_NAME.fullmatch(folder.name) and not exists(folder / "zarr.json"):
                 _remove_unfinished(folder)
         for litter in self.path.rglob("*.partial"):
             if not litter.name.startswith("lock.json"):  # may belong to a run that is waiting for the lock just now
@@ -275,15 +236,6 @@ class Store:
         if version != self.spec.written_version:
             self.spec = replace(self.spec, written_version=version)
             put_json(self.path / "zarr.json", root_document(self.spec))
-
-
-def _exists(path: Path) -> bool:
-    """Whether there is such an object; storage that cannot tell raises, because what does not exist is cleared away."""
-    try:
-        path.stat()
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    return True
 
 
 def _remove_unfinished(group: Path) -> None:
@@ -482,11 +434,3 @@ def read_maps(path: Path, layout: ClassLayout, layer: str, start: int, stop: int
     """Rows of one layer as stored, for a writer that must keep them: (n, channel, y, x)."""
     array = zarr.open_array(str(path / class_name(layout.size) / layer), mode="r", zarr_format=3)
     return np.asarray(array[start:stop])
-
-
-def free_bytes(path: Path) -> int:
-    """Free space of the file system that a store is or will be on."""
-    while not path.exists():
-        path = path.parent
-    status = os.statvfs(path)
-    return status.f_bavail * status.f_frsize

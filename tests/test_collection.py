@@ -26,8 +26,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline import collection
-from pipeline.collection import SUFFIXES, Listing, absolute_path, decode_path, encode_path, list_collection, source_root
+from pipeline.collection import SUFFIXES, Listing, list_collection, source_root
 from pipeline.errors import UsageError
+from pipeline.paths import absolute_path, decode_path, encode_path
 
 HOSTILE_NAMES = [
     b"plain.jpg",

@@ -23,10 +23,11 @@ import zarr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline import schema
+from pipeline import objects, schema
 from pipeline import store as store_module
 from pipeline.errors import FeaturemapsError, StaleWriterError, UsageError
 from pipeline.lock import require_lock
+from pipeline.objects import free_bytes, put, read_json
 from pipeline.plan import ClassLayout, LayerLayout, class_layout, class_name
 from pipeline.schema import (
     COLUMN_ROWS,
@@ -42,7 +43,7 @@ from pipeline.schema import (
     pooled_chunk,
     stack,
 )
-from pipeline.store import Store, create_store, free_bytes, is_store, prepare_folder, put, read_json, read_maps, write_maps
+from pipeline.store import Store, create_store, is_store, prepare_folder, read_maps, write_maps
 from pipeline.weights import dequantise, quantisation
 
 DTYPES = ("float32", "float16", "uint16", "uint8")
@@ -514,7 +515,7 @@ def crash_after(n_puts: int, *, torn: bool = False) -> Iterator[None]:
         left -= 1
         put(path, *parts)
 
-    with patch.object(store_module, "put", put_or_crash):
+    with patch.object(store_module, "put", put_or_crash), patch.object(objects, "put", put_or_crash):
         yield
 
 
@@ -827,9 +828,9 @@ def test_neighbouring_shards_never_touch_each_others_objects(tmp_path, dtype):
     store.create_class(layout_of(dtype), "exact", listed(0, 10))
     touched = []
     for start, stop in ((4, 8), (0, 4), (8, 10)):
-        before = objects(tmp_path / "s")
+        before = inodes(tmp_path / "s")
         write_rows(tmp_path / "s", dtype, start, stop)
-        after = objects(tmp_path / "s")
+        after = inodes(tmp_path / "s")
         assert before.items() <= after.items()  # same inodes: nothing that was there has been written
         touched.append(after.keys() - before.keys())
     assert [len(names) for names in touched] == [1 + 3 * 3] * 3  # a shard, and the cuts of conv2
@@ -838,7 +839,7 @@ def test_neighbouring_shards_never_touch_each_others_objects(tmp_path, dtype):
         np.testing.assert_array_equal(store.array(GROUP, layer.name)[...], expected)
 
 
-def objects(path: Path) -> dict[str, int]:
+def inodes(path: Path) -> dict[str, int]:
     return {str(p.relative_to(path)): p.stat().st_ino for p in path.rglob("*") if p.is_file()}
 
 
@@ -1001,9 +1002,9 @@ def test_a_folder_that_holds_something_else_is_not_written_to(tmp_path):
 def test_a_prepared_folder_can_be_prepared_again_and_is_no_store_yet(tmp_path):
     path = tmp_path / "deep" / "s"
     prepare_folder(path)
-    before = objects(path)
+    before = inodes(path)
     prepare_folder(path)
-    assert objects(path) == before
+    assert inodes(path) == before
     assert not is_store(path)
     create_store(path, spec_of(), WEIGHTS)
     assert is_store(path)

@@ -1,0 +1,105 @@
+"""Lists of paths in a .txt, .csv or .parquet file."""
+
+from __future__ import annotations
+
+import csv
+import logging
+import os
+from collections.abc import Callable, Iterator
+
+from pipeline.errors import UsageError
+from pipeline.paths import decode_path, encode_path, nothing_listed, suffix_of
+
+Reader = Callable[[str], Iterator[tuple[int, bytes]]]  # of a list: each entry with its line
+
+log = logging.getLogger(__name__)
+
+
+def read_list(path: str) -> tuple[str, list[str]]:
+    """Return the root, and every path once, in the order of the list."""
+    folder = os.path.join(os.path.dirname(os.fsencode(path)), b"")
+    unique: dict[str, None] = {}
+    count = empty = 0
+    try:
+        for line, name in READERS[suffix_of(path)](path):
+            if b"\0" in name:
+                raise UsageError(
+                    f"line {line} of list {path!r} has a NUL byte, which no file name can have, so nothing was listed; "
+                    "correct that line, and save the list as UTF-8"
+                )
+            absolute = b"/" + os.path.normpath(os.path.join(folder, name)).lstrip(b"/")
+            if name and absolute != b"/":
+                unique[encode_path(absolute)] = None
+                count += 1
+            else:
+                empty += 1
+    except (OSError, ValueError, csv.Error) as error:
+        raise UsageError(
+            f"list {path!r} cannot be read ({error}), so nothing was listed and nothing was marked as removed; "
+            "check its permissions and its content"
+        ) from error
+    if not unique:
+        raise nothing_listed(f"list {path!r} names no image")
+    if count > len(unique):
+        log.warning("list %r has %d duplicate entries: each image is listed once", path, count - len(unique))
+    if empty:
+        log.warning("list %r has %d entries without a name: left out", path, empty)
+    return _relative(encode_path(folder), list(unique))
+
+
+def _relative(folder: str, paths: list[str]) -> tuple[str, list[str]]:
+    """Return the root of absolute paths and, in the same list to save memory, what is below it; ``folder`` ends in "/"."""
+    if not all(path.startswith(folder) for path in paths):
+        shared = os.path.commonprefix(paths)  # noqa: RUF071 (characters are bytes here)
+        folder = shared[: shared.rindex("/") + 1]
+    for i, path in enumerate(paths):
+        paths[i] = path[len(folder) :]
+    return os.fsdecode(decode_path(folder.rstrip("/") or "/")), paths
+
+
+def _read_txt(path: str) -> Iterator[tuple[int, bytes]]:
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            text = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+            name = text.removesuffix(b"\n").removesuffix(b"\r")
+            if name.strip() and not name.startswith(b"#"):
+                yield number, name
+
+
+def _read_csv(path: str) -> Iterator[tuple[int, bytes]]:
+    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        rows = csv.reader(file, strict=True)
+        column = _column(path, next(rows, []))
+        for row in rows:
+            if row:
+                yield rows.line_num, (row[column] if column < len(row) else "").encode("utf-8", "surrogateescape")
+
+
+def _column(path: str, columns: list[str]) -> int:
+    if "path" not in columns:
+        raise UsageError(
+            f"list {path!r} has no column 'path' but {columns}, so nothing was listed; rename the column that holds the paths"
+        )
+    return columns.index("path")
+
+
+def _read_parquet(path: str) -> Iterator[tuple[int, bytes]]:
+    try:
+        from pyarrow import ArrowException, parquet  # noqa: PLC0415 (an extra)
+    except ImportError as error:
+        raise UsageError(
+            f"list {path!r} needs pyarrow, which is not installed, so nothing was listed; "
+            'install it with pip install "featuremaps[parquet]", or give a .csv list'
+        ) from error
+    with open(path, "rb") as file:
+        try:
+            table = parquet.ParquetFile(file)
+            _column(path, table.schema_arrow.names)
+            columns = (batch.column(0).cast("binary") for batch in table.iter_batches(columns=["path"]))
+            names = (name for column in columns for name in column.to_pylist())
+            yield from enumerate((name or b"" for name in names), start=1)
+        except ArrowException as error:
+            raise ValueError(str(error)) from error
+
+
+READERS: dict[str, Reader] = {".txt": _read_txt, ".csv": _read_csv, ".parquet": _read_parquet}
