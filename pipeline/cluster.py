@@ -16,7 +16,7 @@ import psutil
 from distributed import Client, LocalCluster
 from pydantic import BaseModel, ConfigDict, Field
 
-from pipeline.config import Positive, read_yaml, validate_model
+from pipeline.config import Job, Positive, read_yaml, validate_model
 from pipeline.errors import FeaturemapsError, UsageError
 from pipeline.lock import WORKER_TTL_S
 
@@ -140,6 +140,20 @@ def connect(spec: LocalSpec | AddressSpec) -> Iterator[Client]:
         }
         with _quiet_dask(), _start_local(options) as cluster, Client(cluster) as client:
             yield client
+
+
+@contextlib.contextmanager
+def with_client(job: Job, client: Client | None, cluster_file: Path) -> Iterator[Client]:
+    """Yield the given client, or one of the cluster that the job names."""
+    if client is not None:
+        yield client
+        return
+    spec = load_cluster(job.cluster, cluster_file)
+    if isinstance(spec, LocalSpec):
+        wanted = {"workers": job.workers, "memory_limit_bytes": job.memory_limit_bytes}
+        spec = spec.model_copy(update={key: value for key, value in wanted.items() if value is not None})
+    with connect(spec) as connected:
+        yield connected
 
 
 def _start_local(options: dict[str, Any]) -> LocalCluster:

@@ -8,9 +8,8 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import CancelledError
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,8 +19,8 @@ from distributed.comm import CommClosedError
 
 from pipeline import reading, tasks
 from pipeline.capacity import require_memory, require_space
-from pipeline.changes import Changes, is_inaccessible
-from pipeline.cluster import LocalSpec, connect, load_cluster, worker_slots
+from pipeline.changes import Changes
+from pipeline.cluster import worker_slots
 from pipeline.collection import UNREADABLE, Listing
 from pipeline.config import Job
 from pipeline.errors import FeaturemapsError
@@ -40,6 +39,7 @@ from pipeline.plan import (
 )
 from pipeline.schema import REJECTED, RUNS, Status
 from pipeline.settings import extractor_spec, layout_of, multiply_adds, needed_size
+from pipeline.source_watch import SourceWatch
 from pipeline.store import Store
 from pipeline.summary import Progress, Summary, receipt
 from pipeline.trial import Trial
@@ -52,25 +52,10 @@ PROBE_BLOCK = 512
 FIRST_APPEND = 4096
 MAX_APPEND = 65_536
 READY_BATCHES_PER_SLOT = 4
-FAULT_SAMPLE = 500
 RESULT_S = 10.0
 NO_WORKERS_S = 120.0
 REGISTER_TRIES = 5
 MAX_ACQUITTALS = 3
-
-
-@contextlib.contextmanager
-def with_client(job: Job, client: Client | None, cluster_file: Path) -> Iterator[Client]:
-    """Yield the given client, or one of the cluster that the job names."""
-    if client is not None:
-        yield client
-        return
-    spec = load_cluster(job.cluster, cluster_file)
-    if isinstance(spec, LocalSpec):
-        wanted = {"workers": job.workers, "memory_limit_bytes": job.memory_limit_bytes}
-        spec = spec.model_copy(update={key: value for key, value in wanted.items() if value is not None})
-    with connect(spec) as connected:
-        yield connected
 
 
 class Driver:
@@ -118,11 +103,10 @@ class Driver:
         self.next_probe = self.next_append = 0  # blocks of `found.new`
         self.probed: dict[int, list[reading.Probed]] = {}
         self.buffer: list[tuple[int, reading.Probed]] = []  # probed, in the order of the listing, not appended
-        self.n_appended = self.n_sent = self.n_seen = 0
-        self.recent: deque[bool] = deque(maxlen=FAULT_SAMPLE)  # of the last images seen: whether they could not be reached
+        self.n_appended = self.n_sent = 0
+        self.watch = SourceWatch(listing.root)
         self.trials: deque[Trial] = deque()  # the first of them is going on
         self.n_acquitted = 0  # trials that found nobody guilty
-        self.source_failed = False
         self.decode_bytes = 0  # the most that one of the images probed takes
         self.results: list[tasks.BatchResult] = []
         self.failure: FeaturemapsError | None = None
@@ -331,9 +315,9 @@ class Driver:
 
     def _append(self, probed: list[tuple[int, reading.Probed]], *, complete: bool) -> None:
         for _, p in probed:
-            self._count(p.error, is_fault=bool(p.fault))
+            self.watch.note(p.error, is_fault=bool(p.fault))
         probed = [self._doubt(i, p) for i, p in probed if not self._is_known(i, p)]
-        self._check_source()
+        self.watch.check()
         faults = [p.fault for _, p in probed if p.fault]
         self.summary.faults = (self.summary.faults + faults)[:20]
         self.summary.n_pending += len(faults)
@@ -464,36 +448,23 @@ class Driver:
     def _take_batch(self, result: tasks.BatchResult) -> None:
         for piece in result.pieces:
             for status, error in zip(piece.status.tolist(), piece.error, strict=True):
-                self._count(error, is_fault=status == Status.PENDING)
+                self.watch.note(error, is_fault=status == Status.PENDING)
         self.results.append(result)
         try:
-            self._check_source()
+            self.watch.check()
         except FeaturemapsError as failure:
             self._fail(failure)
-
-    def _count(self, error: str, *, is_fault: bool) -> None:
-        self.n_seen += 1
-        self.recent.append(is_fault or is_inaccessible(error))
-        self.source_failed |= len(self.recent) == FAULT_SAMPLE and sum(self.recent) > FAULT_SAMPLE / 2
-
-    def _check_source(self) -> None:
-        """Stop when most images cannot even be reached."""
-        if self.source_failed:
-            raise FeaturemapsError(
-                f"most of {FAULT_SAMPLE} images in a row cannot be read at all: the source {self.listing.root}, not the images, is at "
-                "fault, so the run stopped; check that it is mounted and readable, then run again, which tries all of them again"
-            )
 
     # -- the ledger ------------------------------------------------------------------------------------------------------------
 
     def _commit(self, *, last: bool = False) -> None:
         """Write what finished batches reported; what they say of access waits until the source has shown that it can be read."""
-        if not self.results or (not last and any(self.recent) and self.n_seen < FAULT_SAMPLE):
+        if not self.results or (not last and self.watch.is_undecided):
             return
         results, self.results = self.results, []
         try:
             pieces = [piece for result in results for piece in result.pieces]
-            self.ledger.commit(pieces, source_failed=self.source_failed)
+            self.ledger.commit(pieces, source_failed=self.watch.failed)
         except OSError as error:
             self._fail(explain(error, None, self.store.path))
             return

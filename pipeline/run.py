@@ -132,7 +132,8 @@ def _work(
     notify(progress)
     if found.new or found.n_pending:  # of returned ones, too
         store.touch_version(VERSION)
-        from pipeline.driver import Driver, with_client  # noqa: PLC0415 (no Dask and no cluster when there is nothing to do)
+        from pipeline.cluster import with_client  # noqa: PLC0415 (no Dask and no cluster when there is nothing to do)
+        from pipeline.driver import Driver  # noqa: PLC0415 (as above)
 
         with with_client(job, client, cluster_file) as connected:
             Driver(job, store, listing, found, connected, summary, progress, notify, stop).run()

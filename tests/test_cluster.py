@@ -19,10 +19,10 @@ from pipeline.cluster import (
     load_cluster,
     local_memory_bytes,
     local_workers,
+    with_client,
     worker_slots,
 )
 from pipeline.config import make_job
-from pipeline.driver import with_client
 from pipeline.errors import FeaturemapsError, UsageError
 
 REPOSITORY = Path(__file__).parents[1]
@@ -170,7 +170,7 @@ def test_a_job_says_how_many_workers_the_local_cluster_has(monkeypatch, tmp_path
         def __exit__(self, *_):
             pass
 
-    monkeypatch.setattr("pipeline.driver.connect", Connection)
+    monkeypatch.setattr("pipeline.cluster.connect", Connection)
     job = make_job({"source": "a", "store": "b", "workers": 3, "memory_limit_bytes": 10})
     with with_client(job, None, tmp_path) as connected:
         assert connected == "client"

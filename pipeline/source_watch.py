@@ -1,0 +1,51 @@
+"""Telling bad images from a bad source: when most images in a row cannot be reached, none of them is to blame."""
+
+from __future__ import annotations
+
+from collections import deque
+
+from pipeline.changes import is_inaccessible
+from pipeline.errors import FeaturemapsError
+
+SAMPLE = 500
+
+
+class SourceWatch:
+    """Looks at the outcome of every image.
+
+    Parameters
+    ----------
+    root : str
+        The source, for the message.
+    """
+
+    def __init__(self, root: str) -> None:
+        self.root = root
+        self.failed = False
+        """Whether most of some `SAMPLE` images in a row could not be reached."""
+        self._n_seen = 0
+        self._recent: deque[bool] = deque(maxlen=SAMPLE)
+
+    def note(self, error: str, *, is_fault: bool) -> None:
+        """Take down an image's error, or none, and whether it is a fault that may pass."""
+        self._n_seen += 1
+        self._recent.append(is_fault or is_inaccessible(error))
+        self.failed |= len(self._recent) == SAMPLE and sum(self._recent) > SAMPLE / 2
+
+    @property
+    def is_undecided(self) -> bool:
+        """Whether some images could not be reached, and too few were seen to tell why."""
+        return any(self._recent) and self._n_seen < SAMPLE
+
+    def check(self) -> None:
+        """Stop a run whose source failed.
+
+        Raises
+        ------
+        FeaturemapsError
+        """
+        if self.failed:
+            raise FeaturemapsError(
+                f"most of {SAMPLE} images in a row cannot be read at all: the source {self.root}, not the images, is at fault, so the "
+                "run stopped; check that it is mounted and readable, then run again, which tries all of them again"
+            )

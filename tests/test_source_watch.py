@@ -1,0 +1,40 @@
+from __future__ import annotations
+
+import pytest
+
+from pipeline.errors import FeaturemapsError
+from pipeline.source_watch import SAMPLE, SourceWatch
+
+
+def note(watch: SourceWatch, *errors: str, is_fault: bool = False) -> None:
+    for error in errors:
+        watch.note(error, is_fault=is_fault)
+
+
+def test_a_source_fails_when_most_of_a_stretch_cannot_be_reached_wherever_it_lies():
+    watch = SourceWatch("/photos")
+    note(watch, *[""] * 1000)
+    note(watch, *["missing: x"] * (SAMPLE // 2))
+    watch.check()
+    note(watch, "", is_fault=True)
+    note(watch, *[""] * 2000)  # what follows does not hide it
+    assert watch.failed
+    with pytest.raises(
+        FeaturemapsError, match=r"most of 500 images in a row cannot be read at all: the source /photos, not the im"
+    ):
+        watch.check()
+
+
+def test_bad_images_say_nothing_about_the_source():
+    watch = SourceWatch("/photos")
+    note(watch, *["truncated: x", "corrupt: x"] * SAMPLE)
+    assert not watch.failed
+    assert not watch.is_undecided
+
+
+def test_of_a_few_images_nobody_can_tell():
+    watch = SourceWatch("/photos")
+    note(watch, "", "permission_denied: x")
+    assert watch.is_undecided
+    note(watch, *[""] * SAMPLE)
+    assert not watch.is_undecided
