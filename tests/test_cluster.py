@@ -212,8 +212,7 @@ def test_workers_that_never_start_are_said_so(monkeypatch):
 
 
 def test_a_connection_that_is_gone_is_no_lack_of_workers(threads_only, monkeypatch):
-    with Client(threads_only().scheduler_address) as client:
-        with monkeypatch.context() as patch:
-            patch.setattr(client, "status", "connecting")  # as it is from the loss of a scheduler on
-            with pytest.raises(ConnectionError, match=r"connection to .* is connecting"):
-                worker_slots(client)
+    with Client(threads_only().scheduler_address) as client, monkeypatch.context() as patch:
+        patch.setattr(client, "status", "connecting")  # as it is from the loss of a scheduler on
+        with pytest.raises(ConnectionError, match=r"connection to .* is connecting"):
+            worker_slots(client)
