@@ -168,6 +168,8 @@ class FeatureStore:
         """
         entry = self._entry(path)
         dataset = self.dataset(entry["class"]).isel(image=int(entry["row"]))
+        if int(dataset["status"]) != Status.DONE:
+            raise UsageError(f"{path!r} has been replaced or removed since {self.path} was opened: open the store again")
         sizes = output_sizes(extractor_spec(self._store.spec).layers, int(entry["input_height"]), int(entry["input_width"]))
         named = dict(zip(self._layer_names(), sizes, strict=True))
         crop = {

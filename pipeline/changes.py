@@ -64,6 +64,9 @@ class Changes:
     """Per class: (row, image) of removed rows whose image is back unchanged."""
     set_status: dict[str, dict[int, int]] = field(default_factory=dict)
     """Per group: row -> status to set before anything else."""
+    retried: set[Entry] = field(default_factory=set)
+    """Of the pending rows, those that were quarantined."""
+    retry_quarantined: bool = False
     n_live: int = 0
     n_removed: int = 0
     n_unchanged: int = 0
@@ -92,7 +95,7 @@ class Changes:
             for row, i in rows:
                 if maps_digest[row]:
                     self.mark(Entry(group, row), Status.DONE)
-                elif error[row] and not is_inaccessible(error[row]):
+                elif error[row] and not is_inaccessible(error[row]) and not self.retry_quarantined:
                     self.mark(Entry(group, row), Status.QUARANTINED)
                 else:
                     self.mark(Entry(group, row), Status.PENDING)
@@ -140,7 +143,7 @@ def compare(
     statuses = bytearray(len(paths))
     retries = bytearray(len(paths))
     gone: list[Entry] = []
-    changes = Changes()
+    changes = Changes(retry_quarantined=retry_quarantined)
 
     for entries in groups:
         names.append(entries.group)
@@ -155,7 +158,7 @@ def compare(
                     gone.append(entry)
                 continue
             same = entries.fingerprint[row] == fingerprint(i)
-            if status == Status.REMOVED and not same:
+            if status == Status.REMOVED and (not same or entries.fingerprint[row] == UNREADABLE):  # which identifies nothing
                 continue
             old = Entry(names[owner_group[i]], owner_row[i]) if owner_row[i] >= 0 else None
             # Of two entries the one with today's fingerprint wins, a live one before a removed one, then the last.
@@ -203,6 +206,7 @@ def _decide(changes: Changes, i: int, entry: Entry | None, same: bool, status: i
     elif status == Status.PENDING or (status == Status.QUARANTINED and retry):
         if status == Status.QUARANTINED:
             changes.mark(entry, Status.PENDING)  # before its columns are written anew
+            changes.retried.add(entry)
         changes.pending.setdefault(entry.group, []).append((entry.row, i))
     else:
         changes.n_unchanged += 1

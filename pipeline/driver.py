@@ -19,13 +19,13 @@ from distributed.comm import CommClosedError
 
 from pipeline import reading, tasks
 from pipeline.capacity import require_memory, require_space
-from pipeline.changes import Changes
+from pipeline.changes import Changes, Entry, is_inaccessible
 from pipeline.cluster import worker_slots
 from pipeline.collection import UNREADABLE, Listing
 from pipeline.config import Job
 from pipeline.errors import FeaturemapsError
 from pipeline.faults import explain, scheduler_lost
-from pipeline.ledger import Ledger
+from pipeline.ledger import Ledger, has_inaccessible
 from pipeline.lock import require_lock
 from pipeline.plan import (
     BATCHES_IN_FLIGHT_PER_SLOT,
@@ -33,6 +33,7 @@ from pipeline.plan import (
     ClassLayout,
     Size,
     assign_classes,
+    class_name,
     cut_pieces,
     image_cost_s,
     pack_batches,
@@ -42,7 +43,7 @@ from pipeline.settings import extractor_spec, layout_of, multiply_adds, needed_s
 from pipeline.source_watch import SourceWatch
 from pipeline.store import Store
 from pipeline.summary import Progress, Summary, receipt
-from pipeline.trial import Trial
+from pipeline.trial import HeaderTrial, Trial
 
 logger = logging.getLogger(__name__)
 
@@ -105,8 +106,7 @@ class Driver:
         self.buffer: list[tuple[int, reading.Probed]] = []  # probed, in the order of the listing, not appended
         self.n_appended = self.n_sent = 0
         self.watch = SourceWatch(listing.root)
-        self.trials: deque[Trial] = deque()  # the first of them is going on
-        self.n_acquitted = 0  # trials that found nobody guilty
+        self.trials: deque[Trial | HeaderTrial] = deque()  # the first of them is going on, and nothing else
         self.decode_bytes = 0  # the most that one of the images probed takes
         self.results: list[tasks.BatchResult] = []
         self.failure: FeaturemapsError | None = None
@@ -135,7 +135,9 @@ class Driver:
         next_commit, next_receipt = started + COMMIT_S, started + RECEIPT_S
         try:
             while True:
-                if not self.draining:
+                if self.trials and not self.draining:
+                    self._try_next()
+                if not self.trials and not self.draining:
                     self._send_probes()
                     self._append_probed()
                     self._send_batches()
@@ -220,7 +222,7 @@ class Driver:
             if kind == "probe":
                 self.probed[sent] = result
             elif kind == "trial":
-                self._judge(survived=True)
+                self._judge(result, survived=True)
             else:
                 self._take_batch(result)
         elif future.status == "error":
@@ -232,11 +234,12 @@ class Driver:
     def _take_error(self, kind: str, sent: Any, error: BaseException | None) -> None:
         is_killed = isinstance(error, KilledWorker)
         if is_killed and kind == "trial":
-            self._judge(survived=False)
-        elif is_killed and kind == "batch" and self.n_acquitted < MAX_ACQUITTALS:
-            self.trials.append(Trial(sent))
-            if len(self.trials) == 1:
-                self._try_next()
+            self._judge(None, survived=False)
+        elif is_killed and kind == "probe":
+            images = self.found.new[sent * PROBE_BLOCK : (sent + 1) * PROBE_BLOCK]
+            self.trials.append(HeaderTrial(sent, [self.listing.paths[i] for i in images]))
+        elif is_killed and sent[1] < MAX_ACQUITTALS:
+            self.trials.append(Trial(*sent))
         else:
             self._fail(explain(error, sent, self.store.path))
 
@@ -314,9 +317,9 @@ class Driver:
             self.buffer = []
 
     def _append(self, probed: list[tuple[int, reading.Probed]], *, complete: bool) -> None:
+        probed = [self._doubt(i, p) for i, p in probed if not self._is_known(i, p)]
         for _, p in probed:
             self.watch.note(p.error, is_fault=bool(p.fault))
-        probed = [self._doubt(i, p) for i, p in probed if not self._is_known(i, p)]
         self.watch.check()
         faults = [p.fault for _, p in probed if p.fault]
         self.summary.faults = (self.summary.faults + faults)[:20]
@@ -395,7 +398,7 @@ class Driver:
     def _send(self, batch: Batch) -> None:
         self._send_pieces([self._work_piece(piece) for piece in batch.pieces])
 
-    def _send_pieces(self, pieces: list[tasks.WorkPiece]) -> None:
+    def _send_pieces(self, pieces: list[tasks.WorkPiece], n_acquittals: int = 0) -> None:
         """Three tasks; only the last one's result, a few kB, comes back."""
         name = f"{self.summary.run_id}-{self.n_sent}"
         self.n_sent += 1
@@ -403,36 +406,46 @@ class Driver:
         decoded = submit(tasks.read, self.source, pieces, key=f"read-{name}", resources={"read": 1}, pure=False)
         extracted = submit(tasks.extract, self.target, decoded, key=f"extract-{name}", resources={"extract": 1}, pure=False)
         future = submit(tasks.write, self.target, extracted, key=f"write-{name}", resources={"write": 1}, pure=False)
-        self._submit("batch", pieces, future)
+        self._submit("batch", (pieces, n_acquittals), future)
 
     # -- batches that killed their worker ----------------------------------------------------------------------------------------
 
     def _try_next(self) -> None:
-        """Compute the next suspect alone; in a drain the suspects stay pending."""
-        while self.trials and not self.draining:
-            piece = self.trials[0].next()
-            if piece is not None:
-                key = f"trial-{self.summary.run_id}-{self.n_sent}"
-                self.n_sent += 1
-                future = self.client.submit(
-                    tasks.attempt, self.target, self.source, piece, key=key, resources={"extract": 1}, pure=False
-                )
-                self._submit("trial", [piece], future)
-                return
-            self._end_trial(self.trials.popleft())
+        """Compute the next suspect with nobody beside it that could be blamed; in a drain the suspects stay pending."""
+        while self.trials and not self.in_flight:
+            trial = self.trials[0]
+            suspect = trial.next()
+            if suspect is None:
+                self._end_trial(self.trials.popleft())
+                continue
+            name, submit = f"{self.summary.run_id}-{self.n_sent}", self.client.submit
+            self.n_sent += 1
+            if isinstance(suspect, str):
+                arguments: tuple[Any, ...] = (reading.probe_block, self.source, [suspect], needed_size(self.spec))
+                future = submit(*arguments, key=f"trial-{name}", resources={"read": 1}, pure=False)
+            else:
+                decoded = submit(tasks.read, self.source, [suspect], key=f"suspect-{name}", resources={"read": 1}, pure=False)
+                arguments = (tasks.attempt, self.target, decoded)
+                future = submit(*arguments, key=f"trial-{name}", resources={"extract": 1}, pure=False)
+            self._submit("trial", suspect, future)
 
-    def _judge(self, *, survived: bool) -> None:
-        self.trials[0].judge(survived=survived)
-        self._try_next()
+    def _judge(self, result: Any, *, survived: bool) -> None:
+        trial = self.trials[0]
+        if isinstance(trial, HeaderTrial):
+            trial.judge(result if survived else None)
+        else:
+            trial.judge(survived=survived)
 
-    def _end_trial(self, trial: Trial) -> None:
+    def _end_trial(self, trial: Trial | HeaderTrial) -> None:
         """Record the guilty and send the others once more."""
-        self.n_acquitted += not trial.n_guilty
+        if isinstance(trial, HeaderTrial):
+            self.probed[trial.block] = trial.probed
+            return
         result = tasks.BatchResult(trial.verdicts(), "none", {})
         if result.pieces:
             self._take_batch(result)
         if innocent := trial.innocent():
-            self._send_pieces(innocent)
+            self._send_pieces(innocent, 0 if trial.n_guilty else trial.n_before + 1)
 
     def _work_piece(self, piece: Any) -> tasks.WorkPiece:
         images = [self.image_of[piece.size].pop(row) for row in piece.rows]
@@ -447,8 +460,10 @@ class Driver:
 
     def _take_batch(self, result: tasks.BatchResult) -> None:
         for piece in result.pieces:
-            for status, error in zip(piece.status.tolist(), piece.error, strict=True):
-                self.watch.note(error, is_fault=status == Status.PENDING)
+            group = class_name(piece.layout.size)
+            for row, status, error in zip(piece.rows, piece.status.tolist(), piece.error, strict=True):
+                if not (is_inaccessible(error) and Entry(group, row) in self.found.retried):  # which is no news
+                    self.watch.note(error, is_fault=status == Status.PENDING)
         self.results.append(result)
         try:
             self.watch.check()
@@ -459,9 +474,12 @@ class Driver:
 
     def _commit(self, *, last: bool = False) -> None:
         """Write what finished batches reported; what they say of access waits until the source has shown that it can be read."""
-        if not self.results or (not last and self.watch.is_undecided):
+        is_held = self.watch.is_undecided and not last
+        held = [result for result in self.results if is_held and has_inaccessible(result.pieces)]
+        results = [result for result in self.results if result not in held]
+        if not results:
             return
-        results, self.results = self.results, []
+        self.results = held
         try:
             pieces = [piece for result in results for piece in result.pieces]
             self.ledger.commit(pieces, source_failed=self.watch.failed)
@@ -487,6 +505,7 @@ class Driver:
         self.progress.n_finished += n_done
         if n_done:
             summary.hosts[result.host] = summary.hosts.get(result.host, 0) + n_done
+            summary.kernels[result.kernel] = summary.kernels.get(result.kernel, 0) + n_done
         summary.pixels += result.pixels
         summary.bytes_read += result.bytes_read
         summary.bytes_written += result.bytes_written

@@ -36,10 +36,11 @@ def explain(error: BaseException | None, sent: Any, store: Path) -> FeaturemapsE
             "the permissions and run the same command again"
         )
     elif isinstance(error, KilledWorker):
-        images = f" of {len(sent[0].paths)} images from {sent[0].paths[0]!r} on" if isinstance(sent, list) else " of headers"
+        pieces, _ = sent
         text = (
-            f"a batch{images} killed its worker every time, though each image alone did not: too little memory per worker, or workers "
-            "that something else kills; what was committed stands; run again with more memory per worker (--workers, --memory-limit)"
+            f"a batch of {sum(len(piece.paths) for piece in pieces)} images from {pieces[0].paths[0]!r} on killed its worker every time, "
+            "though each image alone did not: too little memory per worker, or workers that something else kills; what was committed "
+            "stands; run again with more memory per worker (--workers, --memory-limit)"
         )
     else:
         text = (

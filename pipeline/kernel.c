@@ -5,6 +5,7 @@
 #include <string.h>
 
 enum activation { NONE, SIGMOID, TANH, RELU };
+enum { ABI = 1, BLOCK = 256 };
 enum kind { FLOAT32, UINT8, UINT16 };
 
 struct pair { /* two filters and the input rows that two output rows need */
@@ -81,6 +82,9 @@ static const struct version *choose(int lanes)
     return &plain_version;
 }
 
+/* Changes with the arguments of what is called from outside. */
+int featuremaps_abi(void) { return ABI; }
+
 /* Lanes of the widest version that this processor runs, at most so many. */
 int featuremaps_lanes(int lanes) { return choose(lanes)->lanes; }
 
@@ -135,7 +139,8 @@ int featuremaps_layer(const uint8_t *image, int height, int width, int channels,
             for (int k = 0; k <= last; k++)
                 for (int r = 0; r < n; r++) {
                     v->activate(to[k][r], out_width, activation);
-                    merge(&all[f + k], v->measure(to[k][r], out_width));
+                    for (int x = 0; x < out_width; x += BLOCK) /* float32 sums of a few, float64 of them */
+                        merge(&all[f + k], v->measure(to[k][r] + x, out_width - x < BLOCK ? out_width - x : BLOCK));
                     v->store(to[k][r], out_width, &stored, out + (f + k) * filter_stride + (y + r) * row_stride);
                 }
         }

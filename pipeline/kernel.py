@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 _ACTIVATIONS: dict[Activation, int] = {"none": 0, "sigmoid": 1, "tanh": 2, "relu": 3}  # as in kernel.c
 _KINDS = {"float32": 0, "uint8": 1, "uint16": 2}
 _NAMES = {16: "avx512", 8: "avx2", 4: "plain"}
+_ABI = 1  # as in kernel.c
 MAX_LANES = 16
 """Widest vectors to use, in float32 values; 0 is none at all, and leaves the work to torch."""
 
@@ -27,7 +28,9 @@ def _library() -> ctypes.CDLL | None:
     for path in sorted(Path(__file__).parent.glob("_kernel*.so")):
         try:
             library = ctypes.CDLL(str(path))
-        except OSError:  # another platform's
+            if library.featuremaps_abi() != _ABI:
+                continue
+        except (OSError, AttributeError):  # another platform's, or of other sources
             continue
         pointer, integer, real, stride = ctypes.c_void_p, ctypes.c_int, ctypes.c_float, ctypes.c_int64
         library.featuremaps_layer.argtypes = [

@@ -17,6 +17,11 @@ from pipeline.store import Store
 from pipeline.tasks import PieceResult
 
 
+def has_inaccessible(pieces: Iterable[PieceResult]) -> bool:
+    """Whether some image of them could not be reached."""
+    return any(is_inaccessible(error) for piece in pieces for error in piece.error if error)
+
+
 class Ledger:
     """The ledger of a store, in terms of the images of a listing.
 

@@ -54,12 +54,23 @@ class Holder:
         try:
             return _start_ticks(self.pid) != self.process_started or psutil.Process(self.pid).status() == psutil.STATUS_ZOMBIE
         except (psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):
-            return True
+            return not _is_there(self.pid)
 
 
 def _start_ticks(pid: int) -> int:
     """When a process started; proc(5) counts the field behind the name, which may hold anything."""
     return int(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[19])
+
+
+def _is_there(pid: int) -> bool:
+    """Whether a process exists, also where /proc hides those of others."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
 
 
 def _boot_id() -> str:

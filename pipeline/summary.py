@@ -43,6 +43,8 @@ class Summary:
     n_removed: int = 0
     n_returned: int = 0
     n_unreachable: int = 0
+    kernels: dict[str, int] = field(default_factory=dict)
+    """Images done by each version of the first layer; they agree to rounding only."""
     n_done_total: int = 0
     """Images of the store that are done, by this run or an earlier one."""
     ignored: dict[str, int] = field(default_factory=dict)

@@ -16,7 +16,7 @@ import numpy as np
 import xxhash
 from distributed import Worker, WorkerPlugin, get_worker
 
-from pipeline import decode, store
+from pipeline import decode, kernel, store
 from pipeline.chunks import Array
 from pipeline.config import ExtractorSpec
 from pipeline.errors import ImageError, PassingFaultError
@@ -76,6 +76,8 @@ class BatchResult:
     bytes_read: int = 0
     bytes_written: int = 0
     pixels: int = 0
+    kernel: str = ""
+    """What computed the first layer."""
 
 
 @dataclass(slots=True)
@@ -200,6 +202,7 @@ def extract(target: Target, decoded: Decoded) -> Extracted:
         _extract_piece(plugin, images, outcome) for images, outcome in zip(decoded.images, decoded.result.pieces, strict=True)
     ]
     decoded.result.stage_s["extract"] += time.perf_counter() - started
+    decoded.result.kernel = kernel.version()
     return Extracted(blocks, decoded.result)
 
 
@@ -247,9 +250,9 @@ def maps_digest(maps: Iterable[Array]) -> str:
     return digest.hexdigest()
 
 
-def attempt(target: Target, source: Source, piece: WorkPiece) -> None:
-    """Read and extract, and keep nothing: whether the process survives it is what counts."""
-    extract(target, read(source, [piece]))
+def attempt(target: Target, decoded: Decoded) -> None:
+    """Extract and keep nothing: whether the process survives it is what counts."""
+    extract(target, decoded)
 
 
 # -- write -----------------------------------------------------------------------------------------------------------------------

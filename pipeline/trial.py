@@ -7,12 +7,42 @@ from dataclasses import replace
 
 import numpy as np
 
+from pipeline.reading import Probed
 from pipeline.schema import STATISTICS, Status
 from pipeline.tasks import PieceResult, WorkPiece
 
 GUILTY = (
     "crashed: its worker process died every time that it was computed alone (a crash of the decoder, or too little memory for it)"
 )
+
+
+class HeaderTrial:
+    """The headers of a block whose worker died again and again.
+
+    Parameters
+    ----------
+    block : int
+        Its number.
+    paths : sequence of str
+    """
+
+    def __init__(self, block: int, paths: Sequence[str]) -> None:
+        self.block, self.paths = block, paths
+        self.probed: list[Probed] = []
+        """What is known so far, in the order of the paths."""
+
+    @property
+    def n_images(self) -> int:
+        """Images that wait for the outcome without being in the store: the driver counts them as not probed."""
+        return 0
+
+    def next(self) -> str | None:
+        """One path, or None when all were tried."""
+        return self.paths[len(self.probed)] if len(self.probed) < len(self.paths) else None
+
+    def judge(self, probed: Sequence[Probed] | None) -> None:
+        """Note what the header given last says, or None where its worker died."""
+        self.probed += probed if probed is not None else [Probed(error=GUILTY)]
 
 
 class Trial:
@@ -22,10 +52,12 @@ class Trial:
     ----------
     pieces : sequence of WorkPiece
         The batch.
+    n_before : int
+        Trials of the same batch that found nobody guilty.
     """
 
-    def __init__(self, pieces: Sequence[WorkPiece]) -> None:
-        self.pieces = pieces
+    def __init__(self, pieces: Sequence[WorkPiece], n_before: int = 0) -> None:
+        self.pieces, self.n_before = pieces, n_before
         self._suspects = [(piece, i) for piece in pieces for i in range(len(piece.rows))]
         self._guilty: list[tuple[WorkPiece, int]] = []
         self._next = 0

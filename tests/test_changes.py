@@ -156,3 +156,17 @@ def test_a_returned_row_is_what_its_columns_say():
     found.settle_returned(lambda _: (np.array(["ff", "", "", ""]), np.array(["", "truncated: x", "missing: x", ""])))
     assert found.set_status == {"9x9": {0: DONE, 1: QUARANTINED, 2: PENDING, 3: PENDING}}
     assert found.pending == {"9x9": [(2, 2), (3, 3)]}
+
+
+def test_a_removed_rejection_without_a_fingerprint_stands_for_nothing():
+    rejected = entries("rejected", ("x", UNREADABLE, REMOVED))
+    found = run([entries("9x9", ("x", "5-5", DONE)), rejected], {"x": UNREADABLE})
+    assert (found.set_status, found.n_unchanged, found.n_unreachable) == ({}, 1, 1)
+    found = run([rejected], {"x": UNREADABLE})
+    assert (found.new, found.n_unchanged) == ([0], 0)
+
+
+def test_returned_rows_are_tried_again_when_asked():
+    found = run([entries("9x9", ("a", "1", REMOVED))], {"a": "1"}, retry_quarantined=True)
+    found.settle_returned(lambda _: (np.array([""]), np.array(["truncated: x"])))
+    assert found.pending == {"9x9": [(0, 0)]}

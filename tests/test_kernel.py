@@ -98,3 +98,27 @@ def test_an_installation_without_a_compiler_falls_back_to_torch(tmp_path):
     code = "from pipeline import kernel, weights; print(kernel.version(), kernel.is_available(weights.quantisation((0, 1), 'uint8')))"
     found = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert found.stdout == "torch False\n"
+
+
+@needs_kernel
+@pytest.mark.parametrize("lanes", [4, 8, 16])
+def test_the_statistics_of_a_wide_constant_image_are_exact(monkeypatch, lanes):
+    monkeypatch.setattr(kernel, "MAX_LANES", lanes)
+    image, weight = np.full((3, 20_000, 1), 100, np.uint8), np.ones((1, 1, 1, 1), np.float32)
+    out = np.empty((1, 3, 20_000), np.float32)
+    mean, std, low, high = kernel.first_layer(
+        image, weight, np.full(1, 0.1, np.float32), "none", quantisation((0, 0), "float32"), out
+    )
+    assert low == high == out[0, 0, 0]
+    assert abs(mean - low) < 1e-4  # of 100.1
+    assert std < 1e-4
+
+
+@needs_kernel
+def test_a_library_of_other_sources_is_not_used(monkeypatch):
+    monkeypatch.setattr(kernel, "_ABI", 0)
+    kernel._library.cache_clear()
+    assert kernel.version() == "torch"
+    monkeypatch.undo()
+    kernel._library.cache_clear()
+    assert kernel.version() != "torch"

@@ -398,3 +398,28 @@ def test_a_store_beside_the_files_of_a_pattern_is_fine(run, tmp_path, monkeypatc
     assert run("*.png", tmp_path / "f.zarr").n_unchanged == 2
     with pytest.raises(UsageError, match="lies inside the source"):
         run("**/*.png", tmp_path / "g.zarr")
+
+
+def test_many_images_that_stay_unreachable_do_not_hide_the_new_ones(run, tmp_path):
+    """Those that are tried again by every run are no sign that the source is gone."""
+    store, source = tmp_path / "features.zarr", tmp_path / "list.txt"
+    make_images(tmp_path / "good", 3, [(20, 20)])
+    (tmp_path / "folders").mkdir()
+    for i in range(600):  # which have a size and a time, but are no files
+        (tmp_path / "folders" / f"{i}.png").mkdir()
+    good = [f"good/img{i:05d}.png" for i in range(3)]
+    source.write_text(good[0])
+    run(source)
+    listed = Store(store)
+    listed.append(
+        "rejected",
+        {
+            "path": stack([f"folders/{i}.png" for i in range(600)]),
+            "size_bytes": np.full(600, -1, np.int64),
+            "fingerprint": stack(["unreadable"] * 600),
+            "error": stack(["not_a_file: a folder"] * 600),
+            "status": np.full(600, Status.QUARANTINED, np.uint8),
+        },
+    )
+    source.write_text("\n".join([*good, *(f"folders/{i}.png" for i in range(600))]))
+    assert run(source).n_done == 2

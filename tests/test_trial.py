@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import time
 
@@ -12,10 +13,11 @@ from pipeline import decode
 from pipeline.cluster import LocalSpec, connect
 from pipeline.config import make_job
 from pipeline.plan import class_layout
+from pipeline.reading import Probed
 from pipeline.run import run_job
 from pipeline.schema import Status
 from pipeline.tasks import WorkPiece
-from pipeline.trial import GUILTY, Trial
+from pipeline.trial import GUILTY, HeaderTrial, Trial
 from tests.conftest import content, make_images
 
 
@@ -57,6 +59,48 @@ class Poison(WorkerPlugin):
             return image
 
         decode.decode = crash
+
+
+class PoisonHeader(WorkerPlugin):
+    """As `Poison`, while the header is looked at."""
+
+    name = "poison-header"
+
+    def setup(self, worker) -> None:
+        from pipeline import reading
+
+        real = reading._probe
+
+        def crash(source, path, needed, patience):
+            if path == "poison.png":
+                os.kill(os.getpid(), signal.SIGKILL)
+                time.sleep(60)
+            return real(source, path, needed, patience)
+
+        reading._probe = crash
+
+
+def test_headers_are_tried_one_by_one():
+    trial = HeaderTrial(3, ["a", "b", "c"])
+    good = Probed(40, 50, 40, 50)
+    for outcome in ([good], None, [good]):
+        assert trial.next() == "abc"[len(trial.probed)]
+        trial.judge(outcome)
+    assert trial.next() is None
+    assert trial.probed == [good, Probed(error=GUILTY), good]
+    assert (trial.block, trial.n_images) == (3, 0)
+
+
+@pytest.mark.cluster
+@pytest.mark.kill
+def test_a_header_that_kills_its_worker_costs_itself_only(tmp_path):
+    source = make_images(tmp_path / "source", 6, [(40, 50)])
+    shutil.copy(source / "img00000.png", source / "poison.png")
+    with connect(LocalSpec(workers=2)) as client:
+        client.register_plugin(PoisonHeader())
+        summary = run_job(make_job({"source": str(source), "store": str(tmp_path / "f.zarr")}), client)
+    assert (summary.outcome, summary.n_done, summary.n_rejected, summary.n_pending) == ("complete", 6, 1, 0)
+    assert content(tmp_path / "f.zarr")["poison.png"] == ("REJECTED", GUILTY)
 
 
 @pytest.mark.cluster
