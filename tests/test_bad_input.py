@@ -77,7 +77,7 @@ def command(client, monkeypatch, capfd):
     def connect(_):
         yield client
 
-    monkeypatch.setattr("pipeline.driver.connect", connect)
+    monkeypatch.setattr("pipeline.cluster.connect", connect)
 
     def call(*arguments) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["featuremaps", *map(str, arguments)])
