@@ -24,18 +24,22 @@ class SourceWatch:
         self.failed = False
         """Whether most of some `SAMPLE` images in a row could not be reached."""
         self._n_seen = 0
+        self._n_lost = 0  # of the recent ones
         self._recent: deque[bool] = deque(maxlen=SAMPLE)
 
     def note(self, error: str, *, is_fault: bool) -> None:
         """Take down an image's error, or none, and whether it is a fault that may pass."""
         self._n_seen += 1
+        if len(self._recent) == SAMPLE:
+            self._n_lost -= self._recent[0]
         self._recent.append(is_fault or is_inaccessible(error))
-        self.failed |= len(self._recent) == SAMPLE and sum(self._recent) > SAMPLE / 2
+        self._n_lost += self._recent[-1]
+        self.failed |= len(self._recent) == SAMPLE and self._n_lost > SAMPLE / 2
 
     @property
     def is_undecided(self) -> bool:
         """Whether some images could not be reached, and too few were seen to tell why."""
-        return any(self._recent) and self._n_seen < SAMPLE
+        return self._n_lost > 0 and self._n_seen < SAMPLE
 
     def check(self) -> None:
         """Stop a run whose source failed.
