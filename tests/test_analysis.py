@@ -365,3 +365,17 @@ def test_images_that_left_or_changed_have_no_part_in_a_dataset(client, tmp_path)
     assert dataset["status"].attrs["flag_meanings"] == "pending done quarantined removed superseded"
     paths = dataset["path"].values[is_done].tolist()
     assert paths == [*sorted(set(paths) - {"img00002.png"}), "img00002.png"]
+
+
+def test_an_image_that_was_replaced_meanwhile_is_no_map_of_nothing(client, tmp_path):
+    source = make_images(tmp_path / "source", 2, [(30, 40)])
+    job = make_job({"source": str(source), "store": str(tmp_path / "f.zarr")})
+    run_job(job, client)
+    opened = open_store(tmp_path / "f.zarr")
+    assert len(opened.images) == 2
+    shutil.copy(source / "img00001.png", source / "img00000.png")
+    run_job(job, client)
+    with pytest.raises(
+        UsageError, match=r"'img00000\.png' has been replaced or removed since .* was opened: open the store again"
+    ):
+        opened.image("img00000.png")

@@ -122,3 +122,19 @@ def test_a_library_of_other_sources_is_not_used(monkeypatch):
     monkeypatch.undo()
     kernel._library.cache_clear()
     assert kernel.version() != "torch"
+
+
+@needs_kernel
+def test_a_layer_without_memory_for_its_rows_says_so(monkeypatch):
+    class Library:
+        """Stands for the compiled code on a machine whose memory is used up, which no test can arrange safely."""
+
+        @staticmethod
+        def featuremaps_layer(*_: object) -> int:
+            return -1
+
+    monkeypatch.setattr(kernel, "_library", Library)
+    stored = quantisation((0, 1), "float32")
+    image, weight, bias = np.zeros((9, 9, 3), np.uint8), np.zeros((2, 3, 9, 9), np.float32), np.zeros(2, np.float32)
+    with pytest.raises(MemoryError, match="found no memory for its rows"):
+        kernel.first_layer(image, weight, bias, "sigmoid", stored, np.empty((2, 1, 1), np.float32))

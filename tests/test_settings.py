@@ -8,6 +8,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from pipeline.config import DecodeSpec, ExtractorSpec, LayerSpec, make_job
+from pipeline.errors import UsageError
 from pipeline.schema import difference
 from pipeline.settings import decode_spec, extractor_spec, layout_of, multiply_adds, needed_size, store_spec
 from pipeline.weights import load_weights, weights_digest
@@ -104,3 +105,11 @@ def test_the_work_of_an_image_is_that_of_its_convolutions_before_the_pool():
     first = 4 * 3 * 25 * 96 * 76
     second = 6 * 4 * 3 * 46 * 38
     assert multiply_adds(spec, (100, 80), 3) == first + second
+
+
+def test_layers_of_more_weights_than_memory_are_a_slip_of_the_pen():
+    spec = ExtractorSpec(layers=(LayerSpec(filters=1_000_000, kernel=(100_000, 100_000)),))
+    with pytest.raises(
+        UsageError, match=r"layers have 30,000,000,001,000,000 weights, and more than 134,217,728 are surely a slip"
+    ):
+        load_weights(spec, 3)
