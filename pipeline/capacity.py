@@ -43,5 +43,5 @@ def require_space(path: Path, wanted_bytes: int, n_images: int) -> None:
         raise FeaturemapsError(
             f"the maps of {n_images} images need up to {wanted_bytes / 1e9:.2f} GB, and {path} has {free / 1e9:.2f} GB free: they were "
             f"not started, so that the disk does not run full in the middle; free {(wanted_bytes - free) / 1e9:.2f} GB, or use "
-            "--dtype uint8, --resize or --limit"
+            "--limit, or a new store with --dtype uint8 or --resize"
         )

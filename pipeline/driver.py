@@ -475,8 +475,10 @@ class Driver:
     def _commit(self, *, last: bool = False) -> None:
         """Write what finished batches reported; what they say of access waits until the source has shown that it can be read."""
         is_held = self.watch.is_undecided and not last
-        held = [result for result in self.results if is_held and has_inaccessible(result.pieces)]
-        results = [result for result in self.results if result not in held]
+        held: list[tasks.BatchResult] = []
+        results: list[tasks.BatchResult] = []
+        for result in self.results:
+            (held if is_held and has_inaccessible(result.pieces) else results).append(result)
         if not results:
             return
         self.results = held

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -43,8 +43,8 @@ def _library() -> ctypes.CDLL | None:
     return None
 
 
-def version() -> Literal["torch", "plain", "avx2", "avx512"] | str:
-    """What computes the first layer on this machine."""
+def version() -> str:
+    """What computes the first layer on this machine: ``torch``, ``plain``, ``avx2`` or ``avx512``."""
     library = _library()
     return "torch" if library is None or not MAX_LANES else _NAMES[library.featuremaps_lanes(MAX_LANES)]
 

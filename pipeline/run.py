@@ -130,7 +130,7 @@ def _work(
     progress.n_total, progress.n_start = len(listing), len(listing) - len(found.new) - found.n_pending
     progress.n_finished, progress.stage = progress.n_start, "starting workers"
     notify(progress)
-    if found.new or found.n_pending:  # of returned ones, too
+    if found.new or found.n_pending:
         store.touch_version(VERSION)
         from pipeline.cluster import with_client  # noqa: PLC0415 (no Dask and no cluster when there is nothing to do)
         from pipeline.driver import Driver  # noqa: PLC0415 (as above)

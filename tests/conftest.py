@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from pipeline import cli
 from pipeline.cluster import LocalSpec, connect
 from pipeline.config import make_job
 from pipeline.run import run_job
@@ -74,5 +77,25 @@ def run(client, tmp_path):
     def call(source, store=None, **values):
         job = make_job({"source": str(source), "store": str(store or tmp_path / "features.zarr"), **values})
         return run_job(job, client)
+
+    return call
+
+
+@pytest.fixture
+def command(client, monkeypatch, capfd):
+    """Call the command as a shell would, but in this process and on the tests' own cluster: exit code, stdout, stderr."""
+
+    @contextlib.contextmanager
+    def connect(_):
+        yield client
+
+    monkeypatch.setattr("pipeline.cluster.connect", connect)
+
+    def call(*arguments) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["featuremaps", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, err = capfd.readouterr()
+        return int(ended.value.code or 0), out, err
 
     return call

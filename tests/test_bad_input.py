@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import io
 import json
@@ -22,7 +21,6 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from pipeline import open_store
-from pipeline.cli import main
 from pipeline.config import make_job
 from pipeline.run import run_job
 from pipeline.schema import REJECTED, Status
@@ -67,26 +65,6 @@ BAD = {
     "text.jpg": (b"this is no image\n", "not_an_image: the content is none of"),
 }
 SOON_GONE = "zz gone.png"
-
-
-@pytest.fixture
-def command(client, monkeypatch, capfd):
-    """Call the command as a shell would, but in this process and on the tests' own cluster: exit code, stdout, stderr."""
-
-    @contextlib.contextmanager
-    def connect(_):
-        yield client
-
-    monkeypatch.setattr("pipeline.cluster.connect", connect)
-
-    def call(*arguments) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["featuremaps", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        out, err = capfd.readouterr()
-        return int(ended.value.code or 0), out, err
-
-    return call
 
 
 @pytest.fixture
@@ -522,7 +500,7 @@ def test_a_disk_that_is_too_small_is_refused_with_the_number_that_is_missing(com
     code, _, err = command("run", twelve_sizes, disk / "f.zarr")
     assert code == 1
     assert "GB free: they were not started, so that the disk does not run full in the middle" in err
-    assert "use --dtype uint8, --resize or --limit" in err
+    assert "use --limit, or a new store with --dtype uint8 or --resize" in err
     assert content(disk / "f.zarr") == {}
 
 

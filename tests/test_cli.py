@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import pty
@@ -27,26 +26,6 @@ from tests.conftest import make_images
 pytestmark = pytest.mark.cluster
 
 COMMAND = [sys.executable, "-c", "from pipeline.cli import main; main()"]
-
-
-@pytest.fixture
-def command(client, monkeypatch, capfd):
-    """Call the command as a shell would, but in this process and on the tests' own cluster: exit code, stdout, stderr."""
-
-    @contextlib.contextmanager
-    def connect(_):
-        yield client
-
-    monkeypatch.setattr("pipeline.cluster.connect", connect)
-
-    def call(*arguments) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["featuremaps", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        out, err = capfd.readouterr()
-        return int(ended.value.code or 0), out, err
-
-    return call
 
 
 @pytest.fixture
