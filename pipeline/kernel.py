@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 _ACTIVATIONS: dict[Activation, int] = {"none": 0, "sigmoid": 1, "tanh": 2, "relu": 3}  # as in kernel.c
 _KINDS = {"float32": 0, "uint8": 1, "uint16": 2}
-_NAMES = {16: "avx512", 8: "avx2", 4: "plain"}
+_NAMES = {32: "amx", 16: "avx512", 8: "avx2", 4: "plain"}
 _ABI = 1  # as in kernel.c
-MAX_LANES = 16
-"""Widest vectors to use, in float32 values; 0 is none at all, and leaves the work to torch."""
+MAX_LANES = 32
+"""Widest vectors to use, in float32 values, or 32 for matrix tiles; 0 is none at all, and leaves the work to torch."""
 
 
 @cache

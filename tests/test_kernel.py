@@ -28,13 +28,13 @@ def test_where_there_is_a_compiler_the_layer_is_compiled():
 
 @needs_kernel
 @given(
-    filters=st.integers(1, 5),
+    filters=st.integers(1, 20),
     channels=st.sampled_from([1, 3, 4]),
-    kernel_size=st.tuples(st.integers(1, 10), st.integers(1, 10)),
+    kernel_size=st.tuples(st.integers(1, 10), st.integers(1, 12)),
     more=st.tuples(st.integers(0, 8), st.integers(0, 200)),
     activation=st.sampled_from(sorted(ACTIVATIONS)),
     dtype=st.sampled_from(["float32", "uint8", "uint16"]),
-    lanes=st.sampled_from([4, 8, 16]),
+    lanes=st.sampled_from([4, 8, 16, 32]),
     seed=st.integers(0, 2**32 - 1),
 )
 def test_every_version_equals_the_reference(filters, channels, kernel_size, more, activation, dtype, lanes, seed):
@@ -73,14 +73,14 @@ def test_compiled_and_torch_store_the_same_within_a_level(monkeypatch, n_layers,
 
     Layer.name = name
     found = {}
-    for lanes in (16, 0):
+    for lanes in (32, 0):
         monkeypatch.setattr(kernel, "MAX_LANES", lanes)
         extractor = Extractor(spec, weights, [Layer])
         out = np.empty((spec.layers[-1].filters, 53 - 2 * (n_layers - 1), 75 - 2 * (n_layers - 1)), dtype)
         pooled = extractor.extract_into(image, {name: out})[name]
         found[lanes] = dequantise(out, stored), pooled
-    assert np.abs(found[16][0] - found[0][0]).max() <= 2 * stored.error_bound + 1e-5
-    for a, b in zip(found[16][1], found[0][1], strict=True):
+    assert np.abs(found[32][0] - found[0][0]).max() <= 2 * stored.error_bound + 1e-5
+    for a, b in zip(found[32][1], found[0][1], strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=2e-6)
 
 
@@ -101,7 +101,7 @@ def test_an_installation_without_a_compiler_falls_back_to_torch(tmp_path):
 
 
 @needs_kernel
-@pytest.mark.parametrize("lanes", [4, 8, 16])
+@pytest.mark.parametrize("lanes", [4, 8, 16, 32])
 def test_the_statistics_of_a_wide_constant_image_are_exact(monkeypatch, lanes):
     monkeypatch.setattr(kernel, "MAX_LANES", lanes)
     image, weight = np.full((3, 20_000, 1), 100, np.uint8), np.ones((1, 1, 1, 1), np.float32)
