@@ -48,11 +48,12 @@ def sizes(n: int = 10_000) -> None:
 
 
 class Peak(threading.Thread):
-    """Largest resident memory of a process and of any of its descendants, bytes, sampled 50 times a second."""
+    """Largest resident memory of a process and of any of its descendants, bytes, and when its first maps are in `STORE`."""
 
     def __init__(self, pid: int) -> None:
         super().__init__(daemon=True)
         self.process, self.driver, self.worker, self.over = psutil.Process(pid), 0, 0, threading.Event()
+        self.started, self.first_maps_s = time.monotonic(), 0.0
         self.start()
 
     def run(self) -> None:
@@ -63,6 +64,8 @@ class Peak(threading.Thread):
                     self.worker = max(self.worker, child.memory_info().rss)
             except psutil.Error:
                 pass
+            if not self.first_maps_s and next(STORE.glob("*x*/conv1/c.?.0.0.0"), None):
+                self.first_maps_s = time.monotonic() - self.started
 
 
 def measured(*arguments: object, code: int = 0) -> tuple[dict, Peak, float]:

@@ -7,11 +7,13 @@ from pathlib import Path
 
 from pipeline.errors import FeaturemapsError, UsageError
 from pipeline.objects import free_bytes
-from pipeline.plan import BATCHES_IN_FLIGHT_PER_SLOT, ClassLayout, Size, worker_memory_bytes
+from pipeline.plan import ClassLayout, Size, worker_memory_bytes
 
 
-def require_memory(layouts: Mapping[Size, ClassLayout], channels: int, threads: int, limit_bytes: int, decode_bytes: int) -> None:
-    """Check that the largest images fit a worker of ``limit_bytes`` (0: no limit) with ``threads`` batches at a time.
+def require_memory(
+    layouts: Mapping[Size, ClassLayout], channels: int, threads: int, window: int, limit_bytes: int, decode_bytes: int
+) -> None:
+    """Check that the largest images fit a worker of ``limit_bytes`` (0: no limit); see `worker_memory_bytes` for the others.
 
     Raises
     ------
@@ -20,7 +22,7 @@ def require_memory(layouts: Mapping[Size, ClassLayout], channels: int, threads: 
     """
     if not layouts or not limit_bytes:
         return
-    needed = worker_memory_bytes(layouts.values(), channels, threads, BATCHES_IN_FLIGHT_PER_SLOT * threads, decode_bytes)
+    needed = worker_memory_bytes(layouts.values(), channels, threads, window, decode_bytes)
     if needed > limit_bytes:
         largest = max(layouts, key=lambda size: size[0] * size[1])
         raise UsageError(

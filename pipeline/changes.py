@@ -19,7 +19,7 @@ _ACCESS = ("missing", "permission_denied", "changed", "not_a_file")
 
 def is_inaccessible(error: str) -> bool:
     """Whether an image's error says that it could not be reached."""
-    return error.split(":", 1)[0] in _ACCESS
+    return bool(error) and error.split(":", 1)[0] in _ACCESS
 
 
 class Entry(NamedTuple):

@@ -8,7 +8,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError
 from typing import Any
 
@@ -20,7 +20,7 @@ from distributed.comm import CommClosedError
 from pipeline import reading, tasks
 from pipeline.capacity import require_memory, require_space
 from pipeline.changes import Changes, Entry, is_inaccessible
-from pipeline.cluster import worker_slots
+from pipeline.cluster import ROLES, worker_slots
 from pipeline.collection import UNREADABLE, Listing
 from pipeline.config import Job
 from pipeline.errors import FeaturemapsError
@@ -102,12 +102,13 @@ class Driver:
         self.image_of: dict[Size, dict[int, int]] = {}  # rows of the store that are not sent yet -> image of the listing
         self.waiting: dict[Size, list[int]] = {}  # those of them that are in no batch
         self.next_probe = self.next_append = 0  # blocks of `found.new`
-        self.probed: dict[int, list[reading.Probed]] = {}
+        self.probed: dict[int, Sequence[reading.Probed]] = {}
         self.buffer: list[tuple[int, reading.Probed]] = []  # probed, in the order of the listing, not appended
         self.n_appended = self.n_sent = 0
         self.watch = SourceWatch(listing.root)
         self.trials: deque[Trial | HeaderTrial] = deque()  # the first of them is going on, and nothing else
         self.decode_bytes = 0  # the most that one of the images probed takes
+        self.is_whole = True  # one task does all of a batch
         self.results: list[tasks.BatchResult] = []
         self.failure: FeaturemapsError | None = None
         self.is_lost = False  # nothing that is in flight will come back
@@ -170,9 +171,10 @@ class Driver:
         """Look at the workers, give them the extractor, and take up the rows that are in the store already."""
         workers = worker_slots(self.client)
         self.addresses = set(workers)
-        self.slots = self.summary.slots = sum(slots for slots, _ in workers.values())
-        self.memory_limit_bytes = min((limit for _, limit in workers.values() if limit), default=0)
-        self.threads = max(slots for slots, _ in workers.values())
+        self.slots = self.summary.slots = sum(worker.extract for worker in workers.values())
+        self.memory_limit_bytes = min((w.memory_limit_bytes for w in workers.values() if w.memory_limit_bytes), default=0)
+        self.threads = max(worker.extract for worker in workers.values())
+        self.is_whole = all(worker.is_whole for worker in workers.values() if worker.extract)
         for size, shape_class in self.store.classes.items():
             rows = self.found.pending.get(shape_class.name, [])
             self.image_of[size] = dict(rows)
@@ -251,7 +253,7 @@ class Driver:
     def _check_workers(self) -> None:
         """Give up when nobody is left to work: a scheduler that was started by hand would wait for ever."""
         try:
-            self.slots = sum(slots for slots, _ in worker_slots(self.client).values())
+            self.slots = sum(worker.extract for worker in worker_slots(self.client).values())
             self.no_workers_since = None
         except FeaturemapsError as error:
             now = time.monotonic()
@@ -372,7 +374,8 @@ class Driver:
     def _check_capacity(self, layouts: dict[Size, ClassLayout], n_new: dict[Size, int]) -> None:
         """Refuse what cannot fit memory or disk, with the number that would."""
         n_rows = {size: n_new.get(size, 0) + len(self.image_of.get(size, {})) for size in layouts}
-        require_memory(layouts, self.channels, self.threads, self.memory_limit_bytes, self.decode_bytes)
+        window = 0 if self.is_whole else BATCHES_IN_FLIGHT_PER_SLOT * self.threads
+        require_memory(layouts, self.channels, self.threads, window, self.memory_limit_bytes, self.decode_bytes)
         require_space(self.store.path, sum(n * layouts[size].row_bytes for size, n in n_rows.items()), sum(n_rows.values()))
 
     # -- batches ---------------------------------------------------------------------------------------------------------------
@@ -387,7 +390,7 @@ class Driver:
                 shape_class.layout, rows, shape_class.length, cost_s, self.channels, complete=complete
             )
             pieces += cut
-        self.ready.extend(pack_batches(pieces, self.slots))
+        self.ready.extend(pack_batches(pieces, self.slots, is_whole=self.is_whole))
 
     def _send_batches(self) -> None:
         sent = sum(kind == "batch" for kind, _, _ in self.in_flight.values())
@@ -399,13 +402,19 @@ class Driver:
         self._send_pieces([self._work_piece(piece) for piece in batch.pieces])
 
     def _send_pieces(self, pieces: list[tasks.WorkPiece], n_acquittals: int = 0) -> None:
-        """Three tasks; only the last one's result, a few kB, comes back."""
+        """Only the last task's result, a few kB, comes back."""
         name = f"{self.summary.run_id}-{self.n_sent}"
         self.n_sent += 1
         submit = self.client.submit
-        decoded = submit(tasks.read, self.source, pieces, key=f"read-{name}", resources={"read": 1}, pure=False)
-        extracted = submit(tasks.extract, self.target, decoded, key=f"extract-{name}", resources={"extract": 1}, pure=False)
-        future = submit(tasks.write, self.target, extracted, key=f"write-{name}", resources={"write": 1}, pure=False)
+        if self.is_whole:
+            resources = dict.fromkeys(ROLES, 1)
+            future = submit(
+                tasks.process, self.source, self.target, pieces, key=f"process-{name}", resources=resources, pure=False
+            )
+        else:
+            decoded = submit(tasks.read, self.source, pieces, key=f"read-{name}", resources={"read": 1}, pure=False)
+            extracted = submit(tasks.extract, self.target, decoded, key=f"extract-{name}", resources={"extract": 1}, pure=False)
+            future = submit(tasks.write, self.target, extracted, key=f"write-{name}", resources={"write": 1}, pure=False)
         self._submit("batch", (pieces, n_acquittals), future)
 
     # -- batches that killed their worker ----------------------------------------------------------------------------------------
@@ -461,9 +470,9 @@ class Driver:
     def _take_batch(self, result: tasks.BatchResult) -> None:
         for piece in result.pieces:
             group = class_name(piece.layout.size)
-            for row, status, error in zip(piece.rows, piece.status.tolist(), piece.error, strict=True):
+            for row, is_fault, error in zip(piece.rows, (piece.status == Status.PENDING).tolist(), piece.error, strict=True):
                 if not (is_inaccessible(error) and Entry(group, row) in self.found.retried):  # which is no news
-                    self.watch.note(error, is_fault=status == Status.PENDING)
+                    self.watch.note(error, is_fault=is_fault)
         self.results.append(result)
         try:
             self.watch.check()
@@ -500,7 +509,7 @@ class Driver:
             summary.n_quarantined += n_quarantined
             self.progress.n_quarantined += n_quarantined
             self.progress.n_finished += n_quarantined
-            faults = [error for status, error in zip(piece.status, piece.error, strict=True) if status == Status.PENDING]
+            faults = [piece.error[i] for i in np.flatnonzero(piece.status == Status.PENDING)]
             summary.n_pending += len(faults)
             summary.faults = (summary.faults + faults)[:20]
         summary.n_done += n_done

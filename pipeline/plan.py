@@ -294,7 +294,7 @@ def _group_by_shard(rows: Sequence[int], shard_rows: int) -> Iterator[tuple[int,
         yield members[0] // shard_rows, members
 
 
-def pack_batches(pieces: Sequence[Piece], slots: int) -> list[Batch]:
+def pack_batches(pieces: Sequence[Piece], slots: int, *, is_whole: bool = True) -> list[Batch]:
     """Join pieces, in order, into batches of about a second, but enough of them to keep every slot busy.
 
     Parameters
@@ -302,18 +302,21 @@ def pack_batches(pieces: Sequence[Piece], slots: int) -> list[Batch]:
     pieces : sequence of Piece
     slots : int
         Number of extract tasks that the cluster runs at once.
+    is_whole : bool
+        Whether one task does all of a batch, a shard at a time; else no batch of several pieces is above `BATCH_BYTES`, because its
+        images lie in memory together.
 
     Returns
     -------
     list of Batch
-        Every piece is in exactly one batch; no batch of several pieces is above `BATCH_BYTES`.
+        Every piece is in exactly one batch.
     """
     total_s = sum(piece.cost_s for piece in pieces)
     target_s = max(MIN_BATCH_S, min(BATCH_S, total_s / (BATCHES_PER_SLOT * max(1, slots))))
     batches: list[Batch] = []
     members: list[Piece] = []
     for piece in pieces:
-        if members and sum(m.memory_bytes for m in members) + piece.memory_bytes > BATCH_BYTES:
+        if members and not is_whole and sum(m.memory_bytes for m in members) + piece.memory_bytes > BATCH_BYTES:
             batches.append(Batch(tuple(members)))
             members = []
         members.append(piece)
@@ -328,9 +331,9 @@ def pack_batches(pieces: Sequence[Piece], slots: int) -> list[Batch]:
 def worker_memory_bytes(layouts: Iterable[ClassLayout], channels: int, threads: int, window: int, decode_bytes: int = 0) -> int:
     """Projected peak memory of one worker.
 
-    The interpreter and its libraries; the decoded images of all batches in flight; per thread the maps of one batch, the
-    compressed object of one shard, and the scratch of one image: its pixels once more, its maps as float32 twice, and a band;
-    or, while the image is decoded, its file and its pixels in the source's own mode and size.
+    The interpreter and its libraries; the decoded images of all batches in flight; per thread the maps of one batch (of one shard,
+    where one task does all of a batch), the compressed object of one shard, and the scratch of one image: its pixels twice,
+    its maps as float32 twice, and a band; and, while an image is decoded, its file and its pixels in the source's own mode and size.
 
     Parameters
     ----------
@@ -340,7 +343,7 @@ def worker_memory_bytes(layouts: Iterable[ClassLayout], channels: int, threads: 
     threads : int
         Threads of the worker that extract and write.
     window : int
-        Batches of one worker in flight.
+        Batches of one worker in flight whose images are in memory; 0 where one task does all of a batch, image by image.
     decode_bytes : int
         What decoding one image takes at most.
     """
@@ -351,7 +354,7 @@ def worker_memory_bytes(layouts: Iterable[ClassLayout], channels: int, threads: 
 def _class_memory_bytes(layout: ClassLayout, channels: int, threads: int, window: int) -> int:
     image = layout.size[0] * layout.size[1] * channels
     shard = layout.shard_rows * (image + layout.row_bytes)
-    n_images = layout.shard_rows * max(1, BATCH_BYTES // shard)
+    n_images = layout.shard_rows * (max(1, BATCH_BYTES // shard) if window else 1)
     maps = 4 * sum(layer.channels * layer.height * layer.width for layer in layout.layers)
-    scratch = image + 2 * maps + BAND_BYTES
+    scratch = 2 * image + 2 * maps + BAND_BYTES
     return window * n_images * image + threads * (n_images * layout.row_bytes + layout.shard_rows * layout.row_bytes + scratch)

@@ -19,7 +19,6 @@ from pipeline.config import Job
 from pipeline.lock import current_holder
 from pipeline.objects import free_bytes
 from pipeline.plan import (
-    BATCHES_IN_FLIGHT_PER_SLOT,
     ClassLayout,
     Size,
     assign_classes,
@@ -201,7 +200,7 @@ def _fill(
     preview.n_new_classes = len(layouts.keys() - existing.keys())
     preview.n_shards = len(pieces)
     preview.n_batches = len(pack_batches(pieces, preview.workers))
-    preview.worker_memory_bytes = worker_memory_bytes(layouts.values(), channels, 1, BATCHES_IN_FLIGHT_PER_SLOT, decode_bytes)
+    preview.worker_memory_bytes = worker_memory_bytes(layouts.values(), channels, 1, 0, decode_bytes)
 
 
 @dataclass(slots=True)

@@ -58,7 +58,13 @@ class Patience:
         self.pauses_s: tuple[float, ...] = RETRY_PAUSES_S
 
 
-def probe_block(source: Source, paths: Sequence[str], needed: tuple[int, int]) -> list[Probed]:
+class ProbedBlock(tuple[Probed, ...]):
+    """What the headers of a block say; a type of its own, because Dask sends each item of a plain list or tuple by itself."""
+
+    __slots__ = ()
+
+
+def probe_block(source: Source, paths: Sequence[str], needed: tuple[int, int]) -> ProbedBlock:
     """Read the headers of some images.
 
     Parameters
@@ -70,7 +76,7 @@ def probe_block(source: Source, paths: Sequence[str], needed: tuple[int, int]) -
         Smallest input height and width that leave a map.
     """
     patience = Patience()
-    return [_probe(source, path, needed, patience) for path in paths]
+    return ProbedBlock(_probe(source, path, needed, patience) for path in paths)
 
 
 def _probe(source: Source, path: str, needed: tuple[int, int], patience: Patience) -> Probed:

@@ -29,11 +29,12 @@ class SourceWatch:
 
     def note(self, error: str, *, is_fault: bool) -> None:
         """Take down an image's error, or none, and whether it is a fault that may pass."""
+        is_lost = is_fault or is_inaccessible(error)
         self._n_seen += 1
         if len(self._recent) == SAMPLE:
             self._n_lost -= self._recent[0]
-        self._recent.append(is_fault or is_inaccessible(error))
-        self._n_lost += self._recent[-1]
+        self._recent.append(is_lost)
+        self._n_lost += is_lost
         self.failed |= len(self._recent) == SAMPLE and self._n_lost > SAMPLE / 2
 
     @property

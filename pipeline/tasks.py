@@ -8,7 +8,7 @@ import hashlib
 import signal
 import socket
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -143,6 +143,34 @@ def _plugin(target: Target) -> ExtractorPlugin:
     return plugin
 
 
+def process(source: Source, target: Target, pieces: Sequence[WorkPiece]) -> BatchResult:
+    """Read, extract and write a batch where one worker does it all: image by image, holding the maps of one shard at a time.
+
+    Returns
+    -------
+    BatchResult
+        What the driver commits: only after this returns are the maps in the store.
+    """
+    result, patience = _no_result(), Patience()
+    for piece in pieces:
+        outcome = _pending(piece)
+        blocks = _extract_piece(_plugin(target), _images(source, piece, outcome, result, patience), outcome, result)
+        result.pieces.append(outcome)
+        _write_piece(target, outcome, blocks, result)
+    return result
+
+
+def _no_result() -> BatchResult:
+    return BatchResult(
+        [], socket.gethostname(), dict.fromkeys(("read", "decode", "extract", "write"), 0.0), kernel=kernel.version()
+    )
+
+
+def _pending(piece: WorkPiece) -> PieceResult:
+    n = len(piece.rows)
+    return PieceResult(piece.layout, piece.start, piece.stop, piece.rows, np.zeros(n, np.uint8), [""] * n, [""] * n, [""] * n)
+
+
 # -- read ------------------------------------------------------------------------------------------------------------------------
 
 
@@ -154,25 +182,28 @@ def read(source: Source, pieces: Sequence[WorkPiece]) -> Decoded:
     Decoded
         Images (height, width, channel) uint8. A bad one is None, its reason on record.
     """
-    result = BatchResult([], socket.gethostname(), dict.fromkeys(("read", "decode", "extract", "write"), 0.0))
-    patience = Patience()
-    return Decoded([_read_piece(source, piece, result, patience) for piece in pieces], result)
+    result, patience = _no_result(), Patience()
+    result.pieces = [_pending(piece) for piece in pieces]
+    images = [
+        list(_images(source, piece, outcome, result, patience)) for piece, outcome in zip(pieces, result.pieces, strict=True)
+    ]
+    return Decoded(images, result)
 
 
-def _read_piece(source: Source, piece: WorkPiece, result: BatchResult, patience: Patience) -> list[Array | None]:
-    n = len(piece.rows)
-    outcome = PieceResult(piece.layout, piece.start, piece.stop, piece.rows, np.zeros(n, np.uint8), [""] * n, [""] * n, [""] * n)
-    images: list[Array | None] = [None] * n
-    for i in range(n):
+def _images(
+    source: Source, piece: WorkPiece, outcome: PieceResult, result: BatchResult, patience: Patience
+) -> Iterator[Array | None]:
+    """One image after another, as `read` gives them."""
+    for i in range(len(piece.rows)):
+        image = None
         try:
-            images[i] = _read_image(source, piece, i, outcome, result, patience)
+            image = _read_image(source, piece, i, outcome, result, patience)
         except ImageError as error:
             outcome.status[i] = Status.QUARANTINED
             outcome.error[i] = str(error)
         except PassingFaultError as fault:
             outcome.error[i] = str(fault)
-    result.pieces.append(outcome)
-    return images
+        yield image
 
 
 def _read_image(source: Source, piece: WorkPiece, i: int, outcome: PieceResult, result: BatchResult, patience: Patience) -> Array:
@@ -195,19 +226,20 @@ def _read_image(source: Source, piece: WorkPiece, i: int, outcome: PieceResult, 
 
 
 def extract(target: Target, decoded: Decoded) -> Extracted:
-    """Compute the maps of a batch, one image per call, straight into the blocks that are written."""
-    plugin = _plugin(target)
-    started = time.perf_counter()
+    """Compute the maps of a batch straight into the blocks that are written."""
+    plugin, result = _plugin(target), decoded.result
     blocks = [
-        _extract_piece(plugin, images, outcome) for images, outcome in zip(decoded.images, decoded.result.pieces, strict=True)
+        _extract_piece(plugin, images, outcome, result) for images, outcome in zip(decoded.images, result.pieces, strict=True)
     ]
-    decoded.result.stage_s["extract"] += time.perf_counter() - started
-    decoded.result.kernel = kernel.version()
-    return Extracted(blocks, decoded.result)
+    return Extracted(blocks, result)
 
 
-def _extract_piece(plugin: ExtractorPlugin, images: list[Array | None], outcome: PieceResult) -> dict[str, Array]:
-    layout, n = outcome.layout, len(images)
+def _extract_piece(
+    plugin: ExtractorPlugin, images: Iterable[Array | None], outcome: PieceResult, result: BatchResult
+) -> dict[str, Array]:
+    """Take images as they come; what reading them takes meanwhile is not counted as extraction."""
+    started, elsewhere_s = time.perf_counter(), result.stage_s["read"] + result.stage_s["decode"]
+    layout, n = outcome.layout, len(outcome.rows)
     fills = {layer.name: layer.fill_value for layer in plugin.layers}
     blocks: dict[str, Array] = {}
     for layer, stored in zip(layout.layers, plugin.layers, strict=True):
@@ -227,6 +259,8 @@ def _extract_piece(plugin: ExtractorPlugin, images: list[Array | None], outcome:
         outcome.status[i] = Status.DONE
     for name, block in blocks.items():
         block[missing] = fills[name]
+    elsewhere_s = result.stage_s["read"] + result.stage_s["decode"] - elsewhere_s
+    result.stage_s["extract"] += time.perf_counter() - started - elsewhere_s
     return blocks
 
 
@@ -264,19 +298,23 @@ def write(target: Target, extracted: Extracted) -> BatchResult:
     Returns
     -------
     BatchResult
-        What the driver commits: only after this returns are the maps in the store.
+        As `process`.
     """
-    plugin, result = _plugin(target), extracted.result
+    for outcome, blocks in zip(extracted.result.pieces, extracted.blocks, strict=True):
+        _write_piece(target, outcome, blocks, extracted.result)
+    return extracted.result
+
+
+def _write_piece(target: Target, outcome: PieceResult, blocks: dict[str, Array], result: BatchResult) -> None:
+    if not (outcome.status == Status.DONE).any():
+        return
     started = time.perf_counter()
-    for outcome, blocks in zip(result.pieces, extracted.blocks, strict=True):
-        if (outcome.status == Status.DONE).any():
-            for layer, stored in zip(outcome.layout.layers, plugin.layers, strict=True):
-                _keep_others(target, outcome, layer, blocks[layer.name])
-                result.bytes_written += store.write_maps(
-                    Path(target.path), target.run_id, outcome.layout, layer, outcome.start, blocks[layer.name], stored.fill_value
-                )
+    for layer, stored in zip(outcome.layout.layers, _plugin(target).layers, strict=True):
+        _keep_others(target, outcome, layer, blocks[layer.name])
+        result.bytes_written += store.write_maps(
+            Path(target.path), target.run_id, outcome.layout, layer, outcome.start, blocks[layer.name], stored.fill_value
+        )
     result.stage_s["write"] += time.perf_counter() - started
-    return result
 
 
 def _keep_others(target: Target, outcome: PieceResult, layer: LayerLayout, block: Array) -> None:

@@ -119,7 +119,7 @@ def test_a_scheduler_that_runs_already_is_used_and_left_running(threads_only):
     local = threads_only(read=1, extract=3, write=1)
     with connect(AddressSpec(kind="address", address=local.scheduler_address)) as client:
         (slots,) = worker_slots(client).values()
-        assert slots[0] == 3
+        assert slots == (3, slots.memory_limit_bytes, False)  # it extracts more than it reads at once
     with Client(local.scheduler_address) as client:
         assert client.submit(lambda: 5).result() == 5
 
@@ -138,8 +138,8 @@ def test_workers_without_a_role_are_refused_with_the_option_that_gives_it(thread
 @pytest.mark.cluster
 def test_every_worker_of_the_local_cluster_offers_one_slot_and_a_memory_limit(client):
     slots = worker_slots(client)
-    assert [n for n, _ in slots.values()] == [1, 1]
-    assert all(limit > 2**28 for _, limit in slots.values())
+    assert [(worker.extract, worker.is_whole) for worker in slots.values()] == [(1, True), (1, True)]
+    assert all(worker.memory_limit_bytes > 2**28 for worker in slots.values())
 
 
 @pytest.mark.cluster

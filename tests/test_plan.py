@@ -144,11 +144,11 @@ PIECES = st.lists(
 
 @given(PIECES, st.integers(1, 64))
 def test_batches_hold_every_piece_once_and_stay_within_memory(pieces, slots):
-    batches = pack_batches(pieces, slots)
-    assert [piece for batch in batches for piece in batch.pieces] == pieces
-    for batch in batches:
-        assert len(batch.pieces) == 1 or batch.memory_bytes <= BATCH_BYTES
-        assert batch.n_images == len(batch.pieces)
+    for is_whole in (False, True):
+        batches = pack_batches(pieces, slots, is_whole=is_whole)
+        assert [piece for batch in batches for piece in batch.pieces] == pieces
+        assert all(batch.n_images == len(batch.pieces) for batch in batches)
+        assert is_whole or all(len(batch.pieces) == 1 or batch.memory_bytes <= BATCH_BYTES for batch in batches)
 
 
 @given(st.integers(1, 16), st.integers(1, 3000))
@@ -171,3 +171,4 @@ def test_projected_memory_grows_with_the_image_the_window_and_the_threads():
     assert worker_memory_bytes([], 3, 1, 2) < small < large
     assert worker_memory_bytes([layout_for((64, 64))], 3, 1, 4) > small
     assert worker_memory_bytes([layout_for((64, 64))], 3, 2, 2) > small
+    assert worker_memory_bytes([layout_for((64, 64))], 3, 1, 0) < small  # where one task does all, no batch is held

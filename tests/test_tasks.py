@@ -19,7 +19,7 @@ from pipeline.reading import Source
 from pipeline.schema import RUNS, Status, stack
 from pipeline.settings import extractor_spec, layout_of, store_spec
 from pipeline.store import create_store, prepare_folder
-from pipeline.tasks import ExtractorPlugin, Target, WorkPiece, extract, keep_memory, maps_digest, read, write
+from pipeline.tasks import ExtractorPlugin, Target, WorkPiece, extract, keep_memory, maps_digest, process, read, write
 from pipeline.weights import load_weights
 from tests.conftest import make_images
 
@@ -78,6 +78,28 @@ def test_a_batch_is_read_extracted_and_written_with_its_digests_and_pooled_value
     assert result.bytes_read == sum(p.stat().st_size for p in Path(work.source.root).iterdir())
     assert (result.pixels, result.bytes_written > 1000) == (5 * 40 * 50, True)
     assert all(seconds > 0 for seconds in result.stage_s.values())
+
+
+def test_one_task_does_what_three_do(work):
+    (Path(work.source.root) / work.piece.paths[1]).write_bytes(b"no image")
+    pieces = [only(work.piece, 0, 1, 2), only(work.piece, 3, 4)]  # the second keeps what the first wrote of their shard
+    three = write(work.target, extract(work.target, read(work.source, pieces)))
+    stored = (work.store.path / "40x50" / "conv1" / "c.0.0.0.0").read_bytes()
+    (work.store.path / "40x50" / "conv1" / "c.0.0.0.0").unlink()
+    one = process(work.source, work.target, pieces)
+    assert (work.store.path / "40x50" / "conv1" / "c.0.0.0.0").read_bytes() == stored
+    for a, b in zip(one.pieces, three.pieces, strict=True):
+        assert (a.rows, a.status.tolist(), a.digest, a.maps_digest, a.error) == (
+            b.rows,
+            b.status.tolist(),
+            b.digest,
+            b.maps_digest,
+            b.error,
+        )
+        assert np.array_equal(a.pooled["conv1"], b.pooled["conv1"], equal_nan=True)
+    names = ("bytes_read", "bytes_written", "pixels", "kernel", "host")
+    assert [getattr(one, name) for name in names] == [getattr(three, name) for name in names]
+    assert all(seconds > 0 for seconds in one.stage_s.values())
 
 
 def test_a_bad_image_leaves_fill_in_its_row_and_its_reason_in_the_result(work):
