@@ -53,7 +53,8 @@ def _job_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--seed", type=int, help="Seed of the weights (default 23455)."),
         click.option("--limit", type=int, metavar="N", help="Only the first N images of the listing."),
         click.option("--pixel-limit", type=int, metavar="N", help="Reject images of more pixels than this."),
-        click.option("--workers", type=int, metavar="N", help="Worker processes (default: one per core)."),
+        click.option("--workers", type=int, metavar="N", help="Batches at work at once (default: one per core)."),
+        click.option("--gpus", type=int, metavar="N", help="GPUs to use, 0 for none (default: all)."),
         click.option("--memory-limit", type=int, metavar="MIB", help="Memory of one worker."),
         click.option("--cluster", metavar="NAME", help="A cluster of cluster.yaml (default: all local cores)."),
         click.option("--retry-quarantined", is_flag=True, default=None, help="Try quarantined and rejected images again."),
@@ -70,7 +71,7 @@ def _job_options(command: Callable[..., Any]) -> Callable[..., Any]:
 def _make_job(what: tuple[str, ...], options: dict[str, Any]) -> Job:
     """Turn the command line into a job; options replace what a job file says."""
     values: dict[str, Any] = {}
-    for key in ("dtype", "limit", "workers", "cluster", "retry_quarantined", "max_quarantined", "max_removed"):
+    for key in ("dtype", "limit", "workers", "gpus", "cluster", "retry_quarantined", "max_quarantined", "max_removed"):
         if options[key] is not None:
             values[key] = options[key]
     if options["memory_limit"] is not None:

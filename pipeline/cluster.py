@@ -60,11 +60,13 @@ class _Model(BaseModel):
 
 
 class LocalSpec(_Model):
-    """Worker processes on this machine, one thread each."""
+    """Worker processes on this machine: one per core with one thread each, or one per GPU with the cores shared among them."""
 
     kind: Literal["local"] = "local"
     workers: Positive | None = None
-    """None is one per core."""
+    """Batches at work at once: processes, or with GPUs the threads of their processes; None is one per core."""
+    gpus: Annotated[int, Field(ge=0)] | None = None
+    """None is all that this process may use."""
     memory_limit_bytes: Positive | None = None
     """Of one worker; None shares the machine's memory among them."""
 
@@ -109,8 +111,35 @@ def load_cluster(name: str | None, path: Path = Path("cluster.yaml")) -> LocalSp
 
 
 def local_workers(wanted: int | None) -> int:
-    """Worker processes of the embedded cluster: the cores that this process may use."""
+    """Batches that the embedded cluster works on at once: one per core that this process may use."""
     return wanted or len(os.sched_getaffinity(0))
+
+
+def local_gpus(wanted: int | None) -> int:
+    """GPUs of the embedded cluster.
+
+    Raises
+    ------
+    UsageError
+        When there are fewer than wanted.
+    """
+    found = 0
+    if wanted != 0 and any(Path("/dev").glob("nvidia[0-9]*")):
+        from pipeline.device import n_gpus  # noqa: PLC0415 (torch only where there may be a GPU)
+
+        found = n_gpus()
+    if wanted is not None and wanted > found:
+        raise UsageError(
+            f"{wanted} GPUs were asked for, and this installation of torch sees {found}: nothing was started; leave --gpus away for what "
+            "there is, or check the driver (nvidia-smi), CUDA_VISIBLE_DEVICES and that torch was installed with CUDA"
+        )
+    return found if wanted is None else wanted
+
+
+def local_processes(spec: LocalSpec) -> tuple[int, int, int]:
+    """Worker processes of the embedded cluster, threads of each, and GPUs."""
+    cores, gpus = local_workers(spec.workers), local_gpus(spec.gpus)
+    return (gpus, max(1, cores // gpus), gpus) if gpus else (cores, 1, 0)
 
 
 def local_memory_bytes(workers: int, wanted: int | None) -> int:
@@ -132,12 +161,13 @@ def connect(spec: LocalSpec | AddressSpec) -> Iterator[Client]:
             with _connect_address(spec.address) as client:
                 yield client
             return
-        workers = local_workers(spec.workers)
+        workers, threads, gpus = local_processes(spec)
         options: dict[str, Any] = {
             "n_workers": workers,
-            "threads_per_worker": 1,
+            "threads_per_worker": threads,
             "memory_limit": local_memory_bytes(workers, spec.memory_limit_bytes),
-            "resources": dict.fromkeys(ROLES, 1),
+            "resources": dict.fromkeys(ROLES, threads),
+            "env": {} if gpus else {"CUDA_VISIBLE_DEVICES": ""},
             "host": "127.0.0.1",
             "dashboard_address": "127.0.0.1:0",
             "silence_logs": False,  # it would change the level of handlers that are not its own
@@ -154,7 +184,7 @@ def with_client(job: Job, client: Client | None, cluster_file: Path) -> Iterator
         return
     spec = load_cluster(job.cluster, cluster_file)
     if isinstance(spec, LocalSpec):
-        wanted = {"workers": job.workers, "memory_limit_bytes": job.memory_limit_bytes}
+        wanted = {"workers": job.workers, "memory_limit_bytes": job.memory_limit_bytes, "gpus": job.gpus}
         spec = spec.model_copy(update={key: value for key, value in wanted.items() if value is not None})
     with connect(spec) as connected:
         yield connected
@@ -215,8 +245,10 @@ def _connect_address(address: str) -> Iterator[Client]:
 class WorkerSlots(NamedTuple):
     """What one worker offers."""
 
+    read: int
+    """Batches that it reads at once."""
     extract: int
-    """Extractions at once."""
+    """Batches that it extracts at once."""
     memory_limit_bytes: int
     """0 for none."""
     is_whole: bool
@@ -247,4 +279,4 @@ def worker_slots(client: Client) -> dict[str, WorkerSlots]:
 
 def _slots(resources: Mapping[str, float], memory_limit_bytes: int | None) -> WorkerSlots:
     read, extract, write = (int(resources.get(role, 0)) for role in ROLES)
-    return WorkerSlots(extract, int(memory_limit_bytes or 0), min(read, write) >= extract)
+    return WorkerSlots(read, extract, int(memory_limit_bytes or 0), min(read, write) >= extract)

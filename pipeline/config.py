@@ -111,6 +111,8 @@ class ExtractorSpec(_Model):
     """A safetensors file with ``convN.weight`` and ``convN.bias`` for N = 1, 2, ... in PyTorch's orientation."""
     outputs: tuple[str, ...] = ()
     """Names of the layers whose maps are stored; empty means the last one."""
+    tf32: bool = False
+    """On GPUs, multiply in TF32: faster, but weights and inputs are rounded to 11 bits (see docs/gpu.md)."""
 
     @model_validator(mode="after")
     def _known_outputs(self) -> ExtractorSpec:
@@ -145,6 +147,8 @@ class Job(_Model):
     """Worker processes of the embedded cluster; None is one per core."""
     memory_limit_bytes: Positive | None = None
     """Memory of one worker; None shares the machine's among them."""
+    gpus: Annotated[int, Field(ge=0)] | None = None
+    """GPUs that the embedded cluster uses, one worker process each; None is all that there are."""
     cluster: str | None = None
     """A name from cluster.yaml; None is the embedded local cluster."""
     retry_quarantined: bool = False

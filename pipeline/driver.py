@@ -108,7 +108,7 @@ class Driver:
         self.watch = SourceWatch(listing.root)
         self.trials: deque[Trial | HeaderTrial] = deque()  # the first of them is going on, and nothing else
         self.decode_bytes = 0  # the most that one of the images probed takes
-        self.is_whole = True  # one task does all of a batch
+        self.is_whole, self.n_readers = True, 0  # whether one task does all of a batch; else who reads
         self.results: list[tasks.BatchResult] = []
         self.failure: FeaturemapsError | None = None
         self.is_lost = False  # nothing that is in flight will come back
@@ -175,6 +175,7 @@ class Driver:
         self.memory_limit_bytes = min((w.memory_limit_bytes for w in workers.values() if w.memory_limit_bytes), default=0)
         self.threads = max(worker.extract for worker in workers.values())
         self.is_whole = all(worker.is_whole for worker in workers.values() if worker.extract)
+        self.n_readers = 0 if self.is_whole else sum(worker.read for worker in workers.values())
         for size, shape_class in self.store.classes.items():
             rows = self.found.pending.get(shape_class.name, [])
             self.image_of[size] = dict(rows)
@@ -374,7 +375,7 @@ class Driver:
     def _check_capacity(self, layouts: dict[Size, ClassLayout], n_new: dict[Size, int]) -> None:
         """Refuse what cannot fit memory or disk, with the number that would."""
         n_rows = {size: n_new.get(size, 0) + len(self.image_of.get(size, {})) for size in layouts}
-        window = 0 if self.is_whole else BATCHES_IN_FLIGHT_PER_SLOT * self.threads
+        window = 0 if self.is_whole else self._window  # the images of all of them may wait on one worker
         require_memory(layouts, self.channels, self.threads, window, self.memory_limit_bytes, self.decode_bytes)
         require_space(self.store.path, sum(n * layouts[size].row_bytes for size, n in n_rows.items()), sum(n_rows.values()))
 
@@ -392,9 +393,14 @@ class Driver:
             pieces += cut
         self.ready.extend(pack_batches(pieces, self.slots, is_whole=self.is_whole))
 
+    @property
+    def _window(self) -> int:
+        """Batches in flight: enough that nobody waits for the driver, and where others read, enough for all of them."""
+        return BATCHES_IN_FLIGHT_PER_SLOT * self.slots + self.n_readers
+
     def _send_batches(self) -> None:
         sent = sum(kind == "batch" for kind, _, _ in self.in_flight.values())
-        while self.ready and sent < BATCHES_IN_FLIGHT_PER_SLOT * self.slots:
+        while self.ready and sent < self._window:
             self._send(self.ready.popleft())
             sent += 1
 

@@ -46,16 +46,32 @@ def _buffer(role: str, *shape: int) -> Tensor:
     return flat[:size].view(shape)
 
 
+def quantise(maps: Tensor, q: StoredAs) -> Tensor:
+    """Float32 maps, within the bounds that ``q`` was made for, as they are stored; 16 unsigned bits as int32.
+
+    level = (x - offset) / scale + 0.5, cut off. Within the widened bounds it lies in [1.5, max + 0.5], and float32 moves it by less
+    than 0.2: |x| is at most 16 ranges, or 2**20 levels, so that rounding the factor, the constant and the product costs at most
+    2**-4 each, and the sum far less. So the integer is in 1 ... max without a clamp, and never the fill.
+    """
+    if q.dtype not in INTEGER_MAX:
+        return maps.to(torch.float16) if q.dtype == "float16" else maps
+    return _levels(maps, q).to(torch.uint8 if q.dtype == "uint8" else torch.int32)
+
+
 def quantise_into(maps: Tensor, q: StoredAs, out: Array) -> None:
-    """Store float32 maps (channel, y, x), within the bounds that ``q`` was made for, into ``out``, of any strides."""
-    if q.dtype in INTEGER_MAX:
-        # level = (x - offset) / scale + 0.5, cut off. Within the widened bounds it lies in [1.5, max + 0.5], and float32 moves it
-        # by less than 0.2: |x| is at most 16 ranges, or 2**20 levels, so that rounding the factor, the constant and the product
-        # costs at most 2**-4 each, and the sum far less. So the integer is in 1 ... max without a clamp, and never the fill.
-        levels = 1 / q.scale_factor
-        constant = torch.tensor(0.5 - q.add_offset * levels)
-        maps = torch.add(constant, maps, alpha=levels, out=_buffer("work", *maps.shape))
-    torch.from_numpy(out).copy_(maps)
+    """`quantise` float32 maps (channel, y, x) into ``out``, of any strides."""
+    torch.from_numpy(out).copy_(_levels(maps, q) if q.dtype in INTEGER_MAX else maps)
+
+
+def _levels(maps: Tensor, q: StoredAs) -> Tensor:
+    levels = 1 / q.scale_factor
+    constant = torch.tensor(0.5 - q.add_offset * levels, device=maps.device)
+    return torch.add(constant, maps, alpha=levels, out=_work(maps))
+
+
+def _work(maps: Tensor) -> Tensor | None:
+    """Scratch of this thread for a result of the same shape; None on other devices, which keep their own."""
+    return _buffer("work", *maps.shape) if maps.device.type == "cpu" and maps.dtype == torch.float32 else None
 
 
 class Pooled(NamedTuple):
@@ -68,14 +84,14 @@ class Pooled(NamedTuple):
     max: Array
 
 
-def pool(maps: Tensor) -> Pooled:
-    """Mean, standard deviation, minimum and maximum of each channel of float32 maps (channel, y, x)."""
-    n = maps[0].numel()
+def pool(maps: Tensor) -> Tensor:
+    """Statistics of float32 maps (..., channel, y, x) over y and x: (4, ..., channel), in the order of `Pooled`."""
+    n = maps.shape[-2] * maps.shape[-1]
     # Rows are summed in float32 and then in float64; two passes, because E[x^2] - E[x]^2 cancels in float32.
-    mean = (maps.sum(2).double().sum(1) / n).float()
-    centred = torch.sub(maps, mean[:, None, None], out=_buffer("work", *maps.shape))
-    std = (torch.linalg.vector_norm(centred, dim=2).double().square().sum(1) / n).sqrt().float()
-    return Pooled(mean.numpy(), std.numpy(), maps.amin((1, 2)).numpy(), maps.amax((1, 2)).numpy())
+    mean = (maps.sum(-1).double().sum(-1) / n).float()
+    centred = torch.sub(maps, mean[..., None, None], out=_work(maps))
+    std = (torch.linalg.vector_norm(centred, dim=-1).double().square().sum(-1) / n).sqrt().float()
+    return torch.stack([mean, std, maps.amin((-2, -1)), maps.amax((-2, -1))])
 
 
 def _activate(values: Tensor, activation: Activation) -> Tensor:
@@ -213,9 +229,6 @@ class Extractor(nn.Module):
         self.compiled = weight / np.float32(256), bias  # for pixels of 0 ... 255; exact, because it is a power of two
         self.dtype, self.device = dtype, torch.device(device)
         self.to(self.device)
-        if self.device.type == "cuda":  # full float32, and the same result every time
-            torch.backends.cudnn.allow_tf32 = False
-            torch.backends.cudnn.deterministic = True
 
     @torch.inference_mode()
     def forward(self, image: Tensor) -> dict[str, Tensor]:
@@ -240,7 +253,7 @@ class Extractor(nn.Module):
     @torch.inference_mode()
     def reference(self, image: Array) -> dict[str, Array]:
         """Compute the float64 maps (channel, y, x) of one uint8 image (y, x, channel), by torch's own convolution."""
-        maps = self._plain(_pixels(image), torch.float64)
+        maps = self._plain(pixels(image), torch.float64)
         return {name: values.cpu().numpy() for name, values in maps if name in self.stored}
 
     def extract(self, image: Array) -> dict[str, Array]:
@@ -249,6 +262,20 @@ class Extractor(nn.Module):
         out = {name: np.empty(shapes[name], stored.dtype) for name, stored in self.stored.items()}
         self.extract_into(image, out)
         return out
+
+    def extract_each(
+        self,
+        size: tuple[int, int],  # noqa: ARG002 (as of `DeviceExtractor`)
+        items: Iterable[tuple[Array, Mapping[str, Array]]],
+    ) -> Iterator[dict[str, Pooled]]:
+        """`extract_into` one image after another."""
+        for image, out in items:
+            yield self.extract_into(image, out)
+
+    @property
+    def version(self) -> str:
+        """What computes the first layer, for the receipt; see `kernel.version`."""
+        return kernel.version()
 
     @torch.inference_mode()
     def extract_into(self, image: Array, out: Mapping[str, Array]) -> dict[str, Pooled]:
@@ -273,18 +300,18 @@ class Extractor(nn.Module):
         FeaturemapsError
             When a map holds NaN, infinity or values beyond what its dtype was chosen for.
         """
-        self._check(image, out)
+        self.check(image, out)
         if len(self.layers) == 1 and self._is_compiled(out["conv1"], self.stored["conv1"]):
             pooled = {"conv1": self._first_layer(image, self.stored["conv1"], out["conv1"])}
-            _check_range("conv1", pooled["conv1"], self.stored["conv1"])
+            check_range("conv1", pooled["conv1"], self.stored["conv1"])
             return pooled
         direct = {name: torch.from_numpy(values) for name, values in out.items() if self.stored[name].dtype == "float32"}
         pooled = {}
-        for name, values in self._maps(_pixels(image), direct):
+        for name, values in self._maps(pixels(image), direct):
             if name in out:
                 maps = values.float().cpu()  # themselves, where they are that
-                pooled[name] = pool(maps)
-                _check_range(name, pooled[name], self.stored[name])
+                pooled[name] = Pooled(*pool(maps).numpy())
+                check_range(name, pooled[name], self.stored[name])
                 if maps is not direct.get(name):
                     quantise_into(maps, self.stored[name], out[name])
         return pooled
@@ -334,7 +361,7 @@ class Extractor(nn.Module):
             )
         return {name: (layer.filters, *size) for name, layer, size in zip(self.names, self.specs, sizes, strict=True)}
 
-    def _check(self, image: Array, out: Mapping[str, Array]) -> None:
+    def check(self, image: Array, out: Mapping[str, Array]) -> None:
         """Refuse what would be computed or stored wrongly in silence."""
         if image.dtype != np.uint8:
             raise ValueError(f"image is of type {image.dtype}, but pixels are uint8; decode it first")
@@ -349,12 +376,13 @@ class Extractor(nn.Module):
                 )
 
 
-def _pixels(image: Array) -> Tensor:
+def pixels(image: Array) -> Tensor:
     """View an image as a tensor; a strided or read-only one is copied, because torch refuses the one and warns of the other."""
     return torch.from_numpy(np.require(image, requirements=["C", "W"]))
 
 
-def _check_range(name: str, pooled: Pooled, q: StoredAs) -> None:
+def check_range(name: str, pooled: Pooled, q: StoredAs) -> None:
+    """Raise a `FeaturemapsError` where maps left the bounds that their dtype was chosen for."""
     low, high = storable_range(q)
     if not (low <= pooled.min.min() and pooled.max.max() <= high and np.isfinite(pooled.mean).all()):  # also when they are NaN
         raise FeaturemapsError(

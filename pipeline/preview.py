@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.changes import check_removals
-from pipeline.cluster import local_memory_bytes, local_workers
+from pipeline.cluster import LocalSpec, local_memory_bytes, local_processes
 from pipeline.collection import Listing, list_collection
 from pipeline.config import Job
 from pipeline.lock import current_holder
@@ -124,11 +124,12 @@ def plan_job(job: Job, cluster_file: Path = Path("cluster.yaml")) -> Preview:
     store = open_for(Path(job.store), spec)
     found = compare_with_store(job, store, listing)
     check_removals(found, job.max_removed)
-    workers = local_workers(job.workers)
+    processes, threads, _ = local_processes(LocalSpec(workers=job.workers, gpus=job.gpus))
+    workers = processes * threads
     preview = Preview(len(listing), found.n_unchanged, n_removed=found.n_removed, workers=workers)
     preview.ignored = dict(listing.ignored)
     if job.cluster is None:
-        preview.worker_limit_bytes = local_memory_bytes(workers, job.memory_limit_bytes)
+        preview.worker_limit_bytes = local_memory_bytes(processes, job.memory_limit_bytes)
     n_pending = found.n_pending
     if store is not None:
         settle_returned(store, found)
@@ -149,7 +150,7 @@ def plan_job(job: Job, cluster_file: Path = Path("cluster.yaml")) -> Preview:
             sizes.append((p.input_height, p.input_width))
             decode_bytes = max(decode_bytes, p.decode_bytes)
     new = Counter(assign_classes(sizes, existing))
-    _fill(preview, job, existing, {size: rows for size, rows in pending.items() if rows}, new, decode_bytes)
+    _fill(preview, job, existing, {size: rows for size, rows in pending.items() if rows}, new, (threads, decode_bytes))
     preview.reasons, preview.n_to_reject = dict(reasons), sum(reasons.values())
     return preview
 
@@ -178,9 +179,9 @@ def _fill(
     existing: Mapping[Size, ShapeClass],
     pending: dict[Size, list[int]],
     new: Mapping[Size, int],
-    decode_bytes: int,
+    worker: tuple[int, int],
 ) -> None:
-    """Cut the rows of each class as a run would."""
+    """Cut the rows of each class as a run would; a worker has so many threads, and needs so many bytes to decode an image."""
     layouts: dict[Size, ClassLayout] = {}
     pieces = []
     channels = job.decode.channels
@@ -200,7 +201,7 @@ def _fill(
     preview.n_new_classes = len(layouts.keys() - existing.keys())
     preview.n_shards = len(pieces)
     preview.n_batches = len(pack_batches(pieces, preview.workers))
-    preview.worker_memory_bytes = worker_memory_bytes(layouts.values(), channels, 1, 0, decode_bytes)
+    preview.worker_memory_bytes = worker_memory_bytes(layouts.values(), channels, worker[0], 0, worker[1])
 
 
 @dataclass(slots=True)

@@ -165,6 +165,10 @@ def check_job(job: Job, listing: Listing, cluster_file: Path | None) -> tuple[St
             f"workers may use {limit / 2**20:.0f} MiB each, and they need {WORKER_BASE_BYTES / 2**20:.0f} MiB before they "
             "hold an image: they would be killed as they start, so nothing was started; give a larger --memory-limit, or none"
         )
+    if job.gpus and cluster_file is not None:
+        from pipeline.cluster import local_gpus  # noqa: PLC0415 (no Dask when there is nothing to do)
+
+        local_gpus(job.gpus)
     weights = load_weights(job.extractor, job.decode.channels)
     spec = store_spec(job, listing.root, weights)
     check_folder(path)

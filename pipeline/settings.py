@@ -54,6 +54,7 @@ def _extractor_content(spec: ExtractorSpec, channels: int, weights: dict[str, Ar
             "outputs": list(spec.output_names),
             "channels": channels,
             "weights_sha256": weights_digest(weights),
+            **({"tf32": True} if spec.tf32 else {}),
         }
     )
     origin = {"seed": spec.seed} if spec.weights is None else {"weights": Path(spec.weights).name}
@@ -72,7 +73,8 @@ def decode_spec(spec: StoreSpec) -> DecodeSpec:
 
 def extractor_spec(spec: StoreSpec) -> ExtractorSpec:
     """The layers of a store; its weights are in it, whatever they came from."""
-    return ExtractorSpec(layers=spec.extractor["layers"], outputs=tuple(spec.extractor["outputs"]))
+    content = spec.extractor
+    return ExtractorSpec(layers=content["layers"], outputs=tuple(content["outputs"]), tf32=content.get("tf32", False))
 
 
 def needed_size(spec: ExtractorSpec) -> Size:

@@ -8,6 +8,7 @@ import hashlib
 import signal
 import socket
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy as np
 import xxhash
 from distributed import Worker, WorkerPlugin, get_worker
 
-from pipeline import decode, kernel, store
+from pipeline import decode, store
 from pipeline.chunks import Array
 from pipeline.config import ExtractorSpec
 from pipeline.errors import ImageError, PassingFaultError
@@ -77,7 +78,7 @@ class BatchResult:
     bytes_written: int = 0
     pixels: int = 0
     kernel: str = ""
-    """What computed the first layer."""
+    """What computed the layers."""
 
 
 @dataclass(slots=True)
@@ -127,15 +128,19 @@ class ExtractorPlugin(WorkerPlugin):  # type: ignore[misc]
         self.weights = weights
         self.layers = layers
 
-    def setup(self, worker: Worker) -> None:  # noqa: ARG002 (Dask's signature)
+    def setup(self, worker: Worker) -> None:
         """Prepare the process; a Ctrl-C at the terminal is for the driver alone, which drains."""
         with contextlib.suppress(ValueError):
             signal.signal(signal.SIGINT, signal.SIG_IGN)
         keep_memory()
-        from pipeline.extractor import Extractor, use_one_thread  # noqa: PLC0415 (torch only where something is computed)
+        n_threads = int(worker.state.total_resources.get("extract", 0))
+        if n_threads:
+            from pipeline.device import best_extractor  # noqa: PLC0415 (torch only where something is computed)
+            from pipeline.extractor import use_one_thread  # noqa: PLC0415 (as above)
 
-        use_one_thread()
-        self.extractor = Extractor(self.spec, self.weights, self.layers)
+            use_one_thread()
+            number = int(worker.name) if str(worker.name).isdecimal() else 0
+            self.extractor = best_extractor(self.spec, self.weights, self.layers, number, n_threads)
 
 
 def _plugin(target: Target) -> ExtractorPlugin:
@@ -161,9 +166,7 @@ def process(source: Source, target: Target, pieces: Sequence[WorkPiece]) -> Batc
 
 
 def _no_result() -> BatchResult:
-    return BatchResult(
-        [], socket.gethostname(), dict.fromkeys(("read", "decode", "extract", "write"), 0.0), kernel=kernel.version()
-    )
+    return BatchResult([], socket.gethostname(), dict.fromkeys(("read", "decode", "extract", "write"), 0.0))
 
 
 def _pending(piece: WorkPiece) -> PieceResult:
@@ -247,13 +250,19 @@ def _extract_piece(
         blocks[layer.name] = np.empty(shape, stored.dtype)
         outcome.pooled[layer.name] = np.full((n, len(STATISTICS), layer.channels), np.nan, np.float32)
     missing = np.ones(outcome.stop - outcome.start, bool)
-    for i, (row, image) in enumerate(zip(outcome.rows, images, strict=True)):
-        if image is None:
-            continue
-        missing[row - outcome.start] = False
-        rows = {name: block[row - outcome.start] for name, block in blocks.items()}
-        valid = _valid_views(plugin, image, rows, fills)
-        for name, statistics in plugin.extractor.extract_into(image, valid).items():
+    sent: deque[tuple[int, dict[str, Array]]] = deque()
+
+    def items() -> Iterator[tuple[Array, dict[str, Array]]]:
+        for i, (row, image) in enumerate(zip(outcome.rows, images, strict=True)):
+            if image is not None:
+                missing[row - outcome.start] = False
+                valid = _valid_views(plugin, image, {name: block[row - outcome.start] for name, block in blocks.items()}, fills)
+                sent.append((i, valid))
+                yield image, valid
+
+    for pooled in plugin.extractor.extract_each(layout.size, items()):  # a GPU's come some images later than they are asked for
+        i, valid = sent.popleft()
+        for name, statistics in pooled.items():
             outcome.pooled[name][i] = statistics
         outcome.maps_digest[i] = maps_digest(valid.values())
         outcome.status[i] = Status.DONE
@@ -261,6 +270,7 @@ def _extract_piece(
         block[missing] = fills[name]
     elsewhere_s = result.stage_s["read"] + result.stage_s["decode"] - elsewhere_s
     result.stage_s["extract"] += time.perf_counter() - started - elsewhere_s
+    result.kernel = plugin.extractor.version
     return blocks
 
 

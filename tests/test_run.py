@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from distributed import Client, Nanny, Scheduler, SpecCluster
 from PIL import Image
 from torch.nn.functional import conv2d
 
@@ -70,6 +71,31 @@ def test_every_image_has_the_maps_that_plain_pytorch_computes(run, twelve_sizes,
         np.testing.assert_allclose(image["conv1_std"].values, expected.std((1, 2)), atol=1e-6)
         np.testing.assert_allclose(image["conv1_min"].values, expected.min((1, 2)), atol=1e-6)
         np.testing.assert_allclose(image["conv1_max"].values, expected.max((1, 2)), atol=1e-6)
+
+
+MIXED = {
+    "reader": {"read": 1},
+    "another": {"read": 1},
+    "extractor": {"extract": 1, "write": 1},
+}
+THREADS = {"whole": {"read": 3, "extract": 3, "write": 3}}
+
+
+@pytest.mark.parametrize("kinds", [MIXED, THREADS], ids=["readers and an extractor", "one worker of three threads"])
+def test_other_kinds_of_workers_make_the_same_store(run, twelve_sizes, tmp_path, kinds):
+    def worker(resources):
+        options = {"resources": resources, "nthreads": max(len(resources), *resources.values()), "memory_limit": "2GiB"}
+        return {"cls": Nanny, "options": options}
+
+    run(twelve_sizes, tmp_path / "expected.zarr", dtype="uint8")
+    scheduler = {"cls": Scheduler, "options": {"dashboard_address": "127.0.0.1:0", "host": "127.0.0.1"}}
+    workers = {name: worker(resources) for name, resources in kinds.items()}
+    with SpecCluster(workers, scheduler, silence_logs=False) as cluster, Client(cluster) as client:
+        job = make_job({"source": str(twelve_sizes), "store": str(tmp_path / "features.zarr"), "dtype": "uint8"})
+        summary = run_job(job, client)
+        assert client.run_on_scheduler(lambda dask_scheduler: len(dask_scheduler.tasks)) == 0  # nothing is left behind
+    assert (summary.outcome, summary.n_done) == ("complete", 120)
+    assert content(tmp_path / "features.zarr") == content(tmp_path / "expected.zarr")
 
 
 def test_a_second_run_opens_no_image_and_rewrites_nothing(run, twelve_sizes, tmp_path):

@@ -24,6 +24,7 @@ from pipeline.weights import load_weights
 from tests.conftest import make_images
 
 SIZE = (40, 50)
+WORKER = SimpleNamespace(name=0, state=SimpleNamespace(total_resources={"extract": 1}))
 
 
 @pytest.fixture
@@ -45,7 +46,7 @@ def work(tmp_path, monkeypatch):
     store.create_class(layout, "exact", columns)
     plugin = ExtractorPlugin("ours", extractor_spec(store.spec), store.weights(), store.spec.layers)
     monkeypatch.setattr("pipeline.tasks.signal.signal", lambda *_: None)  # this process keeps its Ctrl-C
-    plugin.setup(None)
+    plugin.setup(WORKER)
     monkeypatch.setattr(tasks, "get_worker", lambda: SimpleNamespace(plugins={"ours": plugin}))
     piece = WorkPiece(layout, 0, 5, tuple(range(5)), tuple(listing.paths), fingerprints)
     with StoreLock(tmp_path / "f.zarr" / RUNS, "this run"):
@@ -180,7 +181,7 @@ def test_the_plugin_travels_to_the_workers_and_builds_its_extractor_there(work):
     assert pickle.dumps(travelled.layers) == pickle.dumps(work.plugin.layers)
     assert np.array_equal(travelled.weights["conv1_weight"], work.plugin.weights["conv1_weight"])
     assert not hasattr(travelled, "extractor")
-    travelled.setup(None)
+    travelled.setup(WORKER)
     assert travelled.extractor is not None
 
 
