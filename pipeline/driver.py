@@ -391,7 +391,7 @@ class Driver:
                 shape_class.layout, rows, shape_class.length, cost_s, self.channels, complete=complete
             )
             pieces += cut
-        self.ready.extend(pack_batches(pieces, self.slots, is_whole=self.is_whole))
+        self.ready.extend(pack_batches(pieces, self.slots, is_whole=self.is_whole, complete=complete))
 
     @property
     def _window(self) -> int:

@@ -294,8 +294,10 @@ def _group_by_shard(rows: Sequence[int], shard_rows: int) -> Iterator[tuple[int,
         yield members[0] // shard_rows, members
 
 
-def pack_batches(pieces: Sequence[Piece], slots: int, *, is_whole: bool = True) -> list[Batch]:
+def pack_batches(pieces: Sequence[Piece], slots: int, *, is_whole: bool = True, complete: bool = True) -> list[Batch]:
     """Join pieces, in order, into batches of about a second, but enough of them to keep every slot busy.
+
+    The last ones become shorter and shorter, so that all slots end at about the same time.
 
     Parameters
     ----------
@@ -305,14 +307,15 @@ def pack_batches(pieces: Sequence[Piece], slots: int, *, is_whole: bool = True) 
     is_whole : bool
         Whether one task does all of a batch, a shard at a time; else no batch of several pieces is above `BATCH_BYTES`, because its
         images lie in memory together.
+    complete : bool
+        False while other pieces may follow.
 
     Returns
     -------
     list of Batch
         Every piece is in exactly one batch.
     """
-    total_s = sum(piece.cost_s for piece in pieces)
-    target_s = max(MIN_BATCH_S, min(BATCH_S, total_s / (BATCHES_PER_SLOT * max(1, slots))))
+    left_s = total_s = sum(piece.cost_s for piece in pieces)
     batches: list[Batch] = []
     members: list[Piece] = []
     for piece in pieces:
@@ -320,9 +323,12 @@ def pack_batches(pieces: Sequence[Piece], slots: int, *, is_whole: bool = True) 
             batches.append(Batch(tuple(members)))
             members = []
         members.append(piece)
-        if sum(m.cost_s for m in members) >= target_s:
+        cost_s = sum(m.cost_s for m in members)
+        shared_s = (left_s if complete else total_s) / (BATCHES_PER_SLOT * max(1, slots))
+        if cost_s >= max(MIN_BATCH_S, min(BATCH_S, shared_s)):
             batches.append(Batch(tuple(members)))
             members = []
+            left_s -= cost_s
     if members:
         batches.append(Batch(tuple(members)))
     return batches

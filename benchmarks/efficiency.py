@@ -1,0 +1,119 @@
+"""The whole pipeline beside the sum of its own stages: one process per core, no Dask, no driver, no ledger.
+
+    python -m benchmarks.efficiency [--images 2000] [--repeats 3] [--dtype uint8]
+
+The bare processes read, decode, extract, digest, encode and write the same images in the same batches as workers do, all cores at
+once; their stages are timed by the same code. Rates of the pipeline are between its first task and its last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import shutil
+import statistics
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from benchmarks.images import FOLDER, machine, make
+from benchmarks.main_job import STORE, fresh
+from pipeline import tasks
+from pipeline.collection import list_collection
+from pipeline.lock import StoreLock
+from pipeline.reading import Source
+from pipeline.schema import RUNS, Status
+from pipeline.settings import decode_spec, extractor_spec
+from pipeline.store import Store
+from pipeline.summary import STAGES
+
+SIZE = (516, 639)
+
+
+def bare(store_path: str, folder: str, start: Any, rates: Any, first: int, step: int) -> None:
+    """Compute every ``step``-th shard again, into the store that the pipeline has just made."""
+    store = Store(Path(store_path))
+    plugin = tasks.ExtractorPlugin("bare", extractor_spec(store.spec), store.weights(), store.spec.layers)
+    plugin.setup(SimpleNamespace(name=0, state=SimpleNamespace(total_resources={"extract": 1})))
+    tasks.get_worker = lambda: SimpleNamespace(plugins={"bare": plugin})
+    shape_class = store.classes[SIZE]
+    layout, n = shape_class.layout, shape_class.length
+    paths, fingerprints = (store.column(shape_class.name, name) for name in ("path", "fingerprint"))
+    source, target = Source(list_collection(folder).root, decode_spec(store.spec)), tasks.Target(store_path, "bare", "bare")
+    pieces = []
+    for shard in range(first, -(-n // layout.shard_rows), step):
+        rows = range(shard * layout.shard_rows, min(n, (shard + 1) * layout.shard_rows))
+        texts = (tuple(str(values[row]) for row in rows) for values in (paths, fingerprints))
+        pieces.append(tasks.WorkPiece(layout, rows.start, rows.stop, tuple(rows), *texts))
+    start.wait()
+    started, n_done = time.perf_counter(), sum(len(piece.rows) for piece in pieces)
+    results = [tasks.process(source, target, [piece]) for piece in pieces]
+    elapsed_s = time.perf_counter() - started
+    assert all((result.pieces[0].status == Status.DONE).all() for result in results)
+    rates.put((n_done / elapsed_s, {name: 1e3 * sum(r.stage_s[name] for r in results) / n_done for name in STAGES}))
+
+
+def bare_rate(folder: Path) -> tuple[float, str]:
+    """Images per second of bare processes on all cores (the sum of theirs, so that who ends first costs nothing); their stages."""
+    cores = len(os.sched_getaffinity(0))
+    context = multiprocessing.get_context("spawn")
+    start, rates = context.Barrier(cores), context.Queue()
+    for path in STORE.glob("*x*/conv1/c.*"):
+        path.unlink()
+    with StoreLock(STORE / RUNS, "bare"):
+        arguments = ((str(STORE), str(folder), start, rates, i, cores) for i in range(cores))
+        workers = [context.Process(target=bare, args=each) for each in arguments]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        assert not any(worker.exitcode for worker in workers)
+        found = [rates.get() for _ in workers]
+    return sum(rate for rate, _ in found), in_words(
+        {name: statistics.mean(stages[name] for _, stages in found) for name in STAGES}
+    )
+
+
+def in_words(stages_ms: dict[str, float]) -> str:
+    return "ms an image: " + ", ".join(f"{name} {value:.2f}" for name, value in stages_ms.items())
+
+
+def of_receipt(receipt: dict) -> dict[str, float]:
+    """Milliseconds of one core per image, of each stage and of waiting."""
+    n = receipt["n_done"]
+    waiting_s = receipt["compute_s"] * receipt["slots"] - sum(receipt["stage_s"].values())
+    return {name: 1e3 * seconds / n for name, seconds in {**receipt["stage_s"], "waiting": waiting_s}.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=2000)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--dtype", action="append", choices=["float32", "float16", "uint16", "uint8"])
+    given = parser.parse_args()
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    if shutil.disk_usage(FOLDER).free < given.images * 3e6 * 1.2:
+        sys.exit(
+            f"{FOLDER} needs {given.images * 3.6e-3:.0f} GB free: set FEATUREMAPS_BENCHMARKS to a larger disk, or --images to fewer"
+        )
+    print(machine())
+    folder = make("photos", given.images, [SIZE])
+    for dtype in given.dtype or ["uint8", "float32"]:
+        rates: dict[str, list[float]] = {"bare processes": [], "featuremaps": []}
+        for _ in range(given.repeats):
+            receipt = fresh(folder, "--dtype", dtype)
+            assert receipt["n_done"] == given.images
+            rates["featuremaps"].append(receipt["images_per_s"])
+            print(f"  {dtype} featuremaps: {receipt['images_per_s']:.0f} images/s; {in_words(of_receipt(receipt))}", flush=True)
+            rate, stages = bare_rate(folder)
+            rates["bare processes"].append(rate)
+            print(f"  {dtype} bare processes: {rate:.0f} images/s; {stages}", flush=True)
+        ours, floor = (statistics.median(rates[name]) for name in ("featuremaps", "bare processes"))
+        print(f"{dtype}: {ours:.0f} images/s, {100 * ours / floor:.0f} % of the {floor:.0f} of bare processes (medians)")
+
+
+if __name__ == "__main__":
+    main()
