@@ -11,12 +11,16 @@ import struct
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
+from importlib.metadata import version
+from itertools import product
 from typing import IO, TYPE_CHECKING, Any, BinaryIO, cast, get_args
 
 import numpy as np
 from PIL import (
     AvifImagePlugin,
     Image,
+    JpegImagePlugin,
     PngImagePlugin,
     TiffImagePlugin,
     UnidentifiedImageError,
@@ -28,7 +32,7 @@ from pipeline.config import DEFAULT_PIXEL_LIMIT, DecodeSpec, ImageFormat
 from pipeline.errors import ImageError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 # Set once for the process, before any thread decodes.
 Image.preinit()  # registers BMP, GIF, JPEG, PNG and PPM; without this the first image would import forty plugins
@@ -135,6 +139,14 @@ def decode(data: bytes, spec: DecodeSpec) -> np.ndarray:
         image, orientation = _open(io.BytesIO(data), spec)
         _measure(image, orientation, spec)
         turn = _turn(image, orientation, spec)
+        if (
+            turn is None
+            and type(image) is JpegImagePlugin.JpegImageFile
+            and (image.mode, spec.color, spec.resize) == ("RGB", "rgb", None)
+        ):
+            pixels = _decode_fast(data)
+            if pixels is not None and pixels.shape == (image.height, image.width, 3):
+                return pixels
         _mend_colour_key(image)
         image.load()
         flat = _flatten(image, spec.background)
@@ -142,11 +154,43 @@ def decode(data: bytes, spec: DecodeSpec) -> np.ndarray:
         return _to_array(turned, spec)
 
 
+def _decode_fast(data: bytes) -> np.ndarray | None:
+    """Pixels of a flawless JPEG in colour, twice as fast as by Pillow and equal to its; None leaves the file to Pillow."""
+    decode_jpeg = _fast_decoder()
+    if decode_jpeg is None:
+        return None
+    try:
+        pixels: np.ndarray = decode_jpeg(data, colorspace="RGB", strict=True)
+    except (ValueError, MemoryError):  # a flaw, also one that Pillow passes over, or a kind that it does not know
+        return None
+    pixels.flags.writeable = False
+    return pixels
+
+
+@cache
+def _fast_decoder() -> Callable[..., np.ndarray] | None:
+    """The decoder of simplejpeg, where it is installed and gives just what Pillow gives: both bring a libjpeg-turbo of their own."""
+    try:
+        from simplejpeg import decode_jpeg  # noqa: PLC0415 (of the extra `fast`)
+    except ImportError:
+        return None
+    y, x = np.mgrid[:83, :117]
+    noise = np.random.default_rng(0).integers(-40, 40, (83, 117, 3))
+    sample = Image.fromarray(np.clip(np.stack([2 * x, 3 * y, x + y], 2) % 256 + noise, 0, 255).astype(np.uint8))
+    for subsampling, quality, progressive in product((0, 1, 2), (30, 95), (False, True)):
+        file = io.BytesIO()
+        sample.save(file, "JPEG", subsampling=subsampling, quality=quality, progressive=progressive)
+        if not np.array_equal(np.asarray(Image.open(file)), decode_jpeg(file.getvalue(), colorspace="RGB", strict=True)):
+            return None
+    return cast("Callable[..., np.ndarray]", decode_jpeg)
+
+
 def decode_versions() -> dict[str, str]:
     """Versions of Pillow and of the libraries that decode for it, for the store's receipt."""
     names = ("libjpeg_turbo", "zlib", "zlib_ng", "libtiff", "webp", "avif", "littlecms2")
     found = {"pillow": features.version("pil")} | {name: features.version(name) for name in names}
-    return {name: version for name, version in found.items() if version}
+    found["simplejpeg"] = version("simplejpeg") if _fast_decoder() else None
+    return {name: number for name, number in found.items() if number}
 
 
 class _StorageFault(BaseException):

@@ -769,3 +769,90 @@ def test_versions_name_pillow_and_its_codecs():
     assert versions["pillow"] == Image.__version__
     assert {"libjpeg_turbo", "libtiff", "webp", "zlib"} <= set(versions)
     assert all(isinstance(value, str) and value for value in versions.values())
+
+
+# -- the fast decoder --------------------------------------------------------------------------------------------------------
+
+
+def verdict(data: bytes, spec: DecodeSpec = RGB):
+    try:
+        return decode(data, spec)
+    except ImageError as error:
+        return str(error)
+
+
+def both(data: bytes, spec: DecodeSpec = RGB):
+    """What `decode` makes of a file with simplejpeg and with Pillow alone."""
+    assert decode_module._fast_decoder() is not None, "the tests need the extra `fast`"
+    with pytest.MonkeyPatch.context() as patch:
+        fast = verdict(data, spec)
+        patch.setattr(decode_module, "_fast_decoder", lambda: None)
+        return fast, verdict(data, spec)
+
+
+@given(
+    st.integers(1, 70),
+    st.integers(1, 70),
+    st.integers(1, 100),
+    st.sampled_from(["4:4:4", "4:2:2", "4:2:0"]),
+    st.booleans(),
+    st.integers(0, 4),
+    st.integers(1, 8),
+    st.integers(0, 99),
+)
+def test_a_jpeg_is_the_same_by_both_decoders(height, width, quality, subsampling, progressive, restart, orientation, seed):
+    image = Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {"subsampling": subsampling, "progressive": progressive, "restart_marker_rows": restart, "exif": exif}
+    fast, plain = both(save(image, "JPEG", quality=quality, **options))
+    assert np.array_equal(fast, plain)
+    assert (fast.dtype, fast.flags.c_contiguous, fast.flags.writeable) == (np.uint8, True, False)
+
+
+JPEGS = [
+    save(PIXELS.repeat(4, 0).repeat(3, 1), "JPEG", quality=80),
+    save(PIXELS.repeat(5, 0).repeat(5, 1), "JPEG", quality=90, progressive=True, subsampling="4:2:0"),
+    save(PIXELS, "JPEG", quality=70, restart_marker_blocks=2, optimize=True),
+]
+
+
+@settings(max_examples=400, suppress_health_check=[HealthCheck.too_slow])
+@given(st.sampled_from(JPEGS), st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), max_size=4), st.integers(0, 10**6))
+def test_a_damaged_jpeg_ends_the_same_by_both_decoders(data, changes, cut):
+    damaged = bytearray(data)
+    for place, value in changes:
+        damaged[place % len(damaged)] = value
+    if cut % 3 == 0:
+        del damaged[cut % len(damaged) :]
+    fast, plain = both(bytes(damaged))
+    assert np.array_equal(fast, plain) if isinstance(plain, np.ndarray) else fast == plain
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK", "RGB"])
+@pytest.mark.parametrize("spec", [RGB, GREY, DecodeSpec(resize=(20, 30))], ids=["rgb", "grey", "resized"])
+def test_other_jpegs_are_left_to_pillow(mode, spec):
+    fast, plain = both(save(Image.fromarray(PIXELS).convert(mode), "JPEG"), spec)
+    assert np.array_equal(fast, plain)
+
+
+def test_a_decoder_that_differs_from_pillow_is_not_used(monkeypatch):
+    import simplejpeg
+
+    real = simplejpeg.decode_jpeg
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", lambda *args, **options: real(*args, **options, fastdct=True))
+    decode_module._fast_decoder.cache_clear()
+    assert decode_module._fast_decoder() is None
+    assert "simplejpeg" not in decode_versions()
+    monkeypatch.undo()
+    decode_module._fast_decoder.cache_clear()
+    assert decode_versions()["simplejpeg"]
+
+
+def test_without_the_extra_pillow_does_it_all(monkeypatch):
+    monkeypatch.setitem(sys.modules, "simplejpeg", None)
+    decode_module._fast_decoder.cache_clear()
+    assert decode_module._fast_decoder() is None
+    assert isinstance(verdict(JPEGS[0]), np.ndarray)
+    monkeypatch.undo()
+    decode_module._fast_decoder.cache_clear()
