@@ -11,7 +11,6 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -68,10 +67,12 @@ def stages(dtype: str) -> dict[str, Callable[[], object]]:
         "extract": extract,
         "digest": lambda: [tasks.maps_digest([block[i % rows]]) for i in range(N)],
         "encode": lambda: [chunks.encode_shard(block, layer.chunk_rows, rows, q.fill_value) for _ in range(N // rows)],
-        "write": lambda: [objects.put(target, *encoded) for _ in range(N // rows)],
+        "write": lambda: [objects.put(target.with_suffix(f".{i}"), *encoded) for i in range(N // rows)],
         "floor: F.conv2d, sigmoid, conversion": reference,
         "floor: copy of the maps": lambda: [block.copy() for _ in range(N // rows)],
-        "floor: file of the maps, uncompressed": lambda: [target.write_bytes(plain) for _ in range(N // rows)],
+        "floor: file of the maps, uncompressed": lambda: [
+            target.with_suffix(f".{i}").write_bytes(plain) for i in range(N // rows)
+        ],
     }
 
 
@@ -85,6 +86,8 @@ def measure(dtype: str) -> dict[str, float]:
             work()
             n = 4 if name.startswith("floor: F.conv2d") else N
             found[name].append(1e3 * (time.perf_counter() - started) / n)
+            for path in FOLDER.glob("stage-object.*"):
+                path.unlink()
     return {name: statistics.median(values) for name, values in found.items()}
 
 
@@ -101,7 +104,6 @@ def main() -> None:
         print(f"  {'sum of our stages':40s} {ours:7.2f}  = {1e3 / ours:.0f} images/s on one core")
         ratio = found["floor: F.conv2d, sigmoid, conversion"] / found["extract"]
         print(f"  extract is {ratio:.1f} times as fast as F.conv2d + sigmoid + conversion")
-    Path(FOLDER / "stage-object").unlink()
 
 
 if __name__ == "__main__":

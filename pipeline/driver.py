@@ -35,11 +35,10 @@ from pipeline.plan import (
     assign_classes,
     class_name,
     cut_pieces,
-    image_cost_s,
     pack_batches,
 )
 from pipeline.schema import REJECTED, RUNS, Status
-from pipeline.settings import extractor_spec, layout_of, multiply_adds, needed_size
+from pipeline.settings import cost_s, extractor_spec, layout_of, needed_size
 from pipeline.source_watch import SourceWatch
 from pipeline.store import Store
 from pipeline.summary import Progress, Summary, receipt
@@ -386,9 +385,9 @@ class Driver:
         pieces = []
         for size, rows in self.waiting.items():
             shape_class = self.store.classes[size]
-            cost_s = image_cost_s(shape_class.layout, multiply_adds(self.spec, size, self.channels))
+            image_s = cost_s(self.spec, shape_class.layout, self.channels)
             cut, self.waiting[size] = cut_pieces(
-                shape_class.layout, rows, shape_class.length, cost_s, self.channels, complete=complete
+                shape_class.layout, rows, shape_class.length, image_s, self.channels, complete=complete
             )
             pieces += cut
         self.ready.extend(pack_batches(pieces, self.slots, is_whole=self.is_whole, complete=complete))

@@ -20,6 +20,7 @@ BATCH_BYTES = 256 * 1024**2
 IMAGE_S = 0.3e-3
 DECODE_S_PER_PIXEL = 5e-9
 S_PER_MULTIPLY_ADD = 2e-11
+S_PER_TORCH_VALUE = 4e-9
 S_PER_STORED_BYTE = 1e-9
 BATCH_S = 1.0
 MIN_BATCH_S = 0.2
@@ -228,10 +229,19 @@ class Batch:
         return sum(piece.memory_bytes for piece in self.pieces)
 
 
-def image_cost_s(layout: ClassLayout, multiply_adds: int) -> float:
-    """Estimated seconds of one image on one core; for balancing only."""
+def image_cost_s(layout: ClassLayout, multiply_adds: int, torch_values: int) -> float:
+    """Estimated seconds of one image on one core; for balancing only, and right within a factor of about two.
+
+    Parameters
+    ----------
+    layout : ClassLayout
+    multiply_adds : int
+        Of the convolutions.
+    torch_values : int
+        Values before pooling of the layers that are not compiled.
+    """
     height, width = layout.size
-    compute_s = multiply_adds * S_PER_MULTIPLY_ADD + height * width * DECODE_S_PER_PIXEL
+    compute_s = multiply_adds * S_PER_MULTIPLY_ADD + torch_values * S_PER_TORCH_VALUE + height * width * DECODE_S_PER_PIXEL
     return IMAGE_S + compute_s + layout.row_bytes * S_PER_STORED_BYTE
 
 

@@ -24,14 +24,13 @@ from pipeline.plan import (
     assign_classes,
     class_name,
     cut_pieces,
-    image_cost_s,
     pack_batches,
     worker_memory_bytes,
 )
 from pipeline.reading import Probed, Source, probe_block
 from pipeline.run import check_job, compare_with_store, count_statuses, open_for, settle_returned
 from pipeline.schema import REJECTED, ShapeClass, Status
-from pipeline.settings import layout_of, multiply_adds, needed_size
+from pipeline.settings import cost_s, layout_of, needed_size
 from pipeline.store import Store
 from pipeline.summary import printable
 
@@ -192,9 +191,9 @@ def _fill(
         rows = [*pending[size], *range(length, n_rows)] if size in pending else range(length, n_rows)
         layout = known.layout if known else layout_of(size, job.extractor, np.dtype(job.dtype).itemsize, channels)
         layouts[size] = layout
-        cost_s = image_cost_s(layout, multiply_adds(job.extractor, size, channels))
-        pieces += cut_pieces(layout, rows, n_rows, cost_s, channels)[0]
-        preview.work_s += len(rows) * cost_s
+        image_s = cost_s(job.extractor, layout, channels)
+        pieces += cut_pieces(layout, rows, n_rows, image_s, channels)[0]
+        preview.work_s += len(rows) * image_s
         preview.maps_bytes += len(rows) * layout.row_bytes
         preview.classes[class_name(size)] = len(rows)
     preview.n_to_compute = sum(preview.classes.values())

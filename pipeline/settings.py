@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 from pipeline.chunks import Array
 from pipeline.config import DecodeSpec, ExtractorSpec, Job
 from pipeline.layers import layer_names, output_bounds, output_sizes, receptive_field
-from pipeline.plan import ClassLayout, Size, class_layout
+from pipeline.plan import ClassLayout, Size, class_layout, image_cost_s
 from pipeline.schema import StoredLayer, StoreSpec
 from pipeline.weights import quantisation, weights_digest
 
@@ -90,6 +91,18 @@ def layout_of(size: Size, job_spec: ExtractorSpec, dtype_bytes: int, channels: i
     filters = dict(zip(names, (layer.filters for layer in job_spec.layers), strict=True))
     layers = [(name, filters[name], sizes[name]) for name in job_spec.output_names]
     return class_layout(size, layers, dtype_bytes, channels)
+
+
+def cost_s(spec: ExtractorSpec, layout: ClassLayout, channels: int) -> float:
+    """`image_cost_s` of an image of a class's full size."""
+    return image_cost_s(layout, multiply_adds(spec, layout.size, channels), torch_values(spec, layout.size))
+
+
+def torch_values(spec: ExtractorSpec, size: Size) -> int:
+    """Values before pooling of one image's layers, but for a first one that compiled code computes."""
+    sizes = output_sizes(spec.layers, *size)
+    values = [layer.filters * math.prod(layer.pool) * math.prod(out) for layer, out in zip(spec.layers, sizes, strict=True)]
+    return sum(values[1:] if spec.layers[0].pool == (1, 1) else values)
 
 
 def multiply_adds(spec: ExtractorSpec, size: Size, channels: int) -> int:

@@ -18,6 +18,7 @@ from pipeline.cluster import (
     connect,
     load_cluster,
     local_memory_bytes,
+    local_processes,
     local_workers,
     with_client,
     worker_slots,
@@ -216,3 +217,26 @@ def test_a_connection_that_is_gone_is_no_lack_of_workers(threads_only, monkeypat
         patch.setattr(client, "status", "connecting")  # as it is from the loss of a scheduler on
         with pytest.raises(ConnectionError, match=r"connection to .* is connecting"):
             worker_slots(client)
+
+
+def test_gpus_that_are_not_there_are_refused_with_what_to_check(monkeypatch):
+    monkeypatch.setattr("pipeline.device.n_gpus", lambda: 0)
+    with pytest.raises(
+        UsageError, match=r"2 GPUs were asked for, and this installation of torch sees 0: nothing was started; .*nvidia-smi"
+    ):
+        local_processes(LocalSpec(gpus=2))
+    assert local_processes(LocalSpec(workers=3, gpus=0)) == (3, 1, 0)
+
+
+def test_with_gpus_the_cores_are_the_threads_of_one_process_for_each(monkeypatch):
+    monkeypatch.setattr("pipeline.cluster.local_gpus", lambda wanted: 2 if wanted is None else wanted)
+    assert local_processes(LocalSpec(workers=9)) == (2, 4, 2)
+    assert local_processes(LocalSpec(workers=1)) == (2, 1, 2)
+    assert local_processes(LocalSpec(workers=9, gpus=0)) == (9, 1, 0)
+
+
+def test_a_machine_with_a_driver_asks_torch_how_many_gpus_there_are(monkeypatch):
+    """Stands for /dev of a machine with two GPUs."""
+    monkeypatch.setattr("pipeline.cluster.Path.glob", lambda *_: iter(["nvidia0", "nvidia1"]))
+    monkeypatch.setattr("pipeline.device.n_gpus", lambda: 2)
+    assert local_processes(LocalSpec(workers=8)) == (2, 4, 2)

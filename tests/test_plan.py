@@ -162,7 +162,8 @@ def test_small_classes_are_packed_and_every_slot_has_work(slots, n):
 
 def test_cost_grows_with_work():
     layout = layout_for((516, 639))
-    assert image_cost_s(layout, 10**9) > image_cost_s(layout, 10**8) > image_cost_s(layout_for((64, 64)), 10**6) > 0
+    assert image_cost_s(layout, 10**9, 0) > image_cost_s(layout, 10**8, 0) > image_cost_s(layout_for((64, 64)), 10**6, 0) > 0
+    assert image_cost_s(layout, 10**8, 10**6) > image_cost_s(layout, 10**8, 0)
 
 
 def test_projected_memory_grows_with_the_image_the_window_and_the_threads():

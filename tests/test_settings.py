@@ -10,7 +10,7 @@ from safetensors.numpy import save_file
 from pipeline.config import DecodeSpec, ExtractorSpec, LayerSpec, make_job
 from pipeline.errors import UsageError
 from pipeline.schema import difference
-from pipeline.settings import decode_spec, extractor_spec, layout_of, multiply_adds, needed_size, store_spec
+from pipeline.settings import cost_s, decode_spec, extractor_spec, layout_of, multiply_adds, needed_size, store_spec, torch_values
 from pipeline.weights import load_weights, weights_digest
 
 LAYERS = [{"filters": 4, "kernel": 5, "pool": 2, "activation": "tanh"}, {"filters": 6, "kernel": [3, 1]}]
@@ -113,3 +113,22 @@ def test_layers_of_more_weights_than_memory_are_a_slip_of_the_pen():
         UsageError, match=r"layers have 30,000,000,001,000,000 weights, and more than 134,217,728 are surely a slip"
     ):
         load_weights(spec, 3)
+
+
+def test_values_that_torch_computes_leave_out_a_compiled_first_layer():
+    spec = ExtractorSpec(layers=(LayerSpec(filters=4, kernel=(5, 5)), LayerSpec(filters=3, kernel=(3, 3), pool=(2, 2))))
+    second = 3 * 94 * 74  # before pooling
+    assert torch_values(spec, (100, 80)) == second
+    assert torch_values(ExtractorSpec(layers=(LayerSpec(filters=3, kernel=(5, 5), pool=(2, 2)),)), (100, 80)) == 3 * 96 * 76
+    layout = layout_of((100, 80), spec, 4, 3)
+    assert cost_s(spec, layout, 3) > cost_s(spec, layout, 1) > 0
+
+
+def test_tf32_is_part_of_the_store_only_where_it_was_asked_for(tmp_path):
+    job = make_job({"source": str(tmp_path), "store": str(tmp_path / "f.zarr")})
+    exact = store_spec(job, str(tmp_path), load_weights(job.extractor, 3))
+    fast = job.model_copy(update={"extractor": job.extractor.model_copy(update={"tf32": True})})
+    other = store_spec(fast, str(tmp_path), load_weights(fast.extractor, 3))
+    assert "tf32" not in exact.extractor
+    assert exact.extractor["sha256"] != other.extractor["sha256"]
+    assert [extractor_spec(spec).tf32 for spec in (exact, other)] == [False, True]
