@@ -69,7 +69,7 @@ def kernels(dtype: str) -> None:
         return quantise(torch.sigmoid(y.flatten(4, 5).flatten(2, 3)), stored)
 
     a, b = (torch.rand(8192, 8192, device="cuda") for _ in range(2))
-    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     flops = 2 * 8192**3 / (1e-3 * gpu_ms(lambda: a @ b))
     large = torch.empty(1 << 28, device="cuda")
     bandwidth = 2 * large.nbytes / (1e-3 * gpu_ms(large.clone))

@@ -20,6 +20,7 @@ from pipeline.paths import encode_path
 from pipeline.schema import REJECTED, STATISTICS, ShapeClass, Status, StoredLayer
 from pipeline.settings import extractor_spec
 from pipeline.store import Store
+from pipeline.weights import dequantise
 
 _SIZES = ("source_height", "source_width", "input_height", "input_width")
 _COLUMNS = ("path", *_SIZES, "size_bytes", "fingerprint", "digest", "maps_digest", "status", "error")
@@ -216,7 +217,7 @@ class FeatureStore:
         array = self._store.array(shape_class.name, layer.name)
         chunks = array.shards or array.chunks
         stored = da.from_array(array, chunks=chunks, name=False, asarray=True)[: shape_class.length]
-        return stored.map_blocks(_decode, layer=layer, dtype=np.float32)
+        return stored.map_blocks(dequantise, layer, dtype=np.float32)
 
     def _lazy(self, group: str, column: str) -> da.Array:
         array = self._store.array(group, column)
@@ -242,12 +243,3 @@ def _where(values: da.Array, is_done: Array) -> da.Array:
         return values
     mask = da.from_array(is_done, chunks=(values.chunks[0],), name=False).reshape((-1, *[1] * (values.ndim - 1)))
     return da.where(mask, values, np.float32(np.nan))
-
-
-def _decode(stored: Array, layer: StoredLayer) -> Array:
-    """Stored values as float32, NaN where they are fill."""
-    if layer.dtype.startswith("float"):
-        return stored.astype(np.float32, copy=False)
-    values = stored.astype(np.float32) * np.float32(layer.scale_factor) + np.float32(layer.add_offset)
-    values[stored == 0] = np.nan
-    return values

@@ -7,11 +7,16 @@ from pathlib import Path
 
 from pipeline.errors import FeaturemapsError, UsageError
 from pipeline.objects import free_bytes
-from pipeline.plan import ClassLayout, Size, worker_memory_bytes
+from pipeline.plan import ClassLayout, Size, WorkerKind, worker_memory_bytes
 
 
 def require_memory(
-    layouts: Mapping[Size, ClassLayout], channels: int, threads: int, window: int, limit_bytes: int, decode_bytes: int
+    layouts: Mapping[Size, ClassLayout],
+    channels: int,
+    worker: WorkerKind,
+    limit_bytes: int,
+    decode_bytes: int,
+    layer_bytes: Mapping[Size, int],
 ) -> None:
     """Check that the largest images fit a worker of ``limit_bytes`` (0: no limit); see `worker_memory_bytes` for the others.
 
@@ -22,7 +27,7 @@ def require_memory(
     """
     if not layouts or not limit_bytes:
         return
-    needed = worker_memory_bytes(layouts.values(), channels, threads, window, decode_bytes)
+    needed = worker_memory_bytes(layouts.values(), channels, worker, decode_bytes, layer_bytes)
     if needed > limit_bytes:
         largest = max(layouts, key=lambda size: size[0] * size[1])
         raise UsageError(

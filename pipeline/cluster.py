@@ -14,9 +14,9 @@ from typing import Annotated, Any, Literal, NamedTuple
 import dask
 import psutil
 from distributed import Client, LocalCluster
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from pipeline.config import Job, Positive, read_yaml, validate_model
+from pipeline.config import Job, Positive, StrictModel, read_yaml, validate_model
 from pipeline.errors import FeaturemapsError, UsageError
 from pipeline.lock import WORKER_TTL_S
 
@@ -55,11 +55,7 @@ _DASK_CONFIG = {
 }
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class LocalSpec(_Model):
+class LocalSpec(StrictModel):
     """Worker processes on this machine: one per core with one thread each, or one per GPU with the cores shared among them."""
 
     kind: Literal["local"] = "local"
@@ -71,7 +67,7 @@ class LocalSpec(_Model):
     """Of one worker; None shares the machine's memory among them."""
 
 
-class AddressSpec(_Model):
+class AddressSpec(StrictModel):
     """A scheduler that runs already; its workers offer the resources read, extract and write."""
 
     kind: Literal["address"]
@@ -81,7 +77,7 @@ class AddressSpec(_Model):
 ClusterSpec = Annotated[LocalSpec | AddressSpec, Field(discriminator="kind")]
 
 
-class Clusters(_Model):
+class Clusters(StrictModel):
     """``cluster.yaml``: clusters by name."""
 
     clusters: dict[str, ClusterSpec]
@@ -124,7 +120,7 @@ def local_gpus(wanted: int | None) -> int:
         When there are fewer than wanted.
     """
     found = 0
-    if wanted != 0 and any(Path("/dev").glob("nvidia[0-9]*")):
+    if wanted or (wanted is None and any(Path("/dev").glob("nvidia[0-9]*"))):
         from pipeline.device import n_gpus  # noqa: PLC0415 (torch only where there may be a GPU)
 
         found = n_gpus()
@@ -166,7 +162,7 @@ def connect(spec: LocalSpec | AddressSpec) -> Iterator[Client]:
             "n_workers": workers,
             "threads_per_worker": threads,
             "memory_limit": local_memory_bytes(workers, spec.memory_limit_bytes),
-            "resources": dict.fromkeys(ROLES, threads),
+            "resources": dict.fromkeys(ROLES, threads) | ({"gpu": 1} if gpus else {}),
             "env": {} if gpus else {"CUDA_VISIBLE_DEVICES": ""},
             "host": "127.0.0.1",
             "dashboard_address": "127.0.0.1:0",
@@ -251,6 +247,8 @@ class WorkerSlots(NamedTuple):
     """Batches that it extracts at once."""
     memory_limit_bytes: int
     """0 for none."""
+    has_gpu: bool
+    """Whether it says so, as a resource; whether it computes on one is for it to see."""
     is_whole: bool
     """Whether it can also read and write as many batches at once, so that one task may do all of a batch."""
 
@@ -279,4 +277,4 @@ def worker_slots(client: Client) -> dict[str, WorkerSlots]:
 
 def _slots(resources: Mapping[str, float], memory_limit_bytes: int | None) -> WorkerSlots:
     read, extract, write = (int(resources.get(role, 0)) for role in ROLES)
-    return WorkerSlots(read, extract, int(memory_limit_bytes or 0), min(read, write) >= extract)
+    return WorkerSlots(read, extract, int(memory_limit_bytes or 0), bool(resources.get("gpu")), min(read, write) >= extract)

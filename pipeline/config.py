@@ -27,11 +27,13 @@ DEFAULT_PIXEL_LIMIT = 178_956_970
 M = TypeVar("M", bound=BaseModel)
 
 
-class _Model(BaseModel):
+class StrictModel(BaseModel):
+    """Refuses unknown keys, and does not change."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
 
 
-class DecodeSpec(_Model):
+class DecodeSpec(StrictModel):
     """How the bytes of a file become the pixels that the extractor sees."""
 
     color: Literal["rgb", "grey"] = "rgb"
@@ -55,7 +57,7 @@ class DecodeSpec(_Model):
         return 3 if self.color == "rgb" else 1
 
 
-class LayerSpec(_Model):
+class LayerSpec(StrictModel):
     """One layer: valid convolution, optional max-pool, bias, activation."""
 
     filters: Positive = 2
@@ -101,7 +103,7 @@ class LayerSpec(_Model):
             ) from error
 
 
-class ExtractorSpec(_Model):
+class ExtractorSpec(StrictModel):
     """A stack of layers and where its weights come from."""
 
     layers: tuple[LayerSpec, ...] = Field(default=(LayerSpec(),), min_length=1)
@@ -131,7 +133,7 @@ class ExtractorSpec(_Model):
         return tuple(sorted(stored, key=lambda name: int(name.removeprefix("conv"))))
 
 
-class Job(_Model):
+class Job(StrictModel):
     """One run: what is read, how, and where the maps go."""
 
     source: str
@@ -144,7 +146,7 @@ class Job(_Model):
     limit: Positive | None = None
     """Only the first N images of the listing."""
     workers: Positive | None = None
-    """Worker processes of the embedded cluster; None is one per core."""
+    """Batches that the embedded cluster works on at once, in a process each, or with GPUs in threads; None is one per core."""
     memory_limit_bytes: Positive | None = None
     """Memory of one worker; None shares the machine's among them."""
     gpus: Annotated[int, Field(ge=0)] | None = None

@@ -43,6 +43,7 @@ warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 logging.getLogger("PIL").setLevel(logging.CRITICAL)
 
 _ORIENTATION = 0x0112
+_FRAMES = {bytes([marker]) for marker in range(0xC0, 0xD0)} - {b"\xc4", b"\xc8", b"\xcc"}  # of a JPEG; the others are tables
 _PHOTOMETRIC, _BITS_PER_SAMPLE, _IMAGE_WIDTH, _IMAGE_LENGTH = 262, 258, 256, 257
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -157,31 +158,43 @@ def decode(data: bytes, spec: DecodeSpec) -> np.ndarray:
 def _decode_fast(data: bytes) -> np.ndarray | None:
     """Pixels of a flawless JPEG in colour, twice as fast as by Pillow and equal to its; None leaves the file to Pillow."""
     decode_jpeg = _fast_decoder()
-    if decode_jpeg is None:
+    if decode_jpeg is None or not _is_common(data):
         return None
     try:
         pixels: np.ndarray = decode_jpeg(data, colorspace="RGB", strict=True)
-    except (ValueError, MemoryError):  # a flaw, also one that Pillow passes over, or a kind that it does not know
+    except Exception:  # noqa: BLE001 (a flaw, also one that Pillow passes over: it decides)
         return None
     pixels.flags.writeable = False
     return pixels
 
 
+def _is_common(data: bytes) -> bool:
+    """Whether a JPEG is baseline, extended or progressive with Huffman codes, the kinds that every libjpeg decodes alike."""
+    place = 2
+    while data[place : place + 1] == b"\xff" and (marker := data[place + 1 : place + 2]) not in _FRAMES:
+        place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+    return data[place : place + 1] == b"\xff" and marker in {b"\xc0", b"\xc1", b"\xc2"}
+
+
 @cache
 def _fast_decoder() -> Callable[..., np.ndarray] | None:
-    """The decoder of simplejpeg, where it is installed and gives just what Pillow gives: both bring a libjpeg-turbo of their own."""
+    """The decoder of simplejpeg, where it works and gives just what Pillow gives: both bring a libjpeg-turbo of their own."""
     try:
-        from simplejpeg import decode_jpeg  # noqa: PLC0415 (of the extra `fast`)
-    except ImportError:
+        from simplejpeg import decode_jpeg, encode_jpeg  # noqa: PLC0415 (of the extra `fast`)
+
+        y, x = np.mgrid[:83, :117]
+        noise = np.random.default_rng(0).integers(-40, 40, (83, 117, 3))
+        pixels = np.clip(np.stack([2 * x, 3 * y, x + y], 2) % 256 + noise, 0, 255).astype(np.uint8)
+        samples = [encode_jpeg(pixels, 80, colorsubsampling=kind) for kind in ("444", "422", "420", "440", "411")]
+        for subsampling, quality in product((0, 1, 2), (30, 95)):
+            file = io.BytesIO()
+            Image.fromarray(pixels).save(file, "JPEG", subsampling=subsampling, quality=quality, progressive=True)
+            samples.append(file.getvalue())
+        for data in samples:
+            if not np.array_equal(np.asarray(Image.open(io.BytesIO(data))), decode_jpeg(data, colorspace="RGB", strict=True)):
+                return None
+    except Exception:  # noqa: BLE001 (not installed, or broken: it is no image's fault)
         return None
-    y, x = np.mgrid[:83, :117]
-    noise = np.random.default_rng(0).integers(-40, 40, (83, 117, 3))
-    sample = Image.fromarray(np.clip(np.stack([2 * x, 3 * y, x + y], 2) % 256 + noise, 0, 255).astype(np.uint8))
-    for subsampling, quality, progressive in product((0, 1, 2), (30, 95), (False, True)):
-        file = io.BytesIO()
-        sample.save(file, "JPEG", subsampling=subsampling, quality=quality, progressive=progressive)
-        if not np.array_equal(np.asarray(Image.open(file)), decode_jpeg(file.getvalue(), colorspace="RGB", strict=True)):
-            return None
     return cast("Callable[..., np.ndarray]", decode_jpeg)
 
 

@@ -17,16 +17,14 @@ from torch import Tensor
 from pipeline.errors import FeaturemapsError
 from pipeline.extractor import Extractor, Pooled, check_range, pixels, pool, quantise
 from pipeline.layers import layer_names, output_sizes
+from pipeline.plan import GPU_STAGES, gpu_batch
 from pipeline.weights import Array
 
 if TYPE_CHECKING:
     from pipeline.config import ExtractorSpec
     from pipeline.weights import StoredOutput
 
-BATCH_PIXELS = 1 << 23
-"""Pixels that are computed at once; more do not make a large GPU faster."""
-MAX_BATCH = 2048
-STAGES = 2  # batches of one thread on their way: one is copied while the other is computed
+MAX_DEVICE_BYTES = 1 << 32  # of the device's memory that a batch may take
 _FLOAT_COPIES = 4  # of a layer's maps that are alive at once: its input, convolution, activation and what is stored
 _TRANSPORT = {"float32": torch.float32, "float16": torch.float16, "uint16": torch.int16, "uint8": torch.uint8}
 
@@ -50,7 +48,7 @@ def best_extractor(
     spec, weights, stored
         As for `Extractor`.
     worker : int
-        Number of the worker on its machine; several share the GPUs evenly.
+        Number of the worker on its machine, or any other: workers that see several GPUs share them by it.
     threads : int
         Threads that extract at once.
     """
@@ -64,8 +62,8 @@ class DeviceExtractor:
     """Extracts in batches on a GPU; what it computes agrees with `Extractor` to 1e-5.
 
     Every batch has the same shape, the last one too, so that a result does not depend on what else is in the batch. The number of
-    images in it is a power of two: `BATCH_PIXELS` at most, and what fits into half of the memory that was free at the start;
-    halved when memory runs out all the same.
+    images in it is a power of two that follows from their size and the layers (`gpu_batch`, and 4 GiB of the device's memory); it
+    is halved until all threads' batches fit half of the memory that was free at the start, and when memory runs out all the same.
 
     Parameters
     ----------
@@ -91,22 +89,25 @@ class DeviceExtractor:
         self.is_gpu = self.device.type == "cuda"
         self.free_bytes = torch.cuda.mem_get_info(self.device)[0] if self.is_gpu else 1 << 33
         self._batch: dict[tuple[int, int], int] = {}
+        self._halving = threading.Lock()
         self._local = threading.local()
 
-    @property
-    def version(self) -> str:
-        """What computes the layers, for the receipt."""
+    def version(self, size: tuple[int, int]) -> str:
+        """What computes the layers of images of a size, for the receipt."""
         name = torch.cuda.get_device_name(self.device) if self.is_gpu else "cpu"
-        return f"{name}, batches of {' or '.join(map(str, sorted(set(self._batch.values())))) or '?'}"
+        return f"{name}, batches of {self.batch_size(*size)}"
 
     def batch_size(self, height: int, width: int) -> int:
         """Images of this size in one batch."""
         size = height, width
-        if size not in self._batch:
-            fitting = self.free_bytes // 2 // (STAGES * self.threads * self._image_bytes(height, width))
-            most = max(1, min(BATCH_PIXELS // (height * width), fitting, MAX_BATCH))
-            self._batch[size] = 1 << (most.bit_length() - 1)
-        return self._batch[size]
+        with self._halving:
+            if size not in self._batch:
+                limit = min(MAX_DEVICE_BYTES, self.free_bytes // 2 // (GPU_STAGES * self.threads))
+                n = gpu_batch(height, width)
+                while n > 1 and n * self._image_bytes(height, width) > limit:
+                    n //= 2
+                self._batch[size] = n
+            return self._batch[size]
 
     def _image_bytes(self, height: int, width: int) -> int:
         """Memory of the device that one image of a batch takes."""
@@ -136,21 +137,22 @@ class DeviceExtractor:
             When one image alone does not fit the memory of the device; else as `Extractor.extract_into`.
         """
         left, flying = iter(items), deque[_Stage]()
-        while chunk := list(islice(left, self.batch_size(*size))):
-            if len(flying) == STAGES:
+        while chunk := list(islice(left, n := self.batch_size(*size))):
+            if len(flying) == GPU_STAGES:
                 yield from self._land(flying)
             try:
-                flying.append(self._start(size, chunk))
-            except torch.OutOfMemoryError as error:
+                flying.append(self._start(size, n, chunk))
+            except RuntimeError as error:
+                if not _is_out_of_memory(error):
+                    raise
                 while flying:
                     yield from self._land(flying)
-                self._halve(size, error)
+                self._halve(size, n, error)
                 left = chain(chunk, left)
         while flying:
             yield from self._land(flying)
 
-    def _start(self, size: tuple[int, int], chunk: list[Item]) -> _Stage:
-        n = self.batch_size(*size)
+    def _start(self, size: tuple[int, int], n: int, chunk: list[Item]) -> _Stage:
         key, idle = getattr(self._local, "idle", (None, []))
         if key != (size, n):
             idle = []
@@ -166,17 +168,24 @@ class DeviceExtractor:
         if key == stage.key:
             idle.append(stage)
 
-    def _halve(self, size: tuple[int, int], error: Exception) -> None:
-        n = self.batch_size(*size)
+    def _halve(self, size: tuple[int, int], n: int, error: Exception) -> None:
+        """Make batches of a size smaller than those of ``n`` that failed; other threads may have done so already."""
         if n == 1:
             raise FeaturemapsError(
                 f"one image of {size[0]} x {size[1]} pixels does not fit the memory of {self.device} ({error}): its maps were not "
                 "computed; use a GPU with more memory, --gpus 0 for the processors, or a new store with --resize"
             ) from error
-        self._batch[size] = n // 2
+        with self._halving:
+            self._batch[size] = min(self._batch[size], n // 2)
         self._local.idle = None, []
         if self.is_gpu:
             torch.cuda.empty_cache()
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether the device or its pinned memory is full; cuDNN says so by finding no way to compute."""
+    text = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in text or "unable to find an engine" in text
 
 
 class _Stage:
@@ -193,7 +202,7 @@ class _Stage:
             )
             for name, stored in extractor.stored.items()
         }
-        self.statistics = {name: torch.empty((4, n, sizes[name][0].filters), pin_memory=self.is_gpu) for name in extractor.stored}
+        self.statistics = {name: torch.empty((n, 4, sizes[name][0].filters), pin_memory=self.is_gpu) for name in extractor.stored}
         self.stream = torch.cuda.Stream(extractor.device) if self.is_gpu else None  # type: ignore[no-untyped-call]
         self.items: list[Item] = []
 
@@ -203,7 +212,10 @@ class _Stage:
         self.items = items
         for i, (image, out) in enumerate(items):
             self.extractor.check(image, out)
-            self.pixels[i, : image.shape[0], : image.shape[1]] = pixels(image)  # what lies beyond is of no consequence
+            height, width = image.shape[:2]
+            self.pixels[i, :height, :width] = pixels(image)
+            self.pixels[i, height:] = 0  # valid outputs do not need it, but some algorithms let it touch their last bits
+            self.pixels[i, :height, width:] = 0
         with self._running():
             x = self.pixels.to(self.extractor.device, non_blocking=True).permute(0, 3, 1, 2).float() / 256
             for name, layer in zip(self.extractor.names, self.extractor.layers, strict=True):
@@ -219,19 +231,18 @@ class _Stage:
             yield
             return
         with _launching, torch.cuda.stream(self.stream):
-            torch.backends.cudnn.allow_tf32 = self.extractor.spec.tf32
-            torch.backends.cudnn.deterministic = True
+            self.extractor.set_precision()
             yield
 
     def _measure(self, name: str, maps: Tensor) -> None:
         """Statistics of each image's valid extent."""
         if all(image.shape[:2] == self.size for image, _ in self.items):
-            self.statistics[name].copy_(pool(maps), non_blocking=True)
-            return
-        at = layer_names(self.extractor.specs).index(name)
-        for i, (image, _) in enumerate(self.items):
-            height, width = output_sizes(self.extractor.specs, *image.shape[:2])[at]
-            self.statistics[name][:, i].copy_(pool(maps[i, :, :height, :width]), non_blocking=True)
+            found = pool(maps).transpose(0, 1).contiguous()
+        else:
+            at = layer_names(self.extractor.specs).index(name)
+            extents = (output_sizes(self.extractor.specs, *image.shape[:2])[at] for image, _ in self.items)
+            found = torch.stack([pool(maps[i, :, :height, :width]) for i, (height, width) in enumerate(extents)])
+        self.statistics[name][: len(found)].copy_(found, non_blocking=True)
 
     def results(self) -> Iterator[dict[str, Pooled]]:
         """Wait, and hand out what was computed."""
@@ -241,7 +252,7 @@ class _Stage:
             pooled: dict[str, Pooled] = {}
             for name, values in out.items():
                 stored = self.extractor.stored[name]
-                pooled[name] = Pooled(*self.statistics[name][:, i].numpy().copy())
+                pooled[name] = Pooled(*self.statistics[name][i].numpy().copy())
                 check_range(name, pooled[name], stored)
                 _, height, width = values.shape
                 values[...] = self.maps[name][i].numpy().view(np.dtype(stored.dtype))[:, :height, :width]

@@ -8,37 +8,37 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import CancelledError
 from typing import Any
 
-import numpy as np
 from distributed import Client, Future, KilledWorker
 from distributed.client import ClosedClientError
 from distributed.comm import CommClosedError
 
 from pipeline import reading, tasks
 from pipeline.capacity import require_memory, require_space
-from pipeline.changes import Changes, Entry, is_inaccessible
-from pipeline.cluster import ROLES, worker_slots
-from pipeline.collection import UNREADABLE, Listing
+from pipeline.changes import Changes
+from pipeline.cluster import ROLES
+from pipeline.collection import Listing
 from pipeline.config import Job
 from pipeline.errors import FeaturemapsError
 from pipeline.faults import explain, scheduler_lost
-from pipeline.ledger import Ledger, has_inaccessible
+from pipeline.fleet import Fleet
+from pipeline.intake import Intake
+from pipeline.ledger import Ledger
 from pipeline.lock import require_lock
+from pipeline.outcomes import Outcomes
 from pipeline.plan import (
     BATCHES_IN_FLIGHT_PER_SLOT,
     Batch,
     ClassLayout,
     Size,
-    assign_classes,
-    class_name,
     cut_pieces,
     pack_batches,
 )
-from pipeline.schema import REJECTED, RUNS, Status
-from pipeline.settings import cost_s, extractor_spec, layout_of, needed_size
+from pipeline.schema import RUNS
+from pipeline.settings import cost_s, extractor_spec, layer_bytes, needed_size
 from pipeline.source_watch import SourceWatch
 from pipeline.store import Store
 from pipeline.summary import Progress, Summary, receipt
@@ -48,13 +48,8 @@ logger = logging.getLogger(__name__)
 
 COMMIT_S = 1.0
 RECEIPT_S = 10.0
-PROBE_BLOCK = 512
-FIRST_APPEND = 4096
-MAX_APPEND = 65_536
 READY_BATCHES_PER_SLOT = 4
 RESULT_S = 10.0
-NO_WORKERS_S = 120.0
-REGISTER_TRIES = 5
 MAX_ACQUITTALS = 3
 
 
@@ -88,7 +83,6 @@ class Driver:
     ) -> None:
         self.job, self.store, self.listing, self.found = job, store, listing, found
         self.client, self.summary, self.progress, self.notify, self.stop = client, summary, progress, notify, stop
-        self.ledger = Ledger(store, listing)
         self.spec = extractor_spec(store.spec)
         self.channels = job.decode.channels
         self.source = reading.Source(listing.root, job.decode)
@@ -100,18 +94,14 @@ class Driver:
         self.ready: deque[Batch] = deque()
         self.image_of: dict[Size, dict[int, int]] = {}  # rows of the store that are not sent yet -> image of the listing
         self.waiting: dict[Size, list[int]] = {}  # those of them that are in no batch
-        self.next_probe = self.next_append = 0  # blocks of `found.new`
-        self.probed: dict[int, Sequence[reading.Probed]] = {}
-        self.buffer: list[tuple[int, reading.Probed]] = []  # probed, in the order of the listing, not appended
-        self.n_appended = self.n_sent = 0
-        self.watch = SourceWatch(listing.root)
+        self.n_sent = 0
+        watch, ledger = SourceWatch(listing.root), Ledger(store, listing)
+        self.intake = Intake(listing, found, ledger, watch, self.channels, summary, progress)
+        self.outcomes = Outcomes(found, ledger, watch, summary, progress)
         self.trials: deque[Trial | HeaderTrial] = deque()  # the first of them is going on, and nothing else
-        self.decode_bytes = 0  # the most that one of the images probed takes
-        self.is_whole, self.n_readers = True, 0  # whether one task does all of a batch; else who reads
-        self.results: list[tasks.BatchResult] = []
+
         self.failure: FeaturemapsError | None = None
         self.is_lost = False  # nothing that is in flight will come back
-        self.no_workers_since: float | None = None
 
     # -- the loop --------------------------------------------------------------------------------------------------------------
 
@@ -168,34 +158,17 @@ class Driver:
 
     def _prepare(self) -> None:
         """Look at the workers, give them the extractor, and take up the rows that are in the store already."""
-        workers = worker_slots(self.client)
-        self.addresses = set(workers)
-        self.slots = self.summary.slots = sum(worker.extract for worker in workers.values())
-        self.memory_limit_bytes = min((w.memory_limit_bytes for w in workers.values() if w.memory_limit_bytes), default=0)
-        self.threads = max(worker.extract for worker in workers.values())
-        self.is_whole = all(worker.is_whole for worker in workers.values() if worker.extract)
-        self.n_readers = 0 if self.is_whole else sum(worker.read for worker in workers.values())
+        self.fleet = Fleet(self.client)
+        self.summary.slots = self.fleet.slots
         for size, shape_class in self.store.classes.items():
             rows = self.found.pending.get(shape_class.name, [])
             self.image_of[size] = dict(rows)
             self.waiting[size] = [row for row, _ in rows]
-        self._check_capacity({size: self.store.classes[size].layout for size, rows in self.image_of.items() if rows}, {})
-        self._register(tasks.ExtractorPlugin(self.target.extractor, self.spec, self.store.weights(), self.store.spec.layers))
+        self._check_capacity({}, {})
+        self.fleet.register(tasks.ExtractorPlugin(self.target.extractor, self.spec, self.store.weights(), self.store.spec.layers))
         self.progress.stage = "running"
         if not self.found.new:
             self._plan(complete=True)
-
-    def _register(self, plugin: tasks.ExtractorPlugin) -> None:
-        """Give every worker the extractor; a worker that dies meanwhile makes the whole call fail, and gets it when it is back."""
-        for left in reversed(range(REGISTER_TRIES)):
-            try:
-                self.client.register_plugin(plugin)
-                return
-            except OSError as error:
-                if not left or self.client.status != "running":
-                    raise
-                logger.info("giving the extractor to the workers once more: %s", error)
-                time.sleep(1.0)
 
     def _wait(self, timeout_s: float) -> None:
         """Take up what finished, waiting for the first at most ``timeout_s``."""
@@ -222,7 +195,7 @@ class Driver:
                 self._fail(self._why(error, sent))
                 return
             if kind == "probe":
-                self.probed[sent] = result
+                self.intake.take(sent, result)
             elif kind == "trial":
                 self._judge(result, survived=True)
             else:
@@ -238,8 +211,7 @@ class Driver:
         if is_killed and kind == "trial":
             self._judge(None, survived=False)
         elif is_killed and kind == "probe":
-            images = self.found.new[sent * PROBE_BLOCK : (sent + 1) * PROBE_BLOCK]
-            self.trials.append(HeaderTrial(sent, [self.listing.paths[i] for i in images]))
+            self.trials.append(HeaderTrial(sent, self.intake.paths(sent)))
         elif is_killed and sent[1] < MAX_ACQUITTALS:
             self.trials.append(Trial(*sent))
         else:
@@ -251,20 +223,11 @@ class Driver:
         return scheduler_lost(error) if lost else explain(error, sent, self.store.path)
 
     def _check_workers(self) -> None:
-        """Give up when nobody is left to work: a scheduler that was started by hand would wait for ever."""
         try:
-            self.slots = sum(worker.extract for worker in worker_slots(self.client).values())
-            self.no_workers_since = None
-        except FeaturemapsError as error:
-            now = time.monotonic()
-            self.no_workers_since = self.no_workers_since or now
-            if now - self.no_workers_since >= NO_WORKERS_S:
-                failure = FeaturemapsError(
-                    f"workers were lost and none has come for {NO_WORKERS_S:.0f} s: the run stopped, and what was committed stands; "
-                    f"start workers and run the same command again to go on from there ({error})"
-                )
-                self._fail(failure)
-                self.is_lost = True
+            self.fleet.check()
+        except FeaturemapsError as failure:
+            self._fail(failure)
+            self.is_lost = True
 
     def _fail(self, failure: FeaturemapsError) -> None:
         """Note the first failure; the loop drains and `run` raises it."""
@@ -274,108 +237,48 @@ class Driver:
 
     # -- probing and appending -------------------------------------------------------------------------------------------------
 
-    @property
-    def n_blocks(self) -> int:
-        """Blocks of images to probe."""
-        return -(-len(self.found.new) // PROBE_BLOCK)
-
     def _send_probes(self) -> None:
         probing = sum(kind == "probe" for kind, _, _ in self.in_flight.values())
-        while (
-            self.next_probe < self.n_blocks
-            and probing < BATCHES_IN_FLIGHT_PER_SLOT * self.slots
-            and len(self.ready) < READY_BATCHES_PER_SLOT * self.slots
-        ):
-            images = self.found.new[self.next_probe * PROBE_BLOCK : (self.next_probe + 1) * PROBE_BLOCK]
+        limit = BATCHES_IN_FLIGHT_PER_SLOT * self.fleet.slots
+        while probing < limit and len(self.ready) < READY_BATCHES_PER_SLOT * self.fleet.slots:
+            block = self.intake.next_block()
+            if block is None:
+                return
             future = self.client.submit(
                 reading.probe_block,
                 self.source,
-                [self.listing.paths[i] for i in images],
+                self.intake.paths(block),
                 needed_size(self.spec),
-                key=f"probe-{self.summary.run_id}-{self.next_probe}",
+                key=f"probe-{self.summary.run_id}-{block}",
                 resources={"read": 1},
                 priority=10,
                 pure=False,
             )
-            self._submit("probe", self.next_probe, future)
-            self.next_probe += 1
+            self._submit("probe", block, future)
             probing += 1
 
     def _append_probed(self) -> None:
-        """Append in the order of the listing, in growing blocks: each append rewrites the metadata of the classes it touches."""
-        while self.next_append in self.probed:
-            images = self.found.new[self.next_append * PROBE_BLOCK : (self.next_append + 1) * PROBE_BLOCK]
-            self.buffer += zip(images, self.probed.pop(self.next_append), strict=True)
-            self.next_append += 1
-        complete = self.next_append == self.n_blocks
-        enough = min(max(self.n_appended, FIRST_APPEND), MAX_APPEND)
-        if self.buffer and (complete or len(self.buffer) >= enough):
-            try:
-                self._append(self.buffer, complete=complete)
-            except FeaturemapsError as failure:
-                self._fail(failure)
-            except OSError as error:
-                self._fail(explain(error, None, self.store.path))
-            self.buffer = []
+        if not self.intake.is_due():
+            return
+        try:
+            appended = self.intake.append(self._check_capacity)
+        except FeaturemapsError as failure:
+            self._fail(failure)
+        except OSError as error:
+            self._fail(explain(error, None, self.store.path))
+        else:
+            for size, rows in appended.items():
+                self.image_of.setdefault(size, {}).update(rows)
+                self.waiting.setdefault(size, []).extend(row for row, _ in rows)
+            self._plan(complete=self.intake.is_complete)
 
-    def _append(self, probed: list[tuple[int, reading.Probed]], *, complete: bool) -> None:
-        probed = [self._doubt(i, p) for i, p in probed if not self._is_known(i, p)]
-        for _, p in probed:
-            self.watch.note(p.error, is_fault=bool(p.fault))
-        self.watch.check()
-        faults = [p.fault for _, p in probed if p.fault]
-        self.summary.faults = (self.summary.faults + faults)[:20]
-        self.summary.n_pending += len(faults)
-        rejected = [(i, p) for i, p in probed if p.error]
-        good = [(i, p) for i, p in probed if not p.error and not p.fault]
-        sizes = assign_classes(((p.input_height, p.input_width) for _, p in good), self.store.classes)
-        groups: dict[Size, list[tuple[int, reading.Probed]]] = {}
-        for size, item in zip(sizes, good, strict=True):
-            groups.setdefault(size, []).append(item)
-        layouts = {size: self._layout(size) for size in groups}
-        self.decode_bytes = max([self.decode_bytes, *(p.decode_bytes for _, p in good)])
-        known = {size: self.store.classes[size].layout for size, rows in self.image_of.items() if rows}
-        self._check_capacity({**known, **layouts}, {size: len(items) for size, items in groups.items()})
-        require_lock(self.store.path / RUNS, self.summary.run_id)
-        for size, items in groups.items():
-            rows = self.ledger.append(size, layouts[size], items)
-            self.image_of.setdefault(size, {}).update(zip(rows, (i for i, _ in items), strict=True))
-            self.waiting.setdefault(size, []).extend(rows)
-        if rejected:
-            self.ledger.append_rejected(rejected)
-            self.summary.n_rejected += len(rejected)
-            self.progress.n_quarantined += len(rejected)
-            self.progress.n_finished += len(rejected)
-        self.ledger.supersede(self.found.replaces[i] for i, p in probed if not p.fault and i in self.found.replaces)
-        self.n_appended += len(good)
-        self._plan(complete=complete)
-
-    def _doubt(self, i: int, found: reading.Probed) -> tuple[int, reading.Probed]:
-        """An image that can be read, but could not be looked at when it was listed, has no fingerprint: the next run does it."""
-        if self.listing.fingerprint(i) == UNREADABLE and not found.error and not found.fault:
-            found = reading.Probed(fault=f"{self.listing.paths[i]}: could not be looked at when the source was listed")
-        return i, found
-
-    def _is_known(self, i: int, found: reading.Probed) -> bool:
-        """Whether an image that was tried again is rejected for the reason on record; the entry stands."""
-        entry = self.found.replaces.get(i)
-        known = (
-            entry is not None and entry.group == REJECTED and bool(found.error) and self.ledger.is_rejected(entry, i, found.error)
-        )
-        self.summary.n_unchanged += known
-        self.progress.n_finished += known
-        return known
-
-    def _layout(self, size: Size) -> ClassLayout:
-        if size in self.store.classes:
-            return self.store.classes[size].layout
-        return layout_of(size, self.spec, np.dtype(self.job.dtype).itemsize, self.channels)
-
-    def _check_capacity(self, layouts: dict[Size, ClassLayout], n_new: dict[Size, int]) -> None:
+    def _check_capacity(self, new: Mapping[Size, ClassLayout], n_new: Mapping[Size, int]) -> None:
         """Refuse what cannot fit memory or disk, with the number that would."""
+        layouts = {size: self.store.classes[size].layout for size, rows in self.image_of.items() if rows} | dict(new)
         n_rows = {size: n_new.get(size, 0) + len(self.image_of.get(size, {})) for size in layouts}
-        window = 0 if self.is_whole else self._window  # the images of all of them may wait on one worker
-        require_memory(layouts, self.channels, self.threads, window, self.memory_limit_bytes, self.decode_bytes)
+        scratch = {size: layer_bytes(self.spec, size) for size in layouts}
+        fleet, decode_bytes = self.fleet, self.intake.decode_bytes
+        require_memory(layouts, self.channels, fleet.kind, fleet.memory_limit_bytes, decode_bytes, scratch)
         require_space(self.store.path, sum(n * layouts[size].row_bytes for size, n in n_rows.items()), sum(n_rows.values()))
 
     # -- batches ---------------------------------------------------------------------------------------------------------------
@@ -390,16 +293,11 @@ class Driver:
                 shape_class.layout, rows, shape_class.length, image_s, self.channels, complete=complete
             )
             pieces += cut
-        self.ready.extend(pack_batches(pieces, self.slots, is_whole=self.is_whole, complete=complete))
-
-    @property
-    def _window(self) -> int:
-        """Batches in flight: enough that nobody waits for the driver, and where others read, enough for all of them."""
-        return BATCHES_IN_FLIGHT_PER_SLOT * self.slots + self.n_readers
+        self.ready.extend(pack_batches(pieces, self.fleet.slots, is_whole=self.fleet.is_whole, complete=complete))
 
     def _send_batches(self) -> None:
         sent = sum(kind == "batch" for kind, _, _ in self.in_flight.values())
-        while self.ready and sent < self._window:
+        while self.ready and sent < self.fleet.window:
             self._send(self.ready.popleft())
             sent += 1
 
@@ -411,7 +309,7 @@ class Driver:
         name = f"{self.summary.run_id}-{self.n_sent}"
         self.n_sent += 1
         submit = self.client.submit
-        if self.is_whole:
+        if self.fleet.is_whole:
             resources = dict.fromkeys(ROLES, 1)
             future = submit(
                 tasks.process, self.source, self.target, pieces, key=f"process-{name}", resources=resources, pure=False
@@ -453,7 +351,7 @@ class Driver:
     def _end_trial(self, trial: Trial | HeaderTrial) -> None:
         """Record the guilty and send the others once more."""
         if isinstance(trial, HeaderTrial):
-            self.probed[trial.block] = trial.probed
+            self.intake.take(trial.block, trial.probed)
             return
         result = tasks.BatchResult(trial.verdicts(), "none", {})
         if result.pieces:
@@ -473,60 +371,18 @@ class Driver:
         )
 
     def _take_batch(self, result: tasks.BatchResult) -> None:
-        for piece in result.pieces:
-            group = class_name(piece.layout.size)
-            for row, is_fault, error in zip(piece.rows, (piece.status == Status.PENDING).tolist(), piece.error, strict=True):
-                if not (is_inaccessible(error) and Entry(group, row) in self.found.retried):  # which is no news
-                    self.watch.note(error, is_fault=is_fault)
-        self.results.append(result)
         try:
-            self.watch.check()
+            self.outcomes.take(result)
         except FeaturemapsError as failure:
             self._fail(failure)
 
-    # -- the ledger ------------------------------------------------------------------------------------------------------------
+    # -- the end ---------------------------------------------------------------------------------------------------------------
 
     def _commit(self, *, last: bool = False) -> None:
-        """Write what finished batches reported; what they say of access waits until the source has shown that it can be read."""
-        is_held = self.watch.is_undecided and not last
-        held: list[tasks.BatchResult] = []
-        results: list[tasks.BatchResult] = []
-        for result in self.results:
-            (held if is_held and has_inaccessible(result.pieces) else results).append(result)
-        if not results:
-            return
-        self.results = held
         try:
-            pieces = [piece for result in results for piece in result.pieces]
-            self.ledger.commit(pieces, source_failed=self.watch.failed)
+            self.outcomes.commit(last=last)
         except OSError as error:
             self._fail(explain(error, None, self.store.path))
-            return
-        for result in results:
-            self._account(result)
-
-    def _account(self, result: tasks.BatchResult) -> None:
-        summary = self.summary
-        n_done = 0
-        for piece in result.pieces:
-            n_done += int((piece.status == Status.DONE).sum())
-            n_quarantined = int((piece.status == Status.QUARANTINED).sum())
-            summary.n_quarantined += n_quarantined
-            self.progress.n_quarantined += n_quarantined
-            self.progress.n_finished += n_quarantined
-            faults = [piece.error[i] for i in np.flatnonzero(piece.status == Status.PENDING)]
-            summary.n_pending += len(faults)
-            summary.faults = (summary.faults + faults)[:20]
-        summary.n_done += n_done
-        self.progress.n_finished += n_done
-        if n_done:
-            summary.hosts[result.host] = summary.hosts.get(result.host, 0) + n_done
-            summary.kernels[result.kernel] = summary.kernels.get(result.kernel, 0) + n_done
-        summary.pixels += result.pixels
-        summary.bytes_read += result.bytes_read
-        summary.bytes_written += result.bytes_written
-        for stage, seconds in result.stage_s.items():
-            summary.stage_s[stage] += seconds
 
     def _end(self) -> None:
         """Commit the rest and say how the run ended."""
@@ -534,19 +390,12 @@ class Driver:
         self.notify(self.progress)
         if self.failure is not None:
             raise self.failure
-        if self._has_lost_workers():
+        if self.fleet.has_lost_workers():
             require_lock(self.store.path / RUNS, self.summary.run_id)
             self.store.repair()  # what the workers that were lost left
         unsent = sum(map(len, self.image_of.values())) + sum(trial.n_images for trial in self.trials)
-        unprobed = len(self.found.new) - min(self.next_append * PROBE_BLOCK, len(self.found.new)) + len(self.buffer)
-        self.summary.n_pending += unsent + unprobed
+        self.summary.n_pending += unsent + self.intake.n_left
         if self.stop.is_set() and self.summary.n_pending:
             self.summary.outcome = "stopped"
         else:
             self.summary.outcome = "incomplete" if self.summary.n_pending else "complete"
-
-    def _has_lost_workers(self) -> bool:
-        try:
-            return not self.addresses <= set(worker_slots(self.client))
-        except (OSError, FeaturemapsError):
-            return True

@@ -1,4 +1,4 @@
-"""The convolution stack and what is kept of its maps; the only home of torch."""
+"""The convolution stack and what is kept of its maps; the home of torch, with `device`."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def quantise_into(maps: Tensor, q: StoredAs, out: Array) -> None:
 
 def _levels(maps: Tensor, q: StoredAs) -> Tensor:
     levels = 1 / q.scale_factor
-    constant = torch.tensor(0.5 - q.add_offset * levels, device=maps.device)
+    constant = torch.full((), 0.5 - q.add_offset * levels, device=maps.device)
     return torch.add(constant, maps, alpha=levels, out=_work(maps))
 
 
@@ -229,6 +229,8 @@ class Extractor(nn.Module):
         self.compiled = weight / np.float32(256), bias  # for pixels of 0 ... 255; exact, because it is a power of two
         self.dtype, self.device = dtype, torch.device(device)
         self.to(self.device)
+        if self.device.type == "cuda":
+            self.set_precision()
 
     @torch.inference_mode()
     def forward(self, image: Tensor) -> dict[str, Tensor]:
@@ -272,10 +274,15 @@ class Extractor(nn.Module):
         for image, out in items:
             yield self.extract_into(image, out)
 
-    @property
-    def version(self) -> str:
-        """What computes the first layer, for the receipt; see `kernel.version`."""
-        return kernel.version()
+    def version(self, size: tuple[int, int]) -> str:  # noqa: ARG002 (as of `DeviceExtractor`)
+        """What computes the first layer of images of a size, for the receipt; see `kernel.version`."""
+        first = self.specs[0]
+        return kernel.version(self.channels, first.kernel[1]) if first.pool == (1, 1) else "torch"
+
+    def set_precision(self) -> None:
+        """Set cuDNN's switches, which are those of the process: full float32 unless TF32 was asked for, and no choice by timing."""
+        torch.backends.cudnn.allow_tf32 = self.spec.tf32
+        torch.backends.cudnn.deterministic = True
 
     @torch.inference_mode()
     def extract_into(self, image: Array, out: Mapping[str, Array]) -> dict[str, Pooled]:

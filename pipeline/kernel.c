@@ -5,7 +5,7 @@
 #include <string.h>
 
 enum activation { NONE, SIGMOID, TANH, RELU };
-enum { ABI = 1, BLOCK = 256 };
+enum { ABI = 2, BLOCK = 256 };
 enum kind { FLOAT32, UINT8, UINT16 };
 
 struct layer {
@@ -170,8 +170,12 @@ static int vector_layer(const struct layer *l, const struct sink *sink)
 /* Changes with the arguments of what is called from outside. */
 int featuremaps_abi(void) { return ABI; }
 
-/* Lanes of the widest version that this processor runs, at most so many. */
-int featuremaps_lanes(int lanes) { return lanes >= AMX_LANES && amx_runs() ? AMX_LANES : choose(lanes)->lanes; }
+/* Lanes of the widest version that this processor runs for such a layer, at most so many. */
+int featuremaps_lanes(int lanes, int channels, int kw)
+{
+    struct layer layer = {.channels = channels, .kw = kw};
+    return lanes >= AMX_LANES && amx_fits(&layer) && amx_runs() ? AMX_LANES : choose(lanes)->lanes;
+}
 
 /*
  * image: (height, width, channel), contiguous. weight: (filters, channel, kh, kw); bias: (filters). out: (filters, y, x) with

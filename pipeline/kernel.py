@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _ACTIVATIONS: dict[Activation, int] = {"none": 0, "sigmoid": 1, "tanh": 2, "relu": 3}  # as in kernel.c
 _KINDS = {"float32": 0, "uint8": 1, "uint16": 2}
 _NAMES = {32: "amx", 16: "avx512", 8: "avx2", 4: "plain"}
-_ABI = 1  # as in kernel.c
+_ABI = 2  # as in kernel.c
 MAX_LANES = 32
 """Widest vectors to use, in float32 values, or 32 for matrix tiles; 0 is none at all, and leaves the work to torch."""
 
@@ -43,10 +43,10 @@ def _library() -> ctypes.CDLL | None:
     return None
 
 
-def version() -> str:
-    """What computes the first layer on this machine: ``torch``, ``plain``, ``avx2`` or ``avx512``."""
+def version(channels: int = 3, kernel_width: int = 9) -> str:
+    """What computes a first layer on this machine: ``torch``, ``plain``, ``avx2``, ``avx512`` or ``amx``."""
     library = _library()
-    return "torch" if library is None or not MAX_LANES else _NAMES[library.featuremaps_lanes(MAX_LANES)]
+    return "torch" if library is None or not MAX_LANES else _NAMES[library.featuremaps_lanes(MAX_LANES, channels, kernel_width)]
 
 
 def is_available(stored: StoredAs) -> bool:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from pipeline.errors import FeaturemapsError
 
@@ -26,6 +27,11 @@ BATCH_S = 1.0
 MIN_BATCH_S = 0.2
 BATCHES_PER_SLOT = 4
 BATCHES_IN_FLIGHT_PER_SLOT = 2
+
+# Batches on a GPU: more pixels at once do not make a large one faster. One is copied while another is computed.
+GPU_PIXELS = 1 << 23
+MAX_GPU_BATCH = 2048
+GPU_STAGES = 2
 
 # What a worker holds whatever the images: interpreter, torch, dask and zarr.
 WORKER_BASE_BYTES = 450 * 1024**2
@@ -209,7 +215,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What one read, one extract and one write task handle together."""
+    """What one task handles, or one read, one extract and one write task."""
 
     pieces: tuple[Piece, ...]
 
@@ -344,33 +350,66 @@ def pack_batches(pieces: Sequence[Piece], slots: int, *, is_whole: bool = True, 
     return batches
 
 
-def worker_memory_bytes(layouts: Iterable[ClassLayout], channels: int, threads: int, window: int, decode_bytes: int = 0) -> int:
-    """Projected peak memory of one worker.
+def gpu_batch(height: int, width: int) -> int:
+    """Images of a size in one batch of a GPU with memory to spare: a power of two.
+
+    Examples
+    --------
+    >>> gpu_batch(516, 639), gpu_batch(28, 28), gpu_batch(6000, 8000)
+    (16, 2048, 1)
+    """
+    most = max(1, min(GPU_PIXELS // (height * width), MAX_GPU_BATCH))
+    return 1 << (most.bit_length() - 1)
+
+
+class WorkerKind(NamedTuple):
+    """What decides how much memory a worker needs."""
+
+    threads: int
+    """Batches that it extracts and writes at once."""
+    window: int = 0
+    """Batches in flight whose images may be in its memory; 0 where one task does all of a batch, image by image."""
+    has_gpu: bool = False
+
+
+def worker_memory_bytes(
+    layouts: Iterable[ClassLayout],
+    channels: int,
+    worker: WorkerKind,
+    decode_bytes: int = 0,
+    layer_bytes: Mapping[Size, int] | None = None,
+) -> int:
+    """Projected peak memory of one worker, without a GPU's own.
 
     The interpreter and its libraries; the decoded images of all batches in flight; per thread the maps of one batch (of one shard,
     where one task does all of a batch), the compressed object of one shard, and the scratch of one image: its pixels twice,
-    its maps as float32 twice, and a band; and, while an image is decoded, its file and its pixels in the source's own mode and size.
+    its maps as float32 twice, or two neighbouring layers, and a band; and, while an image is decoded, its file and its pixels in the
+    source's own mode and size. With a GPU, per thread the pinned pixels and maps of two batches, and the images of three.
 
     Parameters
     ----------
     layouts : iterable of ClassLayout
     channels : int
         Channels of the decoded image.
-    threads : int
-        Threads of the worker that extract and write.
-    window : int
-        Batches of one worker in flight whose images are in memory; 0 where one task does all of a batch, image by image.
+    worker : WorkerKind
     decode_bytes : int
         What decoding one image takes at most.
+    layer_bytes : mapping of (int, int) to int, optional
+        Per class, float32 maps of the two neighbouring layers that are largest, stored or not.
     """
-    largest = max((_class_memory_bytes(layout, channels, threads, window) for layout in layouts), default=0)
-    return WORKER_BASE_BYTES + largest + threads * decode_bytes
+    known = layer_bytes or {}
+    largest = max((_class_memory_bytes(layout, channels, worker, known.get(layout.size, 0)) for layout in layouts), default=0)
+    return WORKER_BASE_BYTES + largest + worker.threads * decode_bytes
 
 
-def _class_memory_bytes(layout: ClassLayout, channels: int, threads: int, window: int) -> int:
+def _class_memory_bytes(layout: ClassLayout, channels: int, worker: WorkerKind, layer_bytes: int) -> int:
     image = layout.size[0] * layout.size[1] * channels
     shard = layout.shard_rows * (image + layout.row_bytes)
-    n_images = layout.shard_rows * (max(1, BATCH_BYTES // shard) if window else 1)
+    n_images = layout.shard_rows * (max(1, BATCH_BYTES // shard) if worker.window else 1)
     maps = 4 * sum(layer.channels * layer.height * layer.width for layer in layout.layers)
-    scratch = 2 * image + 2 * maps + BAND_BYTES
-    return window * n_images * image + threads * (n_images * layout.row_bytes + layout.shard_rows * layout.row_bytes + scratch)
+    scratch = 2 * image + max(2 * maps, layer_bytes) + BAND_BYTES
+    if worker.has_gpu:
+        n = gpu_batch(*layout.size)
+        scratch += GPU_STAGES * n * (image + layout.row_bytes) + (GPU_STAGES + 1) * n * image
+    per_thread = n_images * layout.row_bytes + layout.shard_rows * layout.row_bytes + scratch
+    return worker.window * n_images * image + worker.threads * per_thread

@@ -21,6 +21,7 @@ from pipeline.objects import free_bytes
 from pipeline.plan import (
     ClassLayout,
     Size,
+    WorkerKind,
     assign_classes,
     class_name,
     cut_pieces,
@@ -30,7 +31,7 @@ from pipeline.plan import (
 from pipeline.reading import Probed, Source, probe_block
 from pipeline.run import check_job, compare_with_store, count_statuses, open_for, settle_returned
 from pipeline.schema import REJECTED, ShapeClass, Status
-from pipeline.settings import cost_s, layout_of, needed_size
+from pipeline.settings import cost_s, layer_bytes, layout_of, needed_size
 from pipeline.store import Store
 from pipeline.summary import printable
 
@@ -123,7 +124,7 @@ def plan_job(job: Job, cluster_file: Path = Path("cluster.yaml")) -> Preview:
     store = open_for(Path(job.store), spec)
     found = compare_with_store(job, store, listing)
     check_removals(found, job.max_removed)
-    processes, threads, _ = local_processes(LocalSpec(workers=job.workers, gpus=job.gpus))
+    processes, threads, gpus = local_processes(LocalSpec(workers=job.workers, gpus=job.gpus))
     workers = processes * threads
     preview = Preview(len(listing), found.n_unchanged, n_removed=found.n_removed, workers=workers)
     preview.ignored = dict(listing.ignored)
@@ -149,7 +150,8 @@ def plan_job(job: Job, cluster_file: Path = Path("cluster.yaml")) -> Preview:
             sizes.append((p.input_height, p.input_width))
             decode_bytes = max(decode_bytes, p.decode_bytes)
     new = Counter(assign_classes(sizes, existing))
-    _fill(preview, job, existing, {size: rows for size, rows in pending.items() if rows}, new, (threads, decode_bytes))
+    pending = {size: rows for size, rows in pending.items() if rows}
+    _fill(preview, job, existing, pending, new, WorkerKind(threads, has_gpu=gpus > 0), decode_bytes)
     preview.reasons, preview.n_to_reject = dict(reasons), sum(reasons.values())
     return preview
 
@@ -178,9 +180,10 @@ def _fill(
     existing: Mapping[Size, ShapeClass],
     pending: dict[Size, list[int]],
     new: Mapping[Size, int],
-    worker: tuple[int, int],
+    worker: WorkerKind,
+    decode_bytes: int,
 ) -> None:
-    """Cut the rows of each class as a run would; a worker has so many threads, and needs so many bytes to decode an image."""
+    """Cut the rows of each class as a run would."""
     layouts: dict[Size, ClassLayout] = {}
     pieces = []
     channels = job.decode.channels
@@ -200,7 +203,8 @@ def _fill(
     preview.n_new_classes = len(layouts.keys() - existing.keys())
     preview.n_shards = len(pieces)
     preview.n_batches = len(pack_batches(pieces, preview.workers))
-    preview.worker_memory_bytes = worker_memory_bytes(layouts.values(), channels, worker[0], 0, worker[1])
+    scratch = {size: layer_bytes(job.extractor, size) for size in layouts}
+    preview.worker_memory_bytes = worker_memory_bytes(layouts.values(), channels, worker, decode_bytes, scratch)
 
 
 @dataclass(slots=True)

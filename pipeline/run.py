@@ -23,13 +23,14 @@ from pipeline.changes import Changes, Entries
 from pipeline.chunks import Array
 from pipeline.collection import Listing, list_collection, walks_into
 from pipeline.config import Job
+from pipeline.creation import check_folder, create_store, prepare_folder
 from pipeline.decode import decode_versions
 from pipeline.errors import UsageError
 from pipeline.lock import StoreLock, require_lock
 from pipeline.plan import WORKER_BASE_BYTES
 from pipeline.schema import REJECTED, RUNS, Status, StoreSpec, difference
 from pipeline.settings import VERSION, needed_size, store_spec
-from pipeline.store import Store, check_folder, create_store, is_store, prepare_folder
+from pipeline.store import Store, is_store
 from pipeline.summary import Progress, Summary, receipt
 from pipeline.weights import load_weights
 
@@ -165,7 +166,7 @@ def check_job(job: Job, listing: Listing, cluster_file: Path | None) -> tuple[St
             f"workers may use {limit / 2**20:.0f} MiB each, and they need {WORKER_BASE_BYTES / 2**20:.0f} MiB before they "
             "hold an image: they would be killed as they start, so nothing was started; give a larger --memory-limit, or none"
         )
-    if job.gpus and cluster_file is not None:
+    if job.gpus and job.cluster is None and cluster_file is not None:
         from pipeline.cluster import local_gpus  # noqa: PLC0415 (no Dask when there is nothing to do)
 
         local_gpus(job.gpus)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from pipeline.config import DecodeSpec, ExtractorSpec, Job
 from pipeline.layers import layer_names, output_bounds, output_sizes, receptive_field
 from pipeline.plan import ClassLayout, Size, class_layout, image_cost_s
 from pipeline.schema import StoredLayer, StoreSpec
-from pipeline.weights import quantisation, weights_digest
+from pipeline.weights import RANGE_MARGIN, TF32_MARGIN, quantisation, weights_digest
 
 DECODER = "pillow"
 VERSION = version("featuremaps")
@@ -34,7 +35,7 @@ def store_spec(job: Job, root: str, weights: dict[str, Array]) -> StoreSpec:
     filters = dict(zip(layer_names(job.extractor.layers), (layer.filters for layer in job.extractor.layers), strict=True))
     layers = []
     for name in job.extractor.output_names:
-        q = quantisation(bounds[name], job.dtype)
+        q = quantisation(bounds[name], job.dtype, TF32_MARGIN if job.extractor.tf32 else RANGE_MARGIN)
         layers.append(StoredLayer(name, filters[name], job.dtype, q.scale_factor, q.add_offset, q.fill_value, q.error_bound))
     return StoreSpec(
         source=str(Path(job.source).absolute()),
@@ -96,6 +97,13 @@ def layout_of(size: Size, job_spec: ExtractorSpec, dtype_bytes: int, channels: i
 def cost_s(spec: ExtractorSpec, layout: ClassLayout, channels: int) -> float:
     """`image_cost_s` of an image of a class's full size."""
     return image_cost_s(layout, multiply_adds(spec, layout.size, channels), torch_values(spec, layout.size))
+
+
+def layer_bytes(spec: ExtractorSpec, size: Size) -> int:
+    """Bytes of one image's float32 maps of the two neighbouring layers that are largest together."""
+    sizes = output_sizes(spec.layers, *size)
+    maps = [0, *(4 * layer.filters * math.prod(out) for layer, out in zip(spec.layers, sizes, strict=True))]
+    return max(a + b for a, b in pairwise(maps))
 
 
 def torch_values(spec: ExtractorSpec, size: Size) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import zarr
 
-from pipeline.chunks import Array, array_document, compress, decompress
+from pipeline.chunks import Array, compress, decompress
 from pipeline.errors import FeaturemapsError, StaleWriterError, UsageError
 from pipeline.lock import require_lock
 from pipeline.objects import exists, put, put_json, read_json
@@ -23,7 +23,6 @@ from pipeline.schema import (
     FORMAT,
     LEDGER_COLUMNS,
     REJECTED,
-    REJECTED_COLUMNS,
     RUNS,
     STATISTICS,
     Columns,
@@ -269,77 +268,6 @@ def is_store(path: Path) -> bool:
     except OSError as error:
         raise UsageError(f"store {path} cannot be looked at ({error}): check its permissions; nothing was started") from error
     return True
-
-
-def check_folder(path: Path) -> None:
-    """Check that a store is or can be at ``path``.
-
-    Raises
-    ------
-    UsageError
-        When it is no folder, or one that holds something else.
-    """
-    try:
-        others = [] if is_store(path) else sorted(p.name for p in path.iterdir() if not _is_unfinished(p))
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise UsageError(
-            f"store {path} cannot be written ({error.strerror}): nothing was started; check its permissions and the space, or give "
-            "another folder"
-        ) from error
-    if others:
-        raise UsageError(
-            f"{path} holds {others[0]!r} and is no store, so writing there could overwrite somebody's files; give a folder that does "
-            "not exist yet, or an existing store"
-        )
-
-
-def prepare_folder(path: Path) -> None:
-    """Make the folder of a new store with its ``runs``, so that it can be locked.
-
-    Raises
-    ------
-    UsageError
-        When the folder holds something else, or cannot be made.
-    """
-    check_folder(path)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        (path / RUNS).mkdir(exist_ok=True)
-        if not (path / RUNS / "zarr.json").exists():
-            put_json(path / RUNS / "zarr.json", group_document({}))
-    except OSError as error:
-        raise UsageError(
-            f"store {path} cannot be written ({error.strerror}): nothing was started; check its permissions and the space, or give "
-            "another folder"
-        ) from error
-
-
-def _is_unfinished(entry: Path) -> bool:
-    """Whether an entry of a folder without a store is what a crash in the middle of its creation left."""
-    begun = (entry.parent / RUNS / "zarr.json").exists()  # which is written first
-    litter = entry.name.startswith("zarr.json.") and entry.name.endswith(".partial")
-    return litter or entry.name in ((RUNS, EXTRACTOR, REJECTED) if begun else (RUNS,))
-
-
-def create_store(path: Path, spec: StoreSpec, weights: Mapping[str, Array]) -> Store:
-    """Create an empty store in a folder from `prepare_folder`; it exists from the moment its root metadata does."""
-    shutil.rmtree(path / EXTRACTOR, ignore_errors=True)  # what a crash left, maybe of other layers
-    (path / EXTRACTOR).mkdir()
-    for name, values in weights.items():
-        (path / EXTRACTOR / name).mkdir()
-        dimensions = [f"{name}_{i}" for i in range(values.ndim)]
-        document = array_document(values.shape, "float32", dimensions, chunk=values.shape, fill=float("nan"))
-        put(path / EXTRACTOR / name / object_key(0, values.ndim), compress(np.ascontiguousarray(values, "float32")))
-        put_json(path / EXTRACTOR / name / "zarr.json", document)
-    put_json(path / EXTRACTOR / "zarr.json", group_document({"sha256": spec.extractor["sha256"]}))
-    for name, dtype in REJECTED_COLUMNS.items():
-        (path / REJECTED / name).mkdir(parents=True, exist_ok=True)
-        put_json(path / REJECTED / name / "zarr.json", column_document(name, dtype, 0))
-    put_json(path / REJECTED / "zarr.json", group_document({}))
-    put_json(path / "zarr.json", root_document(spec))
-    return Store(path)
 
 
 def _read_spec(path: Path) -> StoreSpec:

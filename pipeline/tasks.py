@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import hashlib
+import os
 import signal
 import socket
 import time
@@ -139,7 +140,7 @@ class ExtractorPlugin(WorkerPlugin):  # type: ignore[misc]
             from pipeline.extractor import use_one_thread  # noqa: PLC0415 (as above)
 
             use_one_thread()
-            number = int(worker.name) if str(worker.name).isdecimal() else 0
+            number = int(worker.name) if str(worker.name).isdecimal() else os.getpid()
             self.extractor = best_extractor(self.spec, self.weights, self.layers, number, n_threads)
 
 
@@ -162,6 +163,7 @@ def process(source: Source, target: Target, pieces: Sequence[WorkPiece]) -> Batc
         blocks = _extract_piece(_plugin(target), _images(source, piece, outcome, result, patience), outcome, result)
         result.pieces.append(outcome)
         _write_piece(target, outcome, blocks, result)
+        del blocks  # before the next shard's are made
     return result
 
 
@@ -210,19 +212,27 @@ def _images(
 
 
 def _read_image(source: Source, piece: WorkPiece, i: int, outcome: PieceResult, result: BatchResult, patience: Patience) -> Array:
-    started = time.perf_counter()
-    data = read_bytes(source, piece.paths[i], piece.fingerprints[i], patience)
-    outcome.digest[i] = hashlib.sha256(data).hexdigest()
-    between = time.perf_counter()
-    result.stage_s["read"] += between - started
-    image = decode.decode(data, source.decode)
-    result.stage_s["decode"] += time.perf_counter() - between
+    with _timed(result, "read"):
+        data = read_bytes(source, piece.paths[i], piece.fingerprints[i], patience)
+        outcome.digest[i] = hashlib.sha256(data).hexdigest()
+    with _timed(result, "decode"):
+        image = decode.decode(data, source.decode)
     height, width = image.shape[:2]
     if height > piece.layout.size[0] or width > piece.layout.size[1]:
         raise ImageError("changed", f"decoded to {height} x {width} pixels, more than its header said")
     result.bytes_read += len(data)
     result.pixels += height * width
     return image
+
+
+@contextlib.contextmanager
+def _timed(result: BatchResult, stage: str) -> Iterator[None]:
+    """Add the time of a block to a stage, also where it fails."""
+    started = time.perf_counter()
+    try:
+        yield
+    finally:
+        result.stage_s[stage] += time.perf_counter() - started
 
 
 # -- extract ---------------------------------------------------------------------------------------------------------------------
@@ -270,7 +280,7 @@ def _extract_piece(
         block[missing] = fills[name]
     elsewhere_s = result.stage_s["read"] + result.stage_s["decode"] - elsewhere_s
     result.stage_s["extract"] += time.perf_counter() - started - elsewhere_s
-    result.kernel = plugin.extractor.version
+    result.kernel = plugin.extractor.version(layout.size)
     return blocks
 
 
@@ -333,4 +343,4 @@ def _keep_others(target: Target, outcome: PieceResult, layer: LayerLayout, block
     kept[np.asarray(outcome.rows) - outcome.start] = False
     if kept.any():
         old = store.read_maps(Path(target.path), outcome.layout, layer.name, outcome.start, outcome.stop)
-        block[kept] = old[kept]
+        np.copyto(block, old, where=kept[:, None, None, None])

@@ -23,6 +23,7 @@ Array: TypeAlias = np.ndarray[Any, Any]
 Weights: TypeAlias = dict[str, Array]
 
 MAX_WEIGHTS = 1 << 27
+TF32_MARGIN = 1 / 256  # where weights and inputs are rounded to 11 bits
 RANGE_MARGIN = 1 / 4096  # of the range of quantised values, each side: far above the float32 rounding of a convolution
 INTEGER_MAX = {"uint8": 255, "uint16": 65535}
 FLOAT_MAX = {"float16": 65504.0, "float32": float(np.finfo(np.float32).max)}
@@ -174,10 +175,10 @@ class Quantisation:
     """Largest difference between a decoded value and the float32 value that was computed."""
 
 
-def quantisation(bounds: tuple[float, float], dtype: str) -> Quantisation:
+def quantisation(bounds: tuple[float, float], dtype: str, margin: float = RANGE_MARGIN) -> Quantisation:
     """Choose how values within bounds are stored.
 
-    Integers 1 ... max span the bounds, widened by `RANGE_MARGIN` on both sides, and to at least 1/16 of the largest magnitude:
+    Integers 1 ... max span the bounds, widened by ``margin`` of their range on both sides, and to at least 1/16 of the largest magnitude:
     float32 arithmetic could not tell the levels of a narrower range apart.
 
     Parameters
@@ -186,6 +187,8 @@ def quantisation(bounds: tuple[float, float], dtype: str) -> Quantisation:
         Smallest and largest value, as `output_bounds` gives them; they may be equal.
     dtype : str
         float32, float16, uint16 or uint8.
+    margin : float
+        More than computing may stray from exact values, as a share of the range.
 
     Raises
     ------
@@ -211,7 +214,7 @@ def quantisation(bounds: tuple[float, float], dtype: str) -> Quantisation:
     if dtype == "float16":  # half a unit in the last of 11 bits, or of the subnormal numbers
         return Quantisation(dtype, 1.0, 0.0, math.nan, math.ldexp(1.0, max(math.frexp(largest)[1] - 1, -14) - 11))
     centre = low / 2 + high / 2
-    half = max((high / 2 - low / 2) * (1 + 2 * RANGE_MARGIN), largest / 32, 2.0**-64)
+    half = max((high / 2 - low / 2) * (1 + 2 * margin), largest / 32, 2.0**-64)
     scale = 2 * half / (INTEGER_MAX[dtype] - 1)
     slack = 2.0**-21 * (largest + 2 * half)  # eight roundings in float32 while encoding and decoding
     return Quantisation(dtype, scale, centre - half - scale, 0, scale / 2 + slack)
@@ -219,7 +222,7 @@ def quantisation(bounds: tuple[float, float], dtype: str) -> Quantisation:
 
 def dequantise(stored: Array, q: StoredAs) -> Array:
     """Decode stored values to float32 of the same shape; an integer's fill becomes NaN."""
-    values = stored.astype(np.float32)
+    values: Array = stored.astype(np.float32, copy=False)
     if q.dtype in INTEGER_MAX:
         values *= np.float32(q.scale_factor)
         values += np.float32(q.add_offset)

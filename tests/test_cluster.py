@@ -120,7 +120,7 @@ def test_a_scheduler_that_runs_already_is_used_and_left_running(threads_only):
     local = threads_only(read=1, extract=3, write=1)
     with connect(AddressSpec(kind="address", address=local.scheduler_address)) as client:
         (slots,) = worker_slots(client).values()
-        assert slots == (1, 3, slots.memory_limit_bytes, False)  # it extracts more than it reads at once
+        assert slots == (1, 3, slots.memory_limit_bytes, False, False)  # it extracts more than it reads at once
     with Client(local.scheduler_address) as client:
         assert client.submit(lambda: 5).result() == 5
 

@@ -856,3 +856,27 @@ def test_without_the_extra_pillow_does_it_all(monkeypatch):
     assert isinstance(verdict(JPEGS[0]), np.ndarray)
     monkeypatch.undo()
     decode_module._fast_decoder.cache_clear()
+
+
+@pytest.mark.parametrize("broken", [ValueError("numpy.dtype size changed"), TypeError("unexpected keyword argument 'strict'")])
+def test_a_broken_installation_is_no_image_s_fault(monkeypatch, broken):
+    import simplejpeg
+
+    def fail(*_, **__):
+        raise broken
+
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", fail)
+    decode_module._fast_decoder.cache_clear()
+    assert isinstance(verdict(JPEGS[0]), np.ndarray)
+    assert "simplejpeg" not in decode_versions()
+    monkeypatch.undo()
+    decode_module._fast_decoder.cache_clear()
+
+
+def test_only_common_kinds_of_jpeg_are_decoded_fast():
+    assert [decode_module._decode_fast(data) is not None for data in JPEGS] == [True] * 3
+    for data in JPEGS:
+        for frame in (b"\xff\xc0", b"\xff\xc2"):
+            lossless = data.replace(frame + b"\0", b"\xff\xc3" + b"\0")
+            assert decode_module._decode_fast(lossless) is None or lossless == data
+    assert decode_module._decode_fast(b"\xff\xd8\xff\xe0") is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -14,6 +15,7 @@ from pipeline.device import DeviceExtractor, best_extractor, n_gpus
 from pipeline.errors import FeaturemapsError
 from pipeline.extractor import Extractor
 from pipeline.layers import layer_names, output_bounds, output_sizes
+from pipeline.plan import GPU_STAGES
 from pipeline.schema import StoredLayer
 from pipeline.weights import dequantise, quantisation, seeded_weights
 
@@ -80,7 +82,7 @@ def test_batches_agree_with_one_image_after_another(spec, dtype, where):
 
 @pytest.mark.parametrize("where", DEVICES)
 def test_a_result_does_not_depend_on_the_rest_of_its_batch(where):
-    items = work(ONE, [SIZE] * 7)
+    items = work(ONE, [SIZE, SIZE, SIZE, SIZE, (33, 52), (40, 30), SIZE])  # the smaller ones follow whole ones in their places
     together, _, _ = make(where=where)
     alone, _, _ = make(where=where)
     together._batch[SIZE] = alone._batch[SIZE] = 4
@@ -118,7 +120,7 @@ def test_images_are_taken_as_there_is_room_and_come_back_in_order(where):
     results = batched.extract_each(SIZE, items())
     for i in range(20):
         next(results)
-        assert len(taken) <= i + 1 + 2 * (device.STAGES + 1)
+        assert len(taken) <= i + 1 + 2 * (GPU_STAGES + 1)
     assert list(results) == []
 
 
@@ -137,10 +139,54 @@ def test_memory_that_runs_out_halves_the_batch_and_loses_nothing(monkeypatch):
     monkeypatch.setattr(device._Stage, "start", start_or_fail)
     items = work(ONE, [SIZE] * 13)
     assert len(list(batched.extract_each(SIZE, items))) == 13
-    assert sizes == [8, 4, 2, 2, 2, 2, 1, 1, 1, 1, 1, 1, 1][: len(sizes)]
+    assert sizes == [8, 4, 2, 2, 2, 2, 1, 1, 1, 1, 1, 1, 1]
     assert batched.batch_size(*SIZE) == 1
     for image, out in items:
         np.testing.assert_allclose(out["conv1"], single.extract(image)["conv1"], rtol=0, atol=1e-5)
+
+
+def test_threads_that_run_out_of_memory_together_halve_the_batch_once(monkeypatch):
+    """As above."""
+    batched, single, _ = make(threads=6)
+    batched._batch[SIZE] = 8
+    together, start = threading.Barrier(6), device._Stage.start
+
+    def start_or_fail(self, items):
+        if len(self.pixels) > 4:
+            together.wait(10)
+            raise RuntimeError("GET was unable to find an engine to execute this computation")
+        start(self, items)
+
+    monkeypatch.setattr(device._Stage, "start", start_or_fail)
+    batches = [work(ONE, [SIZE] * 9, seed=i) for i in range(6)]
+    with ThreadPoolExecutor(6) as pool:
+        assert [len(found) for found in pool.map(lambda items: list(batched.extract_each(SIZE, items)), batches)] == [9] * 6
+    assert batched.batch_size(*SIZE) == 4
+    for image, out in batches[5]:
+        np.testing.assert_allclose(out["conv1"], single.extract(image)["conv1"], rtol=0, atol=1e-5)
+
+
+def test_a_batch_that_shrinks_while_its_images_are_taken_is_computed_as_it_was_begun():
+    batched, _, _ = make()
+    batched._batch[SIZE] = 4
+
+    def items():
+        for item in work(ONE, [SIZE] * 6):
+            batched._batch[SIZE] = 2  # as another thread does that runs out of memory
+            yield item
+
+    assert len(list(batched.extract_each(SIZE, items()))) == 6
+
+
+def test_other_errors_of_the_device_are_not_taken_for_a_lack_of_memory(monkeypatch):
+    batched, _, _ = make()
+
+    def fail(*_):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(device._Stage, "start", fail)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        list(batched.extract_each(SIZE, work(ONE, [SIZE])))
 
 
 def test_one_image_beyond_the_memory_is_an_error_that_says_what_to_do(monkeypatch):
@@ -156,17 +202,17 @@ def test_one_image_beyond_the_memory_is_an_error_that_says_what_to_do(monkeypatc
         list(batched.extract_each(SIZE, work(ONE, [SIZE])))
 
 
-def test_the_batch_follows_from_the_size_the_memory_and_the_threads():
+def test_the_batch_follows_from_the_size_the_layers_and_the_memory():
     batched, _, _ = make()
-    assert batched.batch_size(28, 28) == device.MAX_BATCH
-    assert batched.batch_size(516, 639) == 16  # 8 Mi pixels
-    assert batched.batch_size(6000, 8000) == 1
+    assert [batched.batch_size(*size) for size in ((28, 28), (516, 639), (6000, 8000))] == [2048, 16, 1]
+    assert batched.version((516, 639)) == "cpu, batches of 16"
+    wide, _, _ = make(ExtractorSpec(layers=(LayerSpec(filters=500),)))
+    assert wide.batch_size(516, 639) == 1
     crowded, _, _ = make(threads=32)
     assert crowded.batch_size(516, 639) < 16
     full, _, _ = make()
     full.free_bytes = 0
     assert full.batch_size(516, 639) == 1
-    assert "batches of 1" in full.version
 
 
 def test_a_worker_without_a_gpu_computes_on_its_processor(monkeypatch):
@@ -181,7 +227,7 @@ def test_workers_share_the_gpus():
     found = best_extractor(ONE, weights, stored_layers(ONE, weights, "uint8"), n_gpus() + 1, 2)
     assert found.device == torch.device("cuda", 1 % n_gpus())
     assert found.extractor.layers[0].weight.is_cuda
-    assert torch.cuda.get_device_name() in found.version
+    assert torch.cuda.get_device_name() in found.version((516, 639))
 
 
 @pytest.mark.skipif(not n_gpus(), reason="no GPU")
@@ -196,3 +242,5 @@ def test_tf32_is_off_unless_asked_for():
         differences[tf32] = np.abs(out["conv1"] - single.reference(image)["conv1"]).max()
     assert differences[False] < 2e-6
     assert differences[True] < 5e-3
+    if torch.cuda.get_device_capability() >= (8, 0):
+        assert differences[True] > 2 * differences[False]

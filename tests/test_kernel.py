@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import conv2d
 
@@ -27,11 +27,12 @@ def test_where_there_is_a_compiler_the_layer_is_compiled():
 
 
 @needs_kernel
+@settings(deadline=None)
 @given(
     filters=st.integers(1, 20),
     channels=st.sampled_from([1, 3, 4]),
-    kernel_size=st.tuples(st.integers(1, 10), st.integers(1, 12)),
-    more=st.tuples(st.integers(0, 8), st.integers(0, 200)),
+    kernel_size=st.tuples(st.integers(1, 10), st.one_of(st.integers(1, 12), st.integers(13, 34))),
+    more=st.tuples(st.integers(0, 8), st.one_of(st.integers(0, 200), st.integers(1000, 1300))),
     activation=st.sampled_from(sorted(ACTIVATIONS)),
     dtype=st.sampled_from(["float32", "uint8", "uint16"]),
     lanes=st.sampled_from([4, 8, 16, 32]),
@@ -82,6 +83,15 @@ def test_compiled_and_torch_store_the_same_within_a_level(monkeypatch, n_layers,
     assert np.abs(found[32][0] - found[0][0]).max() <= 2 * stored.error_bound + 1e-5
     for a, b in zip(found[32][1], found[0][1], strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=2e-6)
+
+
+@needs_kernel
+def test_the_version_is_that_of_the_layer():
+    """Tiles hold 32 values of a row: a wider kernel is computed with vectors."""
+    best, narrower = kernel.version(3, 9), kernel.version(3, 11)
+    assert (best, narrower) in {("amx", "avx512"), ("avx512", "avx512"), ("avx2", "avx2"), ("plain", "plain")}
+    assert kernel.version(1, 32) == best
+    assert kernel.version(1, 33) == narrower
 
 
 def test_what_the_layer_cannot_take_is_refused():

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.cluster
 def commit_often(monkeypatch):
     """Let tests act between a run's first batch and its last."""
     monkeypatch.setattr("pipeline.driver.COMMIT_S", 0.02)
-    monkeypatch.setattr("pipeline.driver.BATCHES_IN_FLIGHT_PER_SLOT", 1)
+    monkeypatch.setattr("pipeline.fleet.BATCHES_IN_FLIGHT_PER_SLOT", 1)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,17 @@ from safetensors.numpy import save_file
 from pipeline.config import DecodeSpec, ExtractorSpec, LayerSpec, make_job
 from pipeline.errors import UsageError
 from pipeline.schema import difference
-from pipeline.settings import cost_s, decode_spec, extractor_spec, layout_of, multiply_adds, needed_size, store_spec, torch_values
+from pipeline.settings import (
+    cost_s,
+    decode_spec,
+    extractor_spec,
+    layer_bytes,
+    layout_of,
+    multiply_adds,
+    needed_size,
+    store_spec,
+    torch_values,
+)
 from pipeline.weights import load_weights, weights_digest
 
 LAYERS = [{"filters": 4, "kernel": 5, "pool": 2, "activation": "tanh"}, {"filters": 6, "kernel": [3, 1]}]
@@ -122,6 +132,18 @@ def test_values_that_torch_computes_leave_out_a_compiled_first_layer():
     assert torch_values(ExtractorSpec(layers=(LayerSpec(filters=3, kernel=(5, 5), pool=(2, 2)),)), (100, 80)) == 3 * 96 * 76
     layout = layout_of((100, 80), spec, 4, 3)
     assert cost_s(spec, layout, 3) > cost_s(spec, layout, 1) > 0
+
+
+def test_layers_that_are_not_stored_take_memory_too():
+    spec = ExtractorSpec(layers=(LayerSpec(filters=64, kernel=(3, 3)), LayerSpec(filters=2, kernel=(3, 3), pool=(8, 8))))
+    assert layer_bytes(spec, (402, 602)) == 4 * (64 * 400 * 600 + 2 * 49 * 74)
+    assert layer_bytes(ExtractorSpec(), (516, 639)) == 4 * 2 * 508 * 631
+
+
+def test_quantised_stores_of_tf32_leave_room_for_its_rounding():
+    exact, fast = (spec_of(dtype="uint8", extractor={"tf32": tf32}).layers[0] for tf32 in (False, True))
+    assert fast.scale_factor > exact.scale_factor * (1 + 1 / 256)
+    assert fast.add_offset < exact.add_offset
 
 
 def test_tf32_is_part_of_the_store_only_where_it_was_asked_for(tmp_path):

@@ -23,8 +23,9 @@ import zarr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline import objects, schema
+from pipeline import creation, objects, schema
 from pipeline import store as store_module
+from pipeline.creation import create_store, prepare_folder
 from pipeline.errors import FeaturemapsError, StaleWriterError, UsageError
 from pipeline.lock import require_lock
 from pipeline.objects import free_bytes, put, read_json
@@ -43,7 +44,7 @@ from pipeline.schema import (
     pooled_chunk,
     stack,
 )
-from pipeline.store import Store, create_store, is_store, prepare_folder, read_maps, write_maps
+from pipeline.store import Store, is_store, read_maps, write_maps
 from pipeline.weights import dequantise, quantisation
 
 DTYPES = ("float32", "float16", "uint16", "uint8")
@@ -515,7 +516,11 @@ def crash_after(n_puts: int, *, torn: bool = False) -> Iterator[None]:
         left -= 1
         put(path, *parts)
 
-    with patch.object(store_module, "put", put_or_crash), patch.object(objects, "put", put_or_crash):
+    with (
+        patch.object(store_module, "put", put_or_crash),
+        patch.object(creation, "put", put_or_crash),
+        patch.object(objects, "put", put_or_crash),
+    ):
         yield
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pickle
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,12 +14,12 @@ import xxhash
 from pipeline import tasks
 from pipeline.collection import list_collection
 from pipeline.config import DecodeSpec, make_job
-from pipeline.errors import StaleWriterError
+from pipeline.creation import create_store, prepare_folder
+from pipeline.errors import PassingFaultError, StaleWriterError
 from pipeline.lock import StoreLock
 from pipeline.reading import Source
 from pipeline.schema import RUNS, Status, stack
 from pipeline.settings import extractor_spec, layout_of, store_spec
-from pipeline.store import create_store, prepare_folder
 from pipeline.tasks import ExtractorPlugin, Target, WorkPiece, extract, keep_memory, maps_digest, process, read, write
 from pipeline.weights import load_weights
 from tests.conftest import make_images
@@ -129,6 +130,16 @@ def test_a_passing_fault_leaves_the_row_pending(work, monkeypatch):
     outcome = read(work.source, [work.piece]).result.pieces[0]
     assert outcome.status.tolist() == [Status.PENDING] * 5
     assert outcome.error[0] == "img00000.png: [Errno 5] Input/output error"
+
+
+def test_the_time_of_reads_that_fail_is_that_of_reading(work, monkeypatch):
+    def slow(*_):
+        time.sleep(0.05)
+        raise PassingFaultError("gone")
+
+    monkeypatch.setattr(tasks, "read_bytes", slow)
+    seconds = process(work.source, work.target, [work.piece]).stage_s
+    assert seconds["read"] >= 5 * 0.05 > seconds["extract"]
 
 
 def test_rows_of_the_shard_that_are_not_computed_are_kept(work):

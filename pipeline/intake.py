@@ -1,0 +1,169 @@
+"""New images on their way into the store: probed in blocks, appended in the order of the listing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from pipeline import reading
+from pipeline.changes import Changes
+from pipeline.collection import UNREADABLE, Listing
+from pipeline.ledger import Ledger
+from pipeline.lock import require_lock
+from pipeline.plan import ClassLayout, Size, assign_classes
+from pipeline.schema import REJECTED, RUNS
+from pipeline.settings import extractor_spec, layout_of
+from pipeline.source_watch import SourceWatch
+from pipeline.summary import Progress, Summary
+
+PROBE_BLOCK = 512
+FIRST_APPEND = 4096
+MAX_APPEND = 65_536
+
+Item = tuple[int, reading.Probed]
+"""An image of the listing and what its header says."""
+Appended = dict[Size, list[tuple[int, int]]]
+"""Per class, rows and their images of the listing."""
+
+
+class Intake:
+    """The images of ``found.new`` until they have rows.
+
+    Parameters
+    ----------
+    listing, found
+        What there is, and which of it is new.
+    ledger, watch
+        Where images are appended, and who looks at what became of each.
+    channels : int
+        Channels of the decoded image.
+    summary, progress
+        Filled as images are rejected or cannot be reached.
+    """
+
+    def __init__(
+        self,
+        listing: Listing,
+        found: Changes,
+        ledger: Ledger,
+        watch: SourceWatch,
+        channels: int,
+        summary: Summary,
+        progress: Progress,
+    ) -> None:
+        self.listing, self.found, self.ledger, self.watch, self.channels = listing, found, ledger, watch, channels
+        self.store, self.summary, self.progress = ledger.store, summary, progress
+        self.spec = extractor_spec(ledger.store.spec)
+        self.decode_bytes = 0
+        """The most that decoding one of the images probed so far takes."""
+        self._next_probe = self._next_append = 0  # blocks
+        self._n_appended = 0
+        self._probed: dict[int, Sequence[reading.Probed]] = {}
+        self._buffer: list[Item] = []  # in the order of the listing, not appended
+
+    @property
+    def n_blocks(self) -> int:
+        """Blocks of images to probe."""
+        return -(-len(self.found.new) // PROBE_BLOCK)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all images were appended, or are about to be."""
+        return self._next_append == self.n_blocks
+
+    @property
+    def n_left(self) -> int:
+        """Images that are not in the store."""
+        return len(self.found.new) - min(self._next_append * PROBE_BLOCK, len(self.found.new)) + len(self._buffer)
+
+    def next_block(self) -> int | None:
+        """The next block to probe; None when all are on their way."""
+        if self._next_probe == self.n_blocks:
+            return None
+        self._next_probe += 1
+        return self._next_probe - 1
+
+    def paths(self, block: int) -> list[str]:
+        """The images of a block."""
+        return [self.listing.paths[i] for i in self._images(block)]
+
+    def _images(self, block: int) -> list[int]:
+        return self.found.new[block * PROBE_BLOCK : (block + 1) * PROBE_BLOCK]
+
+    def take(self, block: int, probed: Sequence[reading.Probed]) -> None:
+        """Keep what the headers of a block say until those before it are here."""
+        self._probed[block] = probed
+
+    def is_due(self) -> bool:
+        """Whether to append: in blocks that grow, because each append rewrites the metadata of the classes that it touches."""
+        while self._next_append in self._probed:
+            self._buffer += zip(self._images(self._next_append), self._probed.pop(self._next_append), strict=True)
+            self._next_append += 1
+        enough = min(max(self._n_appended, FIRST_APPEND), MAX_APPEND)
+        return bool(self._buffer) and (self.is_complete or len(self._buffer) >= enough)
+
+    def append(self, check_capacity: Callable[[Mapping[Size, ClassLayout], Mapping[Size, int]], None]) -> Appended:
+        """Append what is due, classes first where they are new.
+
+        Parameters
+        ----------
+        check_capacity : callable
+            Called before anything is written with the layout of each class and the number of its new images.
+
+        Raises
+        ------
+        FeaturemapsError
+            When the source failed, memory or disk do not hold it, or the store is held by another run; nothing was appended.
+        """
+        due, self._buffer = self._buffer, []
+        probed = [self._doubt(i, p) for i, p in due if not self._is_known(i, p)]
+        for _, p in probed:
+            self.watch.note(p.error, is_fault=bool(p.fault))
+        self.watch.check()
+        faults = [p.fault for _, p in probed if p.fault]
+        self.summary.faults = (self.summary.faults + faults)[:20]
+        self.summary.n_pending += len(faults)
+        rejected = [(i, p) for i, p in probed if p.error]
+        good = [(i, p) for i, p in probed if not p.error and not p.fault]
+        groups: dict[Size, list[Item]] = {}
+        sizes = assign_classes(((p.input_height, p.input_width) for _, p in good), self.store.classes)
+        for size, item in zip(sizes, good, strict=True):
+            groups.setdefault(size, []).append(item)
+        layouts = {size: self._layout(size) for size in groups}
+        self.decode_bytes = max([self.decode_bytes, *(p.decode_bytes for _, p in good)])
+        check_capacity(layouts, {size: len(items) for size, items in groups.items()})
+        require_lock(self.store.path / RUNS, self.summary.run_id)
+        appended: Appended = {}
+        for size, items in groups.items():
+            rows = self.ledger.append(size, layouts[size], items)
+            appended[size] = list(zip(rows, (i for i, _ in items), strict=True))
+        if rejected:
+            self.ledger.append_rejected(rejected)
+            self.summary.n_rejected += len(rejected)
+            self.progress.n_quarantined += len(rejected)
+            self.progress.n_finished += len(rejected)
+        self.ledger.supersede(self.found.replaces[i] for i, p in probed if not p.fault and i in self.found.replaces)
+        self._n_appended += len(good)
+        return appended
+
+    def _doubt(self, i: int, found: reading.Probed) -> Item:
+        """An image that can be read, but could not be looked at when it was listed, has no fingerprint: the next run does it."""
+        if self.listing.fingerprint(i) == UNREADABLE and not found.error and not found.fault:
+            found = reading.Probed(fault=f"{self.listing.paths[i]}: could not be looked at when the source was listed")
+        return i, found
+
+    def _is_known(self, i: int, found: reading.Probed) -> bool:
+        """Whether an image that was tried again is rejected for the reason on record; the entry stands."""
+        entry = self.found.replaces.get(i)
+        known = (
+            entry is not None and entry.group == REJECTED and bool(found.error) and self.ledger.is_rejected(entry, i, found.error)
+        )
+        self.summary.n_unchanged += known
+        self.progress.n_finished += known
+        return known
+
+    def _layout(self, size: Size) -> ClassLayout:
+        if size in self.store.classes:
+            return self.store.classes[size].layout
+        return layout_of(size, self.spec, np.dtype(self.store.spec.dtype).itemsize, self.channels)

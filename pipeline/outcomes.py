@@ -1,0 +1,91 @@
+"""What finished batches report, until it is in the ledger."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pipeline import tasks
+from pipeline.changes import Changes, Entry, is_inaccessible
+from pipeline.ledger import Ledger, has_inaccessible
+from pipeline.plan import class_name
+from pipeline.schema import Status
+from pipeline.source_watch import SourceWatch
+from pipeline.summary import Progress, Summary
+
+
+class Outcomes:
+    """Results of batches that are not committed yet.
+
+    Parameters
+    ----------
+    found
+        Which images were tried again.
+    ledger, watch
+        Where outcomes are committed, and who looks at each.
+    summary, progress
+        Filled as outcomes are committed.
+    """
+
+    def __init__(self, found: Changes, ledger: Ledger, watch: SourceWatch, summary: Summary, progress: Progress) -> None:
+        self.found, self.ledger, self.watch, self.summary, self.progress = found, ledger, watch, summary, progress
+        self._results: list[tasks.BatchResult] = []
+
+    def take(self, result: tasks.BatchResult) -> None:
+        """Keep a result for the next commit.
+
+        Raises
+        ------
+        FeaturemapsError
+            When it shows that the source, not the images, is at fault; the result is kept all the same.
+        """
+        for piece in result.pieces:
+            group = class_name(piece.layout.size)
+            for row, is_fault, error in zip(piece.rows, (piece.status == Status.PENDING).tolist(), piece.error, strict=True):
+                if not (is_inaccessible(error) and Entry(group, row) in self.found.retried):  # which is no news
+                    self.watch.note(error, is_fault=is_fault)
+        self._results.append(result)
+        self.watch.check()
+
+    def commit(self, *, last: bool = False) -> None:
+        """Write what was reported; what it says of access waits until the source has shown that it can be read, or the run ends.
+
+        Raises
+        ------
+        OSError
+            When the ledger cannot be written; the next run computes these images again.
+        """
+        is_held = self.watch.is_undecided and not last
+        held: list[tasks.BatchResult] = []
+        results: list[tasks.BatchResult] = []
+        for result in self._results:
+            (held if is_held and has_inaccessible(result.pieces) else results).append(result)
+        if not results:
+            return
+        self._results = held
+        pieces = [piece for result in results for piece in result.pieces]
+        self.ledger.commit(pieces, source_failed=self.watch.failed)
+        for result in results:
+            self._account(result)
+
+    def _account(self, result: tasks.BatchResult) -> None:
+        summary = self.summary
+        n_done = 0
+        for piece in result.pieces:
+            n_done += int((piece.status == Status.DONE).sum())
+            n_quarantined = int((piece.status == Status.QUARANTINED).sum())
+            summary.n_quarantined += n_quarantined
+            self.progress.n_quarantined += n_quarantined
+            self.progress.n_finished += n_quarantined
+            faults = [piece.error[i] for i in np.flatnonzero(piece.status == Status.PENDING)]
+            summary.n_pending += len(faults)
+            summary.faults = (summary.faults + faults)[:20]
+        summary.n_done += n_done
+        self.progress.n_finished += n_done
+        if n_done:
+            summary.hosts[result.host] = summary.hosts.get(result.host, 0) + n_done
+            summary.kernels[result.kernel] = summary.kernels.get(result.kernel, 0) + n_done
+        summary.pixels += result.pixels
+        summary.bytes_read += result.bytes_read
+        summary.bytes_written += result.bytes_written
+        for stage, seconds in result.stage_s.items():
+            summary.stage_s[stage] += seconds

@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import pytest
+
+from pipeline import fleet
+from pipeline.cluster import WorkerSlots
+from pipeline.errors import FeaturemapsError
+from pipeline.fleet import Fleet
+
+GIB = 2**30
+WHOLE = WorkerSlots(2, 2, 2 * GIB, False, True)
+READER = WorkerSlots(3, 0, GIB, False, False)
+EXTRACTOR = WorkerSlots(0, 2, 4 * GIB, True, False)
+
+
+@pytest.fixture
+def workers(monkeypatch):
+    """Stands for the scheduler's list of workers, which no test can time."""
+    found: dict[str, WorkerSlots] = {}
+
+    def slots(_):
+        if not found:
+            raise FeaturemapsError("none of the 0 workers offers the resource 'read'")
+        return dict(found)
+
+    monkeypatch.setattr(fleet, "worker_slots", slots)
+    return found
+
+
+def test_whole_workers_hold_no_images_of_batches_that_wait(workers):
+    workers |= {"a": WHOLE, "b": WHOLE}
+    found = Fleet(None)
+    assert (found.slots, found.window, found.memory_limit_bytes, found.is_whole) == (4, 8, 2 * GIB, True)
+    assert found.kind == (2, 0, False)
+
+
+def test_readers_have_batches_of_their_own_in_flight_and_extractors_hold_their_share(workers):
+    workers |= {"a": READER, "b": READER, "c": EXTRACTOR, "d": EXTRACTOR}
+    found = Fleet(None)
+    assert (found.slots, found.window, found.memory_limit_bytes, found.is_whole) == (4, 8 + 6, GIB, False)
+    assert found.kind == (2, 4 + 3, True)
+
+
+def test_a_run_whose_workers_all_went_ends_after_a_while(workers, monkeypatch):
+    workers["a"] = WHOLE
+    found = Fleet(None)
+    assert not found.has_lost_workers()
+    workers.clear()
+    found.check()
+    assert found.has_lost_workers()
+    monkeypatch.setattr(fleet, "NO_WORKERS_S", 0.0)
+    with pytest.raises(FeaturemapsError, match=r"none has come for 0 s: .*what was committed stands.*offers the resource 'read'"):
+        found.check()
+
+
+def test_workers_that_share_the_roles_cannot_take_over_from_whole_ones(workers, monkeypatch):
+    workers["a"] = WHOLE
+    found = Fleet(None)
+    workers.clear()
+    workers |= {"b": READER, "c": EXTRACTOR}
+    monkeypatch.setattr(fleet, "NO_WORKERS_S", 0.0)
+    with pytest.raises(FeaturemapsError, match="those that are there share the roles among them"):
+        found.check()
+    workers["d"] = WHOLE
+    found.check()
+    assert found.slots == 4
