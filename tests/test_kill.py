@@ -82,6 +82,7 @@ def test_a_ctrl_c_while_workers_start_drains_too(place, tmp_path):
 
 
 def test_a_run_whose_workers_are_all_gone_ends_by_itself(place, cluster, tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.driver.COMMIT_S", 0.02)  # so that there is work left when the first progress comes
     monkeypatch.setattr("pipeline.driver.RECEIPT_S", 0.5)
     monkeypatch.setattr("pipeline.fleet.NO_WORKERS_S", 2.0)
     path = tmp_path / "features.zarr"
