@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from pipeline.chunks import Array
 from pipeline.errors import FeaturemapsError, UsageError
 from pipeline.layers import layer_names, output_sizes, receptive_field
 from pipeline.paths import encode_path
+from pipeline.plan import Size
 from pipeline.schema import REJECTED, STATISTICS, ShapeClass, Status, StoredLayer
 from pipeline.settings import extractor_spec
 from pipeline.store import Store
@@ -168,22 +170,34 @@ class FeatureStore:
             When the path is unknown, or its maps are not there: with the reason.
         """
         entry = self._entry(path)
-        dataset = self.dataset(entry["class"]).isel(image=int(entry["row"]))
-        if int(dataset["status"]) != Status.DONE:
-            raise UsageError(f"{path!r} has been replaced or removed since {self.path} was opened: open the store again")
+        shape_class, row = self._class(entry["class"]), int(entry["row"])
         sizes = output_sizes(extractor_spec(self._store.spec).layers, int(entry["input_height"]), int(entry["input_width"]))
         named = dict(zip(self._layer_names(), sizes, strict=True))
-        crop = {
-            f"{layer}_{axis}": slice(length) for layer in self.layers for axis, length in zip("yx", named[layer], strict=True)
-        }
-        keep = [*self.layers, *(f"{layer}_{statistic}" for layer in self.layers for statistic in STATISTICS)]
+        coordinates: dict[str, Any] = {"path": entry.name}
+        for name, (dimension, values, attributes) in self._coordinates(shape_class).items():
+            layer, axis = name.rsplit("_", 1)
+            coordinates[name] = (dimension, values[: named[layer]["yx".index(axis)]], attributes)
         try:
-            return dataset[keep].isel(crop).load()
+            if self._store.array(shape_class.name, "status")[row] != Status.DONE:
+                raise UsageError(f"{path!r} has been replaced or removed since {self.path} was opened: open the store again")
+            variables = {
+                k: v for layer in self._store.spec.layers for k, v in self._row(shape_class, layer, row, named[layer.name])
+            }
         except (OSError, ValueError, RuntimeError) as error:
             raise FeaturemapsError(
                 f"maps of {path!r} in {self.path} cannot be read ({error}): an object of class {entry['class']} is damaged or out of "
                 "reach; check the disk, or restore it from a copy"
             ) from error
+        return xr.Dataset(variables, coordinates, {"class": shape_class.name, "kind": shape_class.kind})
+
+    def _row(self, shape_class: ShapeClass, layer: StoredLayer, row: int, size: Size) -> Iterator[tuple[str, Any]]:
+        """One image's maps and pooled values of a layer, read without the rest of their shard."""
+        dims = tuple(f"{layer.name}_{axis}" for axis in ("channel", "y", "x"))
+        maps = self._store.array(shape_class.name, layer.name)[row, :, : size[0], : size[1]]
+        yield layer.name, (dims, dequantise(np.asarray(maps), layer), {"error_bound": layer.error_bound})
+        for statistic in STATISTICS:
+            name = f"{layer.name}_{statistic}"
+            yield name, (dims[:1], np.asarray(self._store.array(shape_class.name, name)[row]))
 
     def _entry(self, path: str) -> Any:
         table = self._by_path

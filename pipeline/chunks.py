@@ -7,11 +7,12 @@ the tests read everything back with plain Zarr, Xarray and TensorStore. The meta
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import google_crc32c
 import numpy as np
+import xxhash
 from numcodecs import Blosc, VLenUTF8
 
 from pipeline.errors import FeaturemapsError
@@ -59,6 +60,14 @@ def decompress(data: bytes, dtype: str, shape: tuple[int, ...]) -> Array:
 
 def _checksum(body: bytes) -> bytes:
     return int(google_crc32c.value(body)).to_bytes(4, "little")
+
+
+def maps_digest(maps: Iterable[Array]) -> str:
+    """XXH3-128 of one image's maps as stored: per layer its valid extent (channel, y, x), C order, little-endian; 32 hex digits."""
+    digest = xxhash.xxh3_128()
+    for values in maps:
+        digest.update(np.ascontiguousarray(values).data)
+    return digest.hexdigest()
 
 
 def encode_shard(block: Array, chunk_rows: int, shard_rows: int, fill: float) -> list[bytes]:

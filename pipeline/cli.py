@@ -154,6 +154,24 @@ def show(store: Path, path: str, output: Path) -> int:
     return EXIT_COMPLETE
 
 
+@cli.command()
+@click.argument("store", type=click.Path(path_type=Path))
+@click.option(
+    "--sample", "n_sample", type=click.IntRange(0), default=20, show_default=True, metavar="N", help="Images to recompute."
+)
+@click.option("--seed", type=int, help="Of the choice of these images.")
+@click.option("--repair", is_flag=True, help="Set rows with bad maps to pending.")
+@click.option("--workers", type=click.IntRange(1), metavar="N", help="Processes (default: one per core).")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def verify(store: Path, n_sample: int, seed: int | None, repair: bool, workers: int | None, as_json: bool) -> int:
+    """Audit STORE: metadata, every column and map against checksums and digests, some images computed anew."""
+    from pipeline.verify import verify_store
+
+    audit = verify_store(store, n_sample=n_sample, seed=seed, repair=repair, workers=workers)
+    click.echo(json.dumps(audit.to_dict(), indent=1) if as_json else audit.describe())
+    return EXIT_COMPLETE if audit.is_sound else EXIT_FAILED
+
+
 def _start_logging(verbose: int) -> None:
     level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")

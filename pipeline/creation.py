@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.chunks import Array, array_document, compress
+from pipeline.chunks import Array, compress
 from pipeline.errors import UsageError
 from pipeline.objects import put, put_json
 from pipeline.schema import (
@@ -21,6 +21,7 @@ from pipeline.schema import (
     group_document,
     object_key,
     root_document,
+    weights_document,
 )
 from pipeline.store import Store, is_store
 
@@ -83,10 +84,8 @@ def create_store(path: Path, spec: StoreSpec, weights: Mapping[str, Array]) -> S
     (path / EXTRACTOR).mkdir()
     for name, values in weights.items():
         (path / EXTRACTOR / name).mkdir()
-        dimensions = [f"{name}_{i}" for i in range(values.ndim)]
-        document = array_document(values.shape, "float32", dimensions, chunk=values.shape, fill=float("nan"))
         put(path / EXTRACTOR / name / object_key(0, values.ndim), compress(np.ascontiguousarray(values, "float32")))
-        put_json(path / EXTRACTOR / name / "zarr.json", document)
+        put_json(path / EXTRACTOR / name / "zarr.json", weights_document(name, values))
     put_json(path / EXTRACTOR / "zarr.json", group_document({"sha256": spec.extractor["sha256"]}))
     for name, dtype in REJECTED_COLUMNS.items():
         (path / REJECTED / name).mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,8 @@ from pipeline.source_watch import SourceWatch
 from pipeline.summary import Progress, Summary
 
 PROBE_BLOCK = 512
-FIRST_APPEND = 4096
+FIRST_APPEND = 2048
+APPEND_GROWTH = 4
 MAX_APPEND = 65_536
 
 Item = tuple[int, reading.Probed]
@@ -100,7 +101,7 @@ class Intake:
         while self._next_append in self._probed:
             self._buffer += zip(self._images(self._next_append), self._probed.pop(self._next_append), strict=True)
             self._next_append += 1
-        enough = min(max(self._n_appended, FIRST_APPEND), MAX_APPEND)
+        enough = min(max(APPEND_GROWTH * self._n_appended, FIRST_APPEND), MAX_APPEND)
         return bool(self._buffer) and (self.is_complete or len(self._buffer) >= enough)
 
     def append(self, check_capacity: Callable[[Mapping[Size, ClassLayout], Mapping[Size, int]], None]) -> Appended:

@@ -25,6 +25,7 @@ S_PER_TORCH_VALUE = 4e-9
 S_PER_STORED_BYTE = 1e-9
 BATCH_S = 1.0
 MIN_BATCH_S = 0.2
+DRIVER_S = 0.03  # of the driver's and the scheduler's time that a batch may take: twice what it does
 BATCHES_PER_SLOT = 4
 BATCHES_IN_FLIGHT_PER_SLOT = 2
 
@@ -313,7 +314,8 @@ def _group_by_shard(rows: Sequence[int], shard_rows: int) -> Iterator[tuple[int,
 def pack_batches(pieces: Sequence[Piece], slots: int, *, is_whole: bool = True, complete: bool = True) -> list[Batch]:
     """Join pieces, in order, into batches of about a second, but enough of them to keep every slot busy.
 
-    The last ones become shorter and shorter, so that all slots end at about the same time.
+    From some 30 slots on they are longer, so that one driver keeps up with any number. The last ones become shorter and shorter, so
+    that all slots end at about the same time.
 
     Parameters
     ----------
@@ -332,6 +334,7 @@ def pack_batches(pieces: Sequence[Piece], slots: int, *, is_whole: bool = True, 
         Every piece is in exactly one batch.
     """
     left_s = total_s = sum(piece.cost_s for piece in pieces)
+    longest_s = max(BATCH_S, slots * DRIVER_S)
     batches: list[Batch] = []
     members: list[Piece] = []
     for piece in pieces:
@@ -341,7 +344,7 @@ def pack_batches(pieces: Sequence[Piece], slots: int, *, is_whole: bool = True, 
         members.append(piece)
         cost_s = sum(m.cost_s for m in members)
         shared_s = (left_s if complete else total_s) / (BATCHES_PER_SLOT * max(1, slots))
-        if cost_s >= max(MIN_BATCH_S, min(BATCH_S, shared_s)):
+        if cost_s >= max(MIN_BATCH_S, min(longest_s, shared_s)):
             batches.append(Batch(tuple(members)))
             members = []
             left_s -= cost_s

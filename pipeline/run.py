@@ -83,7 +83,9 @@ def run_job(
         listing = listing.limit(job.limit)
     spec, weights = check_job(job, listing, cluster_file if client is None else None)
     prepare_folder(path)
-    summary = Summary(_run_id(), started=_now(), config=job.model_dump(mode="json"), versions=_versions(), n_listed=len(listing))
+    summary = Summary(
+        new_run_id(), started=_now(), config=job.model_dump(mode="json"), versions=_versions(), n_listed=len(listing)
+    )
     summary.ignored = dict(listing.ignored)
     summary.unreadable_folders = list(listing.unreadable[:100])
     with StoreLock(path / RUNS, summary.run_id) as lock:
@@ -260,7 +262,8 @@ def count_statuses(store: Store) -> dict[str, int]:
     return counts
 
 
-def _run_id() -> str:
+def new_run_id() -> str:
+    """A name for a run that sorts by time."""
     return f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(4)}"
 
 

@@ -173,6 +173,12 @@ def maps_document(layout: ClassLayout, layer: LayerLayout, stored: StoredLayer, 
     )
 
 
+def weights_document(name: str, values: Array) -> dict[str, Any]:
+    """Metadata of an array of weights."""
+    dimensions = [f"{name}_{i}" for i in range(values.ndim)]
+    return array_document(values.shape, "float32", dimensions, chunk=values.shape, fill=float("nan"))
+
+
 def object_key(first: int, n_dimensions: int) -> str:
     """Key of the object at ``first`` along the first axis, whole along the others."""
     return ".".join(["c", str(first), *["0"] * (n_dimensions - 1)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Iterator
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
@@ -31,22 +32,40 @@ def store_spec(job: Job, root: str, weights: dict[str, Array]) -> StoreSpec:
         Source root, absolute.
     weights : dict of str to float32 array
     """
-    bounds = dict(zip(layer_names(job.extractor.layers), output_bounds(job.extractor.layers, weights), strict=True))
-    filters = dict(zip(layer_names(job.extractor.layers), (layer.filters for layer in job.extractor.layers), strict=True))
-    layers = []
-    for name in job.extractor.output_names:
-        q = quantisation(bounds[name], job.dtype, TF32_MARGIN if job.extractor.tf32 else RANGE_MARGIN)
-        layers.append(StoredLayer(name, filters[name], job.dtype, q.scale_factor, q.add_offset, q.fill_value, q.error_bound))
     return StoreSpec(
         source=str(Path(job.source).absolute()),
         source_root=root,
         dtype=job.dtype,
         extractor=_extractor_content(job.extractor, job.decode.channels, weights),
         decode=_with_digest({**job.decode.model_dump(mode="json"), "decoder": DECODER}),
-        layers=tuple(layers),
+        layers=_stored_layers(job.extractor, job.dtype, weights),
         created_version=VERSION,
         written_version=VERSION,
     )
+
+
+def _stored_layers(spec: ExtractorSpec, dtype: str, weights: dict[str, Array]) -> tuple[StoredLayer, ...]:
+    names = layer_names(spec.layers)
+    bounds = dict(zip(names, output_bounds(spec.layers, weights), strict=True))
+    filters = dict(zip(names, (layer.filters for layer in spec.layers), strict=True))
+    layers = []
+    for name in spec.output_names:
+        q = quantisation(bounds[name], dtype, TF32_MARGIN if spec.tf32 else RANGE_MARGIN)
+        layers.append(StoredLayer(name, filters[name], dtype, q.scale_factor, q.add_offset, q.fill_value, q.error_bound))
+    return tuple(layers)
+
+
+def check_spec(spec: StoreSpec, weights: dict[str, Array]) -> Iterator[str]:
+    """What of a store's root metadata does not fit its digests, or the weights that are in the store."""
+    for name, content in (("extractor", spec.extractor), ("decode", spec.decode)):
+        covered = {key: value for key, value in content.items() if key not in {"sha256", "origin"}}
+        if _with_digest(covered)["sha256"] != content["sha256"]:
+            yield f"the settings under {name} do not fit their sha256"
+            return
+    if weights_digest(weights) != spec.extractor.get("weights_sha256"):
+        yield "the weights under extractor/ do not fit their sha256"
+    elif repr(_stored_layers(extractor_spec(spec), spec.dtype, weights)) != repr(spec.layers):
+        yield "how layers are stored (scale_factor, add_offset, error_bound) does not follow from the weights"
 
 
 def _extractor_content(spec: ExtractorSpec, channels: int, weights: dict[str, Array]) -> dict[str, Any]:

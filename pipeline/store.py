@@ -57,7 +57,7 @@ class Store:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.fence: Callable[[], None] = lambda: None
-        """Called before anything is written to the ledger; raises when this process may no longer."""
+        """Called before columns or lengths of a group are written; raises when this process may no longer."""
         self.spec = _read_spec(path)
         self.classes: dict[Size, ShapeClass] = {}
         self.reload()
@@ -197,21 +197,21 @@ class Store:
         self._write_columns(group, rows, {name: columns[name] for name in order})
 
     def _write_columns(self, group: str, rows: Array, columns: Columns) -> None:
+        self.fence()
         for name, values in columns.items():
             dtype, chunk = column_type(self.spec.layers, group, name)
             for i in np.unique(rows // chunk[0]):
                 inside = rows // chunk[0] == i
                 content = self._read_chunk(group, name, dtype, chunk, int(i))
                 content[rows[inside] - i * chunk[0]] = values[inside]
-                self.fence()
                 put(self.path / group / name / object_key(int(i), len(chunk)), compress(content))
 
     def _resize(self, group: str, length: int) -> None:
+        self.fence()
         arrays = [folder for folder in (self.path / group).iterdir() if (folder / "zarr.json").exists()]
         for folder in sorted(arrays, key=lambda folder: folder.name == "status"):
             document = read_json(folder / "zarr.json")
             if document["shape"][0] != length:
-                self.fence()
                 document["shape"][0] = length
                 put_json(folder / "zarr.json", document)
 
@@ -228,7 +228,7 @@ class Store:
 
     def write_receipt(self, run_id: str, receipt: Mapping[str, Any]) -> None:
         """Leave a run's receipt in ``runs/``."""
-        put_json(self.path / RUNS / f"{run_id}.json", receipt)
+        put_json(self.path / RUNS / f"{run_id}.json", receipt, indent=1)
 
     def touch_version(self, version: str) -> None:
         """Note which version wrote last."""

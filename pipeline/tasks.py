@@ -15,11 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import xxhash
 from distributed import Worker, WorkerPlugin, get_worker
 
 from pipeline import decode, store
-from pipeline.chunks import Array
+from pipeline.chunks import Array, maps_digest
 from pipeline.config import ExtractorSpec
 from pipeline.errors import ImageError, PassingFaultError
 from pipeline.layers import layer_names, output_sizes
@@ -294,14 +293,6 @@ def _valid_views(plugin: ExtractorPlugin, image: Array, rows: dict[str, Array], 
         row[:, :height, width:] = fills[name]
         views[name] = row[:, :height, :width]
     return views
-
-
-def maps_digest(maps: Iterable[Array]) -> str:
-    """XXH3-128 of one image's maps as stored: per layer its valid extent (channel, y, x), C order, little-endian; 32 hex digits."""
-    digest = xxhash.xxh3_128()
-    for values in maps:
-        digest.update(np.ascontiguousarray(values).data)
-    return digest.hexdigest()
 
 
 def attempt(target: Target, decoded: Decoded) -> None:

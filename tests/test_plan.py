@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from pipeline.errors import FeaturemapsError
 from pipeline.plan import (
     BATCH_BYTES,
+    DRIVER_S,
     MAX_SHARD_ROWS,
     MIN_BATCH_S,
     Piece,
@@ -159,6 +160,14 @@ def test_small_classes_are_packed_and_every_slot_has_work(slots, n):
     assert len(batches) <= max(1, math.ceil(n * 0.006 / MIN_BATCH_S))
     if n * 0.006 >= 4 * slots:
         assert len(batches) >= 2 * slots
+
+
+def test_one_driver_keeps_up_with_a_thousand_workers():
+    pieces = [Piece((10, 10), 0, 3, (0, 1, 2), 0.5, 1000)] * 300_000
+    batches = pack_batches(pieces, 1000)
+    assert 1000 * DRIVER_S <= batches[0].cost_s <= 1000 * DRIVER_S + 0.5
+    assert min(MIN_BATCH_S, 0.5) <= batches[-1].cost_s < 1.0
+    assert max(batch.cost_s for batch in pack_batches(pieces, 4)) <= 1.5
 
 
 def test_cost_grows_with_work():

@@ -1,0 +1,285 @@
+"""The checks of the audit: metadata, columns, ledger, maps, and rows computed anew."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pipeline.chunks import Array, maps_digest
+from pipeline.errors import FeaturemapsError, ImageError
+from pipeline.layers import layer_names, output_sizes
+from pipeline.objects import read_json
+from pipeline.reading import Source, read_current
+from pipeline.schema import (
+    EXTRACTOR,
+    LEDGER_COLUMNS,
+    REJECTED,
+    REJECTED_COLUMNS,
+    RUNS,
+    STATISTICS,
+    ShapeClass,
+    Status,
+    column_document,
+    group_document,
+    maps_document,
+    pooled_document,
+    root_document,
+    weights_document,
+)
+from pipeline.settings import check_spec, decode_spec, extractor_spec
+from pipeline.store import Store
+from pipeline.weights import dequantise
+
+ROUNDING = 1e-5
+"""Float32 maps agree with exact ones to this, on whatever kind of processor."""
+
+
+class Finding(NamedTuple):
+    """Something that is not as the store says."""
+
+    kind: str
+    """metadata, column, ledger, maps, source, recomputation or weights."""
+    group: str
+    """Shape class, or another group of the store."""
+    row: int
+    """-1 where it is no single row."""
+    path: str
+    """Of the image, or of the object."""
+    text: str
+
+
+# -- what the metadata says ------------------------------------------------------------------------------------------------------
+
+
+def check_root(store: Store) -> Iterator[Finding]:
+    """Whether weights, layers and their storage are those that the root's digests speak of."""
+    if read_json(store.path / "zarr.json") != json.loads(json.dumps(root_document(store.spec))):
+        yield Finding("metadata", "", -1, "zarr.json", "it holds more or other keys than format 1 has")
+    try:
+        weights = store.weights()
+    except Exception as error:  # noqa: BLE001 (Zarr raises anything over metadata that it does not understand)
+        yield Finding("weights", "extractor", -1, "extractor", f"the weights cannot be read: {error}")
+        return
+    for text in check_spec(store.spec, weights):
+        is_weights = "weights" in text
+        yield Finding("weights" if is_weights else "metadata", EXTRACTOR if is_weights else "", -1, "zarr.json", text)
+    for name, values in weights.items():
+        yield from _compare_documents(store, "extractor", name, values.shape[0], weights_document(name, values))
+
+
+def check_documents(store: Store) -> Iterator[Finding]:
+    """Whether each piece of metadata is what format 1 and the store's settings make it, and arrays are as long as the ledger."""
+    groups = {REJECTED: {}, RUNS: {}, EXTRACTOR: {"sha256": store.spec.extractor["sha256"]}}
+    for c in store.classes.values():
+        height, width = c.size
+        kind = c.kind if c.kind in {"exact", "padded"} else "exact or padded"
+        groups[c.name] = {"shape_class": {"height": height, "width": width, "kind": kind, "shard_rows": c.layout.shard_rows}}
+    for group, attributes in groups.items():
+        yield from _compare_documents(store, group, "", None, group_document(attributes))
+    for name, dtype in REJECTED_COLUMNS.items():
+        yield from _compare_documents(store, REJECTED, name, store.n_rejected, column_document(name, dtype, 0))
+    for c in store.classes.values():
+        for name, dtype in LEDGER_COLUMNS.items():
+            yield from _compare_documents(store, c.name, name, c.length, column_document(name, dtype, 0))
+        for layer, stored in zip(c.layout.layers, store.spec.layers, strict=True):
+            yield from _compare_documents(store, c.name, layer.name, c.length, maps_document(c.layout, layer, stored, 0))
+            for statistic in STATISTICS:
+                yield from _compare_documents(store, c.name, f"{layer.name}_{statistic}", c.length, pooled_document(stored, 0))
+
+
+def _compare_documents(store: Store, group: str, name: str, length: int | None, document: dict[str, Any]) -> Iterator[Finding]:
+    """Whether a group or an array of at least so many rows has its metadata."""
+    where = str(PurePosixPath(group, name, "zarr.json"))
+    try:
+        found = read_json(store.path / where)
+    except FeaturemapsError as error:
+        yield Finding("metadata", group, -1, where, str(error))
+        return
+    if length is not None:
+        shape = found.get("shape") or [None]
+        if not isinstance(shape[0], int) or shape[0] < length:
+            yield Finding("metadata", group, -1, where, f"it has {shape[0]} rows, and the ledger {length}")
+            return
+        found, document = found | {"shape": shape[1:]}, document | {"shape": document["shape"][1:]}
+    document = json.loads(json.dumps(document))
+    if found != document:
+        keys = sorted(key for key in found.keys() | document.keys() if found.get(key) != document.get(key))
+        yield Finding("metadata", group, -1, where, f"it is not what this store's settings make it: {', '.join(keys)}")
+
+
+def read_columns(store: Store, group: str, findings: list[Finding]) -> dict[str, Array]:
+    """The columns of a group that can be read, by name."""
+    names = [*(REJECTED_COLUMNS if group == REJECTED else LEDGER_COLUMNS)]
+    if group != REJECTED:
+        names += [f"{layer.name}_{name}" for layer in store.spec.layers for name in STATISTICS]
+    columns: dict[str, Array] = {}
+    for name in names:
+        try:
+            columns[name] = store.column(group, name)
+        except (FeaturemapsError, OSError, ValueError, RuntimeError) as error:
+            findings.append(Finding("column", group, -1, f"{group}/{name}", str(error)))
+    return columns
+
+
+def check_ledger(store: Store, columns: dict[str, dict[str, Array]]) -> Iterator[Finding]:
+    """Whether each row's columns fit its status, and each image is alive once."""
+    alive: Counter[str] = Counter()
+    for c in store.classes.values():
+        found = columns[c.name]
+        if not LEDGER_COLUMNS.keys() <= found.keys():
+            continue
+        is_done = found["status"] == Status.DONE
+        sizes_fit = (found["input_height"] <= c.size[0]) & (found["input_width"] <= c.size[1])
+        if c.kind == "exact":
+            sizes_fit &= (found["input_height"] == c.size[0]) & (found["input_width"] == c.size[1])
+        claims = {
+            "a status that there is not": found["status"] > max(Status),
+            "a size that does not fit its class": ~sizes_fit,
+            "done without a digest": is_done & ((found["digest"] == "") | (found["maps_digest"] == "")),
+            "quarantined without a reason": (found["status"] == Status.QUARANTINED) & (found["error"] == ""),
+        }
+        for text, wrong in claims.items():
+            for row in np.flatnonzero(wrong).tolist():
+                yield Finding("ledger", c.name, row, str(found["path"][row]), text)
+        alive.update(found["path"][found["status"] < Status.REMOVED].tolist())
+    rejected = columns[REJECTED]
+    if {"path", "status"} <= rejected.keys():
+        alive.update(rejected["path"][rejected["status"] < Status.REMOVED].tolist())
+    for path, n in alive.items():
+        if n > 1:
+            yield Finding("ledger", "", -1, path, f"the image has {n} live rows or entries")
+
+
+# -- what the maps say -----------------------------------------------------------------------------------------------------------
+
+
+class Shard(NamedTuple):
+    """The done rows of one shard, with what the ledger says of them."""
+
+    store: Path
+    shape_class: ShapeClass
+    rows: tuple[int, ...]
+    paths: tuple[str, ...]
+    sizes: tuple[tuple[int, int], ...]
+    digests: tuple[str, ...]
+
+
+def shards(store: Store, shape_class: ShapeClass, rows: Array, columns: dict[str, Array]) -> Iterator[Shard]:
+    """The shards of some rows of a class."""
+    paths = columns.get("path", np.full(shape_class.length, "?", object))
+    for shard in np.unique(rows // shape_class.layout.shard_rows):
+        members = rows[rows // shape_class.layout.shard_rows == shard].tolist()
+        sizes = tuple((int(columns["input_height"][row]), int(columns["input_width"][row])) for row in members)
+        texts = (tuple(str(values[row]) for row in members) for values in (paths, columns["maps_digest"]))
+        yield Shard(store.path, shape_class, tuple(members), next(texts), sizes, next(texts))
+
+
+def check_shard(shard: Shard) -> list[Finding]:
+    """Compare the digest of each row's maps with the ledger's; reading checks every chunk's checksum."""
+    store = Store(shard.store)
+    arrays = [store.array(shard.shape_class.name, layer.name) for layer in shard.shape_class.layout.layers]
+    start, stop = shard.rows[0], shard.rows[-1] + 1
+    try:
+        blocks: list[Array] | None = [np.asarray(array[start:stop]) for array in arrays]
+    except (OSError, ValueError, RuntimeError):
+        blocks = None  # some chunk is bad: look at each row
+    findings = []
+    for row, path, size, expected in zip(shard.rows, shard.paths, shard.sizes, shard.digests, strict=True):
+        try:
+            maps = [b[row - start] for b in blocks] if blocks is not None else [np.asarray(array[row]) for array in arrays]
+        except (OSError, ValueError, RuntimeError) as error:
+            findings.append(Finding("maps", shard.shape_class.name, row, path, f"the maps cannot be read: {error}"))
+            continue
+        if maps_digest(_valid(store, maps, size)) != expected:
+            findings.append(
+                Finding("maps", shard.shape_class.name, row, path, "the maps are not those that the ledger speaks of")
+            )
+    return findings
+
+
+def _valid(store: Store, maps: Sequence[Array], size: tuple[int, int]) -> list[Array]:
+    """What of a row's maps belongs to the image."""
+    spec = extractor_spec(store.spec)
+    sizes = dict(zip(layer_names(spec.layers), output_sizes(spec.layers, *size), strict=True))
+    extents = (sizes[layer.name] for layer in store.spec.layers)
+    return [values[:, :height, :width] for values, (height, width) in zip(maps, extents, strict=True)]
+
+
+# -- what the source says --------------------------------------------------------------------------------------------------------
+
+
+class Sample(NamedTuple):
+    """A row that is computed anew."""
+
+    group: str
+    row: int
+    path: str
+    digest: str
+
+
+@dataclass(slots=True)
+class Recomputed:
+    """What became of some samples."""
+
+    n_done: int = 0
+    n_not_reachable: int = 0
+    largest_difference: float = 0.0
+    findings: list[Finding] = field(default_factory=list)
+
+
+def recompute(job: tuple[Path, Sequence[Sample]]) -> Recomputed:
+    """Read, decode and extract in float64 with the stored weights, and compare with what is stored."""
+    from pipeline.decode import decode  # noqa: PLC0415 (only where something is recomputed)
+    from pipeline.extractor import Extractor, use_one_thread  # noqa: PLC0415 (as above)
+
+    use_one_thread()
+    path, samples = job
+    store, result = Store(path), Recomputed()
+    source = Source(store.spec.source_root, decode_spec(store.spec))
+    extractor = Extractor(extractor_spec(store.spec), store.weights(), store.spec.layers)
+    for sample in samples:
+        try:
+            data = read_current(source, sample.path)
+        except (OSError, ImageError):
+            result.n_not_reachable += 1
+            continue
+        if hashlib.sha256(data).hexdigest() != sample.digest:
+            result.n_not_reachable += 1  # changed since; what is stored of it speaks for itself
+            continue
+        expected = extractor.reference(decode(data, source.decode))
+        result.n_done += 1
+        shape_class = next(c for c in store.classes.values() if c.name == sample.group)
+        for stored in store.spec.layers:
+            text, difference = _compare(store, shape_class, sample.row, stored.name, expected[stored.name])
+            result.largest_difference = max(result.largest_difference, difference)
+            if text:
+                result.findings.append(Finding("recomputation", sample.group, sample.row, sample.path, f"{stored.name}: {text}"))
+    return result
+
+
+def _compare(store: Store, shape_class: ShapeClass, row: int, name: str, expected: Array) -> tuple[str, float]:
+    """What is wrong with a row's maps or pooled values, and how far they are off beyond rounding for storage."""
+    stored = next(layer for layer in store.spec.layers if layer.name == name)
+    try:
+        maps = dequantise(np.asarray(store.array(shape_class.name, name)[row]), stored)
+    except (OSError, ValueError, RuntimeError) as error:
+        return f"the maps cannot be read: {error}", 0.0
+    _, height, width = expected.shape
+    off = np.abs(maps[:, :height, :width].astype(np.float64) - expected)
+    difference = float(np.nan_to_num(off, nan=np.inf).max()) - stored.error_bound
+    bound = ROUNDING * max(1.0, float(np.abs(expected).max()))
+    if difference > bound:
+        return f"stored and recomputed maps differ by {off.max():.3g}, more than {stored.error_bound + bound:.3g}", difference
+    pooled = [store.array(shape_class.name, f"{name}_{statistic}")[row] for statistic in STATISTICS]
+    exact = [expected.mean((1, 2)), expected.std((1, 2)), expected.min((1, 2)), expected.max((1, 2))]
+    for statistic, a, b in zip(STATISTICS, pooled, exact, strict=True):
+        if not np.abs(np.asarray(a) - b).max() <= bound:
+            return f"the pooled {statistic} is {np.asarray(a)}, and recomputed {b}", max(0.0, difference)
+    return "", max(0.0, difference)

@@ -1,0 +1,214 @@
+"""The audit of a store: whether it holds what its ledger claims, and whether that is what the extractor computes."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from pipeline.checks import (
+    Finding,
+    Sample,
+    Shard,
+    check_documents,
+    check_ledger,
+    check_root,
+    check_shard,
+    read_columns,
+    recompute,
+    shards,
+)
+from pipeline.cluster import local_workers
+from pipeline.lock import StoreLock, require_lock
+from pipeline.run import new_run_id
+from pipeline.schema import (
+    EXTRACTOR,
+    LEDGER_COLUMNS,
+    REJECTED,
+    RUNS,
+    Status,
+)
+from pipeline.store import Store
+from pipeline.summary import printable
+
+MAX_FINDINGS = 1000
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+@dataclass(slots=True)
+class Audit:
+    """What was looked at, and what was found."""
+
+    store: str
+    n_rows: int = 0
+    n_done: int = 0
+    n_maps_checked: int = 0
+    n_recomputed: int = 0
+    n_not_reachable: int = 0
+    """Images that were to be recomputed, and are gone, changed or unreadable at the source."""
+    n_repaired: int = 0
+    n_findings: int = 0
+    findings: list[Finding] = field(default_factory=list)
+    """The first of them."""
+    largest_difference: float = 0.0
+    """Between stored and recomputed values, beyond rounding for storage."""
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether nothing was found."""
+        return not self.n_findings
+
+    def add(self, findings: Iterable[Finding]) -> None:
+        """Take findings down."""
+        for finding in findings:
+            self.n_findings += 1
+            if len(self.findings) < MAX_FINDINGS:
+                self.findings.append(finding)
+
+    def describe(self) -> str:
+        """For a person."""
+        what = (
+            f"{self.store}: {self.n_done} of {self.n_rows} rows are done; the maps of {self.n_maps_checked} were read and compared with "
+            f"their digests, {self.n_recomputed} were recomputed from the source and the stored weights (largest difference beyond "
+            f"rounding for storage {self.largest_difference:.1e})"
+        )
+        lines = [what]
+        if self.n_not_reachable:
+            lines.append(f"{self.n_not_reachable} more were to be recomputed, but their images are gone or changed")
+        lines += [
+            f"  {f.kind}: {printable(f.path)}" + (f" ({f.group}, row {f.row})" if f.row >= 0 else "") + f": {printable(f.text)}"
+            for f in self.findings[:50]
+        ]
+        if self.n_findings > 50:
+            lines.append(f"  and {self.n_findings - 50} more; --json lists {MAX_FINDINGS}")
+        if self.n_repaired:
+            lines.append(f"{self.n_repaired} rows were set to pending: the command that made the store computes them again")
+        verdict = "nothing is wrong" if self.is_sound else f"{self.n_findings} things are wrong"
+        if not self.is_sound and not self.n_repaired:
+            verdict += (
+                "; --repair sets rows with bad maps to pending, so that the next run computes them; restore all else from a copy"
+            )
+        return "\n".join([*lines, verdict])
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        return asdict(self) | {"is_sound": self.is_sound, "findings": [finding._asdict() for finding in self.findings]}
+
+
+def verify_store(
+    path: Path,
+    *,
+    n_sample: int = 20,
+    seed: int | None = None,
+    repair: bool = False,
+    workers: int | None = None,
+    on_progress: Callable[[int, int], None] = lambda *_: None,
+) -> Audit:
+    """Check a store: metadata, columns, every map against its digest, and some rows computed anew.
+
+    Parameters
+    ----------
+    path : Path
+    n_sample : int
+        Done images that are read from the source and recomputed in float64, chosen at random.
+    seed : int, optional
+        Of that choice.
+    repair : bool
+        Set rows whose maps are bad to pending, so that the next run computes them.
+    workers : int, optional
+        Processes; None is one per core.
+    on_progress : callable
+        Called with the number of shards checked and their total.
+
+    Raises
+    ------
+    UsageError
+        When there is no store of this format.
+    FeaturemapsError
+        When its metadata cannot be understood at all.
+    StoreBusyError
+        When ``repair`` is wanted while a run works on it.
+    """
+    store = Store(path)
+    audit = Audit(str(path))
+    documents = [*check_root(store), *check_documents(store)]
+    audit.add(documents)
+    unreadable: list[Finding] = []
+    columns = {group: read_columns(store, group, unreadable) for group in [*(c.name for c in store.classes.values()), REJECTED]}
+    audit.add(unreadable)
+    audit.add(check_ledger(store, columns))
+    not_understood = {finding.group for finding in documents}
+    jobs: list[Shard] = []
+    samples: list[Sample] = []
+    for shape_class in store.classes.values():
+        found = columns[shape_class.name]
+        if not_understood & {"", shape_class.name} or not LEDGER_COLUMNS.keys() <= found.keys():
+            continue  # what its maps should be is not known
+        rows = np.flatnonzero(found["status"] == Status.DONE)
+        audit.n_rows += shape_class.length
+        audit.n_done += len(rows)
+        jobs += shards(store, shape_class, rows, found)
+        samples += [Sample(shape_class.name, row, str(found["path"][row]), str(found["digest"][row])) for row in rows.tolist()]
+    if not_understood & {"", EXTRACTOR}:
+        samples = []  # there are no weights to compute with
+    elif n_sample < len(samples):
+        samples = random.Random(seed).sample(samples, n_sample)  # noqa: S311 (which rows, not a secret)
+    bad: list[Finding] = []
+    with _Workers(local_workers(workers)) as pool:
+        for i, findings in enumerate(pool.map(check_shard, jobs)):
+            audit.n_maps_checked += len(jobs[i].rows)
+            bad += findings
+            on_progress(i + 1, len(jobs))
+        for recomputed in pool.map(recompute, [(path, samples[start : start + 8]) for start in range(0, len(samples), 8)]):
+            audit.n_recomputed += recomputed.n_done
+            audit.n_not_reachable += recomputed.n_not_reachable
+            audit.largest_difference = max(audit.largest_difference, recomputed.largest_difference)
+            bad += recomputed.findings
+    audit.add(bad)
+    if repair and bad:
+        audit.n_repaired = _repair(store, bad)
+    return audit
+
+
+class _Workers:
+    """Processes, or with one just this one."""
+
+    def __init__(self, n: int) -> None:
+        self._pool = ProcessPoolExecutor(n, mp_context=get_context("forkserver")) if n > 1 else None
+
+    def __enter__(self) -> _Workers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def map(self, function: Callable[[T], R], jobs: Iterable[T]) -> Iterator[R]:
+        return map(function, jobs) if self._pool is None else self._pool.map(function, jobs)
+
+
+# -- repair ----------------------------------------------------------------------------------------------------------------------
+
+
+def _repair(store: Store, findings: Sequence[Finding]) -> int:
+    """Set bad rows to pending, under the lock; return their number."""
+    run_id = new_run_id()
+    with StoreLock(store.path / RUNS, run_id):
+        store.reload()
+        store.fence = lambda: require_lock(store.path / RUNS, run_id)
+        rows: dict[str, set[int]] = {}
+        for finding in findings:
+            rows.setdefault(finding.group, set()).add(finding.row)
+        for group, members in rows.items():
+            chosen = np.array(sorted(members))
+            status = store.column(group, "status")[chosen]
+            chosen = chosen[status == Status.DONE]  # another run may have seen to some
+            store.commit(group, chosen, {"status": np.full(len(chosen), Status.PENDING, np.uint8)})
+        return sum(len(members) for members in rows.values())

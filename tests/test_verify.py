@@ -1,0 +1,234 @@
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+
+from pipeline.config import make_job
+from pipeline.errors import FeaturemapsError, StoreBusyError, UsageError
+from pipeline.lock import StoreLock
+from pipeline.run import run_job
+from pipeline.schema import RUNS, Status
+from pipeline.store import Store
+from pipeline.verify import verify_store
+from tests.conftest import content, make_images
+
+pytestmark = pytest.mark.cluster
+
+SIZES = [(40, 50), (30, 60)]
+N = 14
+UNCHECKED = {"source", "source_root", "created_version", "written_version"}  # texts that nothing in a store can vouch for
+
+
+@pytest.fixture(scope="module")
+def made(client, tmp_path_factory):
+    """A source with a bad image, and its store of two layers."""
+    folder = tmp_path_factory.mktemp("verify")
+    make_images(folder / "source", N, SIZES)
+    (folder / "source" / "bad.png").write_bytes(b"no image")
+    layers = [{"filters": 3, "kernel": 5, "activation": "tanh"}, {"filters": 2, "kernel": 3, "pool": 2}]
+    extractor = {"layers": layers, "outputs": ["conv1", "conv2"]}
+    job = make_job({"source": str(folder / "source"), "store": str(folder / "f.zarr"), "dtype": "uint8", "extractor": extractor})
+    assert run_job(job, client).n_done == N
+    return job
+
+
+@pytest.fixture
+def copy(made, tmp_path):
+    """A store of one's own to damage."""
+    shutil.copytree(made.store, tmp_path / "f.zarr")
+    return tmp_path / "f.zarr"
+
+
+def kinds(path: Path, n_sample: int = 0) -> set[str]:
+    audit = verify_store(path, n_sample=n_sample, workers=1)
+    assert audit.is_sound == (not audit.findings)
+    return {finding.kind for finding in audit.findings}
+
+
+def shard(path: Path, layer: str = "conv1") -> Path:
+    return next((path / "40x50" / layer).glob("c.*"))
+
+
+def test_a_store_that_nothing_happened_to_is_sound(made):
+    audit = verify_store(Path(made.store), n_sample=100)
+    assert (audit.n_rows, audit.n_done, audit.n_maps_checked, audit.n_recomputed, audit.n_not_reachable) == (N, N, N, N, 0)
+    assert audit.is_sound, audit.findings
+    assert 0 <= audit.largest_difference < 1e-5
+    assert audit.describe().endswith("nothing is wrong")
+
+
+def test_a_flipped_byte_in_any_object_is_found(made, tmp_path):
+    rng = random.Random(5)
+    files = [path.relative_to(made.store) for path in sorted(Path(made.store).rglob("*")) if path.is_file()]
+    objects = [path for path in files if path.name.startswith("c.") and path.parts[0] != RUNS]
+    assert len(objects) > 30
+    store = tmp_path / "f.zarr"
+    shutil.copytree(made.store, store)
+    for path in objects:
+        before = (store / path).read_bytes()
+        damaged = bytearray(before)
+        damaged[rng.randrange(len(damaged))] ^= 1 << rng.randrange(8)
+        (store / path).write_bytes(damaged)
+        assert kinds(store), path
+        (store / path).write_bytes(before)
+    assert not kinds(store)
+
+
+def test_a_change_of_any_metadata_is_found_or_is_none(made, tmp_path):
+    rng = random.Random(6)
+    store = tmp_path / "f.zarr"
+    shutil.copytree(made.store, store)
+    documents = sorted(store.rglob("zarr.json"))
+    assert len(documents) > 30
+    n_found = 0
+    for path in documents:
+        before = path.read_bytes()
+        for _ in range(4):
+            damaged = bytearray(before)
+            damaged[rng.randrange(len(damaged))] ^= 1 << rng.randrange(7)
+            path.write_bytes(damaged)
+            try:
+                same = essence(damaged) == essence(before)
+            except ValueError:
+                same = False
+            try:
+                found = bool(kinds(store))
+            except FeaturemapsError:
+                found = True
+            assert found != same, (path, bytes(damaged))
+            n_found += found
+        path.write_bytes(before)
+    assert n_found > len(documents)
+
+
+def essence(data: bytes) -> object:
+    """What a document says, but for what nothing can vouch for."""
+    document = json.loads(data)
+    attributes = document.get("attributes") if isinstance(document, dict) else None
+    root = attributes.get("featuremaps") if isinstance(attributes, dict) else None
+    if isinstance(root, dict):
+        attributes["featuremaps"] = {key: value for key, value in root.items() if key not in UNCHECKED}
+        if isinstance(root.get("extractor"), dict):
+            attributes["featuremaps"]["extractor"] = {k: v for k, v in root["extractor"].items() if k != "origin"}
+    if isinstance(document, dict) and document.get("node_type") == "array" and isinstance(document.get("shape"), list):
+        document["shape"] = [None, *document["shape"][1:]]  # arrays may be longer than the ledger, which tests below look at
+    return document
+
+
+def test_a_missing_and_a_truncated_shard_are_found(copy):
+    data = shard(copy).read_bytes()
+    shard(copy).write_bytes(data[: len(data) // 2])
+    assert kinds(copy) == {"maps"}
+    shard(copy).unlink()
+    audit = verify_store(copy, n_sample=0, workers=1)
+    assert {(f.kind, f.group) for f in audit.findings} == {("maps", "40x50")}
+    assert len(audit.findings) == 7
+    assert "set rows with bad maps to pending" in audit.describe().replace("--repair sets", "set")
+
+
+def test_a_ledger_that_claims_too_much_is_found(copy):
+    store = Store(copy)
+    columns = {"maps_digest": np.array([""], object), "status": np.array([Status.DONE], np.uint8)}
+    store.commit("40x50", np.array([2]), columns)
+    audit = verify_store(copy, n_sample=0, workers=1)
+    assert {(f.kind, f.row) for f in audit.findings} == {("ledger", 2), ("maps", 2)}
+    assert any(f.text == "done without a digest" for f in audit.findings)
+
+
+def test_claims_that_contradict_each_other_are_found(copy):
+    store = Store(copy)
+    wrong = {
+        "status": np.array([9, Status.QUARANTINED], np.uint8),
+        "input_height": np.array([41, 40], np.int32),
+        "path": np.array(["img00012.png"] * 2, object),
+    }
+    store.commit("40x50", np.array([0, 1]), wrong)
+    texts = {f.text for f in verify_store(copy, n_sample=0, workers=1).findings}
+    assert texts >= {
+        "a status that there is not",
+        "a size that does not fit its class",
+        "quarantined without a reason",
+        "the image has 2 live rows or entries",
+    }
+
+
+def test_swapped_rows_are_found(copy):
+    maps = zarr.open_array(str(copy / "40x50" / "conv2"), mode="r+", zarr_format=3)
+    first, second = maps[1], maps[3]
+    maps[1], maps[3] = second, first
+    audit = verify_store(copy, n_sample=0, workers=1)
+    assert {(f.kind, f.row) for f in audit.findings} == {("maps", 1), ("maps", 3)}
+    assert {f.text for f in audit.findings} == {"the maps are not those that the ledger speaks of"}
+
+
+def test_weights_that_do_not_match_are_found(copy):
+    weights = zarr.open_array(str(copy / "extractor" / "conv2_weight"), mode="r+", zarr_format=3)
+    weights[0, 0, 0, 0] += 0.5
+    assert kinds(copy) == {"weights"}
+    audit = verify_store(copy, n_sample=4, workers=1)
+    assert (audit.n_maps_checked, audit.n_recomputed) == (N, 0)  # with what weights?
+
+
+def test_pooled_values_that_are_not_the_maps_own_are_found_by_recomputing(copy):
+    store = Store(copy)
+    mean = np.asarray(store.column("30x60", "conv1_mean"))[:1] + 0.01
+    store.commit("30x60", np.array([0]), {"conv1_mean": mean})
+    assert not kinds(copy)
+    (finding,) = verify_store(copy, n_sample=100, workers=1).findings
+    assert (finding.kind, finding.group, finding.row) == ("recomputation", "30x60", 0)
+    assert finding.text.startswith("conv1: the pooled mean is")
+
+
+def test_images_that_are_gone_or_changed_are_said_to_be_out_of_reach(client, tmp_path):
+    make_images(tmp_path / "source", 3, [(40, 50)])
+    run_job(make_job({"source": str(tmp_path / "source"), "store": str(tmp_path / "f.zarr")}), client)
+    (tmp_path / "source" / "img00000.png").unlink()
+    make_images(tmp_path / "source", 1, [(40, 50)], seed=9).joinpath("img00000.png").rename(tmp_path / "source" / "img00001.png")
+    audit = verify_store(tmp_path / "f.zarr", workers=1)
+    assert (audit.n_recomputed, audit.n_not_reachable, audit.is_sound) == (1, 2, True)
+    assert "2 more were to be recomputed, but their images are gone or changed" in audit.describe()
+
+
+def test_repair_has_the_next_run_compute_bad_rows_again(client, made, copy):
+    job = made.model_copy(update={"store": str(copy)})
+    data = bytearray(shard(copy).read_bytes())
+    data[100] ^= 1
+    shard(copy).write_bytes(data)
+    audit = verify_store(copy, repair=True)
+    assert 0 < audit.n_repaired <= 7
+    assert not audit.is_sound
+    assert f"{audit.n_repaired} rows were set to pending" in audit.describe()
+    summary = run_job(job, client)
+    assert (summary.n_done, summary.outcome) == (audit.n_repaired, "complete")
+    assert verify_store(copy, n_sample=100).is_sound
+    assert content(copy) == content(Path(made.store))
+
+
+def test_repair_waits_for_nobody(copy):
+    shard(copy).unlink()
+    with StoreLock(copy / RUNS, "another"), pytest.raises(StoreBusyError, match="is held by run another"):
+        verify_store(copy, repair=True, n_sample=0, workers=1)
+    assert (Store(copy).column("40x50", "status") == Status.DONE).all()
+
+
+def test_the_command_says_what_it_found_and_its_code_too(command, copy):
+    code, out, _ = command("verify", copy, "--sample", 2, "--seed", 1)
+    assert (code, out.splitlines()[-1]) == (0, "nothing is wrong")
+    shard(copy).unlink()
+    code, out, _ = command("verify", copy, "--json")
+    found = json.loads(out)
+    assert (code, found["is_sound"], found["n_findings"]) == (1, False, len(found["findings"]))
+    code, _, err = command("verify", copy.parent / "none.zarr")
+    assert code == 2
+    assert "there is no store" in err
+
+
+def test_there_is_nothing_to_verify_where_there_is_no_store(tmp_path):
+    with pytest.raises(UsageError, match="there is no store at"):
+        verify_store(tmp_path)
