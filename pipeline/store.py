@@ -359,6 +359,18 @@ def write_maps(path: Path, run_id: str, layout: ClassLayout, layer: LayerLayout,
 
 
 def read_maps(path: Path, layout: ClassLayout, layer: str, start: int, stop: int) -> Array:
-    """Rows of one layer as stored, for a writer that must keep them: (n, channel, y, x)."""
-    array = zarr.open_array(str(path / class_name(layout.size) / layer), mode="r", zarr_format=3)
-    return np.asarray(array[start:stop])
+    """Rows of one layer as stored, for a writer that must keep them: (n, channel, y, x).
+
+    Raises
+    ------
+    FeaturemapsError
+        When they are damaged.
+    """
+    folder = path / class_name(layout.size) / layer
+    try:
+        return np.asarray(zarr.open_array(str(folder), mode="r", zarr_format=3)[start:stop])
+    except (ValueError, RuntimeError) as error:
+        raise FeaturemapsError(
+            f"rows {start} to {stop} of {folder} are damaged ({error}), and their shard cannot be written anew without them: nothing was "
+            f"changed; run `featuremaps verify {path} --repair`, which has them computed again, then the same command"
+        ) from error

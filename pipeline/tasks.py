@@ -332,6 +332,9 @@ def _keep_others(target: Target, outcome: PieceResult, layer: LayerLayout, block
     """Take the shard's other rows over from the store."""
     kept = np.ones(len(block), bool)
     kept[np.asarray(outcome.rows) - outcome.start] = False
-    if kept.any():
-        old = store.read_maps(Path(target.path), outcome.layout, layer.name, outcome.start, outcome.stop)
-        np.copyto(block, old, where=kept[:, None, None, None])
+    indices = np.flatnonzero(kept)
+    for run in np.split(indices, np.flatnonzero(np.diff(indices) > 1) + 1) if len(indices) else []:
+        first, last = int(run[0]), int(run[-1]) + 1
+        block[first:last] = store.read_maps(
+            Path(target.path), outcome.layout, layer.name, outcome.start + first, outcome.start + last
+        )

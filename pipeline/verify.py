@@ -206,9 +206,10 @@ def _repair(store: Store, findings: Sequence[Finding]) -> int:
         rows: dict[str, set[int]] = {}
         for finding in findings:
             rows.setdefault(finding.group, set()).add(finding.row)
+        n_repaired = 0
         for group, members in rows.items():
             chosen = np.array(sorted(members))
-            status = store.column(group, "status")[chosen]
-            chosen = chosen[status == Status.DONE]  # another run may have seen to some
+            chosen = chosen[store.column(group, "status")[chosen] == Status.DONE]  # a run may have seen to some meanwhile
             store.commit(group, chosen, {"status": np.full(len(chosen), Status.PENDING, np.uint8)})
-        return sum(len(members) for members in rows.values())
+            n_repaired += len(chosen)
+        return n_repaired

@@ -210,6 +210,27 @@ def test_repair_has_the_next_run_compute_bad_rows_again(client, made, copy):
     assert content(copy) == content(Path(made.store))
 
 
+def test_one_bad_image_of_a_shard_costs_itself_only(client, tmp_path):
+    make_images(tmp_path / "source", 5, [(400, 420)])
+    job = make_job({"source": str(tmp_path / "source"), "store": str(tmp_path / "f.zarr"), "dtype": "uint8"})
+    run_job(job, client)
+    before = content(tmp_path / "f.zarr")
+    (path,) = (tmp_path / "f.zarr" / "400x420" / "conv1").glob("c.*")
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1  # in the third image's chunk
+    path.write_bytes(data)
+    status = Store(tmp_path / "f.zarr")
+    status.commit("400x420", np.array([0]), {"status": np.array([Status.PENDING], np.uint8)})
+    with pytest.raises(FeaturemapsError, match=r"rows 1 to 5 of .* are damaged .*verify .*--repair"):
+        run_job(job, client)
+    status.commit("400x420", np.array([0]), {"status": np.array([Status.DONE], np.uint8)})
+    audit = verify_store(tmp_path / "f.zarr", repair=True, n_sample=0, workers=1)
+    assert [(f.kind, f.row) for f in audit.findings] == [("maps", 2)]
+    assert audit.n_repaired == 1
+    assert run_job(job, client).n_done == 1
+    assert content(tmp_path / "f.zarr") == before
+
+
 def test_repair_waits_for_nobody(copy):
     shard(copy).unlink()
     with StoreLock(copy / RUNS, "another"), pytest.raises(StoreBusyError, match="is held by run another"):
