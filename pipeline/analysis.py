@@ -193,8 +193,10 @@ class FeatureStore:
     def _row(self, shape_class: ShapeClass, layer: StoredLayer, row: int, size: Size) -> Iterator[tuple[str, Any]]:
         """One image's maps and pooled values of a layer, read without the rest of their shard."""
         dims = tuple(f"{layer.name}_{axis}" for axis in ("channel", "y", "x"))
-        maps = self._store.array(shape_class.name, layer.name)[row, :, : size[0], : size[1]]
-        yield layer.name, (dims, dequantise(np.asarray(maps), layer), {"error_bound": layer.error_bound})
+        maps = dequantise(np.asarray(self._store.array(shape_class.name, layer.name)[row, :, : size[0], : size[1]]), layer)
+        if np.isnan(maps).any():  # which data never are
+            raise ValueError("the ledger says done, and there are no values: an object is missing")
+        yield layer.name, (dims, maps, {"error_bound": layer.error_bound})
         for statistic in STATISTICS:
             name = f"{layer.name}_{statistic}"
             yield name, (dims[:1], np.asarray(self._store.array(shape_class.name, name)[row]))

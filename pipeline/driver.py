@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import CancelledError
 from typing import Any
 
+import numpy as np
 from distributed import Client, Future, KilledWorker
 from distributed.client import ClosedClientError
 from distributed.comm import CommClosedError
@@ -34,10 +35,11 @@ from pipeline.plan import (
     Batch,
     ClassLayout,
     Size,
+    class_name,
     cut_pieces,
     pack_batches,
 )
-from pipeline.schema import RUNS
+from pipeline.schema import RUNS, Status
 from pipeline.settings import cost_s, extractor_spec, layer_bytes, needed_size
 from pipeline.source_watch import SourceWatch
 from pipeline.store import Store
@@ -94,6 +96,7 @@ class Driver:
         self.ready: deque[Batch] = deque()
         self.image_of: dict[Size, dict[int, int]] = {}  # rows of the store that are not sent yet -> image of the listing
         self.waiting: dict[Size, list[int]] = {}  # those of them that are in no batch
+        self.kept: dict[Size, np.ndarray[Any, np.dtype[np.int64]]] = {}  # rows of former runs whose maps must not be lost
         self.n_sent = 0
         watch, ledger = SourceWatch(listing.root), Ledger(store, listing)
         self.intake = Intake(listing, found, ledger, watch, self.channels, summary, progress)
@@ -163,12 +166,19 @@ class Driver:
         for size, shape_class in self.store.classes.items():
             rows = self.found.pending.get(shape_class.name, [])
             self.image_of[size] = dict(rows)
+            if rows:
+                self.kept[size] = self._rows_with_maps(shape_class.name)
             self.waiting[size] = [row for row, _ in rows]
         self._check_capacity({}, {})
         self.fleet.register(tasks.ExtractorPlugin(self.target.extractor, self.spec, self.store.weights(), self.store.spec.layers))
         self.progress.stage = "running"
         if not self.found.new:
             self._plan(complete=True)
+
+    def _rows_with_maps(self, group: str) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """Rows that are done, or would be if their image came back."""
+        status, digest = (self.store.column(group, name) for name in ("status", "maps_digest"))
+        return np.flatnonzero((status == Status.DONE) | ((status == Status.REMOVED) & (digest != "")))
 
     def _wait(self, timeout_s: float) -> None:
         """Take up what finished, waiting for the first at most ``timeout_s``."""
@@ -268,6 +278,8 @@ class Driver:
             self._fail(explain(error, None, self.store.path))
         else:
             for size, rows in appended.items():
+                if size not in self.kept and rows[0][0]:  # the class is older: its last shard may be half full
+                    self.kept[size] = self._rows_with_maps(class_name(size))
                 self.image_of.setdefault(size, {}).update(rows)
                 self.waiting.setdefault(size, []).extend(row for row, _ in rows)
             self._plan(complete=self.intake.is_complete)
@@ -361,6 +373,8 @@ class Driver:
 
     def _work_piece(self, piece: Any) -> tasks.WorkPiece:
         images = [self.image_of[piece.size].pop(row) for row in piece.rows]
+        known = self.kept.get(piece.size, np.empty(0, np.int64))
+        kept = known[(known >= piece.start) & (known < piece.stop)].tolist()
         return tasks.WorkPiece(
             self.store.classes[piece.size].layout,
             piece.start,
@@ -368,6 +382,7 @@ class Driver:
             piece.rows,
             tuple(self.listing.paths[i] for i in images),
             tuple(self.listing.fingerprint(i) for i in images),
+            tuple(kept),
         )
 
     def _take_batch(self, result: tasks.BatchResult) -> None:

@@ -219,7 +219,7 @@ def difference(old: StoreSpec, new: StoreSpec) -> list[str]:
 def _differ(key: str, old: Any, new: Any) -> list[str]:
     a, b = (json.dumps(value, default=list) for value in (old, new))
     if key.endswith("sha256"):
-        a, b = a[:13], b[:13]
+        a, b = f'{a[:13]}..."', f'{b[:13]}..."'
     return [] if a == b else [f"{key}: the store has {a}, this run asks for {b}"]
 
 

@@ -20,7 +20,7 @@ from distributed import Worker, WorkerPlugin, get_worker
 from pipeline import decode, store
 from pipeline.chunks import Array, maps_digest
 from pipeline.config import ExtractorSpec
-from pipeline.errors import ImageError, PassingFaultError
+from pipeline.errors import FeaturemapsError, ImageError, PassingFaultError
 from pipeline.layers import layer_names, output_sizes
 from pipeline.plan import ClassLayout, LayerLayout
 from pipeline.reading import Patience, Source, read_bytes
@@ -47,6 +47,8 @@ class WorkPiece:
     rows: tuple[int, ...]
     paths: tuple[str, ...]
     fingerprints: tuple[str, ...]
+    kept: tuple[int, ...] = ()
+    """Other rows of the shard whose maps must not be lost; those of all others are kept if they can be read."""
 
 
 @dataclass(slots=True)
@@ -64,6 +66,8 @@ class PieceResult:
     error: list[str]
     pooled: dict[str, Array] = field(default_factory=dict)
     """Per layer (n, statistic, channel) float32, statistics in the order of `STATISTICS`."""
+    kept: tuple[int, ...] = ()
+    """As of the piece."""
 
 
 @dataclass(slots=True)
@@ -172,7 +176,8 @@ def _no_result() -> BatchResult:
 
 def _pending(piece: WorkPiece) -> PieceResult:
     n = len(piece.rows)
-    return PieceResult(piece.layout, piece.start, piece.stop, piece.rows, np.zeros(n, np.uint8), [""] * n, [""] * n, [""] * n)
+    status, texts = np.zeros(n, np.uint8), [""] * n
+    return PieceResult(piece.layout, piece.start, piece.stop, piece.rows, status, texts, [*texts], [*texts], kept=piece.kept)
 
 
 # -- read ------------------------------------------------------------------------------------------------------------------------
@@ -321,20 +326,33 @@ def _write_piece(target: Target, outcome: PieceResult, blocks: dict[str, Array],
         return
     started = time.perf_counter()
     for layer, stored in zip(outcome.layout.layers, _plugin(target).layers, strict=True):
-        _keep_others(target, outcome, layer, blocks[layer.name])
+        _keep_others(target, outcome, layer, blocks[layer.name], stored.fill_value)
         result.bytes_written += store.write_maps(
             Path(target.path), target.run_id, outcome.layout, layer, outcome.start, blocks[layer.name], stored.fill_value
         )
     result.stage_s["write"] += time.perf_counter() - started
 
 
-def _keep_others(target: Target, outcome: PieceResult, layer: LayerLayout, block: Array) -> None:
+def _keep_others(target: Target, outcome: PieceResult, layer: LayerLayout, block: Array, fill: float) -> None:
     """Take the shard's other rows over from the store."""
-    kept = np.ones(len(block), bool)
-    kept[np.asarray(outcome.rows) - outcome.start] = False
-    indices = np.flatnonzero(kept)
+    others = np.ones(len(block), bool)
+    others[np.asarray(outcome.rows) - outcome.start] = False
+    indices = np.flatnonzero(others)
     for run in np.split(indices, np.flatnonzero(np.diff(indices) > 1) + 1) if len(indices) else []:
-        first, last = int(run[0]), int(run[-1]) + 1
-        block[first:last] = store.read_maps(
-            Path(target.path), outcome.layout, layer.name, outcome.start + first, outcome.start + last
-        )
+        first, stop = int(run[0]) + outcome.start, int(run[-1]) + 1 + outcome.start
+        try:
+            block[run[0] : run[-1] + 1] = store.read_maps(Path(target.path), outcome.layout, layer.name, first, stop)
+        except FeaturemapsError:
+            for row in range(first, stop):
+                block[row - outcome.start] = _keep(target, outcome, layer, row, fill)
+
+
+def _keep(target: Target, outcome: PieceResult, layer: LayerLayout, row: int, fill: float) -> Array | float:
+    """One row of a damaged shard; nothing where nobody needs it."""
+    try:
+        maps: Array = store.read_maps(Path(target.path), outcome.layout, layer.name, row, row + 1)[0]
+    except FeaturemapsError:
+        if row in outcome.kept:
+            raise
+        return fill
+    return maps

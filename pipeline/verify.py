@@ -49,7 +49,11 @@ class Audit:
     store: str
     n_rows: int = 0
     n_done: int = 0
+    n_pending: int = 0
+    n_not_checked: int = 0
+    """Rows of classes whose metadata or columns are damaged."""
     n_maps_checked: int = 0
+    """Rows, removed ones that may come back included."""
     n_recomputed: int = 0
     n_not_reachable: int = 0
     """Images that were to be recomputed, and are gone, changed or unreadable at the source."""
@@ -57,8 +61,8 @@ class Audit:
     n_findings: int = 0
     findings: list[Finding] = field(default_factory=list)
     """The first of them."""
-    largest_difference: float = 0.0
-    """Between stored and recomputed values, beyond rounding for storage."""
+    largest_difference: float | None = None
+    """Between stored and recomputed values, beyond rounding for storage; None where nothing was recomputed."""
 
     @property
     def is_sound(self) -> bool:
@@ -75,11 +79,21 @@ class Audit:
     def describe(self) -> str:
         """For a person."""
         what = (
-            f"{self.store}: {self.n_done} of {self.n_rows} rows are done; the maps of {self.n_maps_checked} were read and compared with "
-            f"their digests, {self.n_recomputed} were recomputed from the source and the stored weights (largest difference beyond "
-            f"rounding for storage {self.largest_difference:.1e})"
+            f"{self.store}: {self.n_rows} rows, {self.n_done} of them done, {self.n_pending} pending; "
+            f"the maps of {self.n_maps_checked} were compared with their digests"
         )
         lines = [what]
+        if self.largest_difference is not None:
+            lines.append(
+                f"{self.n_recomputed} images were recomputed from the source and the stored weights; largest difference "
+                f"beyond rounding for storage {self.largest_difference:.1e}"
+            )
+        else:
+            lines.append("no image was recomputed, so nothing was compared with the source")
+        if self.n_not_checked:
+            lines.append(
+                f"{self.n_not_checked} rows could not be checked, because metadata or columns of their class are damaged"
+            )
         if self.n_not_reachable:
             lines.append(f"{self.n_not_reachable} more were to be recomputed, but their images are gone or changed")
         lines += [
@@ -89,12 +103,12 @@ class Audit:
         if self.n_findings > 50:
             lines.append(f"  and {self.n_findings - 50} more; --json lists {MAX_FINDINGS}")
         if self.n_repaired:
-            lines.append(f"{self.n_repaired} rows were set to pending: the command that made the store computes them again")
+            lines.append(f"{self.n_repaired} rows were set to pending: the command that made the store computes their maps again")
         verdict = "nothing is wrong" if self.is_sound else f"{self.n_findings} things are wrong"
-        if not self.is_sound and not self.n_repaired:
-            verdict += (
-                "; --repair sets rows with bad maps to pending, so that the next run computes them; restore all else from a copy"
-            )
+        if any(finding.kind in {"maps", "recomputation"} for finding in self.findings) and not self.n_repaired:
+            verdict += "; --repair sets rows with bad maps to pending, so that the next run computes them"
+        if any(finding.kind not in {"maps", "recomputation"} for finding in self.findings):
+            verdict += "; restore damaged metadata and columns from a copy"
         return "\n".join([*lines, verdict])
 
     def to_dict(self) -> dict[str, Any]:
@@ -149,12 +163,15 @@ def verify_store(
     samples: list[Sample] = []
     for shape_class in store.classes.values():
         found = columns[shape_class.name]
-        if not_understood & {"", shape_class.name} or not LEDGER_COLUMNS.keys() <= found.keys():
-            continue  # what its maps should be is not known
-        rows = np.flatnonzero(found["status"] == Status.DONE)
         audit.n_rows += shape_class.length
+        if not_understood & {"", shape_class.name} or not LEDGER_COLUMNS.keys() <= found.keys():
+            audit.n_not_checked += shape_class.length  # what its maps should be is not known
+            continue
+        rows = np.flatnonzero(found["status"] == Status.DONE)
         audit.n_done += len(rows)
-        jobs += shards(store, shape_class, rows, found)
+        audit.n_pending += int((found["status"] == Status.PENDING).sum())
+        returnable = (found["status"] == Status.REMOVED) & (found["maps_digest"] != "")  # done, should their image come back
+        jobs += shards(store, shape_class, np.flatnonzero((found["status"] == Status.DONE) | returnable), found)
         samples += [Sample(shape_class.name, row, str(found["path"][row]), str(found["digest"][row])) for row in rows.tolist()]
     if not_understood & {"", EXTRACTOR}:
         samples = []  # there are no weights to compute with
@@ -169,7 +186,8 @@ def verify_store(
         for recomputed in pool.map(recompute, [(path, samples[start : start + 8]) for start in range(0, len(samples), 8)]):
             audit.n_recomputed += recomputed.n_done
             audit.n_not_reachable += recomputed.n_not_reachable
-            audit.largest_difference = max(audit.largest_difference, recomputed.largest_difference)
+            if recomputed.n_done:
+                audit.largest_difference = max(audit.largest_difference or 0.0, recomputed.largest_difference)
             bad += recomputed.findings
     audit.add(bad)
     if repair and bad:
@@ -209,7 +227,14 @@ def _repair(store: Store, findings: Sequence[Finding]) -> int:
         n_repaired = 0
         for group, members in rows.items():
             chosen = np.array(sorted(members))
-            chosen = chosen[store.column(group, "status")[chosen] == Status.DONE]  # a run may have seen to some meanwhile
-            store.commit(group, chosen, {"status": np.full(len(chosen), Status.PENDING, np.uint8)})
-            n_repaired += len(chosen)
+            status = store.column(group, "status")[chosen]
+            done, removed = (
+                chosen[status == Status.DONE],
+                chosen[status == Status.REMOVED],
+            )  # a run may have seen to some meanwhile
+            store.commit(group, done, {"status": np.full(len(done), Status.PENDING, np.uint8)})
+            store.commit(
+                group, removed, {"maps_digest": np.full(len(removed), "", object)}
+            )  # computed, should the image come back
+            n_repaired += len(done) + len(removed)
         return n_repaired

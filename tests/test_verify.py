@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import zarr
 
+from pipeline import open_store
 from pipeline.config import make_job
 from pipeline.errors import FeaturemapsError, StoreBusyError, UsageError
 from pipeline.lock import StoreLock
@@ -129,7 +130,12 @@ def test_a_missing_and_a_truncated_shard_are_found(copy):
     audit = verify_store(copy, n_sample=0, workers=1)
     assert {(f.kind, f.group) for f in audit.findings} == {("maps", "40x50")}
     assert len(audit.findings) == 7
-    assert "set rows with bad maps to pending" in audit.describe().replace("--repair sets", "set")
+    assert all(f.text.endswith("are missing") for f in audit.findings)
+    assert audit.describe().endswith(
+        "7 things are wrong; --repair sets rows with bad maps to pending, so that the next run computes them"
+    )
+    assert "no image was recomputed, so nothing was compared with the source" in audit.describe()
+    assert audit.to_dict()["largest_difference"] is None
 
 
 def test_a_ledger_that_claims_too_much_is_found(copy):
@@ -164,7 +170,8 @@ def test_swapped_rows_are_found(copy):
     maps[1], maps[3] = second, first
     audit = verify_store(copy, n_sample=0, workers=1)
     assert {(f.kind, f.row) for f in audit.findings} == {("maps", 1), ("maps", 3)}
-    assert {f.text for f in audit.findings} == {"the maps are not those that the ledger speaks of"}
+    (text,) = {f.text for f in audit.findings}
+    assert text == "the maps in 40x50/conv1/c.0.*, 40x50/conv2/c.0.* are not those that the ledger speaks of"
 
 
 def test_weights_that_do_not_match_are_found(copy):
@@ -221,7 +228,7 @@ def test_one_bad_image_of_a_shard_costs_itself_only(client, tmp_path):
     path.write_bytes(data)
     status = Store(tmp_path / "f.zarr")
     status.commit("400x420", np.array([0]), {"status": np.array([Status.PENDING], np.uint8)})
-    with pytest.raises(FeaturemapsError, match=r"rows 1 to 5 of .* are damaged .*verify .*--repair"):
+    with pytest.raises(FeaturemapsError, match=r"rows 2 to 3 of .* are damaged .*verify .*--repair"):
         run_job(job, client)
     status.commit("400x420", np.array([0]), {"status": np.array([Status.DONE], np.uint8)})
     audit = verify_store(tmp_path / "f.zarr", repair=True, n_sample=0, workers=1)
@@ -229,6 +236,48 @@ def test_one_bad_image_of_a_shard_costs_itself_only(client, tmp_path):
     assert audit.n_repaired == 1
     assert run_job(job, client).n_done == 1
     assert content(tmp_path / "f.zarr") == before
+
+
+def test_a_shard_whose_index_is_damaged_is_made_anew_though_it_holds_a_bad_image(client, tmp_path):
+    make_images(tmp_path / "source", 5, [(400, 420)])
+    bad = tmp_path / "source" / "img00001.png"
+    bad.write_bytes(bad.read_bytes()[:20_000])  # its header is good
+    job = make_job({"source": str(tmp_path / "source"), "store": str(tmp_path / "f.zarr"), "dtype": "uint8"})
+    assert run_job(job, client).n_quarantined == 1
+    before = content(tmp_path / "f.zarr")
+    (path,) = (tmp_path / "f.zarr" / "400x420" / "conv1").glob("c.*")
+    data = bytearray(path.read_bytes())
+    data[-10] ^= 1
+    path.write_bytes(data)
+    assert verify_store(tmp_path / "f.zarr", repair=True, workers=1).n_repaired == 4
+    audit = verify_store(tmp_path / "f.zarr", workers=1)
+    assert (audit.n_pending, audit.is_sound) == (4, True)
+    assert "0 of them done, 4 pending" in audit.describe()
+    assert run_job(job, client).n_done == 4
+    assert content(tmp_path / "f.zarr") == before
+
+
+def test_bad_maps_of_a_removed_image_are_computed_when_it_returns(client, tmp_path):
+    make_images(tmp_path / "source", 4, [(400, 420)])
+    job = make_job({"source": str(tmp_path / "source"), "store": str(tmp_path / "f.zarr"), "dtype": "uint8", "max_removed": 1.0})
+    run_job(job, client)
+    before = content(tmp_path / "f.zarr")
+    (tmp_path / "source" / "img00002.png").rename(tmp_path / "away.png")
+    run_job(job, client)
+    maps = zarr.open_array(str(tmp_path / "f.zarr" / "400x420" / "conv1"), mode="r+", zarr_format=3)
+    maps[2] = maps[1]
+    audit = verify_store(tmp_path / "f.zarr", repair=True, workers=1)
+    assert [(f.kind, f.row) for f in audit.findings] == [("maps", 2)]
+    assert audit.n_repaired == 1
+    (tmp_path / "away.png").rename(tmp_path / "source" / "img00002.png")
+    assert run_job(job, client).n_done == 1
+    assert content(tmp_path / "f.zarr") == before
+
+
+def test_a_missing_object_is_an_error_for_who_looks_at_the_image(copy):
+    shard(copy).unlink()
+    with pytest.raises(FeaturemapsError, match=r"the ledger says done, and there are no values: an object is missing"):
+        open_store(copy).image("img00000.png")
 
 
 def test_repair_waits_for_nobody(copy):
