@@ -11,6 +11,7 @@ import argparse
 import json
 import shutil
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -125,5 +126,9 @@ def million(n: int = 1_000_000) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["sizes", "memory", "nothing", "million"])
+    what = parser.parse_args().what
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    if shutil.disk_usage(FOLDER).free < 12e9:
+        sys.exit(f"{FOLDER} needs 12 GB free: set FEATUREMAPS_BENCHMARKS to a larger disk")
     print(machine())
-    globals()[parser.parse_args().what]()
+    globals()[what]()
