@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections import Counter
@@ -16,6 +17,7 @@ from pipeline.chunks import Array, maps_digest
 from pipeline.errors import FeaturemapsError, ImageError
 from pipeline.layers import layer_names, output_sizes
 from pipeline.objects import read_json
+from pipeline.plan import ClassLayout, class_name, group_by_shard
 from pipeline.reading import Source, read_current
 from pipeline.schema import (
     EXTRACTOR,
@@ -26,6 +28,7 @@ from pipeline.schema import (
     STATISTICS,
     ShapeClass,
     Status,
+    StoreSpec,
     column_document,
     group_document,
     maps_document,
@@ -34,7 +37,7 @@ from pipeline.schema import (
     weights_document,
 )
 from pipeline.settings import check_spec, decode_spec, extractor_spec
-from pipeline.store import Store
+from pipeline.store import Store, read_maps
 from pipeline.weights import dequantise
 
 ROUNDING = 1e-5
@@ -46,7 +49,7 @@ class Finding(NamedTuple):
     """Something that is not as the store says."""
 
     kind: str
-    """metadata, column, ledger, maps, source, recomputation or weights."""
+    """metadata, column, ledger, maps, recomputation or weights."""
     group: str
     """Shape class, or another group of the store."""
     row: int
@@ -66,13 +69,13 @@ def check_root(store: Store) -> Iterator[Finding]:
     try:
         weights = store.weights()
     except Exception as error:  # noqa: BLE001 (Zarr raises anything over metadata that it does not understand)
-        yield Finding("weights", "extractor", -1, "extractor", f"the weights cannot be read: {error}")
+        yield Finding("weights", EXTRACTOR, -1, EXTRACTOR, f"the weights cannot be read: {error}")
         return
     for text in check_spec(store.spec, weights):
         is_weights = "weights" in text
         yield Finding("weights" if is_weights else "metadata", EXTRACTOR if is_weights else "", -1, "zarr.json", text)
     for name, values in weights.items():
-        yield from _compare_documents(store, "extractor", name, values.shape[0], weights_document(name, values))
+        yield from _compare_documents(store, EXTRACTOR, name, values.shape[0], weights_document(name, values))
 
 
 def check_documents(store: Store) -> Iterator[Finding]:
@@ -162,10 +165,11 @@ def check_ledger(store: Store, columns: dict[str, dict[str, Array]]) -> Iterator
 
 
 class Shard(NamedTuple):
-    """The done rows of one shard, with what the ledger says of them."""
+    """Some rows of one shard, with what the ledger says of them."""
 
     store: Path
-    shape_class: ShapeClass
+    spec: StoreSpec
+    layout: ClassLayout
     rows: tuple[int, ...]
     paths: tuple[str, ...]
     sizes: tuple[tuple[int, int], ...]
@@ -173,55 +177,55 @@ class Shard(NamedTuple):
 
 
 def shards(store: Store, shape_class: ShapeClass, rows: Array, columns: dict[str, Array]) -> Iterator[Shard]:
-    """The shards of some rows of a class."""
-    paths = columns.get("path", np.full(shape_class.length, "?", object))
-    for shard in np.unique(rows // shape_class.layout.shard_rows):
-        members = rows[rows // shape_class.layout.shard_rows == shard].tolist()
+    """The shards of some rows of a class, ascending."""
+    layout = shape_class.layout
+    for _, members in group_by_shard(rows.tolist(), layout.shard_rows):
+        paths, digests = (tuple(str(columns[name][row]) for row in members) for name in ("path", "maps_digest"))
         sizes = tuple((int(columns["input_height"][row]), int(columns["input_width"][row])) for row in members)
-        texts = (tuple(str(values[row]) for row in members) for values in (paths, columns["maps_digest"]))
-        yield Shard(store.path, shape_class, tuple(members), next(texts), sizes, next(texts))
+        yield Shard(store.path, store.spec, layout, tuple(members), paths, sizes, digests)
 
 
 def check_shard(shard: Shard) -> list[Finding]:
     """Compare the digest of each row's maps with the ledger's; reading checks every chunk's checksum."""
-    store = Store(shard.store)
-    arrays = [store.array(shard.shape_class.name, layer.name) for layer in shard.shape_class.layout.layers]
+    group, layers = class_name(shard.layout.size), extractor_spec(shard.spec).layers
     start, stop = shard.rows[0], shard.rows[-1] + 1
-    try:
-        blocks: list[Array] | None = [np.asarray(array[start:stop]) for array in arrays]
-    except (OSError, ValueError, RuntimeError):
-        blocks = None  # some chunk is bad: look at each row
+    blocks: list[Array] | None = None  # where some chunk is bad: each row is looked at alone
+    with contextlib.suppress(FeaturemapsError, OSError):
+        blocks = _read(shard, start, stop)
     findings = []
     for row, path, size, expected in zip(shard.rows, shard.paths, shard.sizes, shard.digests, strict=True):
         try:
-            maps = [b[row - start] for b in blocks] if blocks is not None else [np.asarray(array[row]) for array in arrays]
-        except (OSError, ValueError, RuntimeError) as error:
-            findings.append(
-                Finding("maps", shard.shape_class.name, row, path, f"the maps in {_objects(shard, row)} cannot be read: {error}")
-            )
-            continue
-        valid = _valid(store, maps, size)
-        if maps_digest(valid) != expected:
-            fills = [stored.fill_value for stored in store.spec.layers]
-            is_missing = any(np.isnan(v).all() if np.isnan(f) else (v == f).all() for v, f in zip(valid, fills, strict=True))
-            text = "are missing" if is_missing else "are not those that the ledger speaks of"
-            findings.append(Finding("maps", shard.shape_class.name, row, path, f"the maps in {_objects(shard, row)} {text}"))
+            maps = [b[row - start] for b in blocks] if blocks else [b[0] for b in _read(shard, row, row + 1)]
+        except (FeaturemapsError, OSError) as error:
+            text = f"cannot be read: {error.__cause__ or error}"
+        else:
+            text = _judge(maps, shard.spec, dict(zip(layer_names(layers), output_sizes(layers, *size), strict=True)), expected)
+        if text:
+            findings.append(Finding("maps", group, row, path, f"the maps in {_objects(shard, row)} {text}"))
     return findings
+
+
+def _read(shard: Shard, start: int, stop: int) -> list[Array]:
+    return [read_maps(shard.store, shard.layout, layer.name, start, stop) for layer in shard.spec.layers]
+
+
+def _judge(maps: Sequence[Array], spec: StoreSpec, sizes: dict[str, tuple[int, int]], expected: str) -> str:
+    """What is wrong with one row's maps, of which the image takes these sizes."""
+    extents = (sizes[layer.name] for layer in spec.layers)
+    valid = [values[:, :height, :width] for values, (height, width) in zip(maps, extents, strict=True)]
+    if maps_digest(valid) == expected:
+        return ""
+    is_missing = any(
+        np.array_equal(v, np.full_like(v, s.fill_value), equal_nan=True) for v, s in zip(valid, spec.layers, strict=True)
+    )
+    return "are missing" if is_missing else "are not those that the ledger speaks of"
 
 
 def _objects(shard: Shard, row: int) -> str:
     """The objects that hold a row's maps."""
-    layout, name = shard.shape_class.layout, shard.shape_class.name
+    layout, name = shard.layout, class_name(shard.layout.size)
     rows = {layer.name: layout.shard_rows if layout.is_sharded(layer) else layer.chunk_rows for layer in layout.layers}
     return ", ".join(f"{name}/{layer}/c.{row // n}.*" for layer, n in rows.items())
-
-
-def _valid(store: Store, maps: Sequence[Array], size: tuple[int, int]) -> list[Array]:
-    """What of a row's maps belongs to the image."""
-    spec = extractor_spec(store.spec)
-    sizes = dict(zip(layer_names(spec.layers), output_sizes(spec.layers, *size), strict=True))
-    extents = (sizes[layer.name] for layer in store.spec.layers)
-    return [values[:, :height, :width] for values, (height, width) in zip(maps, extents, strict=True)]
 
 
 # -- what the source says --------------------------------------------------------------------------------------------------------

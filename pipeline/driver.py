@@ -102,7 +102,6 @@ class Driver:
         self.intake = Intake(listing, found, ledger, watch, self.channels, summary, progress)
         self.outcomes = Outcomes(found, ledger, watch, summary, progress)
         self.trials: deque[Trial | HeaderTrial] = deque()  # the first of them is going on, and nothing else
-
         self.failure: FeaturemapsError | None = None
         self.is_lost = False  # nothing that is in flight will come back
 
@@ -177,8 +176,11 @@ class Driver:
 
     def _rows_with_maps(self, group: str) -> np.ndarray[Any, np.dtype[np.int64]]:
         """Rows that are done, or would be if their image came back."""
-        status, digest = (self.store.column(group, name) for name in ("status", "maps_digest"))
-        return np.flatnonzero((status == Status.DONE) | ((status == Status.REMOVED) & (digest != "")))
+        status = self.store.column(group, "status")
+        removed = status == Status.REMOVED
+        if removed.any():
+            removed &= self.store.column(group, "maps_digest") != ""
+        return np.flatnonzero((status == Status.DONE) | removed)
 
     def _wait(self, timeout_s: float) -> None:
         """Take up what finished, waiting for the first at most ``timeout_s``."""
@@ -374,7 +376,7 @@ class Driver:
     def _work_piece(self, piece: Any) -> tasks.WorkPiece:
         images = [self.image_of[piece.size].pop(row) for row in piece.rows]
         known = self.kept.get(piece.size, np.empty(0, np.int64))
-        kept = known[(known >= piece.start) & (known < piece.stop)].tolist()
+        kept = known[slice(*np.searchsorted(known, (piece.start, piece.stop)))].tolist()
         return tasks.WorkPiece(
             self.store.classes[piece.size].layout,
             piece.start,

@@ -25,12 +25,7 @@ class Fleet:
     ----------
     client : distributed.Client
 
-    Raises
-    ------
-    FeaturemapsError
-        When a role has no worker.
-    ConnectionError
-        When the scheduler is gone.
+    Raises as `worker_slots` does.
     """
 
     def __init__(self, client: Client) -> None:

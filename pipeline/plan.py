@@ -290,7 +290,7 @@ def cut_pieces(
     height, width = layout.size
     pieces: list[Piece] = []
     held: list[int] = []
-    for shard, members in _group_by_shard(rows, layout.shard_rows):
+    for shard, members in group_by_shard(rows, layout.shard_rows):
         start, stop = shard * layout.shard_rows, min((shard + 1) * layout.shard_rows, n_rows)
         if not complete and stop - start < layout.shard_rows:
             held.extend(members)
@@ -300,7 +300,8 @@ def cut_pieces(
     return pieces, held
 
 
-def _group_by_shard(rows: Sequence[int], shard_rows: int) -> Iterator[tuple[int, list[int]]]:
+def group_by_shard(rows: Iterable[int], shard_rows: int) -> Iterator[tuple[int, list[int]]]:
+    """Number and rows of each shard that holds some of ``rows``, which ascend."""
     members: list[int] = []
     for row in rows:
         if members and row // shard_rows != members[0] // shard_rows:
@@ -337,17 +338,20 @@ def pack_batches(pieces: Sequence[Piece], slots: int, *, is_whole: bool = True, 
     longest_s = max(BATCH_S, slots * DRIVER_S)
     batches: list[Batch] = []
     members: list[Piece] = []
+    cost_s, memory_bytes = 0.0, 0  # of the members
     for piece in pieces:
-        if members and not is_whole and sum(m.memory_bytes for m in members) + piece.memory_bytes > BATCH_BYTES:
+        if members and not is_whole and memory_bytes + piece.memory_bytes > BATCH_BYTES:
             batches.append(Batch(tuple(members)))
-            members = []
+            left_s -= cost_s
+            members, cost_s, memory_bytes = [], 0.0, 0
         members.append(piece)
-        cost_s = sum(m.cost_s for m in members)
+        cost_s += piece.cost_s
+        memory_bytes += piece.memory_bytes
         shared_s = (left_s if complete else total_s) / (BATCHES_PER_SLOT * max(1, slots))
         if cost_s >= max(MIN_BATCH_S, min(longest_s, shared_s)):
             batches.append(Batch(tuple(members)))
-            members = []
             left_s -= cost_s
+            members, cost_s, memory_bytes = [], 0.0, 0
     if members:
         batches.append(Batch(tuple(members)))
     return batches

@@ -24,6 +24,7 @@ from pipeline.checks import (
     recompute,
     shards,
 )
+from pipeline.chunks import Array
 from pipeline.cluster import local_workers
 from pipeline.lock import StoreLock, require_lock
 from pipeline.run import new_run_id
@@ -123,7 +124,6 @@ def verify_store(
     seed: int | None = None,
     repair: bool = False,
     workers: int | None = None,
-    on_progress: Callable[[int, int], None] = lambda *_: None,
 ) -> Audit:
     """Check a store: metadata, columns, every map against its digest, and some rows computed anew.
 
@@ -138,8 +138,6 @@ def verify_store(
         Set rows whose maps are bad to pending, so that the next run computes them.
     workers : int, optional
         Processes; None is one per core.
-    on_progress : callable
-        Called with the number of shards checked and their total.
 
     Raises
     ------
@@ -160,56 +158,57 @@ def verify_store(
     audit.add(check_ledger(store, columns))
     not_understood = {finding.group for finding in documents}
     jobs: list[Shard] = []
-    samples: list[Sample] = []
+    done: dict[str, Array] = {}
     for shape_class in store.classes.values():
         found = columns[shape_class.name]
         audit.n_rows += shape_class.length
         if not_understood & {"", shape_class.name} or not LEDGER_COLUMNS.keys() <= found.keys():
             audit.n_not_checked += shape_class.length  # what its maps should be is not known
             continue
-        rows = np.flatnonzero(found["status"] == Status.DONE)
-        audit.n_done += len(rows)
+        is_done = found["status"] == Status.DONE
+        done[shape_class.name] = np.flatnonzero(is_done)
+        audit.n_done += len(done[shape_class.name])
         audit.n_pending += int((found["status"] == Status.PENDING).sum())
         returnable = (found["status"] == Status.REMOVED) & (found["maps_digest"] != "")  # done, should their image come back
-        jobs += shards(store, shape_class, np.flatnonzero((found["status"] == Status.DONE) | returnable), found)
-        samples += [Sample(shape_class.name, row, str(found["path"][row]), str(found["digest"][row])) for row in rows.tolist()]
-    if not_understood & {"", EXTRACTOR}:
-        samples = []  # there are no weights to compute with
-    elif n_sample < len(samples):
-        samples = random.Random(seed).sample(samples, n_sample)  # noqa: S311 (which rows, not a secret)
+        jobs += shards(store, shape_class, np.flatnonzero(is_done | returnable), found)
+    samples: list[Sample] = []
+    if not not_understood & {"", EXTRACTOR}:  # else there are no weights to compute with
+        for group, row in _choose(done, n_sample, seed):
+            samples.append(Sample(group, row, str(columns[group]["path"][row]), str(columns[group]["digest"][row])))
     bad: list[Finding] = []
-    with _Workers(local_workers(workers)) as pool:
-        for i, findings in enumerate(pool.map(check_shard, jobs)):
-            audit.n_maps_checked += len(jobs[i].rows)
-            bad += findings
-            on_progress(i + 1, len(jobs))
-        for recomputed in pool.map(recompute, [(path, samples[start : start + 8]) for start in range(0, len(samples), 8)]):
-            audit.n_recomputed += recomputed.n_done
-            audit.n_not_reachable += recomputed.n_not_reachable
-            if recomputed.n_done:
-                audit.largest_difference = max(audit.largest_difference or 0.0, recomputed.largest_difference)
-            bad += recomputed.findings
+    n_processes = local_workers(workers)
+    for shard, findings in zip(jobs, _map(check_shard, jobs, n_processes), strict=True):
+        audit.n_maps_checked += len(shard.rows)
+        bad += findings
+    parts = [(path, samples[start : start + 8]) for start in range(0, len(samples), 8)]
+    for recomputed in _map(recompute, parts, n_processes):
+        audit.n_recomputed += recomputed.n_done
+        audit.n_not_reachable += recomputed.n_not_reachable
+        if recomputed.n_done:
+            audit.largest_difference = max(audit.largest_difference or 0.0, recomputed.largest_difference)
+        bad += recomputed.findings
     audit.add(bad)
     if repair and bad:
         audit.n_repaired = _repair(store, bad)
     return audit
 
 
-class _Workers:
-    """Processes, or with one just this one."""
+def _choose(rows: dict[str, Array], n: int, seed: int | None) -> Iterator[tuple[str, int]]:
+    """Group and row of some rows, at random."""
+    total = sum(map(len, rows.values()))
+    chosen = np.array(sorted(random.Random(seed).sample(range(total), min(n, total))), int)  # noqa: S311 (which rows, not a secret)
+    for group, members in rows.items():
+        yield from ((group, row) for row in members[chosen[(chosen >= 0) & (chosen < len(members))]].tolist())
+        chosen = chosen - len(members)
 
-    def __init__(self, n: int) -> None:
-        self._pool = ProcessPoolExecutor(n, mp_context=get_context("forkserver")) if n > 1 else None
 
-    def __enter__(self) -> _Workers:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
-
-    def map(self, function: Callable[[T], R], jobs: Iterable[T]) -> Iterator[R]:
-        return map(function, jobs) if self._pool is None else self._pool.map(function, jobs)
+def _map(function: Callable[[T], R], jobs: Sequence[T], n_processes: int) -> Iterator[R]:
+    """`map` in some processes, or for one in this one."""
+    if n_processes == 1:
+        yield from map(function, jobs)
+        return
+    with ProcessPoolExecutor(n_processes, mp_context=get_context("forkserver")) as pool:
+        yield from pool.map(function, jobs)
 
 
 # -- repair ----------------------------------------------------------------------------------------------------------------------
@@ -228,13 +227,9 @@ def _repair(store: Store, findings: Sequence[Finding]) -> int:
         for group, members in rows.items():
             chosen = np.array(sorted(members))
             status = store.column(group, "status")[chosen]
-            done, removed = (
-                chosen[status == Status.DONE],
-                chosen[status == Status.REMOVED],
-            )  # a run may have seen to some meanwhile
+            # A run may have seen to some meanwhile. Removed ones are computed should their image come back.
+            done, removed = (chosen[status == wanted] for wanted in (Status.DONE, Status.REMOVED))
             store.commit(group, done, {"status": np.full(len(done), Status.PENDING, np.uint8)})
-            store.commit(
-                group, removed, {"maps_digest": np.full(len(removed), "", object)}
-            )  # computed, should the image come back
+            store.commit(group, removed, {"maps_digest": np.full(len(removed), "", object)})
             n_repaired += len(done) + len(removed)
         return n_repaired
