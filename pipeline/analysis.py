@@ -6,7 +6,6 @@ import difflib
 import os
 from collections.abc import Iterator
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import dask.array as da
@@ -14,9 +13,11 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
+from pipeline import remote
 from pipeline.chunks import Array
 from pipeline.errors import FeaturemapsError, UsageError
 from pipeline.layers import layer_names, output_sizes, receptive_field
+from pipeline.objects import Place, place
 from pipeline.paths import encode_path
 from pipeline.plan import Size
 from pipeline.schema import REJECTED, STATISTICS, ShapeClass, Status, StoredLayer
@@ -28,13 +29,13 @@ _SIZES = ("source_height", "source_width", "input_height", "input_width")
 _COLUMNS = ("path", *_SIZES, "size_bytes", "fingerprint", "digest", "maps_digest", "status", "error")
 
 
-def open_store(path: str | Path) -> FeatureStore:
+def open_store(path: str | Place) -> FeatureStore:
     """Open a store for analysis; nothing is read until it is asked for.
 
     Parameters
     ----------
     path : str or Path
-        The store's folder.
+        The store's folder, or s3://, gs:// or az://BUCKET/NAME.
 
     Returns
     -------
@@ -51,7 +52,7 @@ def open_store(path: str | Path) -> FeatureStore:
     >>> store = pipeline.open_store("features.zarr")  # doctest: +SKIP
     >>> store.image("photos/cat.jpg")["conv1"].plot.imshow(col="conv1_channel")  # doctest: +SKIP
     """
-    return FeatureStore(Path(path))
+    return FeatureStore(place(path))
 
 
 class FeatureStore:
@@ -59,10 +60,10 @@ class FeatureStore:
 
     Parameters
     ----------
-    path : Path
+    path : Path or Url
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Place) -> None:
         self._store = Store(path)
         self.path = path
 
@@ -178,11 +179,12 @@ class FeatureStore:
             layer, axis = name.rsplit("_", 1)
             coordinates[name] = (dimension, values[: named[layer]["yx".index(axis)]], attributes)
         try:
-            if self._store.array(shape_class.name, "status")[row] != Status.DONE:
-                raise UsageError(f"{path!r} has been replaced or removed since {self.path} was opened: open the store again")
-            variables = {
-                k: v for layer in self._store.spec.layers for k, v in self._row(shape_class, layer, row, named[layer.name])
-            }
+            with remote.errors(str(self.path)):
+                if self._store.array(shape_class.name, "status")[row] != Status.DONE:
+                    raise UsageError(f"{path!r} has been replaced or removed since {self.path} was opened: open the store again")
+                variables = {
+                    k: v for layer in self._store.spec.layers for k, v in self._row(shape_class, layer, row, named[layer.name])
+                }
         except (OSError, ValueError, RuntimeError) as error:
             raise FeaturemapsError(
                 f"maps of {path!r} in {self.path} cannot be read ({error}): an object of class {entry['class']} is damaged or out of "

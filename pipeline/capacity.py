@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 from pipeline.errors import FeaturemapsError, UsageError
-from pipeline.objects import free_bytes
+from pipeline.objects import Place, free_bytes
 from pipeline.plan import ClassLayout, Size, WorkerKind, worker_memory_bytes
 
 
@@ -37,8 +36,8 @@ def require_memory(
         )
 
 
-def require_space(path: Path, wanted_bytes: int, n_images: int) -> None:
-    """Check that the disk of ``path`` has ``wanted_bytes`` free.
+def require_space(path: Place, wanted_bytes: int, n_images: int) -> None:
+    """Check that the disk of ``path`` has ``wanted_bytes`` free; what a bucket holds has no bound that is known.
 
     Raises
     ------
@@ -46,7 +45,7 @@ def require_space(path: Path, wanted_bytes: int, n_images: int) -> None:
         When it has not.
     """
     free = free_bytes(path)
-    if wanted_bytes > free:
+    if free is not None and wanted_bytes > free:
         raise FeaturemapsError(
             f"the maps of {n_images} images need up to {wanted_bytes / 1e9:.2f} GB, and {path} has {free / 1e9:.2f} GB free: they were "
             f"not started, so that the disk does not run full in the middle; free {(wanted_bytes - free) / 1e9:.2f} GB, or use "

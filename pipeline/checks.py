@@ -8,7 +8,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +16,7 @@ import numpy as np
 from pipeline.chunks import Array, maps_digest
 from pipeline.errors import FeaturemapsError, ImageError
 from pipeline.layers import layer_names, output_sizes
-from pipeline.objects import read_json
+from pipeline.objects import Place, read_json
 from pipeline.plan import ClassLayout, class_name, group_by_shard
 from pipeline.reading import Source, read_current
 from pipeline.schema import (
@@ -167,7 +167,7 @@ def check_ledger(store: Store, columns: dict[str, dict[str, Array]]) -> Iterator
 class Shard(NamedTuple):
     """Some rows of one shard, with what the ledger says of them."""
 
-    store: Path
+    store: Place
     spec: StoreSpec
     layout: ClassLayout
     rows: tuple[int, ...]
@@ -250,7 +250,7 @@ class Recomputed:
     findings: list[Finding] = field(default_factory=list)
 
 
-def recompute(job: tuple[Path, Sequence[Sample]]) -> Recomputed:
+def recompute(job: tuple[Place, Sequence[Sample]]) -> Recomputed:
     """Read, decode and extract in float64 with the stored weights, and compare with what is stored."""
     from pipeline.decode import decode  # noqa: PLC0415 (only where something is recomputed)
     from pipeline.extractor import Extractor, use_one_thread  # noqa: PLC0415 (as above)

@@ -27,6 +27,7 @@ from pipeline.errors import (
 )
 
 if TYPE_CHECKING:
+    from pipeline.objects import Place
     from pipeline.summary import Progress, Summary
 
 LOG_LINE_S = 10.0
@@ -60,6 +61,8 @@ def _job_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--retry-quarantined", is_flag=True, default=None, help="Try quarantined and rejected images again."),
         click.option("--max-quarantined", type=int, metavar="N", help="Exit with 3 when more images than this are bad."),
         click.option("--max-removed", type=float, metavar="SHARE", help="Largest share that one run may mark removed (0.10)."),
+        click.option("--durability", type=click.Choice(["process", "machine"]), help="What may die without loss (process)."),
+        click.option("--sole-writer", is_flag=True, default=None, help="Vouch that nobody else writes to a bucket's store."),
         click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
         click.option("-v", "--verbose", count=True, help="More log lines; twice for Dask's own."),
     ]
@@ -68,10 +71,27 @@ def _job_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+def _place(store: str) -> Place:
+    from pipeline.objects import place
+
+    return place(store)
+
+
 def _make_job(what: tuple[str, ...], options: dict[str, Any]) -> Job:
     """Turn the command line into a job; options replace what a job file says."""
     values: dict[str, Any] = {}
-    for key in ("dtype", "limit", "workers", "gpus", "cluster", "retry_quarantined", "max_quarantined", "max_removed"):
+    for key in (
+        "dtype",
+        "limit",
+        "workers",
+        "gpus",
+        "cluster",
+        "retry_quarantined",
+        "max_quarantined",
+        "max_removed",
+        "durability",
+        "sole_writer",
+    ):
         if options[key] is not None:
             values[key] = options[key]
     if options["memory_limit"] is not None:
@@ -129,10 +149,10 @@ def plan(what: tuple[str, ...], as_json: bool, verbose: int, **options: Any) -> 
 
 
 @cli.command()
-@click.argument("store", type=click.Path(path_type=Path))
+@click.argument("store", callback=lambda _context, _parameter, store: _place(store))
 @click.option("--json", "as_json", is_flag=True, help="Print the status as JSON.")
 @click.option("--quarantined", "n_listed", type=int, default=20, show_default=True, metavar="N", help="Bad images to list.")
-def status(store: Path, as_json: bool, n_listed: int) -> int:
+def status(store: Place, as_json: bool, n_listed: int) -> int:
     """Say how far a store is: counts, throughput, who works on it, and the bad images with their reasons."""
     from pipeline.preview import store_status
 
@@ -142,10 +162,10 @@ def status(store: Path, as_json: bool, n_listed: int) -> int:
 
 
 @cli.command()
-@click.argument("store", type=click.Path(path_type=Path))
+@click.argument("store", callback=lambda _context, _parameter, store: _place(store))
 @click.argument("path")
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Figure to write: .png, .svg or .pdf.")
-def show(store: Path, path: str, output: Path) -> int:
+def show(store: Place, path: str, output: Path) -> int:
     """Draw the image PATH of STORE with its maps below it."""
     from pipeline.report import show_image
 
@@ -155,7 +175,7 @@ def show(store: Path, path: str, output: Path) -> int:
 
 
 @cli.command()
-@click.argument("store", type=click.Path(path_type=Path))
+@click.argument("store", callback=lambda _context, _parameter, store: _place(store))
 @click.option(
     "--sample", "n_sample", type=click.IntRange(0), default=20, show_default=True, metavar="N", help="Images to recompute."
 )
@@ -163,7 +183,7 @@ def show(store: Path, path: str, output: Path) -> int:
 @click.option("--repair", is_flag=True, help="Set rows with bad maps to pending.")
 @click.option("--workers", type=click.IntRange(1), metavar="N", help="Processes (default: one per core).")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-def verify(store: Path, n_sample: int, seed: int | None, repair: bool, workers: int | None, as_json: bool) -> int:
+def verify(store: Place, n_sample: int, seed: int | None, repair: bool, workers: int | None, as_json: bool) -> int:
     """Audit STORE: metadata, every column and map against checksums and digests, some images computed anew."""
     from pipeline.verify import verify_store
 

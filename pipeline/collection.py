@@ -1,7 +1,8 @@
 """List the images of a source, each with the size and time that tell whether it has changed.
 
-A source is a folder, a glob pattern, or a list of paths in a .txt, .csv or .parquet file. Names are bytes here, as on
-disk, and any name is kept: stored paths are percent-encoded where they are not UTF-8.
+A source is a folder, a glob pattern, or a list of paths in a .txt, .csv or .parquet file; each may be under s3://, gs:// or
+az://, and a list may hold URLs, https:// among them. Names are bytes here, as on disk, and any name is kept: stored paths are
+percent-encoded where they are not UTF-8.
 
 Rules of a folder: every file below it with a suffix of `SUFFIXES` counts, hidden ones too, but not the ``._*`` files that
 macOS leaves beside them. Links to files and folders are followed; a folder inside itself is not entered again. Fifos,
@@ -19,14 +20,18 @@ import re
 import stat
 from array import array
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from operator import attrgetter
+from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import TYPE_CHECKING
 
 from pipeline.errors import UsageError
 from pipeline.lists import READERS, read_list
-from pipeline.paths import absolute_path, encode_path, nothing_listed, suffix_of
+from pipeline.paths import absolute_path, absolute_url, encode_path, nothing_listed, suffix_of
+from pipeline.remote import CONCURRENCY, Meta, Url, is_url
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -65,6 +70,8 @@ class Listing:
     """Encoded relative folders that could not be read: what is known of the images below them stays as it is."""
     ignored: dict[str, int] = field(default_factory=dict, repr=False)
     """Files of a folder that are no images by their name: number per suffix, a few suffixes at most."""
+    identities: list[str] = field(default_factory=list, repr=False)
+    """Under a URL instead of the times: the ETag of each image, empty where it could not be read."""
     complete: bool = True
     """Whether this is the whole source, not its first few images."""
 
@@ -72,23 +79,28 @@ class Listing:
         return len(self.paths)
 
     def fingerprint(self, i: int) -> str:
-        """Size and time of image ``i`` as one word; `UNREADABLE` where they could not be read."""
-        return UNREADABLE if self.size_bytes[i] < 0 else _fingerprint(self.size_bytes[i], self.mtime_ns[i])
+        """Size and time, or ETag, of image ``i`` as one word; `UNREADABLE` where they could not be read."""
+        if self.size_bytes[i] < 0:
+            return UNREADABLE
+        return _fingerprint(self.size_bytes[i], self.identities[i] if self.identities else self.mtime_ns[i])
 
     def limit(self, n: int) -> Listing:
         """Return the first ``n`` images; the listing is no longer complete when that leaves some out."""
         if n >= len(self):
             return self
-        return replace(self, paths=self.paths[:n], size_bytes=self.size_bytes[:n], mtime_ns=self.mtime_ns[:n], complete=False)
+        kept = {name: getattr(self, name)[:n] for name in ("paths", "size_bytes", "mtime_ns", "identities")}
+        return replace(self, **kept, complete=False)
 
 
-def fingerprint_of(status: os.stat_result) -> str:
-    """Fingerprint that a listing gives a regular file of this status."""
+def fingerprint_of(status: os.stat_result | Meta) -> str:
+    """Fingerprint that a listing gives a regular file or an object of this status."""
+    if isinstance(status, Meta):
+        return _fingerprint(status.size_bytes, status.identity)
     return _fingerprint(status.st_size, _clamp(status.st_mtime_ns))
 
 
-def _fingerprint(size_bytes: int, mtime_ns: int) -> str:
-    return f"{size_bytes}-{mtime_ns}"
+def _fingerprint(size_bytes: int, version: int | str) -> str:
+    return f"{size_bytes}-{version}"
 
 
 def _clamp(mtime_ns: int) -> int:
@@ -116,37 +128,27 @@ def list_collection(source: str) -> Listing:
     UsageError
         When the source cannot be used, or has no images at all.
     """
+    if is_url(source):
+        return _list_url(source)
     kind, path = _recognise(source)
     if kind == "folder":
         return _list_folder(path)
     if kind == "pattern":
         return _list_pattern(source)
     root, paths = read_list(path)
+    if is_url(root):
+        return _list_urls(source, root, paths)
     found = ((relative, partial(os.stat, absolute_path(root, relative))) for relative in paths)
     return _measured(root, found, [], lambda: f"list {path!r} names no image")
 
 
-def source_root(source: str) -> str:
-    """Return the root that a listing of the source would have; no folder is walked, but a list has to be read.
-
-    Raises
-    ------
-    UsageError
-        When the source does not exist, or is a list that cannot be used.
-    """
-    kind, path = _recognise(source)
-    if kind == "folder":
-        return path
-    return _split_pattern(source)[0] if kind == "pattern" else read_list(path)[0]
+def absolute_source(source: str) -> str:
+    """A source as a store remembers it."""
+    return str(Url.parse(source)) if is_url(source) else str(Path(source).absolute())
 
 
 def _recognise(source: str) -> tuple[str, str]:
     """``folder``, ``pattern`` or the suffix of a list, and the absolute path."""
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", source):
-        raise UsageError(
-            f"source {source!r} is a URL, and only local paths can be read so far, so nothing was listed; "
-            "mount or copy the images and give their path, without a scheme"
-        )
     path = _absolute(source)
     try:
         mode = os.stat(source and path).st_mode
@@ -206,6 +208,80 @@ def _measure(read: Callable[[], os.stat_result]) -> tuple[int, int] | None:
     return (-1, -1) if stat.S_ISDIR(status.st_mode) else None
 
 
+def _list_url(source: str) -> Listing:
+    url = Url.parse(source)
+    try:
+        if _is_list(source) and not _MAGIC.search(url.key):
+            return _list_urls(source, *_fetch_list(url))
+        if not url.is_bucket:
+            raise UsageError(
+                f"source {source!r} cannot be listed, so nothing was listed: the web has no folders; give a .txt, .csv or .parquet list of "
+                "URLs, or a bucket (s3://, gs://, az://)"
+            )
+        return _list_bucket(source, url)
+    except OSError as error:
+        raise UsageError(
+            f"source {source!r} cannot be listed ({error}), so nothing was listed and nothing was marked as removed; check the name, "
+            "the credentials in the environment and the endpoint"
+        ) from error
+
+
+def _fetch_list(url: Url) -> tuple[str, list[str]]:
+    with NamedTemporaryFile(suffix=suffix_of(url.key)) as file:
+        file.write(url.read_bytes())
+        file.flush()
+        return read_list(file.name, url.parent)
+
+
+def _list_bucket(source: str, url: Url) -> Listing:
+    """Every object below a prefix, or of a pattern, by the bytes of its key."""
+    if suffix_of(url.key) in SUFFIXES and not _MAGIC.search(url.key):
+        raise UsageError(
+            f"source {source!r} is a single image, and a source is a collection, so nothing was listed; give its folder"
+        )
+    names = url.key.split("/") if url.key else []
+    first = next((i for i, name in enumerate(names) if _MAGIC.search(name)), len(names))
+    root, parts = Url(url.base, "/".join(names[:first])), names[first:]
+    others: Counter[str] = Counter()
+    found = []
+    for key, meta in root.walk():
+        state = _reach(parts, 0)
+        for name in key.split("/") if parts else ():
+            state = _advance(parts, state, name.encode())
+        if len(parts) in state if parts else _is_image(key.rpartition("/")[2], others):
+            found.append((encode_path(key.encode()), meta))
+    if not found:
+        raise nothing_listed(f"pattern {source!r} matches no object" if parts else _without_images(str(root), others))
+    found.sort()
+    return replace(_listing_of(str(root), found), ignored=dict(others.most_common()))
+
+
+def _list_urls(source: str, root: str, paths: list[str]) -> Listing:
+    """The entries of a list, each looked at."""
+    if not is_url(root):
+        raise UsageError(
+            f"list {source!r} holds local paths, which mean nothing at another place, so nothing was listed; write URLs"
+        )
+    with ThreadPoolExecutor(CONCURRENCY) as pool:
+        blocks = (paths[start : start + 10_000] for start in range(0, len(paths), 10_000))
+        found = [pair for block in blocks for pair in zip(block, pool.map(partial(_stat_url, root), block), strict=True)]
+    return _listing_of(root, found)
+
+
+def _stat_url(root: str, path: str) -> Meta | None:
+    try:
+        return Url.parse(absolute_url(root, path)).stat()
+    except OSError as error:
+        log.info("%s cannot be looked at: %s", path, error)
+        return None
+
+
+def _listing_of(root: str, found: Sequence[tuple[str, Meta | None]]) -> Listing:
+    sizes = array("q", [meta.size_bytes if meta else -1 for _, meta in found])
+    identities = [meta.identity if meta else "" for _, meta in found]
+    return Listing(root, [path for path, _ in found], sizes, array("q", [0]) * len(found), identities=identities)
+
+
 def _list_folder(root: str) -> Listing:
     others: Counter[str] = Counter()
     unreadable: list[str] = []
@@ -223,9 +299,9 @@ def _without_images(root: str, others: Counter[str]) -> str:
     return f"folder {root!r} holds no images but {others.total()} other files (suffixes: {seen})"
 
 
-def _is_image(name: bytes, others: Counter[str]) -> bool:
+def _is_image(name: bytes | str, others: Counter[str]) -> bool:
     """Whether the name counts; the suffixes of those that do not are counted in ``others``, a few at most."""
-    suffix = "._*" if name.startswith(b"._") else suffix_of(name)
+    suffix = "._*" if os.fsencode(name).startswith(b"._") else suffix_of(name)
     if suffix in SUFFIXES:
         return True
     others[suffix if suffix in others or len(others) < 20 else "..."] += 1
@@ -238,6 +314,10 @@ def _list_pattern(source: str) -> Listing:
     walk = _walk(root, partial(_advance, parts), _reach(parts, 0), len(parts), unreadable)
     found = ((path, entry.stat) for path, entry in walk)
     return _measured(root, found, unreadable, lambda: f"pattern {source!r} matches no file")
+
+
+def _is_list(source: str) -> bool:
+    return suffix_of(source) in READERS and (is_url(source) or os.path.isfile(source))
 
 
 def _split_pattern(source: str) -> tuple[str, tuple[str, ...]]:
@@ -270,10 +350,17 @@ def _advance(parts: Sequence[str], state: State, name: bytes) -> State:
 
 def walks_into(source: str, root: str, folder: str) -> bool:
     """Whether listing ``source``, whose root is ``root``, looks into an absolute ``folder``."""
-    below = os.path.relpath(folder, os.path.realpath(root)).split("/")
+    if is_url(source) != is_url(folder) or _is_list(source):
+        return False
+    if is_url(source):
+        if not f"{folder}/".startswith(f"{root}/"):
+            return False
+        below = folder[len(root) + 1 :].split("/")
+    else:
+        below = os.path.relpath(folder, os.path.realpath(root)).split("/")
     if below[0] == "..":
         return False
-    if os.path.isdir(source):
+    if not _MAGIC.search(source) if is_url(source) else os.path.isdir(source):
         return True
     parts = _split_pattern(source)[1]
     state = _reach(parts, 0)

@@ -137,9 +137,9 @@ class Job(StrictModel):
     """One run: what is read, how, and where the maps go."""
 
     source: str
-    """A folder, a glob pattern, or a .txt, .csv or .parquet list of paths."""
+    """A folder, a glob pattern, or a .txt, .csv or .parquet list of paths; also under s3://, gs:// or az://BUCKET."""
     store: str
-    """Where the Zarr store is or will be."""
+    """Where the Zarr store is or will be: a folder, or s3://, gs:// or az://BUCKET/NAME."""
     dtype: Dtype = "float32"
     decode: DecodeSpec = DecodeSpec()
     extractor: ExtractorSpec = ExtractorSpec()
@@ -158,6 +158,10 @@ class Job(StrictModel):
     """More quarantined or rejected images than this end the run with exit code 3; None allows any number."""
     max_removed: Annotated[float, Field(ge=0, le=1)] = 0.10
     """Largest share of the store's images that one run may mark as removed."""
+    durability: Literal["process", "machine"] = "process"
+    """What may die without a committed row being lost: any process, or, as each object is synced to the disk, the machine."""
+    sole_writer: bool = False
+    """Use a bucket whose server ignores conditional puts: nobody else ever writes to this store, and you vouch for it."""
 
 
 def load_job(path: str | Path, overrides: dict[str, Any] | None = None) -> Job:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 
 from pipeline.chunks import Array, compress
 from pipeline.errors import UsageError
-from pipeline.objects import put, put_json
+from pipeline.objects import Place, children, exists, make_folder, put, put_json, remove_folder
 from pipeline.schema import (
     EXTRACTOR,
     REJECTED,
@@ -26,7 +24,7 @@ from pipeline.schema import (
 from pipeline.store import Store, is_store
 
 
-def check_folder(path: Path) -> None:
+def check_folder(path: Place) -> None:
     """Check that a store is or can be at ``path``.
 
     Raises
@@ -35,7 +33,10 @@ def check_folder(path: Path) -> None:
         When it is no folder, or one that holds something else.
     """
     try:
-        others = [] if is_store(path) else sorted(p.name for p in path.iterdir() if not _is_unfinished(p))
+        if is_store(path):
+            return
+        begun = exists(path / RUNS / "zarr.json")  # which is written first
+        others = [name for name in children(path) if not _is_unfinished(name, begun)]
     except FileNotFoundError:
         return
     except OSError as error:
@@ -50,7 +51,7 @@ def check_folder(path: Path) -> None:
         )
 
 
-def prepare_folder(path: Path) -> None:
+def prepare_folder(path: Place) -> None:
     """Make the folder of a new store with its ``runs``, so that it can be locked.
 
     Raises
@@ -60,9 +61,8 @@ def prepare_folder(path: Path) -> None:
     """
     check_folder(path)
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        (path / RUNS).mkdir(exist_ok=True)
-        if not (path / RUNS / "zarr.json").exists():
+        make_folder(path / RUNS)
+        if not exists(path / RUNS / "zarr.json"):
             put_json(path / RUNS / "zarr.json", group_document({}))
     except OSError as error:
         raise UsageError(
@@ -71,25 +71,24 @@ def prepare_folder(path: Path) -> None:
         ) from error
 
 
-def _is_unfinished(entry: Path) -> bool:
+def _is_unfinished(name: str, begun: bool) -> bool:
     """Whether an entry of a folder without a store is what a crash in the middle of its creation left."""
-    begun = (entry.parent / RUNS / "zarr.json").exists()  # which is written first
-    litter = entry.name.startswith("zarr.json.") and entry.name.endswith(".partial")
-    return litter or entry.name in ((RUNS, EXTRACTOR, REJECTED) if begun else (RUNS,))
+    litter = name.startswith("zarr.json.") and name.endswith(".partial")
+    return litter or name in ((RUNS, EXTRACTOR, REJECTED) if begun else (RUNS,))
 
 
-def create_store(path: Path, spec: StoreSpec, weights: Mapping[str, Array]) -> Store:
+def create_store(path: Place, spec: StoreSpec, weights: Mapping[str, Array], *, durable: bool = False) -> Store:
     """Create an empty store in a folder from `prepare_folder`; it exists from the moment its root metadata does."""
-    shutil.rmtree(path / EXTRACTOR, ignore_errors=True)  # what a crash left, maybe of other layers
-    (path / EXTRACTOR).mkdir()
+    remove_folder(path / EXTRACTOR)  # what a crash left, maybe of other layers
     for name, values in weights.items():
-        (path / EXTRACTOR / name).mkdir()
-        put(path / EXTRACTOR / name / object_key(0, values.ndim), compress(np.ascontiguousarray(values, "float32")))
-        put_json(path / EXTRACTOR / name / "zarr.json", weights_document(name, values))
-    put_json(path / EXTRACTOR / "zarr.json", group_document({"sha256": spec.extractor["sha256"]}))
+        make_folder(path / EXTRACTOR / name, durable=durable)
+        content = compress(np.ascontiguousarray(values, "float32"))
+        put(path / EXTRACTOR / name / object_key(0, values.ndim), content, durable=durable)
+        put_json(path / EXTRACTOR / name / "zarr.json", weights_document(name, values), durable=durable)
+    put_json(path / EXTRACTOR / "zarr.json", group_document({"sha256": spec.extractor["sha256"]}), durable=durable)
     for name, dtype in REJECTED_COLUMNS.items():
-        (path / REJECTED / name).mkdir(parents=True, exist_ok=True)
-        put_json(path / REJECTED / name / "zarr.json", column_document(name, dtype, 0))
-    put_json(path / REJECTED / "zarr.json", group_document({}))
-    put_json(path / "zarr.json", root_document(spec))
-    return Store(path)
+        make_folder(path / REJECTED / name, durable=durable)
+        put_json(path / REJECTED / name / "zarr.json", column_document(name, dtype, 0), durable=durable)
+    put_json(path / REJECTED / "zarr.json", group_document({}), durable=durable)
+    put_json(path / "zarr.json", root_document(spec), durable=durable)
+    return Store(path, durable=durable)

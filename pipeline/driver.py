@@ -89,7 +89,10 @@ class Driver:
         self.channels = job.decode.channels
         self.source = reading.Source(listing.root, job.decode)
         self.target = tasks.Target(
-            str(store.path), summary.run_id, f"extractor-{store.spec.extractor['sha256'][:16]}-{job.dtype}"
+            str(store.path),
+            summary.run_id,
+            f"extractor-{store.spec.extractor['sha256'][:16]}-{job.dtype}",
+            durable=store.durable,
         )
         self.finished: queue.SimpleQueue[str] = queue.SimpleQueue()
         self.in_flight: dict[str, tuple[str, Any, Future]] = {}  # key -> kind, what was sent, future

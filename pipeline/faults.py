@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import errno
-from pathlib import Path
 from typing import Any
 
 from distributed import KilledWorker
 
 from pipeline.errors import FeaturemapsError
+from pipeline.objects import Place
 
 
 def scheduler_lost(error: BaseException | None) -> FeaturemapsError:
@@ -21,7 +21,7 @@ def scheduler_lost(error: BaseException | None) -> FeaturemapsError:
     return failure
 
 
-def explain(error: BaseException | None, sent: Any, store: Path) -> FeaturemapsError:
+def explain(error: BaseException | None, sent: Any, store: Place) -> FeaturemapsError:
     """Say what an error in the store, or in the task that ``sent`` describes, means for the run."""
     if isinstance(error, FeaturemapsError):
         return error

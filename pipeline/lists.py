@@ -9,15 +9,16 @@ from collections.abc import Callable, Iterator
 
 from pipeline.errors import UsageError
 from pipeline.paths import decode_path, encode_path, nothing_listed, suffix_of
+from pipeline.remote import Url, is_url
 
 Reader = Callable[[str], Iterator[tuple[int, bytes]]]  # of a list: each entry with its line
 
 log = logging.getLogger(__name__)
 
 
-def read_list(path: str) -> tuple[str, list[str]]:
-    """Return the root, and every path once, in the order of the list."""
-    folder = os.path.join(os.path.dirname(os.fsencode(path)), b"")
+def read_list(path: str, beside: Url | None = None) -> tuple[str, list[str]]:
+    """Return the root, and every path once, in the order of the list; its relative entries lie ``beside`` it, where it came from."""
+    folder = f"{beside}/".encode() if beside else os.path.join(os.path.dirname(os.fsencode(path)), b"")
     unique: dict[str, None] = {}
     count = empty = 0
     try:
@@ -27,7 +28,7 @@ def read_list(path: str) -> tuple[str, list[str]]:
                     f"line {line} of list {path!r} has a NUL byte, which no file name can have, so nothing was listed; "
                     "correct that line, and save the list as UTF-8"
                 )
-            absolute = b"/" + os.path.normpath(os.path.join(folder, name)).lstrip(b"/")
+            absolute = _absolute(folder, name)
             if name and absolute != b"/":
                 unique[encode_path(absolute)] = None
                 count += 1
@@ -47,14 +48,26 @@ def read_list(path: str) -> tuple[str, list[str]]:
     return _relative(encode_path(folder), list(unique))
 
 
+def _absolute(folder: bytes, name: bytes) -> bytes:
+    """An entry with the folder that it is relative to; URLs are kept as they are."""
+    for text in (name, folder + name):
+        if is_url(os.fsdecode(text)):
+            url = Url.parse(text.decode())
+            return str(url).encode() if url.is_bucket else text
+    return b"/" + os.path.normpath(os.path.join(folder, name)).lstrip(b"/")
+
+
 def _relative(folder: str, paths: list[str]) -> tuple[str, list[str]]:
     """Return the root of absolute paths and, in the same list to save memory, what is below it; ``folder`` ends in "/"."""
     if not all(path.startswith(folder) for path in paths):
         shared = os.path.commonprefix(paths)  # noqa: RUF071 (characters are bytes here)
-        folder = shared[: shared.rindex("/") + 1]
+        folder = shared[: shared.rfind("/") + 1]
+        if not folder.startswith("/") and "://" not in folder:
+            raise ValueError("its entries are of several kinds: local paths, s3://, https://; give a list for each")
     for i, path in enumerate(paths):
         paths[i] = path[len(folder) :]
-    return os.fsdecode(decode_path(folder.rstrip("/") or "/")), paths
+    root = folder if folder.endswith("://") else folder.rstrip("/") or "/"
+    return os.fsdecode(decode_path(root)), paths
 
 
 def _read_txt(path: str) -> Iterator[tuple[int, bytes]]:

@@ -7,18 +7,18 @@ import fcntl
 import json
 import logging
 import os
-import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import psutil
-
-from pipeline.errors import FeaturemapsError, StaleWriterError, StoreBusyError
+from pipeline.errors import FeaturemapsError, StaleWriterError, StoreBusyError, UsageError
+from pipeline.holder import Holder
+from pipeline.objects import Place
+from pipeline.remote import ConflictError, Url
 
 logger = logging.getLogger(__name__)
 
@@ -28,85 +28,33 @@ LOCK_TTL_S = 3 * HEARTBEAT_S + WORKER_TTL_S
 _NAME = "lock.json"
 
 
-@dataclass(frozen=True, slots=True)
-class Holder:
-    """Who holds a store; the heartbeat is the modification time of the lock object."""
-
-    run_id: str
-    host: str
-    boot_id: str
-    """Changes when the host restarts; with the PID namespace, as containers share one boot."""
-    pid: int
-    process_started: int
-    """Clock ticks since the boot, which no step of the clock moves, so that a reused pid is not taken for the holder."""
-    job_id: str
-    """Batch system's job id, or empty."""
-
-    @classmethod
-    def current(cls, run_id: str) -> Holder:
-        """The holder that this process is."""
-        return cls(run_id, socket.gethostname(), _boot_id(), os.getpid(), _start_ticks(os.getpid()), _job_id())
-
-    def is_dead(self) -> bool:
-        """Whether it ran on this host and boot and its process is gone; False when that cannot be known from here."""
-        if (self.host, self.boot_id) != (socket.gethostname(), _boot_id()):
-            return False
-        try:
-            return _start_ticks(self.pid) != self.process_started or psutil.Process(self.pid).status() == psutil.STATUS_ZOMBIE
-        except (psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):
-            return not _is_there(self.pid)
-
-
-def _start_ticks(pid: int) -> int:
-    """When a process started; proc(5) counts the field behind the name, which may hold anything."""
-    return int(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[19])
-
-
-def _is_there(pid: int) -> bool:
-    """Whether a process exists, also where /proc hides those of others."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-
-
-def _boot_id() -> str:
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-        return f"{boot}/{Path('/proc/self/ns/pid').readlink()}"
-    except OSError:
-        return f"{psutil.boot_time():.0f}"
-
-
-def _job_id() -> str:
-    return next((os.environ[k] for k in ("SLURM_JOB_ID", "PBS_JOBID", "JOB_ID") if os.environ.get(k)), "")
-
-
 class StoreLock:
     """Exclusive hold of a store, kept alive by a thread until `release` or the end of the ``with`` block.
 
     Parameters
     ----------
-    folder : Path
+    folder : Path or Url
         The store's ``runs`` folder, which exists.
     run_id : str
         Names this run; the tasks that it sends carry it.
+    sole_writer : bool
+        Go on although a server cannot tell two runs apart: whoever says so vouches that there is no other.
 
     Raises
     ------
     StoreBusyError
         When another run holds the store; the message says who, where and since when it is silent.
+    UsageError
+        When the server of a bucket ignores conditional puts.
     """
 
-    def __init__(self, folder: Path, run_id: str) -> None:
-        self.path = folder / _NAME
+    def __init__(self, folder: Place, run_id: str, *, sole_writer: bool = False) -> None:
+        self.folder = folder
         self.run_id = run_id
         self.took_over = False
+        self._lock = _ObjectLock(folder / _NAME, sole_writer) if isinstance(folder, Url) else _FileLock(folder / _NAME)
         self._stop = threading.Event()
-        self._acquire()
+        self._lock.take(asdict(Holder.current(run_id)), self._judge)
         self._thread = threading.Thread(target=self._beat, name="store-lock", daemon=True)
         self._thread.start()
 
@@ -120,50 +68,70 @@ class StoreLock:
         """Give the store back, if it is still ours."""
         self._stop.set()
         self._thread.join()
-        with contextlib.suppress(OSError), _guard(self.path.parent):
-            if holds(self.path.parent, self.run_id):
-                self.path.unlink()
+        with contextlib.suppress(OSError, ConflictError):
+            self._lock.give_back()
 
-    def _acquire(self) -> None:
-        temporary = self.path.with_name(f"{_NAME}.{uuid.uuid4().hex}.partial")
-        temporary.write_text(json.dumps(asdict(Holder.current(self.run_id))), encoding="utf-8")
+    def _judge(self, content: bytes, silent_s: float) -> None:
+        """Refuse unless the lock is that of a run that is surely over."""
         try:
-            with _guard(self.path.parent):
-                self._clear_stale(temporary.stat().st_mtime)
-                os.link(temporary, self.path)  # fails if the object exists: exclusive also where flock is not
-        except FileExistsError:
-            raise StoreBusyError(f"store {self.path.parent.parent} was taken by another run just now; run again later") from None
-        finally:
-            temporary.unlink()
-
-    def _clear_stale(self, now: float) -> None:
-        """Remove the lock of a run that is surely over, or refuse; ``now`` by the clock of the file server, as the heartbeat is."""
-        try:
-            holder = Holder(**json.loads(self.path.read_text(encoding="utf-8")))
-            silent_s = now - self.path.stat().st_mtime
-        except FileNotFoundError:
-            return
-        except (ValueError, TypeError) as error:
+            holder = Holder.parse(content)
+        except (ValueError, TypeError, AttributeError) as error:
             raise FeaturemapsError(
-                f"lock {self.path} cannot be understood ({error}), so nobody can tell whether another run works on the store; "
+                f"lock {self.folder / _NAME} cannot be understood ({error}), so nobody can tell whether another run works on the store; "
                 "make sure that none does, delete that file and run again"
             ) from error
+        if holder is None:
+            return
         if not holder.is_dead() and silent_s < LOCK_TTL_S:
             job = f" (job {holder.job_id})" if holder.job_id else ""
             raise StoreBusyError(
-                f"store {self.path.parent.parent} is held by run {holder.run_id}, process {holder.pid} on {holder.host}{job}, last "
+                f"store {self.folder.parent} is held by run {holder.run_id}, process {holder.pid} on {holder.host}{job}, last "
                 f"heard {max(0.0, silent_s):.0f} s ago: two runs on one store never mix, so this one did nothing; run again when it "
                 f"has ended (a run that is silent for {LOCK_TTL_S:.0f} s is taken over)"
             )
         logger.warning("taking the store over from run %s of process %s on %s", holder.run_id, holder.pid, holder.host)
-        self.path.unlink()
         self.took_over = True
 
     def _beat(self) -> None:
         while not self._stop.wait(HEARTBEAT_S):
-            with contextlib.suppress(OSError):
-                if holds(self.path.parent, self.run_id):
-                    os.utime(self.path)
+            with contextlib.suppress(OSError, ConflictError):
+                self._lock.beat()
+
+
+def _taken(path: Place) -> StoreBusyError:
+    return StoreBusyError(f"store {path.parent.parent} was taken by another run just now; run again later")
+
+
+class _FileLock:
+    """Created by a hard link, exclusively; its modification time is the heartbeat."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def take(self, document: dict[str, Any], judge: Callable[[bytes, float], None]) -> None:
+        self.run_id = document["run_id"]
+        temporary = self.path.with_name(f"{_NAME}.{uuid.uuid4().hex}.partial")
+        temporary.write_text(json.dumps(document), encoding="utf-8")
+        try:
+            with _guard(self.path.parent):
+                now = temporary.stat().st_mtime  # by the clock of the file server, as the heartbeat is
+                with contextlib.suppress(FileNotFoundError):
+                    judge(self.path.read_bytes(), now - self.path.stat().st_mtime)
+                    self.path.unlink()
+                os.link(temporary, self.path)  # fails if the object exists: exclusive also where flock is not
+        except FileExistsError:
+            raise _taken(self.path) from None
+        finally:
+            temporary.unlink()
+
+    def beat(self) -> None:
+        if holds(self.path.parent, self.run_id):
+            os.utime(self.path)
+
+    def give_back(self) -> None:
+        with _guard(self.path.parent):
+            if holds(self.path.parent, self.run_id):
+                self.path.unlink()
 
 
 @contextlib.contextmanager
@@ -174,15 +142,84 @@ def _guard(folder: Path) -> Iterator[None]:
         yield
 
 
-def holds(folder: Path, run_id: str) -> bool:
+class _ObjectLock:
+    """Created and replaced by conditional puts only, never deleted; each heartbeat is one of them."""
+
+    def __init__(self, url: Url, sole_writer: bool) -> None:
+        self.url, self.sole_writer = url, sole_writer
+        self.n_beats = 0
+
+    def take(self, document: dict[str, Any], judge: Callable[[bytes, float], None]) -> None:
+        self.document = document
+        now_s = self._check_server()
+        try:
+            try:
+                self._put("create")
+            except ConflictError:
+                content, meta = self.url.fetch()
+                if not self._is_ours(content):  # a put that was tried again after its answer was lost
+                    judge(content, now_s - meta.modified.timestamp())
+                self._put(meta.condition)
+        except (ConflictError, FileNotFoundError):
+            raise _taken(self.url) from None
+
+    def _check_server(self) -> float:
+        """Time by the server's clock, in seconds since 1970; raises when it does not honour conditions."""
+        probe = self.url.parent / f"{_NAME}.{uuid.uuid4().hex}.partial"
+        try:
+            first = probe.put(b"1", only="create")
+            if not (_conflicts(probe, "create") and probe.put(b"2", only=first) and _conflicts(probe, first)):
+                self._refuse()
+            return probe.stat().modified.timestamp()
+        finally:
+            probe.unlink()
+
+    def _refuse(self) -> None:
+        if not self.sole_writer:
+            raise UsageError(
+                f"the server of {self.url.base} ignores the conditions of puts (If-None-Match, If-Match), so two runs on one store "
+                "could not be kept apart: nothing was started; put the store on a server that honours them, or, if nobody else ever "
+                "writes to this store, say so with --sole-writer"
+            )
+
+    def _put(self, condition: Any) -> None:
+        self.n_beats += 1  # so that no two contents, and no two ETags, are equal
+        content = json.dumps(self.document | {"n_beats": self.n_beats}).encode()
+        self.condition = self.url.put(content, only=condition)
+
+    def _is_ours(self, content: bytes) -> bool:
+        return bool(json.loads(content).get("run_id") == self.document["run_id"])
+
+    def beat(self) -> None:
+        try:
+            self._put(self.condition)
+        except ConflictError:
+            content, meta = self.url.fetch()
+            if self._is_ours(content):
+                self.condition = meta.condition
+
+    def give_back(self) -> None:
+        self.document = {"is_released": True}
+        self._put(self.condition)
+
+
+def _conflicts(url: Url, condition: Any) -> bool:
+    try:
+        url.put(b"3", only=condition)
+    except ConflictError:
+        return True
+    return False
+
+
+def holds(folder: Place, run_id: str) -> bool:
     """Whether ``run_id`` holds the store whose ``runs`` folder this is."""
     try:
-        return bool(json.loads((folder / _NAME).read_text(encoding="utf-8")).get("run_id") == run_id)
-    except (OSError, ValueError):
+        return bool(json.loads((folder / _NAME).read_bytes()).get("run_id") == run_id)
+    except (OSError, ValueError, AttributeError):
         return False
 
 
-def require_lock(folder: Path, run_id: str) -> None:
+def require_lock(folder: Place, run_id: str) -> None:
     """Refuse to go on for a run that no longer holds the store.
 
     Raises
@@ -196,12 +233,16 @@ def require_lock(folder: Path, run_id: str) -> None:
         )
 
 
-def current_holder(store: Path) -> dict[str, Any] | None:
+def current_holder(store: Place) -> dict[str, Any] | None:
     """Who works on a store now, as far as can be seen from here."""
     path = store / "runs" / _NAME
     try:
-        holder = Holder(**json.loads(path.read_text(encoding="utf-8")))
-        silent_s = time.time() - path.stat().st_mtime
-    except (OSError, ValueError, TypeError):
+        if isinstance(path, Url):
+            content, meta = path.fetch()
+            modified_s = meta.modified.timestamp()
+        else:
+            content, modified_s = path.read_bytes(), path.stat().st_mtime
+        holder = Holder.parse(content)
+    except (OSError, ValueError, TypeError, AttributeError):
         return None
-    return None if holder.is_dead() or silent_s >= LOCK_TTL_S else asdict(holder)
+    return None if holder is None or holder.is_dead() or time.time() - modified_s >= LOCK_TTL_S else asdict(holder)

@@ -1,35 +1,78 @@
-"""Objects of a store on a file system, each written whole."""
+"""Objects of a store, in a folder or under a URL, each written whole."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
-from pipeline.errors import FeaturemapsError
+from pipeline.errors import FeaturemapsError, UsageError
+from pipeline.remote import CONCURRENCY, Url, is_url
+
+Place: TypeAlias = Path | Url
+"""A store, or an object or folder in it; joined with ``/``."""
+T = TypeVar("T")
+R = TypeVar("R")
 
 
-def put(path: Path, *parts: bytes) -> None:
-    """Write one object whole: a reader sees the old bytes or the new ones, also after a kill."""
+def place(store: str | Place) -> Place:
+    """Where a store is or will be, absolute.
+
+    Raises
+    ------
+    UsageError
+        When it is a URL that nothing can be written to.
+    """
+    if not isinstance(store, str) or not is_url(store):
+        return store if isinstance(store, Url) else Path(store).absolute()
+    url = Url.parse(store)
+    if not url.is_bucket or not url.key:
+        raise UsageError(
+            f"store {store!r} cannot be written to, so nothing was started; give a folder, or s3://, gs:// or az://BUCKET/NAME.zarr"
+        )
+    return url
+
+
+def put(path: Place, *parts: bytes, durable: bool = False) -> None:
+    """Write one object whole: a reader sees the old bytes or the new ones, also after a kill, and if ``durable`` after a power cut."""
+    if isinstance(path, Url):
+        path.put(*parts)
+        return
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
     try:
         with temporary.open("wb") as file:
             file.writelines(parts)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+    if durable:
+        _sync_folder(path.parent)
 
 
-def put_json(path: Path, document: Mapping[str, Any], indent: int | None = None) -> None:
+def _sync_folder(path: Path) -> None:
+    """Bring a folder's names to the disk."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def put_json(path: Place, document: Mapping[str, Any], indent: int | None = None, *, durable: bool = False) -> None:
     """`put` a JSON document; with an indent it takes ten times as long to make."""
-    put(path, json.dumps(document, indent=indent, ensure_ascii=True).encode())
+    put(path, json.dumps(document, indent=indent, ensure_ascii=True).encode(), durable=durable)
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Place) -> dict[str, Any]:
     """Read a metadata document.
 
     Raises
@@ -49,7 +92,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return document
 
 
-def exists(path: Path) -> bool:
+def exists(path: Place) -> bool:
     """Whether there is such an object; storage that cannot tell raises, because what does not exist is cleared away."""
     try:
         path.stat()
@@ -58,8 +101,53 @@ def exists(path: Path) -> bool:
     return True
 
 
-def free_bytes(path: Path) -> int:
-    """Free space of the file system that a store is or will be on."""
+def children(path: Place) -> list[str]:
+    """Names of the objects and folders in a folder, sorted; FileNotFoundError where there is none."""
+    if isinstance(path, Url):
+        return path.children()
+    return sorted(entry.name for entry in path.iterdir())
+
+
+def make_folder(path: Place, *, durable: bool = False) -> None:
+    """Make a folder with its parents, if it is not there; under a URL there are none to make."""
+    if isinstance(path, Url):
+        return
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    if durable:
+        for folder in missing:
+            _sync_folder(folder.parent)
+
+
+def remove(path: Place) -> None:
+    """Remove an object, if it is there."""
+    if isinstance(path, Url):
+        path.unlink()
+    else:
+        path.unlink(missing_ok=True)
+
+
+def remove_folder(path: Place) -> None:
+    """Remove a folder with all that is in it, if it is there."""
+    if isinstance(path, Url):
+        each(lambda key: (path / key).unlink(), [key for key, _ in path.walk()], path)
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def each(function: Callable[[T], R], items: Iterable[T], where: Place) -> list[R]:
+    """`map`, with many requests at once under a URL, where each takes long and costs little."""
+    items = list(items)
+    if isinstance(where, Path) or len(items) < 2:
+        return list(map(function, items))
+    with ThreadPoolExecutor(min(CONCURRENCY, len(items))) as pool:
+        return list(pool.map(function, items))
+
+
+def free_bytes(path: Place) -> int | None:
+    """Free space of the file system that a store is or will be on; None where nothing says."""
+    if isinstance(path, Url):
+        return None
     while not path.exists():
         path = path.parent
     status = os.statvfs(path)

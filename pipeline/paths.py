@@ -36,6 +36,15 @@ def absolute_path(root: str, path: str) -> bytes:
     return os.path.join(os.fsencode(root), decode_path(path))
 
 
+def absolute_url(root: str, path: str) -> str:
+    """`absolute_path` where the root is a URL."""
+    return (
+        f"{root.removesuffix('/')}/{decode_path(path).decode()}"
+        if not root.endswith("://")
+        else root + decode_path(path).decode()
+    )
+
+
 def suffix_of(name: str | bytes) -> str:
     """Lower-case suffix of a name."""
     return os.path.splitext(os.fsdecode(name))[1].lower()

@@ -17,7 +17,7 @@ from pipeline.cluster import LocalSpec, local_memory_bytes, local_processes
 from pipeline.collection import Listing, list_collection
 from pipeline.config import Job
 from pipeline.lock import current_holder
-from pipeline.objects import free_bytes
+from pipeline.objects import Place, free_bytes, place
 from pipeline.plan import (
     ClassLayout,
     Size,
@@ -62,7 +62,7 @@ class Preview:
     """Rough estimate for one core."""
     maps_bytes: int = 0
     """Upper bound: uncompressed."""
-    free_bytes: int = 0
+    free_bytes: int | None = 0
     worker_memory_bytes: int = 0
     worker_limit_bytes: int = 0
     """Memory of one worker on this machine; 0 where the cluster is another."""
@@ -72,9 +72,13 @@ class Preview:
     """Files that are no images by their name: number per suffix."""
 
     @property
+    def _is_too_large(self) -> bool:
+        return self.free_bytes is not None and self.maps_bytes > self.free_bytes
+
+    @property
     def fits(self) -> bool:
         """Whether disk and memory hold it; `run` refuses what they do not."""
-        return self.maps_bytes <= self.free_bytes and not 0 < self.worker_limit_bytes < self.worker_memory_bytes
+        return not self._is_too_large and not 0 < self.worker_limit_bytes < self.worker_memory_bytes
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""
@@ -92,8 +96,9 @@ class Preview:
             ),
             f"{len(self.classes)} shape classes ({self.n_new_classes} new): {listed or 'none'}",
             f"shards: {self.n_shards}, batches: {self.n_batches}, workers: {self.workers}; roughly {max(1, self.work_s):.0f} s of one core",
-            f"maps up to {self.maps_bytes / 1e6:,.0f} MB before compression, {self.free_bytes / 1e6:,.0f} MB free"
-            + (" -- DOES NOT FIT" if self.maps_bytes > self.free_bytes else ""),
+            f"maps up to {self.maps_bytes / 1e6:,.0f} MB before compression, "
+            + ("in a bucket" if self.free_bytes is None else f"{self.free_bytes / 1e6:,.0f} MB free")
+            + (" -- DOES NOT FIT" if self._is_too_large else ""),
             f"up to {self.worker_memory_bytes / 2**20:.0f} MiB per worker"
             + (f" of {self.worker_limit_bytes / 2**20:.0f} MiB" if self.worker_limit_bytes else "")
             + (" -- DOES NOT FIT" if 0 < self.worker_limit_bytes < self.worker_memory_bytes else ""),
@@ -121,7 +126,7 @@ def plan_job(job: Job, cluster_file: Path = Path("cluster.yaml")) -> Preview:
     if job.limit is not None:
         listing = listing.limit(job.limit)
     spec, _ = check_job(job, listing, cluster_file)
-    store = open_for(Path(job.store), spec)
+    store = open_for(place(job.store), spec)
     found = compare_with_store(job, store, listing)
     check_removals(found, job.max_removed)
     processes, threads, gpus = local_processes(LocalSpec(workers=job.workers, gpus=job.gpus))
@@ -134,7 +139,7 @@ def plan_job(job: Job, cluster_file: Path = Path("cluster.yaml")) -> Preview:
     if store is not None:
         settle_returned(store, found)
     preview.n_returned = sum(map(len, found.returned.values())) - (found.n_pending - n_pending)
-    preview.free_bytes = free_bytes(Path(job.store).absolute())
+    preview.free_bytes = free_bytes(place(job.store))
 
     existing = {} if store is None else store.classes
     pending = {size: [row for row, _ in found.pending.get(c.name, ())] for size, c in existing.items()}
@@ -261,7 +266,7 @@ class StoreStatus:
         return "\n".join(lines)
 
 
-def store_status(path: Path, n_bad: int = 20) -> StoreStatus:
+def store_status(path: Place, n_bad: int = 20) -> StoreStatus:
     """Look at a store.
 
     Raises

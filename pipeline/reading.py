@@ -6,16 +6,22 @@ import errno
 import os
 import stat
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 from pipeline import decode
 from pipeline.collection import fingerprint_of
 from pipeline.config import DecodeSpec
 from pipeline.errors import ImageError, PassingFaultError
-from pipeline.paths import absolute_path
+from pipeline.paths import absolute_path, absolute_url
+from pipeline.remote import Url, is_url
 
+READ_AHEAD = 16
+READ_AHEAD_BYTES = 32 * 1024**2
 RETRY_PAUSES_S = (0.1, 0.5, 2.0)
 _THE_IMAGE_IS_AT_FAULT = {
     errno.ENOENT: "missing",
@@ -57,6 +63,11 @@ class Patience:
     def __init__(self) -> None:
         self.pauses_s: tuple[float, ...] = RETRY_PAUSES_S
 
+    @property
+    def is_left(self) -> bool:
+        """Whether it has not run out."""
+        return bool(self.pauses_s)
+
 
 class ProbedBlock(tuple[Probed, ...]):
     """What the headers of a block say; a type of its own, because Dask sends each item of a plain list or tuple by itself."""
@@ -76,12 +87,16 @@ def probe_block(source: Source, paths: Sequence[str], needed: tuple[int, int]) -
         Smallest input height and width that leave a map.
     """
     patience = Patience()
-    return ProbedBlock(_probe(source, path, needed, patience) for path in paths)
+    probe = partial(_probe, source, needed, patience)
+    if not is_url(source.root):
+        return ProbedBlock(map(probe, paths))
+    with ThreadPoolExecutor(READ_AHEAD) as pool:
+        return ProbedBlock(pool.map(probe, paths))
 
 
-def _probe(source: Source, path: str, needed: tuple[int, int], patience: Patience) -> Probed:
+def _probe(source: Source, needed: tuple[int, int], patience: Patience, path: str) -> Probed:
     try:
-        size = _retry(lambda: _probe_file(source, path), source.root, path, patience)
+        size = _retry(lambda: _probe_file(source, path, patience), source.root, path, patience)
     except ImageError as error:
         return Probed(error=str(error))
     except PassingFaultError as fault:
@@ -92,12 +107,19 @@ def _probe(source: Source, path: str, needed: tuple[int, int], patience: Patienc
         )
         return Probed(error=str(ImageError("too_small", text)))
     sizes = size.source_height, size.source_width, size.input_height, size.input_width
-    return Probed(*sizes, decode_bytes=size.decode_bytes)
+    return Probed(*sizes, decode_bytes=size.decode_bytes + (READ_AHEAD_BYTES if is_url(source.root) else 0))
 
 
-def _probe_file(source: Source, path: str) -> decode.ImageSize:
+def _probe_file(source: Source, path: str, patience: Patience) -> decode.ImageSize:
+    if is_url(source.root):
+        with _url(source.root, path).open_header(patient=patience.is_left) as header:
+            return decode.probe(header, source.decode)
     with _open(source.root, path) as file:
         return decode.probe(file, source.decode)
+
+
+def _url(root: str, path: str) -> Url:
+    return Url.parse(absolute_url(root, path))
 
 
 def _open(root: str, path: str) -> Any:
@@ -129,6 +151,8 @@ def _retry(action: Callable[[], T], root: str, path: str, patience: Patience) ->
 def _source_is_gone(root: str) -> bool:
     """Whether the source itself is missing or empty, as an unmounted disk is."""
     try:
+        if is_url(root):
+            return not root.endswith("://") and Url.parse(root).is_empty()
         with os.scandir(root) as entries:
             return next(entries, None) is None
     except OSError:
@@ -145,16 +169,50 @@ def read_bytes(source: Source, path: str, fingerprint: str, patience: Patience) 
     PassingFaultError
         When the storage failed in a way that may pass.
     """
-    return _retry(lambda: _read_file(source.root, path, fingerprint), source.root, path, patience)
+    return _retry(lambda: _read_file(source.root, path, fingerprint, patience), source.root, path, patience)
 
 
-def _read_file(root: str, path: str, fingerprint: str) -> bytes:
+def _read_file(root: str, path: str, fingerprint: str, patience: Patience) -> bytes:
+    if is_url(root):
+        content, meta = _url(root, path).fetch(patient=patience.is_left)
+        _check_unchanged(fingerprint, fingerprint_of(meta))
+        return content
     with _open(root, path) as file:
-        found = fingerprint_of(os.fstat(file.fileno()))
-        if found != fingerprint:
-            raise ImageError("changed", f"the file changed after it was listed (from {fingerprint} to {found}); run again")
+        _check_unchanged(fingerprint, fingerprint_of(os.fstat(file.fileno())))
         data: bytes = file.read()
         return data
+
+
+def _check_unchanged(listed: str, found: str) -> None:
+    if found != listed:
+        raise ImageError("changed", f"the file changed after it was listed (from {listed} to {found}); run again")
+
+
+def read_ahead(
+    source: Source, paths: Sequence[str], fingerprints: Sequence[str], patience: Patience
+) -> Iterator[Callable[[], bytes]]:
+    """`read_bytes` of some images in turn, each to be called once; under a URL the next ones are on their way meanwhile.
+
+    At most `READ_AHEAD` files and `READ_AHEAD_BYTES` wait, or one file.
+    """
+    items = [partial(read_bytes, source, path, listed, patience) for path, listed in zip(paths, fingerprints, strict=True)]
+    if not is_url(source.root):
+        yield from items
+        return
+    sizes = [int(listed.partition("-")[0]) if listed[:1].isdigit() else 0 for listed in fingerprints]
+    waiting: deque[Future[bytes]] = deque()
+    pool = ThreadPoolExecutor(READ_AHEAD)
+    try:
+        n_sent = 0
+        for i in range(len(items)):
+            while n_sent < len(items) and (
+                n_sent == i or (n_sent - i < READ_AHEAD and sum(sizes[i : n_sent + 1]) <= READ_AHEAD_BYTES)
+            ):
+                waiting.append(pool.submit(items[n_sent]))
+                n_sent += 1
+            yield waiting.popleft().result
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def read_current(source: Source, path: str) -> bytes:
@@ -166,6 +224,8 @@ def read_current(source: Source, path: str) -> bytes:
     ImageError
         When it is no regular file.
     """
+    if is_url(source.root):
+        return _url(source.root, path).read_bytes()
     with _open(source.root, path) as file:
         data: bytes = file.read()
         return data

@@ -12,6 +12,7 @@ import numpy as np
 from pipeline.analysis import FeatureStore, open_store
 from pipeline.decode import decode
 from pipeline.errors import ImageError, UsageError
+from pipeline.objects import Place
 from pipeline.reading import Source, read_current
 from pipeline.settings import decode_spec
 from pipeline.summary import printable
@@ -23,12 +24,12 @@ _PANEL = 3.2  # inches of the longer side of a map
 Pixels: TypeAlias = np.ndarray[Any, Any]
 
 
-def show_image(store: Path, path: str, output: Path) -> None:
+def show_image(store: Place, path: str, output: Path) -> None:
     """Draw an image with its maps below it, each titled with layer and channel.
 
     Parameters
     ----------
-    store : Path
+    store : Path or Url
     path : str
         As in `FeatureStore.images`.
     output : Path

@@ -21,13 +21,15 @@ from pipeline import changes as ledger_changes
 from pipeline import kernel
 from pipeline.changes import Changes, Entries
 from pipeline.chunks import Array
-from pipeline.collection import Listing, list_collection, walks_into
+from pipeline.collection import Listing, absolute_source, list_collection, walks_into
 from pipeline.config import Job
 from pipeline.creation import check_folder, create_store, prepare_folder
 from pipeline.decode import decode_versions
 from pipeline.errors import UsageError
 from pipeline.lock import StoreLock, require_lock
+from pipeline.objects import Place, place
 from pipeline.plan import WORKER_BASE_BYTES
+from pipeline.remote import Url
 from pipeline.schema import REJECTED, RUNS, Status, StoreSpec, difference
 from pipeline.settings import VERSION, needed_size, store_spec
 from pipeline.store import Store, is_store
@@ -74,7 +76,7 @@ def run_job(
         When the run had to end early; what was committed stands and the same call goes on from there.
     """
     started = time.monotonic()
-    path = Path(job.store).absolute()
+    path = place(job.store)
     progress = Progress()
     notify = on_progress or (lambda _: None)
     notify(progress)
@@ -88,8 +90,10 @@ def run_job(
     )
     summary.ignored = dict(listing.ignored)
     summary.unreadable_folders = list(listing.unreadable[:100])
-    with StoreLock(path / RUNS, summary.run_id) as lock:
-        store = open_for(path, spec) or create_store(path, spec, weights)
+    durable = job.durability == "machine"
+    with StoreLock(path / RUNS, summary.run_id, sole_writer=job.sole_writer) as lock:
+        store = open_for(path, spec) or create_store(path, spec, weights, durable=durable)
+        store.durable = durable
         store.fence = partial(require_lock, path / RUNS, summary.run_id)
         if lock.took_over or (store.last_receipt() or {}).get("outcome") != "complete":
             store.repair()
@@ -154,7 +158,7 @@ def check_job(job: Job, listing: Listing, cluster_file: Path | None) -> tuple[St
     UsageError
         When they do not fit.
     """
-    path = Path(job.store).absolute()
+    path = place(job.store)
     check_apart(path, job.source, listing.root)
     needed, resize = needed_size(job.extractor), job.decode.resize
     if resize and (resize[0] < needed[0] or resize[1] < needed[1]):
@@ -182,21 +186,21 @@ def check_job(job: Job, listing: Listing, cluster_file: Path | None) -> tuple[St
     return spec, weights
 
 
-def check_apart(store: Path, source: str, root: str) -> None:
+def check_apart(store: Place, source: str, root: str) -> None:
     """Refuse a store inside the folder that is walked; beside a list of paths it may be.
 
     Raises
     ------
     UsageError
     """
-    if not Path(source).is_file() and walks_into(source, root, str(store.resolve())):
+    if walks_into(source, root, str(store if isinstance(store, Url) else store.resolve())):
         raise UsageError(
             f"store {store} lies inside the source {root}: the next listing would walk through the store's own files; nothing was "
             "started; put the store beside the source"
         )
 
 
-def open_for(path: Path, spec: Any) -> Store | None:
+def open_for(path: Place, spec: Any) -> Store | None:
     """Open an existing store if it was made with the same settings; None where there is none.
 
     Raises
@@ -222,7 +226,7 @@ def compare_with_store(job: Job, store: Store | None, listing: Listing) -> Chang
     """`changes.compare` for a store on disk; without one everything is new."""
     groups = [] if store is None else [*(c.name for c in store.classes.values()), REJECTED]
     entries = (_entries(store, group) for group in groups if store is not None)
-    complete = listing.complete and (store is None or store.spec.source == str(Path(job.source).absolute()))
+    complete = listing.complete and (store is None or store.spec.source == absolute_source(job.source))
     return ledger_changes.compare(
         entries,
         listing.paths,

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.chunks import Array
+from pipeline.collection import absolute_source
 from pipeline.config import DecodeSpec, ExtractorSpec, Job
 from pipeline.layers import layer_names, output_bounds, output_sizes, receptive_field
 from pipeline.plan import ClassLayout, Size, class_layout, image_cost_s
@@ -33,7 +34,7 @@ def store_spec(job: Job, root: str, weights: dict[str, Array]) -> StoreSpec:
     weights : dict of str to float32 array
     """
     return StoreSpec(
-        source=str(Path(job.source).absolute()),
+        source=absolute_source(job.source),
         source_root=root,
         dtype=job.dtype,
         extractor=_extractor_content(job.extractor, job.decode.channels, weights),

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import zarr
+from zarr.storage import ObjectStore
 
+from pipeline import remote
 from pipeline.chunks import Array, compress, decompress
 from pipeline.errors import FeaturemapsError, StaleWriterError, UsageError
 from pipeline.lock import require_lock
-from pipeline.objects import exists, put, put_json, read_json
+from pipeline.objects import Place, children, each, exists, make_folder, put, put_json, read_json, remove_folder
 from pipeline.plan import ClassLayout, LayerLayout, Size, class_name
 from pipeline.schema import (
     CLASS_NAME,
@@ -41,12 +44,14 @@ from pipeline.schema import (
 
 
 class Store:
-    """A store on a file system: the driver writes through it, everybody may read.
+    """A store: the driver writes through it, everybody may read.
 
     Parameters
     ----------
-    path : Path
+    path : Path or Url
         An existing store; see `create_store`.
+    durable : bool
+        Whether what is written is on the disk before anything follows that relies on it; see `Job.durability`.
 
     Raises
     ------
@@ -54,8 +59,9 @@ class Store:
         When there is no store, or one of another format.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Place, *, durable: bool = False) -> None:
         self.path = path
+        self.durable = durable
         self.fence: Callable[[], None] = lambda: None
         """Called before columns or lengths of a group are written; raises when this process may no longer."""
         self.spec = _read_spec(path)
@@ -64,14 +70,15 @@ class Store:
 
     def reload(self) -> None:
         """Look at the classes anew."""
-        found = (self._read_class(folder) for folder in sorted(self.path.iterdir()) if (folder / "status").is_dir())
+        names = [name for name in children(self.path) if CLASS_NAME.fullmatch(name)]
+        found = each(self._read_class, [self.path / name for name in names], self.path)
         self.classes = {c.size: c for c in found if c is not None}
         with _understood(self.path / REJECTED):
             self.n_rejected = int(read_json(self.path / REJECTED / "status" / "zarr.json")["shape"][0])
 
-    def _read_class(self, folder: Path) -> ShapeClass | None:
-        if not CLASS_NAME.fullmatch(folder.name) or not exists(folder / "zarr.json"):
-            return None  # not ours, or what a crash left of a class that was being created
+    def _read_class(self, folder: Place) -> ShapeClass | None:
+        if not exists(folder / "zarr.json"):
+            return None  # what a crash left of a class that was being created
         with _understood(folder):
             attributes = read_json(folder / "zarr.json")["attributes"]
             shape = attributes["shape_class"]
@@ -91,26 +98,29 @@ class Store:
         """One column of the ledger, whole: (image,) or, for pooled values, (image, channel)."""
         length = self.length(group)
         dtype, chunk = column_type(self.spec.layers, group, name)
-        parts = [self._read_chunk(group, name, dtype, chunk, i) for i in range(-(-length // chunk[0]))]
+        parts = each(partial(self._read_chunk, group, name, dtype, chunk), range(-(-length // chunk[0])), self.path)
         return np.concatenate(parts)[:length] if parts else np.empty((0, *chunk[1:]), object if dtype == "string" else dtype)
 
     def array(self, group: str, name: str) -> zarr.Array[Any]:
         """Any array of a group, as stored; it may be longer than `length` after a crash."""
-        return zarr.open_array(str(self.path / group / name), mode="r", zarr_format=3)
+        return _open_array(self.path / group / name)
 
     def weights(self) -> dict[str, Array]:
         """The weights as used, cross-correlation orientation, float32."""
-        group = zarr.open_group(str(self.path / EXTRACTOR), mode="r", zarr_format=3)
-        return {name: np.asarray(array[...]) for name, array in sorted(group.arrays())}
+        names = [name for name in children(self.path / EXTRACTOR) if name != "zarr.json"]
+        return {name: np.asarray(_open_array(self.path / EXTRACTOR / name)[...]) for name in names}
 
     def receipts(self) -> list[dict[str, Any]]:
         """The receipts of all runs, oldest first."""
-        return [read_json(path) for path in sorted((self.path / RUNS).glob("*Z-*.json"))]
+        return [read_json(self.path / RUNS / name) for name in self._receipt_names()]
 
     def last_receipt(self) -> dict[str, Any] | None:
         """The newest run's receipt."""
-        newest = max((self.path / RUNS).glob("*Z-*.json"), default=None)
-        return None if newest is None else read_json(newest)
+        newest = max(self._receipt_names(), default=None)
+        return None if newest is None else read_json(self.path / RUNS / newest)
+
+    def _receipt_names(self) -> list[str]:
+        return [name for name in children(self.path / RUNS) if fnmatch(name, "*Z-*.json")]
 
     def _read_chunk(self, group: str, name: str, dtype: str, chunk: tuple[int, ...], i: int) -> Array:
         path = self.path / group / name / object_key(i, len(chunk))
@@ -148,14 +158,16 @@ class Store:
             documents[layer.name] = maps_document(layout, layer, stored, length)
             for statistic in STATISTICS:
                 documents[f"{layer.name}_{statistic}"] = pooled_document(stored, length)
-        for name, document in documents.items():
-            (group / name).mkdir(parents=True)
-            put_json(group / name / "zarr.json", document)
+        each(lambda item: self._create_array(group / item[0], item[1]), documents.items(), group)
         self._write_columns(group.name, np.arange(length), columns)
         height, width = layout.size
         attributes = {"shape_class": {"height": height, "width": width, "kind": kind, "shard_rows": layout.shard_rows}}
-        put_json(group / "zarr.json", group_document(attributes))
+        put_json(group / "zarr.json", group_document(attributes), durable=self.durable)
         self.classes[layout.size] = ShapeClass(layout.size, length, layout, kind, attributes)
+
+    def _create_array(self, folder: Place, document: dict[str, Any]) -> None:
+        make_folder(folder, durable=self.durable)
+        put_json(folder / "zarr.json", document, durable=self.durable)
 
     def append(self, group: str, columns: Columns) -> np.ndarray[Any, np.dtype[np.int64]]:
         """Append rows to a class or to ``rejected``; ``status`` grows last, so a crash before that leaves them unseen.
@@ -184,7 +196,7 @@ class Store:
         shape_class = self.classes[size]
         attributes = dict(shape_class.attributes)
         attributes["shape_class"] = {**attributes["shape_class"], "kind": "padded"}
-        put_json(self.path / shape_class.name / "zarr.json", group_document(attributes))
+        put_json(self.path / shape_class.name / "zarr.json", group_document(attributes), durable=self.durable)
         self.classes[size] = replace(shape_class, kind="padded", attributes=attributes)
 
     def commit(self, group: str, rows: Array, columns: Columns) -> None:
@@ -192,37 +204,46 @@ class Store:
 
         ``maps_digest`` is the last but one: by it a removed row whose image returns is known to be done.
         """
-        last = ("maps_digest", "status")
-        order = sorted(columns, key=lambda name: last.index(name) if name in last else -1)
-        self._write_columns(group, rows, {name: columns[name] for name in order})
+        self._write_columns(group, rows, columns)
 
     def _write_columns(self, group: str, rows: Array, columns: Columns) -> None:
         self.fence()
-        for name, values in columns.items():
-            dtype, chunk = column_type(self.spec.layers, group, name)
-            for i in np.unique(rows // chunk[0]):
-                inside = rows // chunk[0] == i
-                content = self._read_chunk(group, name, dtype, chunk, int(i))
-                content[rows[inside] - i * chunk[0]] = values[inside]
-                put(self.path / group / name / object_key(int(i), len(chunk)), compress(content))
+        last = [name for name in ("maps_digest", "status") if name in columns]
+        first = [name for name in columns if name not in last]
+        each(lambda name: self._write_column(group, name, rows, columns[name]), first, self.path)
+        for name in last:
+            self._write_column(group, name, rows, columns[name])
+
+    def _write_column(self, group: str, name: str, rows: Array, values: Array) -> None:
+        dtype, chunk = column_type(self.spec.layers, group, name)
+        for i in np.unique(rows // chunk[0]):
+            inside = rows // chunk[0] == i
+            content = self._read_chunk(group, name, dtype, chunk, int(i))
+            content[rows[inside] - i * chunk[0]] = values[inside]
+            put(self.path / group / name / object_key(int(i), len(chunk)), compress(content), durable=self.durable)
 
     def _resize(self, group: str, length: int) -> None:
         self.fence()
-        arrays = [folder for folder in (self.path / group).iterdir() if (folder / "zarr.json").exists()]
-        for folder in sorted(arrays, key=lambda folder: folder.name == "status"):
-            document = read_json(folder / "zarr.json")
-            if document["shape"][0] != length:
-                document["shape"][0] = length
-                put_json(folder / "zarr.json", document)
+        names = [name for name in children(self.path / group) if name not in {"zarr.json", "status"}]
+        each(lambda name: self._resize_array(self.path / group / name, length), names, self.path)
+        self._resize_array(self.path / group / "status", length)
+
+    def _resize_array(self, folder: Place, length: int) -> None:
+        if not exists(folder / "zarr.json"):
+            return
+        document = read_json(folder / "zarr.json")
+        if document["shape"][0] != length:
+            document["shape"][0] = length
+            put_json(folder / "zarr.json", document, durable=self.durable)
 
     def repair(self) -> None:
         """Undo what a crash left: arrays longer than ``status``, unfinished classes, temporary files; only under the lock."""
         for group in [*(c.name for c in self.classes.values()), REJECTED]:
             self._resize(group, self.length(group))
-        for folder in self.path.iterdir():
-            if CLASS_NAME.fullmatch(folder.name) and not exists(folder / "zarr.json"):
-                _remove_unfinished(folder)
-        for litter in self.path.rglob("*.partial"):
+        for name in children(self.path):
+            if CLASS_NAME.fullmatch(name) and not exists(self.path / name / "zarr.json"):
+                _remove_unfinished(self.path / name)
+        for litter in self.path.rglob("*.partial") if isinstance(self.path, Path) else ():
             if not litter.name.startswith("lock.json"):  # may belong to a run that is waiting for the lock just now
                 litter.unlink(missing_ok=True)
 
@@ -234,21 +255,21 @@ class Store:
         """Note which version wrote last."""
         if version != self.spec.written_version:
             self.spec = replace(self.spec, written_version=version)
-            put_json(self.path / "zarr.json", root_document(self.spec))
+            put_json(self.path / "zarr.json", root_document(self.spec), durable=self.durable)
 
 
-def _remove_unfinished(group: Path) -> None:
+def _remove_unfinished(group: Place) -> None:
     """Clear away what a crash left of a class that was being created, and which therefore never had a status."""
-    if any((group / "status").glob("c.*")):
+    if exists(group / "status") and any(name.startswith("c.") for name in children(group / "status")):
         raise FeaturemapsError(
             f"class {group} has rows but no zarr.json, so it was damaged after it was made: clearing it away would lose its maps, so "
             "nothing was touched; restore that file from a copy, or move the folder away to compute its images again"
         )
-    shutil.rmtree(group, ignore_errors=True)
+    remove_folder(group)
 
 
 @contextlib.contextmanager
-def _understood(path: Path) -> Iterator[None]:
+def _understood(path: Place) -> Iterator[None]:
     """Metadata that says something else than format 1 does is an error for people."""
     try:
         yield
@@ -259,7 +280,7 @@ def _understood(path: Path) -> Iterator[None]:
         ) from error
 
 
-def is_store(path: Path) -> bool:
+def is_store(path: Place) -> bool:
     """Whether ``path`` holds a finished creation of a store of any format."""
     try:
         (path / "zarr.json").stat()
@@ -270,7 +291,7 @@ def is_store(path: Path) -> bool:
     return True
 
 
-def _read_spec(path: Path) -> StoreSpec:
+def _read_spec(path: Place) -> StoreSpec:
     if not is_store(path):
         raise UsageError(f"there is no store at {path}: check the path, or make one with `featuremaps run SOURCE {path}`")
     with _understood(path):
@@ -292,7 +313,7 @@ def _read_spec(path: Path) -> StoreSpec:
         return StoreSpec(**{**content, "layers": layers})
 
 
-def _read_layout(folder: Path, layer: StoredLayer) -> LayerLayout:
+def _read_layout(folder: Place, layer: StoredLayer) -> LayerLayout:
     document = read_json(folder / layer.name / "zarr.json")
     _, channels, height, width = document["shape"]
     codec = document["codecs"][0]
@@ -306,15 +327,31 @@ def _size(group: str) -> Size:
     return int(height), int(width)
 
 
+def _open_array(folder: Place) -> zarr.Array[Any]:
+    with remote.errors(str(folder)):
+        where = ObjectStore(remote.connect(str(folder)), read_only=True) if isinstance(folder, remote.Url) else str(folder)
+        return zarr.open_array(where, mode="r", zarr_format=3)
+
+
 # -- what tasks write ------------------------------------------------------------------------------------------------------------
 
 
-def write_maps(path: Path, run_id: str, layout: ClassLayout, layer: LayerLayout, start: int, block: Array, fill: float) -> int:
+def write_maps(
+    path: Place,
+    run_id: str,
+    layout: ClassLayout,
+    layer: LayerLayout,
+    start: int,
+    block: Array,
+    fill: float,
+    *,
+    durable: bool = False,
+) -> int:
     """Write the objects of one layer that hold rows ``[start, start + len(block))``; the caller owns them.
 
     Parameters
     ----------
-    path : Path
+    path : Path or Url
         The store.
     run_id : str
         The run that sent the task.
@@ -326,6 +363,8 @@ def write_maps(path: Path, run_id: str, layout: ClassLayout, layer: LayerLayout,
         All rows of the shard up to its end or the class's length, as stored.
     fill : float
         Fill value of the array.
+    durable : bool
+        As of `Store`.
 
     Returns
     -------
@@ -354,11 +393,11 @@ def write_maps(path: Path, run_id: str, layout: ClassLayout, layer: LayerLayout,
     objects = encode_rows(layout, layer, start, block, fill)
     require_lock(path / RUNS, run_id)
     for key, parts in objects.items():
-        put(folder / key, *parts)
+        put(folder / key, *parts, durable=durable)
     return sum(len(part) for parts in objects.values() for part in parts)
 
 
-def read_maps(path: Path, layout: ClassLayout, layer: str, start: int, stop: int) -> Array:
+def read_maps(path: Place, layout: ClassLayout, layer: str, start: int, stop: int) -> Array:
     """Rows of one layer as stored, for a writer that must keep them: (n, channel, y, x).
 
     Raises
@@ -368,7 +407,8 @@ def read_maps(path: Path, layout: ClassLayout, layer: str, start: int, stop: int
     """
     folder = path / class_name(layout.size) / layer
     try:
-        return np.asarray(zarr.open_array(str(folder), mode="r", zarr_format=3)[start:stop])
+        with remote.errors(str(folder)):
+            return np.asarray(_open_array(folder)[start:stop])
     except (ValueError, RuntimeError) as error:
         raise FeaturemapsError(
             f"rows {start} to {stop} of {folder} are damaged ({error}), and their shard cannot be written anew without them: nothing was "

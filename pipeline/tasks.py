@@ -10,9 +10,8 @@ import signal
 import socket
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 from distributed import Worker, WorkerPlugin, get_worker
@@ -22,8 +21,9 @@ from pipeline.chunks import Array, maps_digest
 from pipeline.config import ExtractorSpec
 from pipeline.errors import FeaturemapsError, ImageError, PassingFaultError
 from pipeline.layers import layer_names, output_sizes
+from pipeline.objects import place
 from pipeline.plan import ClassLayout, LayerLayout
-from pipeline.reading import Patience, Source, read_bytes
+from pipeline.reading import Patience, Source, read_ahead
 from pipeline.schema import STATISTICS, Status, StoredLayer
 
 
@@ -35,6 +35,8 @@ class Target:
     run_id: str
     extractor: str
     """Name of the `ExtractorPlugin`; runs of different stores may share a cluster."""
+    durable: bool = False
+    """As of `store.Store`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,10 +205,11 @@ def _images(
     source: Source, piece: WorkPiece, outcome: PieceResult, result: BatchResult, patience: Patience
 ) -> Iterator[Array | None]:
     """One image after another, as `read` gives them."""
+    files = read_ahead(source, piece.paths, piece.fingerprints, patience)
     for i in range(len(piece.rows)):
         image = None
         try:
-            image = _read_image(source, piece, i, outcome, result, patience)
+            image = _read_image(source, piece, i, outcome, result, files)
         except ImageError as error:
             outcome.status[i] = Status.QUARANTINED
             outcome.error[i] = str(error)
@@ -215,9 +218,11 @@ def _images(
         yield image
 
 
-def _read_image(source: Source, piece: WorkPiece, i: int, outcome: PieceResult, result: BatchResult, patience: Patience) -> Array:
+def _read_image(
+    source: Source, piece: WorkPiece, i: int, outcome: PieceResult, result: BatchResult, files: Iterator[Callable[[], bytes]]
+) -> Array:
     with _timed(result, "read"):
-        data = read_bytes(source, piece.paths[i], piece.fingerprints[i], patience)
+        data = next(files)()
         outcome.digest[i] = hashlib.sha256(data).hexdigest()
     with _timed(result, "decode"):
         image = decode.decode(data, source.decode)
@@ -328,7 +333,14 @@ def _write_piece(target: Target, outcome: PieceResult, blocks: dict[str, Array],
     for layer, stored in zip(outcome.layout.layers, _plugin(target).layers, strict=True):
         _keep_others(target, outcome, layer, blocks[layer.name], stored.fill_value)
         result.bytes_written += store.write_maps(
-            Path(target.path), target.run_id, outcome.layout, layer, outcome.start, blocks[layer.name], stored.fill_value
+            place(target.path),
+            target.run_id,
+            outcome.layout,
+            layer,
+            outcome.start,
+            blocks[layer.name],
+            stored.fill_value,
+            durable=target.durable,
         )
     result.stage_s["write"] += time.perf_counter() - started
 
@@ -341,7 +353,7 @@ def _keep_others(target: Target, outcome: PieceResult, layer: LayerLayout, block
     for run in np.split(indices, np.flatnonzero(np.diff(indices) > 1) + 1) if len(indices) else []:
         first, stop = int(run[0]) + outcome.start, int(run[-1]) + 1 + outcome.start
         try:
-            block[run[0] : run[-1] + 1] = store.read_maps(Path(target.path), outcome.layout, layer.name, first, stop)
+            block[run[0] : run[-1] + 1] = store.read_maps(place(target.path), outcome.layout, layer.name, first, stop)
         except FeaturemapsError:
             for row in range(first, stop):
                 block[row - outcome.start] = _keep(target, outcome, layer, row, fill)
@@ -350,7 +362,7 @@ def _keep_others(target: Target, outcome: PieceResult, layer: LayerLayout, block
 def _keep(target: Target, outcome: PieceResult, layer: LayerLayout, row: int, fill: float) -> Array | float:
     """One row of a damaged shard; nothing where nobody needs it."""
     try:
-        maps: Array = store.read_maps(Path(target.path), outcome.layout, layer.name, row, row + 1)[0]
+        maps: Array = store.read_maps(place(target.path), outcome.layout, layer.name, row, row + 1)[0]
     except FeaturemapsError:
         if row in outcome.kept:
             raise

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -27,6 +26,7 @@ from pipeline.checks import (
 from pipeline.chunks import Array
 from pipeline.cluster import local_workers
 from pipeline.lock import StoreLock, require_lock
+from pipeline.objects import Place
 from pipeline.run import new_run_id
 from pipeline.schema import (
     EXTRACTOR,
@@ -118,7 +118,7 @@ class Audit:
 
 
 def verify_store(
-    path: Path,
+    path: Place,
     *,
     n_sample: int = 20,
     seed: int | None = None,
@@ -129,7 +129,7 @@ def verify_store(
 
     Parameters
     ----------
-    path : Path
+    path : Path or Url
     n_sample : int
         Done images that are read from the source and recomputed in float64, chosen at random.
     seed : int, optional

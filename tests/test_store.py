@@ -475,7 +475,7 @@ def test_receipts_come_oldest_first_without_the_lock(tmp_path):
 def test_a_commit_writes_status_last_and_the_digest_of_the_maps_before_it(tmp_path, monkeypatch):
     store = fill_store(tmp_path / "s")
     written: list[str] = []
-    monkeypatch.setattr(store_module, "put", lambda path, data: written.append(path.parent.name))
+    monkeypatch.setattr(store_module, "put", lambda path, data, durable: written.append(path.parent.name))
     store.commit(GROUP, np.array([5]), reported([5]))
     assert len(written) == 12
     assert written[-2:] == ["maps_digest", "status"]
@@ -506,7 +506,7 @@ def crash_after(n_puts: int, *, torn: bool = False) -> Iterator[None]:
     """Let the process end at its put number ``n_puts``; ``torn`` leaves half of the object under its temporary name."""
     left = n_puts
 
-    def put_or_crash(path: Path, *parts: bytes) -> None:
+    def put_or_crash(path: Path, *parts: bytes, durable: bool = False) -> None:
         nonlocal left
         if left == 0:
             if torn:
@@ -514,7 +514,7 @@ def crash_after(n_puts: int, *, torn: bool = False) -> Iterator[None]:
                 path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial").write_bytes(data[: len(data) // 2])
             raise Crash
         left -= 1
-        put(path, *parts)
+        put(path, *parts, durable=durable)
 
     with (
         patch.object(store_module, "put", put_or_crash),

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import xxhash
 
-from pipeline import tasks
+from pipeline import reading, tasks
 from pipeline.collection import list_collection
 from pipeline.config import DecodeSpec, make_job
 from pipeline.creation import create_store, prepare_folder
@@ -137,7 +137,7 @@ def test_the_time_of_reads_that_fail_is_that_of_reading(work, monkeypatch):
         time.sleep(0.05)
         raise PassingFaultError("gone")
 
-    monkeypatch.setattr(tasks, "read_bytes", slow)
+    monkeypatch.setattr(reading, "read_bytes", slow)
     seconds = process(work.source, work.target, [work.piece]).stage_s
     assert seconds["read"] >= 5 * 0.05 > seconds["extract"]
 

@@ -1,0 +1,81 @@
+"""Who holds a store, and whether that process is still there."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """Who holds a store; the heartbeat is the modification time of the lock object."""
+
+    run_id: str
+    host: str
+    boot_id: str
+    """Changes when the host restarts; with the PID namespace, as containers share one boot."""
+    pid: int
+    process_started: int
+    """Clock ticks since the boot, which no step of the clock moves, so that a reused pid is not taken for the holder."""
+    job_id: str
+    """Batch system's job id, or empty."""
+
+    @classmethod
+    def parse(cls, content: bytes) -> Holder | None:
+        """Understand a lock object; None where its run gave the store back.
+
+        Raises
+        ------
+        ValueError, TypeError, AttributeError
+            When it is none.
+        """
+        document = json.loads(content)
+        document.pop("n_beats", None)
+        return None if document.get("is_released") else cls(**document)
+
+    @classmethod
+    def current(cls, run_id: str) -> Holder:
+        """The holder that this process is."""
+        return cls(run_id, socket.gethostname(), _boot_id(), os.getpid(), _start_ticks(os.getpid()), _job_id())
+
+    def is_dead(self) -> bool:
+        """Whether it ran on this host and boot and its process is gone; False when that cannot be known from here."""
+        if (self.host, self.boot_id) != (socket.gethostname(), _boot_id()):
+            return False
+        try:
+            return _start_ticks(self.pid) != self.process_started or psutil.Process(self.pid).status() == psutil.STATUS_ZOMBIE
+        except (psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):
+            return not _is_there(self.pid)
+
+
+def _start_ticks(pid: int) -> int:
+    """When a process started; proc(5) counts the field behind the name, which may hold anything."""
+    return int(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[19])
+
+
+def _is_there(pid: int) -> bool:
+    """Whether a process exists, also where /proc hides those of others."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
+def _boot_id() -> str:
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{boot}/{Path('/proc/self/ns/pid').readlink()}"
+    except OSError:
+        return f"{psutil.boot_time():.0f}"
+
+
+def _job_id() -> str:
+    return next((os.environ[k] for k in ("SLURM_JOB_ID", "PBS_JOBID", "JOB_ID") if os.environ.get(k)), "")

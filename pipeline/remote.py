@@ -1,0 +1,331 @@
+"""Objects under a URL: s3://, gs://, az:// and, to read, https://; the only home of obstore.
+
+Where a bucket is and who may use it is said by the usual environment variables (AWS_*, GOOGLE_*, AZURE_*), on the driver and on
+every worker. Nothing of it is ever written down or sent.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from functools import cache
+from typing import Any, NamedTuple
+from urllib.parse import unquote, urlsplit
+
+from pipeline.errors import UsageError
+
+BUCKETS = ("s3", "gs", "az")
+WEB = ("https", "http")
+CONCURRENCY = 32
+"""Requests that one process has under way at once."""
+HEAD_BYTES = 64 * 1024
+"""What is asked for first of an image of which only the header is wanted."""
+
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+_SIGNED = re.compile(r"(?i)(^|&)(x-amz-signature|x-amz-security-token|x-goog-signature|signature|sig|token|key|password)=")
+_RETRIES = {
+    True: {"max_retries": 6, "retry_timeout": timedelta(seconds=60)},
+    False: {"max_retries": 0, "retry_timeout": timedelta(seconds=60)},
+}
+_TIMEOUTS = {"connect_timeout": timedelta(seconds=10), "timeout": timedelta(seconds=120)}
+
+
+def is_url(text: str) -> bool:
+    """Whether a source or store is named by a URL rather than a path."""
+    return _URL.match(text) is not None
+
+
+class ConflictError(Exception):
+    """An object is not what a conditional put expected: somebody else wrote it."""
+
+
+class Meta(NamedTuple):
+    """What a server says of an object."""
+
+    size_bytes: int
+    modified: datetime
+    """By the server's clock."""
+    e_tag: str | None
+    """As the server writes it."""
+    version: str | None = None
+
+    @property
+    def condition(self) -> Any:
+        """For `Url.put`: only while the object is still this one."""
+        return {key: value for key, value in (("e_tag", self.e_tag), ("version", self.version)) if value is not None}
+
+    @property
+    def identity(self) -> str:
+        """ETag without quotes; the time in nanoseconds where there is none."""
+        return (self.e_tag or "").removeprefix("W/").strip('"') or str(round(self.modified.timestamp() * 1e6) * 1000)
+
+
+@dataclass(frozen=True, slots=True)
+class Url:
+    """One object, or the folder of all whose keys begin with this one's and a slash; joined with ``/`` as paths are.
+
+    Methods raise `OSError` as a file system would: FileNotFoundError, PermissionError, and EIO for what may pass.
+    """
+
+    base: str
+    """Scheme and bucket or host."""
+    key: str = ""
+    """As it is, not percent-encoded."""
+    query: str = ""
+    """Of https:// only."""
+
+    @classmethod
+    def parse(cls, text: str) -> Url:
+        """Understand a URL.
+
+        Raises
+        ------
+        UsageError
+            When it is of an unknown kind, has no bucket or host, or carries a password.
+        """
+        match = _URL.match(text)
+        scheme = match[1].lower() if match else ""
+        if scheme not in BUCKETS + WEB:
+            raise UsageError(
+                f"{text!r} is a URL of an unknown kind, so nothing was started; known are {', '.join(f'{s}://' for s in BUCKETS + WEB)}"
+            )
+        host, _, key = text[len(scheme) + 3 :].partition("/")
+        if "@" in host:
+            raise UsageError(
+                f"a URL of {host.rpartition('@')[2]!r} carries a user or password, which would be written into the store, so nothing was "
+                "started; leave it out, and give credentials by environment variables"
+            )
+        if not host:
+            raise UsageError(f"URL {text!r} names no bucket or host, so nothing was started; write {scheme}://BUCKET/...")
+        if scheme in WEB:
+            split = urlsplit(text)
+            if _SIGNED.search(split.query):
+                raise UsageError(
+                    f"URL {text.partition('?')[0]!r} carries a signature or key, which would be written into the store and is another "
+                    "one tomorrow, so nothing was started; name the bucket (s3://, gs://, az://) and give credentials by "
+                    "environment variables"
+                )
+            return cls(f"{scheme}://{host.partition('?')[0]}", unquote(split.path).strip("/"), split.query)
+        return cls(f"{scheme}://{host}", key.strip("/"))
+
+    def __str__(self) -> str:
+        return f"{self.base}/{self.key}" if self.key else self.base
+
+    def __truediv__(self, name: str) -> Url:
+        return Url(self.base, f"{self.key}/{name}" if self.key else name)
+
+    @property
+    def name(self) -> str:
+        """Last part of the key."""
+        return self.key.rpartition("/")[2]
+
+    @property
+    def parent(self) -> Url:
+        """The folder that it lies in."""
+        return Url(self.base, self.key.rpartition("/")[0])
+
+    @property
+    def is_bucket(self) -> bool:
+        """Whether it can be listed and written."""
+        return self.base.startswith(tuple(f"{scheme}://" for scheme in BUCKETS))
+
+    # -- reading ---------------------------------------------------------------------------------------------------------------
+
+    def fetch(self, *, patient: bool = True) -> tuple[bytes, Meta]:
+        """Content and what the server says of it, in one request; ``patient`` tries again after faults that may pass."""
+        with self._errors():
+            store, key = self._target(patient)
+            response = store.get(key)
+            return bytes(response.bytes()), _meta(response.meta)
+
+    def read_bytes(self) -> bytes:
+        """Content."""
+        return self.fetch()[0]
+
+    def stat(self) -> Meta:
+        """What the server says of it."""
+        with self._errors():
+            store, key = self._target()
+            try:
+                return _meta(store.head(key))
+            except FileNotFoundError:
+                raise
+            except _exceptions().BaseError:
+                if self.is_bucket:
+                    raise
+                return _meta(store.get(key).meta)  # some servers of the web answer no HEAD
+
+    def open_header(self, *, patient: bool = True) -> io.BytesIO | io.BufferedReader:
+        """Open for reading a little of it, in one request as a rule."""
+        with self._errors():
+            store, key = self._target(patient)
+            try:
+                response = store.get(key, options={"range": (0, HEAD_BYTES)})
+                size_bytes, head = int(response.meta["size"]), bytes(response.bytes())
+            except FileNotFoundError:
+                raise
+            except _exceptions().BaseError:  # it is empty, or the server knows no ranges
+                return io.BytesIO(bytes(store.get(key).bytes()))
+        if size_bytes <= len(head):
+            return io.BytesIO(head)
+        return io.BufferedReader(_Ranges(self, patient, size_bytes, head), HEAD_BYTES)
+
+    def read_range(self, start: int, stop: int, *, patient: bool = True) -> bytes:
+        """Bytes from ``start`` to before ``stop``."""
+        with self._errors():
+            store, key = self._target(patient)
+            return bytes(store.get_range(key, start=start, end=stop))
+
+    # -- listing ---------------------------------------------------------------------------------------------------------------
+
+    def walk(self) -> Iterator[tuple[str, Meta]]:
+        """Every object below it, by its key behind this one's, page by page; a page that fails fails it all."""
+        with self._errors():
+            store, prefix = connect(self.base), f"{self.key}/" if self.key else ""
+            for page in store.list(prefix or None):
+                for found in page:
+                    if found["path"].startswith(prefix):
+                        yield found["path"][len(prefix) :], _meta(found)
+
+    def children(self) -> list[str]:
+        """Names of what lies directly in it, sorted."""
+        with self._errors():
+            found = connect(self.base).list_with_delimiter(self.key or None)
+            paths = [*found["common_prefixes"], *(item["path"] for item in found["objects"])]
+        return sorted({path.rstrip("/").rpartition("/")[2] for path in paths} - {self.name if self.key in paths else ""})
+
+    def is_empty(self) -> bool:
+        """Whether there is nothing below it."""
+        return self.is_bucket and next(self.walk(), None) is None
+
+    # -- writing ---------------------------------------------------------------------------------------------------------------
+
+    def put(self, *parts: bytes, only: Any = None) -> Any:
+        """Write it whole; ``only`` is ``"create"`` or a condition, as `Meta.condition` and this return it.
+
+        Raises
+        ------
+        ConflictError
+            When the condition does not hold.
+        """
+        with self._errors():
+            store, key = self._target()
+            try:
+                result = store.put(key, b"".join(parts), use_multipart=False, **({} if only is None else {"mode": only}))
+            except (_exceptions().AlreadyExistsError, _exceptions().PreconditionError, FileExistsError) as error:
+                raise ConflictError(str(self)) from error
+        return {key: result[key] for key in ("e_tag", "version") if result[key] is not None}
+
+    def unlink(self) -> None:
+        """Remove it, if it is there."""
+        try:
+            with self._errors():
+                store, key = self._target()
+                store.delete(key)
+        except FileNotFoundError:
+            pass
+
+    # -- how -------------------------------------------------------------------------------------------------------------------
+
+    def _target(self, patient: bool = True) -> tuple[Any, str]:
+        if self.query:
+            return connect(f"{self}?{self.query}", patient), ""
+        return connect(self.base, patient), self.key
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        """Turn what obstore raises into `OSError`; its texts may show signed URLs, so only a part of them is passed on."""
+        with errors(str(self)):
+            yield
+
+
+class _Ranges(io.RawIOBase):
+    """A file whose beginning is at hand and whose rest is read when asked for."""
+
+    def __init__(self, url: Url, patient: bool, size_bytes: int, head: bytes) -> None:
+        self.url, self.patient, self.size_bytes, self.head = url, patient, size_bytes, head
+        self.position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.size_bytes}[whence]
+        if start + offset < 0:
+            raise OSError(errno.EINVAL, "negative seek position")
+        self.position = start + offset
+        return self.position
+
+    def readinto(self, buffer: Any) -> int:
+        stop = min(self.position + len(buffer), self.size_bytes)
+        if stop <= self.position:
+            return 0
+        if self.position < len(self.head):
+            data = self.head[self.position : stop]
+        else:
+            data = self.url.read_range(self.position, stop, patient=self.patient)
+        buffer[: len(data)] = data
+        self.position += len(data)
+        return len(data)
+
+
+@cache
+def connect(base: str, patient: bool = True) -> Any:
+    """The obstore store of everything below a URL."""
+    try:
+        from obstore.store import from_url  # noqa: PLC0415 (an extra)
+    except ImportError as error:
+        raise UsageError(
+            f'{base} needs obstore, which is not installed, so nothing was started; install it with pip install "featuremaps[cloud]"'
+        ) from error
+    endpoint = next((os.environ[k] for k in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT") if os.environ.get(k)), "")
+    plain = base.startswith("http://") or (base.startswith("s3://") and endpoint.startswith("http://"))
+    options = _TIMEOUTS | ({"allow_http": True} if plain else {})
+    with errors(base):
+        return from_url(base, client_options=options, retry_config=_RETRIES[patient])
+
+
+def _exceptions() -> Any:
+    from obstore import exceptions  # noqa: PLC0415 (an extra)
+
+    return exceptions
+
+
+@contextmanager
+def errors(where: str) -> Iterator[None]:
+    """Turn what obstore raises into `OSError`."""
+    try:
+        yield
+    except (OSError, UsageError, ConflictError) as error:
+        if isinstance(error, FileNotFoundError) and not error.errno:
+            raise FileNotFoundError(errno.ENOENT, "there is no such object", where) from None
+        raise
+    except Exception as error:
+        known = _exceptions()
+        if not isinstance(error, known.BaseError):
+            raise
+        text = _without_secrets(str(error))
+        if isinstance(error, known.PermissionDeniedError | known.UnauthenticatedError):
+            raise PermissionError(errno.EACCES, text, where) from None
+        code = errno.EINVAL if isinstance(error, known.InvalidPathError) else errno.EIO
+        raise OSError(code, text, where) from None
+
+
+def _without_secrets(text: str) -> str:
+    """What went wrong, in a line, without the queries of URLs, where signatures are, and without the server's page."""
+    code = re.search(r"<Code>(\w+)</Code>", text)
+    line = " ".join(re.split(r"\n\nDebug source|: <[?!\w]", text)[0].split()) + (f" ({code[1]})" if code else "")
+    return re.sub(r"\?\S*", "", re.sub(r"//[^/\s]*@", "//", line))[:400]
+
+
+def _meta(found: Any) -> Meta:
+    return Meta(int(found["size"]), found["last_modified"], found["e_tag"], found["version"])
