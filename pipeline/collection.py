@@ -241,7 +241,7 @@ def _list_bucket(source: str, url: Url) -> Listing:
         )
     names = url.key.split("/") if url.key else []
     first = next((i for i, name in enumerate(names) if _MAGIC.search(name)), len(names))
-    root, parts = Url(url.base, "/".join(names[:first])), names[first:]
+    root, parts = Url(url.base, "/".join(names[:first])), tuple(names[first:])
     others: Counter[str] = Counter()
     found = []
     for key, meta in root.walk():

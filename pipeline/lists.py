@@ -63,7 +63,10 @@ def _relative(folder: str, paths: list[str]) -> tuple[str, list[str]]:
         shared = os.path.commonprefix(paths)  # noqa: RUF071 (characters are bytes here)
         folder = shared[: shared.rfind("/") + 1]
         if not folder.startswith("/") and "://" not in folder:
-            raise ValueError("its entries are of several kinds: local paths, s3://, https://; give a list for each")
+            raise UsageError(
+                f"a list names entries of several kinds, {paths[0]!r} and others, so nothing was listed; give a list for local paths, and "
+                "one for each kind of URL"
+            )
     for i, path in enumerate(paths):
         paths[i] = path[len(folder) :]
     root = folder if folder.endswith("://") else folder.rstrip("/") or "/"

@@ -21,7 +21,7 @@ R = TypeVar("R")
 
 
 def place(store: str | Place) -> Place:
-    """Where a store is or will be, absolute.
+    """Where a store is or will be.
 
     Raises
     ------
@@ -29,7 +29,7 @@ def place(store: str | Place) -> Place:
         When it is a URL that nothing can be written to.
     """
     if not isinstance(store, str) or not is_url(store):
-        return store if isinstance(store, Url) else Path(store).absolute()
+        return store if isinstance(store, Url) else Path(store)
     url = Url.parse(store)
     if not url.is_bucket or not url.key:
         raise UsageError(

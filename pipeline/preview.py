@@ -139,7 +139,7 @@ def plan_job(job: Job, cluster_file: Path = Path("cluster.yaml")) -> Preview:
     if store is not None:
         settle_returned(store, found)
     preview.n_returned = sum(map(len, found.returned.values())) - (found.n_pending - n_pending)
-    preview.free_bytes = free_bytes(place(job.store))
+    preview.free_bytes = free_bytes(place(job.store).absolute())
 
     existing = {} if store is None else store.classes
     pending = {size: [row for row, _ in found.pending.get(c.name, ())] for size, c in existing.items()}

@@ -130,6 +130,10 @@ class Url:
         """The folder that it lies in."""
         return Url(self.base, self.key.rpartition("/")[0])
 
+    def absolute(self) -> Url:
+        """Itself: a URL is relative to nothing."""
+        return self
+
     @property
     def is_bucket(self) -> bool:
         """Whether it can be listed and written."""

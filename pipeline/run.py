@@ -76,7 +76,7 @@ def run_job(
         When the run had to end early; what was committed stands and the same call goes on from there.
     """
     started = time.monotonic()
-    path = place(job.store)
+    path = place(job.store).absolute()
     progress = Progress()
     notify = on_progress or (lambda _: None)
     notify(progress)
@@ -158,7 +158,7 @@ def check_job(job: Job, listing: Listing, cluster_file: Path | None) -> tuple[St
     UsageError
         When they do not fit.
     """
-    path = place(job.store)
+    path = place(job.store).absolute()
     check_apart(path, job.source, listing.root)
     needed, resize = needed_size(job.extractor), job.decode.resize
     if resize and (resize[0] < needed[0] or resize[1] < needed[1]):
