@@ -51,7 +51,7 @@ def check_folder(path: Place) -> None:
         )
 
 
-def prepare_folder(path: Place) -> None:
+def prepare_folder(path: Place, *, durable: bool = False) -> None:
     """Make the folder of a new store with its ``runs``, so that it can be locked.
 
     Raises
@@ -61,9 +61,9 @@ def prepare_folder(path: Place) -> None:
     """
     check_folder(path)
     try:
-        make_folder(path / RUNS)
+        make_folder(path / RUNS, durable=durable)
         if not exists(path / RUNS / "zarr.json"):
-            put_json(path / RUNS / "zarr.json", group_document({}))
+            put_json(path / RUNS / "zarr.json", group_document({}), durable=durable)
     except OSError as error:
         raise UsageError(
             f"store {path} cannot be written ({error.strerror}): nothing was started; check its permissions and the space, or give "

@@ -84,13 +84,13 @@ def run_job(
     if job.limit is not None:
         listing = listing.limit(job.limit)
     spec, weights = check_job(job, listing, cluster_file if client is None else None)
-    prepare_folder(path)
+    durable = job.durability == "machine"
+    prepare_folder(path, durable=durable)
     summary = Summary(
         new_run_id(), started=_now(), config=job.model_dump(mode="json"), versions=_versions(), n_listed=len(listing)
     )
     summary.ignored = dict(listing.ignored)
     summary.unreadable_folders = list(listing.unreadable[:100])
-    durable = job.durability == "machine"
     with StoreLock(path / RUNS, summary.run_id, sole_writer=job.sole_writer) as lock:
         store = open_for(path, spec) or create_store(path, spec, weights, durable=durable)
         store.durable = durable

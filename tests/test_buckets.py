@@ -414,7 +414,10 @@ def test_a_server_that_ignores_conditions_is_refused_unless_told_otherwise(tmp_p
             work(client, pictures, store, limit=4)
         assert not exists(store / "zarr.json")
         assert work(client, pictures, store, limit=4, sole_writer=True).n_done == 4
-        assert Store(store).column("40x60", "status").tolist() == [1, 1]  # its maps rclone cannot serve: it knows no suffix ranges
+        assert Store(store).column("40x60", "status").tolist() == [
+            1,
+            1,
+        ]  # its maps rclone cannot serve: it knows no suffix ranges
 
 
 # -- looking ---------------------------------------------------------------------------------------------------------------------
