@@ -57,6 +57,9 @@ def _job_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--gpus", type=int, metavar="N", help="GPUs to use, 0 for none (default: all)."),
         click.option("--memory-limit", type=int, metavar="MIB", help="Memory of one worker."),
         click.option("--cluster", metavar="NAME", help="A cluster of cluster.yaml (default: all local cores)."),
+        click.option(
+            "--check", type=click.Choice(["fingerprint", "digest"]), help="Look for changes by size and time, or by content."
+        ),
         click.option("--retry-quarantined", is_flag=True, default=None, help="Try quarantined and rejected images again."),
         click.option("--max-quarantined", type=int, metavar="N", help="Exit with 3 when more images than this are bad."),
         click.option("--max-removed", type=float, metavar="SHARE", help="Largest share that one run may mark removed (0.10)."),
@@ -71,7 +74,10 @@ def _job_options(command: Callable[..., Any]) -> Callable[..., Any]:
 def _make_job(what: tuple[str, ...], options: dict[str, Any]) -> Job:
     """Turn the command line into a job; options replace what a job file says."""
     values: dict[str, Any] = {}
-    for key in ("dtype", "limit", "workers", "gpus", "cluster", "retry_quarantined", "max_quarantined", "max_removed"):
+    for key in (
+        *("dtype", "limit", "workers", "gpus", "cluster"),
+        *("check", "retry_quarantined", "max_quarantined", "max_removed"),
+    ):
         if options[key] is not None:
             values[key] = options[key]
     if options["memory_limit"] is not None:
@@ -278,6 +284,11 @@ def _describe(summary: Summary, job: Job) -> str:
             ),
             f"time of the workers: {shares}; bottleneck: {summary.bottleneck}",
         ]
+    if summary.n_checked or summary.n_unchecked:
+        lines.append(
+            f"{summary.n_checked} images were read and compared with their digests, {summary.n_unchecked} could not be; "
+            f"{summary.n_touched} had a new time only"
+        )
     if summary.faults:
         faults = "; ".join(map(printable, summary.faults[:3]))
         lines.append(f"faults that may pass: {faults}; run again to try these images again")

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import errno
+from concurrent.futures import CancelledError
 from pathlib import Path
 from typing import Any
 
 from distributed import KilledWorker
+from distributed.client import ClosedClientError
+from distributed.comm import CommClosedError
 
 from pipeline.errors import FeaturemapsError
 
@@ -19,6 +22,12 @@ def scheduler_lost(error: BaseException | None) -> FeaturemapsError:
     )
     failure.__cause__ = error
     return failure
+
+
+def why(error: BaseException, sent: Any, store: Path, *, is_connected: bool) -> FeaturemapsError:
+    """Tell a lost scheduler from what a task or the store raised."""
+    is_lost = not is_connected or isinstance(error, CommClosedError | CancelledError | ClosedClientError)
+    return scheduler_lost(error) if is_lost else explain(error, sent, store)
 
 
 def explain(error: BaseException | None, sent: Any, store: Path) -> FeaturemapsError:

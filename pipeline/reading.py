@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import stat
 import time
@@ -150,11 +151,60 @@ def read_bytes(source: Source, path: str, fingerprint: str, patience: Patience) 
 
 def _read_file(root: str, path: str, fingerprint: str) -> bytes:
     with _open(root, path) as file:
-        found = fingerprint_of(os.fstat(file.fileno()))
-        if found != fingerprint:
-            raise ImageError("changed", f"the file changed after it was listed (from {fingerprint} to {found}); run again")
+        _require_fingerprint(file, fingerprint)
         data: bytes = file.read()
         return data
+
+
+def _require_fingerprint(file: Any, fingerprint: str) -> None:
+    found = fingerprint_of(os.fstat(file.fileno()))
+    if found != fingerprint:
+        raise ImageError("changed", f"the file changed after it was listed (from {fingerprint} to {found}); run again")
+
+
+class Digested(NamedTuple):
+    """SHA-256 of an image's bytes, or why there is none (``error``), or a fault that may pass (``fault``)."""
+
+    digest: str = ""
+    error: str = ""
+    fault: str = ""
+
+
+class DigestedBlock(tuple[Digested, ...]):
+    """The digests of a block; a type of its own, as `ProbedBlock`."""
+
+    __slots__ = ()
+
+
+def digest_block(root: str, images: Sequence[tuple[str, str]]) -> DigestedBlock:
+    """Read some images, a piece at a time, for the digests of their bytes.
+
+    Parameters
+    ----------
+    root : str
+        Source root.
+    images : sequence of (str, str)
+        Path and fingerprint; an image of another fingerprint is an error.
+    """
+    patience = Patience()
+    return DigestedBlock(_digest(root, path, fingerprint, patience) for path, fingerprint in images)
+
+
+def _digest(root: str, path: str, fingerprint: str, patience: Patience) -> Digested:
+    try:
+        return Digested(_retry(lambda: _digest_file(root, path, fingerprint), root, path, patience))
+    except ImageError as error:
+        return Digested(error=str(error))
+    except PassingFaultError as fault:
+        return Digested(fault=str(fault))
+
+
+def _digest_file(root: str, path: str, fingerprint: str) -> str:
+    with _open(root, path) as file:
+        _require_fingerprint(file, fingerprint)
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        _require_fingerprint(file, fingerprint)  # else some of the bytes may be old and some new
+        return digest
 
 
 def read_current(source: Source, path: str) -> bytes:
