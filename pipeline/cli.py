@@ -178,6 +178,19 @@ def verify(store: Path, n_sample: int, seed: int | None, repair: bool, workers: 
     return EXIT_COMPLETE if audit.is_sound else EXIT_FAILED
 
 
+@cli.command()
+@click.argument("store", type=click.Path(path_type=Path))
+@click.option("--dry-run", is_flag=True, help="Only say what would be freed.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def vacuum(store: Path, dry_run: bool, as_json: bool) -> int:
+    """Free the space of the maps in STORE whose images have left the source or were replaced; rows keep their numbers."""
+    from pipeline.vacuum import vacuum_store
+
+    result = vacuum_store(store, dry_run=dry_run)
+    click.echo(json.dumps(result.to_dict(), indent=1) if as_json else result.describe())
+    return EXIT_FAILED if result.n_damaged else EXIT_COMPLETE
+
+
 def _start_logging(verbose: int) -> None:
     level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")

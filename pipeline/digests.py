@@ -89,7 +89,7 @@ def check_digests(
                 notify(progress)
                 next_commit = time.monotonic() + COMMIT_S
         work.commit()
-    except (OSError, CancelledError, ClosedClientError) as error:
+    except (OSError, RuntimeError, ValueError, CancelledError, ClosedClientError) as error:
         raise why(error, None, store.path, is_connected=client.status == "running") from error
     finally:
         for future in in_flight:

@@ -58,6 +58,19 @@ def exists(path: Path) -> bool:
     return True
 
 
+def size_bytes(path: Path) -> int:
+    """Size of an object; 0 where there is none."""
+    try:
+        return path.stat().st_size
+    except (FileNotFoundError, NotADirectoryError):
+        return 0
+
+
+def delete(path: Path) -> None:
+    """Delete an object, if there is one."""
+    path.unlink(missing_ok=True)
+
+
 def free_bytes(path: Path) -> int:
     """Free space of the file system that a store is or will be on."""
     while not path.exists():
