@@ -167,13 +167,16 @@ def show(store: Path, path: str, output: Path) -> int:
 )
 @click.option("--seed", type=int, help="Of the choice of these images.")
 @click.option("--repair", is_flag=True, help="Set rows with bad maps to pending.")
+@click.option("--no-source", is_flag=True, help="Do not read the images: compare no digests of theirs, recompute none.")
 @click.option("--workers", type=click.IntRange(1), metavar="N", help="Processes (default: one per core).")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-def verify(store: Path, n_sample: int, seed: int | None, repair: bool, workers: int | None, as_json: bool) -> int:
-    """Audit STORE: metadata, every column and map against checksums and digests, some images computed anew."""
+def verify(
+    store: Path, n_sample: int, seed: int | None, repair: bool, no_source: bool, workers: int | None, as_json: bool
+) -> int:
+    """Audit STORE: metadata, every column, map and image against checksums and digests, some images computed anew."""
     from pipeline.verify import verify_store
 
-    audit = verify_store(store, n_sample=n_sample, seed=seed, repair=repair, workers=workers)
+    audit = verify_store(store, n_sample=n_sample, seed=seed, repair=repair, read_source=not no_source, workers=workers)
     click.echo(json.dumps(audit.to_dict(), indent=1) if as_json else audit.describe())
     return EXIT_COMPLETE if audit.is_sound else EXIT_FAILED
 

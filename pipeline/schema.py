@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -125,7 +126,13 @@ def root_document(spec: StoreSpec) -> dict[str, Any]:
     content = asdict(spec)
     for layer in content["layers"]:
         layer["fill_value"] = None if np.isnan(layer["fill_value"]) else layer["fill_value"]
-    return group_document({"featuremaps": content})
+    return group_document({"featuremaps": with_digest(content)})
+
+
+def with_digest(content: dict[str, Any]) -> dict[str, Any]:
+    """Some JSON values with their ``sha256``."""
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return content | {"sha256": hashlib.sha256(text.encode()).hexdigest()}
 
 
 def pooled_chunk(channels: int) -> tuple[int, int]:
