@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -66,7 +66,10 @@ class Changes:
     """Per group: row -> status to set before anything else."""
     retried: set[Entry] = field(default_factory=set)
     """Of the pending rows, those that were quarantined."""
+    to_check: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
+    """Per class: (row, image) of done rows whose digest is to be compared with the image's bytes, where digests are checked."""
     retry_quarantined: bool = False
+    check_digests: bool = False
     n_live: int = 0
     n_removed: int = 0
     n_unchanged: int = 0
@@ -86,7 +89,25 @@ class Changes:
     @property
     def has_work(self) -> bool:
         """Whether the ledger is to be written at all."""
-        return bool(self.new or self.pending or self.returned or self.set_status)
+        return bool(self.new or self.pending or self.returned or self.set_status or self.to_check)
+
+    @property
+    def n_to_check(self) -> int:
+        """Images whose bytes are to be compared with the ledger's digest."""
+        return sum(map(len, self.to_check.values()))
+
+    def check(self, entry: Entry, i: int) -> None:
+        """Note that the digest of a done row is to be compared, if digests are checked at all."""
+        if self.check_digests and entry.group != REJECTED:
+            self.to_check.setdefault(entry.group, []).append((entry.row, i))
+
+    def settle_checked(self, changed: Mapping[int, Entry], touched: set[int]) -> None:
+        """Take up what the bytes say: images that changed though size and time did not, and those of which only these did."""
+        self.new = sorted((set(self.new) | changed.keys()) - touched)
+        self.replaces = {i: entry for i, entry in self.replaces.items() if i not in touched} | dict(changed)
+        n_returned = sum(map(len, self.returned.values()))
+        self.returned = {group: [pair for pair in pairs if pair[1] not in changed] for group, pairs in self.returned.items()}
+        self.n_unchanged += len(touched) - len(changed) + n_returned - sum(map(len, self.returned.values()))
 
     def settle_returned(self, outcome: Callable[[str], tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]) -> None:
         """Decide what rows are whose image is back, by ``maps_digest`` and ``error`` of their group: those without are pending."""
@@ -95,6 +116,7 @@ class Changes:
             for row, i in rows:
                 if maps_digest[row]:
                     self.mark(Entry(group, row), Status.DONE)
+                    self.check(Entry(group, row), i)
                 elif error[row] and not is_inaccessible(error[row]) and not self.retry_quarantined:
                     self.mark(Entry(group, row), Status.QUARANTINED)
                 else:
@@ -110,6 +132,7 @@ def compare(
     fingerprint: Callable[[int], str],
     *,
     retry_quarantined: bool = False,
+    check_digests: bool = False,
     complete: bool = True,
     unreadable: Sequence[str] = (),
 ) -> Changes:
@@ -125,6 +148,8 @@ def compare(
         Fingerprint of an image by its position.
     retry_quarantined : bool
         Compute quarantined rows and probe rejected images again; those that could not be reached are so always.
+    check_digests : bool
+        Have the digest of every done row compared, whether or not the image's fingerprint is the ledger's.
     complete : bool
         Whether the listing is all of the source: only then are images that it lacks removed.
     unreadable : sequence of str
@@ -143,7 +168,7 @@ def compare(
     statuses = bytearray(len(paths))
     retries = bytearray(len(paths))
     gone: list[Entry] = []
-    changes = Changes(retry_quarantined=retry_quarantined)
+    changes = Changes(retry_quarantined=retry_quarantined, check_digests=check_digests)
 
     for entries in groups:
         names.append(entries.group)
@@ -201,6 +226,8 @@ def _decide(changes: Changes, i: int, entry: Entry | None, same: bool, status: i
         changes.new.append(i)
         if status != Status.REMOVED:
             changes.replaces[i] = entry
+        if status == Status.DONE:
+            changes.check(entry, i)
     elif status == Status.REMOVED:
         changes.returned.setdefault(entry.group, []).append((entry.row, i))
     elif status == Status.PENDING or (status == Status.QUARANTINED and retry):
@@ -210,6 +237,8 @@ def _decide(changes: Changes, i: int, entry: Entry | None, same: bool, status: i
         changes.pending.setdefault(entry.group, []).append((entry.row, i))
     else:
         changes.n_unchanged += 1
+        if status == Status.DONE:
+            changes.check(entry, i)
 
 
 def _below(path: str, folders: Sequence[str]) -> bool:

@@ -18,7 +18,7 @@ from pipeline.errors import FeaturemapsError, ImageError
 from pipeline.layers import layer_names, output_sizes
 from pipeline.objects import Place, read_json
 from pipeline.plan import ClassLayout, class_name, group_by_shard
-from pipeline.reading import Source, read_current
+from pipeline.reading import Source, digest_block, read_current
 from pipeline.schema import (
     EXTRACTOR,
     LEDGER_COLUMNS,
@@ -43,13 +43,15 @@ from pipeline.weights import dequantise
 ROUNDING = 1e-5
 """Float32 maps agree with exact ones to this, on whatever kind of processor."""
 TF32_ROUNDING = 2e-3
+ORIGINALS = 256
+"""Images that one process reads before it reports."""
 
 
 class Finding(NamedTuple):
     """Something that is not as the store says."""
 
     kind: str
-    """metadata, column, ledger, maps, recomputation or weights."""
+    """metadata, column, ledger, maps, source, recomputation or weights."""
     group: str
     """Shape class, or another group of the store."""
     row: int
@@ -64,7 +66,16 @@ class Finding(NamedTuple):
 
 def check_root(store: Store) -> Iterator[Finding]:
     """Whether weights, layers and their storage are those that the root's digests speak of."""
-    if read_json(store.path / "zarr.json") != json.loads(json.dumps(root_document(store.spec))):
+    found, expected = read_json(store.path / "zarr.json"), json.loads(json.dumps(root_document(store.spec)))
+    digest = found["attributes"]["featuremaps"].get("sha256")
+    if digest is None:  # a store of before there was one
+        del expected["attributes"]["featuremaps"]["sha256"]
+    elif digest != expected["attributes"]["featuremaps"]["sha256"]:
+        yield Finding(
+            "metadata", "", -1, "zarr.json", "its texts (source, source root, versions, settings) do not fit their sha256"
+        )
+        found["attributes"]["featuremaps"]["sha256"] = expected["attributes"]["featuremaps"]["sha256"]
+    if found != expected:
         yield Finding("metadata", "", -1, "zarr.json", "it holds more or other keys than format 1 has")
     try:
         weights = store.weights()
@@ -229,6 +240,53 @@ def _objects(shard: Shard, row: int) -> str:
 
 
 # -- what the source says --------------------------------------------------------------------------------------------------------
+
+
+class Originals(NamedTuple):
+    """Some done rows whose images are read."""
+
+    root: str
+    group: str
+    rows: tuple[int, ...]
+    images: tuple[tuple[str, str], ...]
+    """Path and fingerprint."""
+    digests: tuple[str, ...]
+
+
+@dataclass(slots=True)
+class Compared:
+    """What became of them."""
+
+    n_compared: int = 0
+    reasons: list[str] = field(default_factory=list)
+    """Why others were not."""
+    n_faults: int = 0
+    """Of those, by faults of the storage."""
+    findings: list[Finding] = field(default_factory=list)
+
+
+def originals(root: str, group: str, rows: Array, columns: dict[str, Array]) -> Iterator[Originals]:
+    """Done rows of a class, some hundred at a time."""
+    for start in range(0, len(rows), ORIGINALS):
+        members = rows[start : start + ORIGINALS]
+        paths, fingerprints, digests = (columns[name][members].tolist() for name in ("path", "fingerprint", "digest"))
+        yield Originals(root, group, tuple(members.tolist()), tuple(zip(paths, fingerprints, strict=True)), tuple(digests))
+
+
+def check_originals(part: Originals) -> Compared:
+    """Compare the bytes of images that are still those that were listed with the digests in the ledger."""
+    result = Compared()
+    found = digest_block(part.root, part.images)
+    for row, (path, _), expected, image in zip(part.rows, part.images, part.digests, found, strict=True):
+        if image.digest:
+            result.n_compared += 1
+            if image.digest != expected:
+                text = "the image has other bytes than its maps were computed from, though its size and time are the same"
+                result.findings.append(Finding("source", part.group, row, path, text))
+        else:
+            result.reasons.append(image.error.split(":", 1)[0] or "storage_fault")
+            result.n_faults += bool(image.fault)
+    return result
 
 
 class Sample(NamedTuple):

@@ -58,6 +58,9 @@ def _job_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--gpus", type=int, metavar="N", help="GPUs to use, 0 for none (default: all)."),
         click.option("--memory-limit", type=int, metavar="MIB", help="Memory of one worker."),
         click.option("--cluster", metavar="NAME", help="A cluster of cluster.yaml (default: all local cores)."),
+        click.option(
+            "--check", type=click.Choice(["fingerprint", "digest"]), help="Look for changes by size and time, or by content."
+        ),
         click.option("--retry-quarantined", is_flag=True, default=None, help="Try quarantined and rejected images again."),
         click.option("--max-quarantined", type=int, metavar="N", help="Exit with 3 when more images than this are bad."),
         click.option("--max-removed", type=float, metavar="SHARE", help="Largest share that one run may mark removed (0.10)."),
@@ -81,16 +84,8 @@ def _make_job(what: tuple[str, ...], options: dict[str, Any]) -> Job:
     """Turn the command line into a job; options replace what a job file says."""
     values: dict[str, Any] = {}
     for key in (
-        "dtype",
-        "limit",
-        "workers",
-        "gpus",
-        "cluster",
-        "retry_quarantined",
-        "max_quarantined",
-        "max_removed",
-        "durability",
-        "sole_writer",
+        *("dtype", "limit", "workers", "gpus", "cluster", "durability", "sole_writer"),
+        *("check", "retry_quarantined", "max_quarantined", "max_removed"),
     ):
         if options[key] is not None:
             values[key] = options[key]
@@ -181,15 +176,31 @@ def show(store: Place, path: str, output: Path) -> int:
 )
 @click.option("--seed", type=int, help="Of the choice of these images.")
 @click.option("--repair", is_flag=True, help="Set rows with bad maps to pending.")
+@click.option("--no-source", is_flag=True, help="Do not read the images: compare no digests of theirs, recompute none.")
 @click.option("--workers", type=click.IntRange(1), metavar="N", help="Processes (default: one per core).")
+@click.option("--sole-writer", is_flag=True, help="Vouch that nobody else writes to a bucket's store.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-def verify(store: Place, n_sample: int, seed: int | None, repair: bool, workers: int | None, as_json: bool) -> int:
-    """Audit STORE: metadata, every column and map against checksums and digests, some images computed anew."""
+def verify(store: Place, no_source: bool, as_json: bool, **options: Any) -> int:
+    """Audit STORE: metadata, every column, map and image against checksums and digests, some images computed anew."""
     from pipeline.verify import verify_store
 
-    audit = verify_store(store, n_sample=n_sample, seed=seed, repair=repair, workers=workers)
+    audit = verify_store(store, read_source=not no_source, **options)
     click.echo(json.dumps(audit.to_dict(), indent=1) if as_json else audit.describe())
     return EXIT_COMPLETE if audit.is_sound else EXIT_FAILED
+
+
+@cli.command()
+@click.argument("store", callback=lambda _context, _parameter, store: _place(store))
+@click.option("--dry-run", is_flag=True, help="Only say what would be freed.")
+@click.option("--sole-writer", is_flag=True, help="Vouch that nobody else writes to a bucket's store.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def vacuum(store: Place, dry_run: bool, sole_writer: bool, as_json: bool) -> int:
+    """Free the space of the maps in STORE whose images have left the source or were replaced; rows keep their numbers."""
+    from pipeline.vacuum import vacuum_store
+
+    result = vacuum_store(store, dry_run=dry_run, sole_writer=sole_writer)
+    click.echo(json.dumps(result.to_dict(), indent=1) if as_json else result.describe())
+    return EXIT_FAILED if result.n_damaged else EXIT_COMPLETE
 
 
 def _start_logging(verbose: int) -> None:
@@ -298,6 +309,11 @@ def _describe(summary: Summary, job: Job) -> str:
             ),
             f"time of the workers: {shares}; bottleneck: {summary.bottleneck}",
         ]
+    if summary.n_checked or summary.n_unchecked:
+        lines.append(
+            f"{summary.n_checked} images were read and compared with their digests, {summary.n_unchecked} could not be; "
+            f"{summary.n_touched} had a new time only"
+        )
     if summary.faults:
         faults = "; ".join(map(printable, summary.faults[:3]))
         lines.append(f"faults that may pass: {faults}; run again to try these images again")

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import signal
+import ssl
 from collections.abc import Iterator, Mapping
 from multiprocessing import resource_tracker
 from pathlib import Path
@@ -14,7 +15,8 @@ from typing import Annotated, Any, Literal, NamedTuple
 import dask
 import psutil
 from distributed import Client, LocalCluster
-from pydantic import Field
+from distributed.security import Security
+from pydantic import Field, model_validator
 
 from pipeline.config import Job, Positive, StrictModel, read_yaml, validate_model
 from pipeline.errors import FeaturemapsError, UsageError
@@ -24,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 ROLES = ("read", "extract", "write")
 CONNECT_TIMEOUT_S = 20.0
+LOOPBACK = "127.0.0.1:0"
 START_TRIES = 3
 
 _DASK_CONFIG = {
@@ -55,6 +58,22 @@ _DASK_CONFIG = {
 }
 
 
+class TlsSpec(StrictModel):
+    """Certificates, PEM: scheduler, workers and client let nobody in who has none that the authority signed."""
+
+    ca_file: str
+    """Of the authority."""
+    cert: str
+    key: str
+    """Without a password."""
+
+    def security(self) -> Security:
+        """As Dask wants it: one certificate for all roles, and no connection without."""
+        roles = ("client", "scheduler", "worker")
+        files = {f"tls_{role}_{part}": getattr(self, part) for role in roles for part in ("cert", "key")}
+        return Security(tls_ca_file=self.ca_file, require_encryption=True, **files)
+
+
 class LocalSpec(StrictModel):
     """Worker processes on this machine: one per core with one thread each, or one per GPU with the cores shared among them."""
 
@@ -65,6 +84,10 @@ class LocalSpec(StrictModel):
     """None is all that this process may use."""
     memory_limit_bytes: Positive | None = None
     """Of one worker; None shares the machine's memory among them."""
+    dashboard: Annotated[str, Field(pattern=r"^.*:\d+$")] | None = LOOPBACK
+    """HOST:PORT of Dask's dashboard, which asks nobody for a password; port 0 is any free one, None is no dashboard."""
+    tls: TlsSpec | None = None
+    """None lets every process of this machine in, also those of others."""
 
 
 class AddressSpec(StrictModel):
@@ -72,6 +95,14 @@ class AddressSpec(StrictModel):
 
     kind: Literal["address"]
     address: str
+    tls: TlsSpec | None = None
+    """What the scheduler knows its clients by."""
+
+    @model_validator(mode="after")
+    def _encrypted(self) -> AddressSpec:
+        if self.tls and not self.address.startswith("tls://"):
+            raise ValueError(f"with tls, address {self.address!r} has to begin with tls://, else nothing would be encrypted")
+        return self
 
 
 ClusterSpec = Annotated[LocalSpec | AddressSpec, Field(discriminator="kind")]
@@ -103,7 +134,32 @@ def load_cluster(name: str | None, path: Path = Path("cluster.yaml")) -> LocalSp
     clusters = validate_model(Clusters, values, str(path)).clusters
     if name not in clusters:
         raise UsageError(f"{path} has no cluster {name!r}: nothing was started; it has {', '.join(sorted(clusters))}")
-    return clusters[name]
+    spec = clusters[name]
+    if spec.tls is None:
+        return spec
+    files = {key: str(path.absolute().parent / Path(file).expanduser()) for key, file in spec.tls.model_dump().items()}
+    _check_certificates(f"cluster {name!r} of {path}", files)
+    return spec.model_copy(update={"tls": TlsSpec(**files)})
+
+
+def _check_certificates(where: str, files: dict[str, str]) -> None:
+    """Refuse what Dask would only find when the first connection fails, or would ask a password for."""
+    for key, file in files.items():
+        try:
+            Path(file).read_bytes()
+        except OSError as error:
+            raise UsageError(
+                f"{where} names the {key} {file}, which cannot be read ({error.strerror}): nothing was started; correct the path (a "
+                "relative one is beside the file that names it) or its permissions"
+            ) from error
+    try:
+        context = ssl.create_default_context(cafile=files["ca_file"])
+        context.load_cert_chain(files["cert"], files["key"], password="")
+    except (ssl.SSLError, ValueError) as error:
+        raise UsageError(
+            f"{where} names certificates that cannot be used ({error}): nothing was started; ca_file, cert and key have to be PEM files, "
+            "the key that of the certificate and without a password"
+        ) from error
 
 
 def local_workers(wanted: int | None) -> int:
@@ -154,7 +210,7 @@ def connect(spec: LocalSpec | AddressSpec) -> Iterator[Client]:
     """
     with dask.config.set(_DASK_CONFIG):
         if isinstance(spec, AddressSpec):
-            with _connect_address(spec.address) as client:
+            with _connect_address(spec) as client:
                 yield client
             return
         workers, threads, gpus = local_processes(spec)
@@ -165,10 +221,14 @@ def connect(spec: LocalSpec | AddressSpec) -> Iterator[Client]:
             "resources": dict.fromkeys(ROLES, threads) | ({"gpu": 1} if gpus else {}),
             "env": {} if gpus else {"CUDA_VISIBLE_DEVICES": ""},
             "host": "127.0.0.1",
-            "dashboard_address": "127.0.0.1:0",
+            "dashboard_address": spec.dashboard or LOOPBACK,
+            "scheduler_kwargs": {"dashboard": spec.dashboard is not None},  # with no address Dask would take a fixed port
+            "security": spec.tls and spec.tls.security(),
             "silence_logs": False,  # it would change the level of handlers that are not its own
         }
-        with _quiet_dask(), _start_local(options) as cluster, Client(cluster) as client:
+        # Without a dashboard there are no pages about workers and tasks either, which are another part of Dask.
+        pages = {} if spec.dashboard else {"distributed.scheduler.http.routes": ["distributed.http.health"]}
+        with dask.config.set(pages), _quiet_dask(), _start_local(options) as cluster, Client(cluster) as client:
             yield client
 
 
@@ -227,12 +287,13 @@ def _without_interrupts() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _connect_address(address: str) -> Iterator[Client]:
+def _connect_address(spec: AddressSpec) -> Iterator[Client]:
     try:
-        client = Client(address, timeout=CONNECT_TIMEOUT_S)
-    except (OSError, TimeoutError, ValueError) as error:
+        client = Client(spec.address, timeout=CONNECT_TIMEOUT_S, security=spec.tls and spec.tls.security())
+    except (OSError, TimeoutError, ValueError, TypeError) as error:  # of a type when tls:// is asked for without certificates
         raise FeaturemapsError(
-            f"no Dask scheduler answers at {address} ({error}): nothing was started; check the address and that `dask scheduler` runs"
+            f"no Dask scheduler answers at {spec.address} ({error}): nothing was started; check the address, that `dask scheduler` runs, "
+            "and where it uses TLS (tls://) the certificates under tls"
         ) from error
     with client:
         yield client

@@ -153,6 +153,8 @@ class Job(StrictModel):
     """GPUs that the embedded cluster uses, one worker process each; None is all that there are."""
     cluster: str | None = None
     """A name from cluster.yaml; None is the embedded local cluster."""
+    check: Literal["fingerprint", "digest"] = "fingerprint"
+    """How images that are done are known to be unchanged: by size and time, or by reading them all and comparing their SHA-256."""
     retry_quarantined: bool = False
     max_quarantined: Annotated[int, Field(ge=0)] | None = None
     """More quarantined or rejected images than this end the run with exit code 3; None allows any number."""

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 from distributed import Client, Future, KilledWorker
 from distributed.client import ClosedClientError
-from distributed.comm import CommClosedError
 
 from pipeline import reading, tasks
 from pipeline.capacity import require_memory, require_space
@@ -24,7 +23,7 @@ from pipeline.cluster import ROLES
 from pipeline.collection import Listing
 from pipeline.config import Job
 from pipeline.errors import FeaturemapsError
-from pipeline.faults import explain, scheduler_lost
+from pipeline.faults import explain, scheduler_lost, why
 from pipeline.fleet import Fleet
 from pipeline.intake import Intake
 from pipeline.ledger import Ledger
@@ -233,9 +232,7 @@ class Driver:
             self._fail(explain(error, sent, self.store.path))
 
     def _why(self, error: BaseException, sent: Any) -> FeaturemapsError:
-        """Tell a lost scheduler from what a task or the store raised."""
-        lost = self.client.status != "running" or isinstance(error, CommClosedError | CancelledError | ClosedClientError)
-        return scheduler_lost(error) if lost else explain(error, sent, self.store.path)
+        return why(error, sent, self.store.path, is_connected=self.client.status == "running")
 
     def _check_workers(self) -> None:
         try:

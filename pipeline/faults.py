@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import errno
+from concurrent.futures import CancelledError
 from typing import Any
 
 from distributed import KilledWorker
+from distributed.client import ClosedClientError
+from distributed.comm import CommClosedError
 
 from pipeline.errors import FeaturemapsError
 from pipeline.objects import Place
@@ -19,6 +22,12 @@ def scheduler_lost(error: BaseException | None) -> FeaturemapsError:
     )
     failure.__cause__ = error
     return failure
+
+
+def why(error: BaseException, sent: Any, store: Place, *, is_connected: bool) -> FeaturemapsError:
+    """Tell a lost scheduler from what a task or the store raised."""
+    is_lost = not is_connected or isinstance(error, CommClosedError | CancelledError | ClosedClientError)
+    return scheduler_lost(error) if is_lost else explain(error, sent, store)
 
 
 def explain(error: BaseException | None, sent: Any, store: Place) -> FeaturemapsError:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 from pipeline.errors import FeaturemapsError, UsageError
-from pipeline.remote import CONCURRENCY, Url, is_url
+from pipeline.remote import CONCURRENCY, Meta, Url, is_url
 
 Place: TypeAlias = Path | Url
 """A store, or an object or folder in it; joined with ``/``."""
@@ -101,6 +101,15 @@ def exists(path: Place) -> bool:
     return True
 
 
+def size_bytes(path: Place) -> int:
+    """Size of an object; 0 where there is none."""
+    try:
+        status = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return 0
+    return status.size_bytes if isinstance(status, Meta) else status.st_size
+
+
 def children(path: Place) -> list[str]:
     """Names of the objects and folders in a folder, sorted; FileNotFoundError where there is none."""
     if isinstance(path, Url):
@@ -119,8 +128,8 @@ def make_folder(path: Place, *, durable: bool = False) -> None:
             _sync_folder(folder.parent)
 
 
-def remove(path: Place) -> None:
-    """Remove an object, if it is there."""
+def delete(path: Place) -> None:
+    """Delete an object, if there is one."""
     if isinstance(path, Url):
         path.unlink()
     else:

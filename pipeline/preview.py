@@ -51,6 +51,8 @@ class Preview:
     n_removed: int = 0
     n_returned: int = 0
     """Removed images that are back unchanged."""
+    n_to_check: int = 0
+    """Images that would be read and compared with their digests; those that differ are computed too."""
     reasons: dict[str, int] = field(default_factory=dict)
     """Images to reject per code."""
     classes: dict[str, int] = field(default_factory=dict)
@@ -103,6 +105,8 @@ class Preview:
             + (f" of {self.worker_limit_bytes / 2**20:.0f} MiB" if self.worker_limit_bytes else "")
             + (" -- DOES NOT FIT" if 0 < self.worker_limit_bytes < self.worker_memory_bytes else ""),
         ]
+        if self.n_to_check:
+            lines.append(f"{self.n_to_check} images to read and compare with their digests; those that differ are computed too")
         if self.reasons:
             lines.append("to reject: " + ", ".join(f"{n} {code}" for code, n in self.reasons.items()))
         if self.ignored:
@@ -139,6 +143,7 @@ def plan_job(job: Job, cluster_file: Path = Path("cluster.yaml")) -> Preview:
     if store is not None:
         settle_returned(store, found)
     preview.n_returned = sum(map(len, found.returned.values())) - (found.n_pending - n_pending)
+    preview.n_to_check = found.n_to_check
     preview.free_bytes = free_bytes(place(job.store).absolute())
 
     existing = {} if store is None else store.classes

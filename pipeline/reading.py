@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import stat
 import time
@@ -178,14 +179,9 @@ def _read_file(root: str, path: str, fingerprint: str, patience: Patience) -> by
         _check_unchanged(fingerprint, fingerprint_of(meta))
         return content
     with _open(root, path) as file:
-        _check_unchanged(fingerprint, fingerprint_of(os.fstat(file.fileno())))
+        _require_fingerprint(file, fingerprint)
         data: bytes = file.read()
         return data
-
-
-def _check_unchanged(listed: str, found: str) -> None:
-    if found != listed:
-        raise ImageError("changed", f"the file changed after it was listed (from {listed} to {found}); run again")
 
 
 def read_ahead(
@@ -213,6 +209,66 @@ def read_ahead(
             yield waiting.popleft().result
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _check_unchanged(listed: str, found: str) -> None:
+    if found != listed:
+        raise ImageError("changed", f"the file changed after it was listed (from {listed} to {found}); run again")
+
+
+def _require_fingerprint(file: Any, fingerprint: str) -> None:
+    _check_unchanged(fingerprint, fingerprint_of(os.fstat(file.fileno())))
+
+
+class Digested(NamedTuple):
+    """SHA-256 of an image's bytes, or why there is none (``error``), or a fault that may pass (``fault``)."""
+
+    digest: str = ""
+    error: str = ""
+    fault: str = ""
+
+
+class DigestedBlock(tuple[Digested, ...]):
+    """The digests of a block; a type of its own, as `ProbedBlock`."""
+
+    __slots__ = ()
+
+
+def digest_block(root: str, images: Sequence[tuple[str, str]]) -> DigestedBlock:
+    """Read some images, a piece at a time, for the digests of their bytes.
+
+    Parameters
+    ----------
+    root : str
+        Source root.
+    images : sequence of (str, str)
+        Path and fingerprint; an image of another fingerprint is an error.
+    """
+    digest = partial(_digest, root, Patience())
+    if not is_url(root):
+        return DigestedBlock(map(digest, images))
+    with ThreadPoolExecutor(READ_AHEAD) as pool:
+        return DigestedBlock(pool.map(digest, images))
+
+
+def _digest(root: str, patience: Patience, image: tuple[str, str]) -> Digested:
+    path, fingerprint = image
+    try:
+        return Digested(_retry(lambda: _digest_file(root, path, fingerprint, patience), root, path, patience))
+    except ImageError as error:
+        return Digested(error=str(error))
+    except PassingFaultError as fault:
+        return Digested(fault=str(fault))
+
+
+def _digest_file(root: str, path: str, fingerprint: str, patience: Patience) -> str:
+    if is_url(root):
+        return hashlib.sha256(_read_file(root, path, fingerprint, patience)).hexdigest()
+    with _open(root, path) as file:
+        _require_fingerprint(file, fingerprint)
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        _require_fingerprint(file, fingerprint)  # else some of the bytes may be old and some new
+        return digest
 
 
 def read_current(source: Source, path: str) -> bytes:

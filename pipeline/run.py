@@ -131,23 +131,33 @@ def _work(
             summary.run_id, receipt(summary)
         )  # whose outcome has the next run repair the store, should this one die
     _apply(store, found)
-    summary.n_unchanged, summary.n_new, summary.n_removed = found.n_unchanged, len(found.new), found.n_removed
-    summary.n_unreachable = found.n_unreachable
-    summary.n_returned = sum(map(len, found.returned.values()))
-    progress.n_total, progress.n_start = len(listing), len(listing) - len(found.new) - found.n_pending
-    progress.n_finished, progress.stage = progress.n_start, "starting workers"
+    summary.n_removed, summary.n_unreachable = found.n_removed, found.n_unreachable
+    _account(found, listing, summary, progress)
+    progress.stage = "starting workers"
     notify(progress)
-    if found.new or found.n_pending:
+    all_checked = True
+    if found.new or found.n_pending or found.to_check:
         store.touch_version(VERSION)
         from pipeline.cluster import with_client  # noqa: PLC0415 (no Dask and no cluster when there is nothing to do)
+        from pipeline.digests import check_digests  # noqa: PLC0415 (as above)
         from pipeline.driver import Driver  # noqa: PLC0415 (as above)
 
         with with_client(job, client, cluster_file) as connected:
-            Driver(job, store, listing, found, connected, summary, progress, notify, stop).run()
-    else:
-        summary.outcome = "complete"
+            all_checked = check_digests(store, listing, found, connected, summary, progress, notify, stop)
+            _account(found, listing, summary, progress)
+            if found.new or found.n_pending:
+                Driver(job, store, listing, found, connected, summary, progress, notify, stop).run()
+    if summary.outcome in {"running", "complete"}:
+        summary.outcome = "complete" if all_checked else "stopped" if stop.is_set() else "incomplete"
     counts = count_statuses(store)
     summary.n_bad_total, summary.n_done_total = counts["quarantined"] + counts["rejected"], counts["done"]
+
+
+def _account(found: Changes, listing: Listing, summary: Summary, progress: Progress) -> None:
+    summary.n_unchanged, summary.n_new = found.n_unchanged, len(found.new)
+    summary.n_returned = sum(map(len, found.returned.values()))
+    progress.n_total, progress.n_start = len(listing), len(listing) - len(found.new) - found.n_pending
+    progress.n_finished = progress.n_start
 
 
 def check_job(job: Job, listing: Listing, cluster_file: Path | None) -> tuple[StoreSpec, dict[str, Array]]:
@@ -232,6 +242,7 @@ def compare_with_store(job: Job, store: Store | None, listing: Listing) -> Chang
         listing.paths,
         listing.fingerprint,
         retry_quarantined=job.retry_quarantined,
+        check_digests=job.check == "digest",
         complete=complete,
         unreadable=listing.unreadable,
     )

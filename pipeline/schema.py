@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -125,7 +126,13 @@ def root_document(spec: StoreSpec) -> dict[str, Any]:
     content = asdict(spec)
     for layer in content["layers"]:
         layer["fill_value"] = None if np.isnan(layer["fill_value"]) else layer["fill_value"]
-    return group_document({"featuremaps": content})
+    return group_document({"featuremaps": with_digest(content)})
+
+
+def with_digest(content: dict[str, Any]) -> dict[str, Any]:
+    """Some JSON values with their ``sha256``."""
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return content | {"sha256": hashlib.sha256(text.encode()).hexdigest()}
 
 
 def pooled_chunk(channels: int) -> tuple[int, int]:
@@ -189,12 +196,21 @@ def encode_rows(layout: ClassLayout, layer: LayerLayout, start: int, block: Arra
     if layout.is_sharded(layer):
         return {object_key(start // layout.shard_rows, 4): encode_shard(block, layer.chunk_rows, layout.shard_rows, fill)}
     shape = (layer.chunk_rows, layer.channels, layer.chunk_height, layer.chunk_width)
-    cuts = [
-        (iy, ix) for iy in range(-(-layer.height // layer.chunk_height)) for ix in range(-(-layer.width // layer.chunk_width))
-    ]
-    return {
-        f"c.{start // layer.chunk_rows}.0.{iy}.{ix}": [compress(pad(_cut(block, layer, iy, ix), shape, fill))] for iy, ix in cuts
-    }
+    keys = object_keys(layout, layer, start)
+    return {key: [compress(pad(_cut(block, layer, *cut), shape, fill))] for key, cut in zip(keys, _cuts(layer), strict=True)}
+
+
+def object_keys(layout: ClassLayout, layer: LayerLayout, start: int) -> list[str]:
+    """The objects that `encode_rows` makes of the shard that begins at a row."""
+    if layout.is_sharded(layer):
+        return [object_key(start // layout.shard_rows, 4)]
+    return [f"c.{start // layer.chunk_rows}.0.{iy}.{ix}" for iy, ix in _cuts(layer)]
+
+
+def _cuts(layer: LayerLayout) -> list[tuple[int, int]]:
+    """The chunks of one map, in y and x."""
+    n_y, n_x = -(-layer.height // layer.chunk_height), -(-layer.width // layer.chunk_width)
+    return [(iy, ix) for iy in range(n_y) for ix in range(n_x)]
 
 
 def _cut(block: Array, layer: LayerLayout, iy: int, ix: int) -> Array:

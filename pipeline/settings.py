@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -16,7 +14,7 @@ from pipeline.collection import absolute_source
 from pipeline.config import DecodeSpec, ExtractorSpec, Job
 from pipeline.layers import layer_names, output_bounds, output_sizes, receptive_field
 from pipeline.plan import ClassLayout, Size, class_layout, image_cost_s
-from pipeline.schema import StoredLayer, StoreSpec
+from pipeline.schema import StoredLayer, StoreSpec, with_digest
 from pipeline.weights import RANGE_MARGIN, TF32_MARGIN, quantisation, weights_digest
 
 DECODER = "pillow"
@@ -38,7 +36,7 @@ def store_spec(job: Job, root: str, weights: dict[str, Array]) -> StoreSpec:
         source_root=root,
         dtype=job.dtype,
         extractor=_extractor_content(job.extractor, job.decode.channels, weights),
-        decode=_with_digest({**job.decode.model_dump(mode="json"), "decoder": DECODER}),
+        decode=with_digest({**job.decode.model_dump(mode="json"), "decoder": DECODER}),
         layers=_stored_layers(job.extractor, job.dtype, weights),
         created_version=VERSION,
         written_version=VERSION,
@@ -60,7 +58,7 @@ def check_spec(spec: StoreSpec, weights: dict[str, Array]) -> Iterator[str]:
     """What of a store's root metadata does not fit its digests, or the weights that are in the store."""
     for name, content in (("extractor", spec.extractor), ("decode", spec.decode)):
         covered = {key: value for key, value in content.items() if key not in {"sha256", "origin"}}
-        if _with_digest(covered)["sha256"] != content["sha256"]:
+        if with_digest(covered)["sha256"] != content["sha256"]:
             yield f"the settings under {name} do not fit their sha256"
             return
     if weights_digest(weights) != spec.extractor.get("weights_sha256"):
@@ -70,7 +68,7 @@ def check_spec(spec: StoreSpec, weights: dict[str, Array]) -> Iterator[str]:
 
 
 def _extractor_content(spec: ExtractorSpec, channels: int, weights: dict[str, Array]) -> dict[str, Any]:
-    content = _with_digest(
+    content = with_digest(
         {
             "layers": [layer.model_dump(mode="json") for layer in spec.layers],
             "outputs": list(spec.output_names),
@@ -81,11 +79,6 @@ def _extractor_content(spec: ExtractorSpec, channels: int, weights: dict[str, Ar
     )
     origin = {"seed": spec.seed} if spec.weights is None else {"weights": Path(spec.weights).name}
     return content | {"origin": origin}
-
-
-def _with_digest(content: dict[str, Any]) -> dict[str, Any]:
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
-    return content | {"sha256": hashlib.sha256(text.encode()).hexdigest()}
 
 
 def decode_spec(spec: StoreSpec) -> DecodeSpec:

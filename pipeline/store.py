@@ -310,6 +310,7 @@ def _read_spec(path: Place) -> StoreSpec:
         )
         for part, key in ((content["extractor"], "layers"), (content["decode"], "sha256")):
             part[key]  # must be there
+        content.pop("sha256", None)  # which older stores have not
         return StoreSpec(**{**content, "layers": layers})
 
 

@@ -43,6 +43,12 @@ class Summary:
     n_removed: int = 0
     n_returned: int = 0
     n_unreachable: int = 0
+    n_checked: int = 0
+    """Images that were read and compared with the ledger's digest, because the run was to check digests."""
+    n_touched: int = 0
+    """Of those, images whose size and time had changed and whose bytes had not: their entry stands, with today's fingerprint."""
+    n_unchecked: int = 0
+    """Images that were to be compared and could not be; they keep what they have."""
     kernels: dict[str, int] = field(default_factory=dict)
     """Images done by each version of the first layer; they agree to rounding only."""
     n_done_total: int = 0

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import random
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from multiprocessing import get_context
 from typing import Any, TypeVar
 
@@ -13,12 +16,15 @@ import numpy as np
 
 from pipeline.checks import (
     Finding,
+    Originals,
     Sample,
     Shard,
     check_documents,
     check_ledger,
+    check_originals,
     check_root,
     check_shard,
+    originals,
     read_columns,
     recompute,
     shards,
@@ -35,10 +41,20 @@ from pipeline.schema import (
     RUNS,
     Status,
 )
+from pipeline.source_watch import SourceWatch
 from pipeline.store import Store
 from pipeline.summary import printable
 
 MAX_FINDINGS = 1000
+AHEAD = 4
+"""Jobs per process that wait or are done before the first of them."""
+REASONS = {
+    "changed": "changed since they were listed",
+    "missing": "gone",
+    "permission_denied": "without permission",
+    "not_a_file": "no files any more",
+    "storage_fault": "because the storage failed",
+}
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -55,6 +71,12 @@ class Audit:
     """Rows of classes whose metadata or columns are damaged."""
     n_maps_checked: int = 0
     """Rows, removed ones that may come back included."""
+    n_compared: int = 0
+    """Done images whose bytes at the source were compared with the ledger's digest."""
+    not_compared: dict[str, int] = field(default_factory=dict)
+    """Done images of which that was not possible: number per reason."""
+    is_source_read: bool = True
+    """Whether it was to be looked at at all."""
     n_recomputed: int = 0
     n_not_reachable: int = 0
     """Images that were to be recomputed, and are gone, changed or unreadable at the source."""
@@ -83,14 +105,14 @@ class Audit:
             f"{self.store}: {self.n_rows} rows, {self.n_done} of them done, {self.n_pending} pending; "
             f"the maps of {self.n_maps_checked} were compared with their digests"
         )
-        lines = [what]
+        lines = [what, self._describe_source()]
         if self.largest_difference is not None:
             lines.append(
                 f"{self.n_recomputed} images were recomputed from the source and the stored weights; largest difference "
                 f"beyond rounding for storage {self.largest_difference:.1e}"
             )
         else:
-            lines.append("no image was recomputed, so nothing was compared with the source")
+            lines.append("no image was recomputed")
         if self.n_not_checked:
             lines.append(
                 f"{self.n_not_checked} rows could not be checked, because metadata or columns of their class are damaged"
@@ -108,9 +130,19 @@ class Audit:
         verdict = "nothing is wrong" if self.is_sound else f"{self.n_findings} things are wrong"
         if any(finding.kind in {"maps", "recomputation"} for finding in self.findings) and not self.n_repaired:
             verdict += "; --repair sets rows with bad maps to pending, so that the next run computes them"
-        if any(finding.kind not in {"maps", "recomputation"} for finding in self.findings):
+        if any(finding.kind == "source" for finding in self.findings):
+            verdict += "; a run with --check digest computes images anew whose content changed"
+        if any(finding.kind not in {"maps", "recomputation", "source"} for finding in self.findings):
             verdict += "; restore damaged metadata and columns from a copy"
         return "\n".join([*lines, verdict])
+
+    def _describe_source(self) -> str:
+        if not self.is_source_read:
+            return "the source was not read"
+        reasons = ", ".join(f"{n} {REASONS.get(reason, reason)}" for reason, n in self.not_compared.items())
+        return f"the bytes of {self.n_compared} images at the source were compared with their digests" + (
+            f"; {sum(self.not_compared.values())} could not be: {reasons}" if reasons else ""
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""
@@ -123,9 +155,11 @@ def verify_store(
     n_sample: int = 20,
     seed: int | None = None,
     repair: bool = False,
+    read_source: bool = True,
     workers: int | None = None,
+    sole_writer: bool = False,
 ) -> Audit:
-    """Check a store: metadata, columns, every map against its digest, and some rows computed anew.
+    """Check a store: metadata, columns, every map and every image against its digest, and some rows computed anew.
 
     Parameters
     ----------
@@ -136,8 +170,12 @@ def verify_store(
         Of that choice.
     repair : bool
         Set rows whose maps are bad to pending, so that the next run computes them.
+    read_source : bool
+        Read every done image that is still the one that was listed, and compare its digest; without it nothing is recomputed.
     workers : int, optional
         Processes; None is one per core.
+    sole_writer : bool
+        As of `StoreLock`, for ``repair``.
 
     Raises
     ------
@@ -148,8 +186,8 @@ def verify_store(
     StoreBusyError
         When ``repair`` is wanted while a run works on it.
     """
-    store = Store(path)
-    audit = Audit(str(path))
+    store = Store(path, durable=True)
+    audit = Audit(str(path), is_source_read=read_source)
     documents = [*check_root(store), *check_documents(store)]
     audit.add(documents)
     unreadable: list[Finding] = []
@@ -172,7 +210,7 @@ def verify_store(
         returnable = (found["status"] == Status.REMOVED) & (found["maps_digest"] != "")  # done, should their image come back
         jobs += shards(store, shape_class, np.flatnonzero(is_done | returnable), found)
     samples: list[Sample] = []
-    if not not_understood & {"", EXTRACTOR}:  # else there are no weights to compute with
+    if read_source and not not_understood & {"", EXTRACTOR}:  # else there are no weights to compute with
         for group, row in _choose(done, n_sample, seed):
             samples.append(Sample(group, row, str(columns[group]["path"][row]), str(columns[group]["digest"][row])))
     bad: list[Finding] = []
@@ -180,6 +218,9 @@ def verify_store(
     for shard, findings in zip(jobs, _map(check_shard, jobs, n_processes), strict=True):
         audit.n_maps_checked += len(shard.rows)
         bad += findings
+    if read_source:
+        parts_of = (originals(store.spec.source_root, group, rows, columns[group]) for group, rows in done.items())
+        audit.add(_compare_originals(chain.from_iterable(parts_of), audit, n_processes))
     parts = [(path, samples[start : start + 8]) for start in range(0, len(samples), 8)]
     for recomputed in _map(recompute, parts, n_processes):
         audit.n_recomputed += recomputed.n_done
@@ -189,8 +230,23 @@ def verify_store(
         bad += recomputed.findings
     audit.add(bad)
     if repair and bad:
-        audit.n_repaired = _repair(store, bad)
+        audit.n_repaired = _repair(store, bad, sole_writer)
     return audit
+
+
+def _compare_originals(parts: Iterable[Originals], audit: Audit, n_processes: int) -> Iterator[Finding]:
+    """Read the source until all is compared, or most of it cannot be read."""
+    watch, reasons, n_done = SourceWatch(""), Counter[str](), audit.n_done
+    for compared in _map(check_originals, parts, n_processes):
+        audit.n_compared += compared.n_compared
+        reasons.update(compared.reasons)
+        yield from compared.findings
+        for i in range(compared.n_compared + len(compared.reasons)):
+            watch.note("", is_fault=i < compared.n_faults)
+        if watch.failed:
+            reasons["storage_fault"] += n_done - audit.n_compared - reasons.total()
+            break
+    audit.not_compared = dict(reasons)
 
 
 def _choose(rows: dict[str, Array], n: int, seed: int | None) -> Iterator[tuple[str, int]]:
@@ -202,22 +258,29 @@ def _choose(rows: dict[str, Array], n: int, seed: int | None) -> Iterator[tuple[
         chosen = chosen - len(members)
 
 
-def _map(function: Callable[[T], R], jobs: Sequence[T], n_processes: int) -> Iterator[R]:
-    """`map` in some processes, or for one in this one."""
+def _map(function: Callable[[T], R], jobs: Iterable[T], n_processes: int) -> Iterator[R]:
+    """`map` in some processes, or for one in this one, with few jobs taken up ahead of what is returned."""
     if n_processes == 1:
         yield from map(function, jobs)
         return
-    with ProcessPoolExecutor(n_processes, mp_context=get_context("forkserver")) as pool:
-        yield from pool.map(function, jobs)
+    environment = dict(os.environ)  # as it is now: the server that forks keeps that of its own start
+    with ProcessPoolExecutor(n_processes, get_context("forkserver"), os.environ.update, (environment,)) as pool:
+        waiting: deque[Future[R]] = deque()
+        for job in jobs:
+            waiting.append(pool.submit(function, job))
+            if len(waiting) > AHEAD * n_processes:
+                yield waiting.popleft().result()
+        for future in waiting:
+            yield future.result()
 
 
 # -- repair ----------------------------------------------------------------------------------------------------------------------
 
 
-def _repair(store: Store, findings: Sequence[Finding]) -> int:
+def _repair(store: Store, findings: Sequence[Finding], sole_writer: bool) -> int:
     """Set bad rows to pending, under the lock; return their number."""
     run_id = new_run_id()
-    with StoreLock(store.path / RUNS, run_id):
+    with StoreLock(store.path / RUNS, run_id, sole_writer=sole_writer):
         store.reload()
         store.fence = lambda: require_lock(store.path / RUNS, run_id)
         rows: dict[str, set[int]] = {}

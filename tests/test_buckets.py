@@ -32,6 +32,7 @@ from pipeline.remote import connect as connect_bucket
 from pipeline.run import run_job
 from pipeline.schema import RUNS
 from pipeline.store import Store
+from pipeline.vacuum import vacuum_store
 from pipeline.verify import verify_store
 
 pytestmark = pytest.mark.cluster
@@ -450,6 +451,30 @@ def test_a_damaged_object_of_a_bucket_is_found_and_repaired(workers, pictures, e
     assert work(workers, source, store).n_done == audit.n_repaired
     assert content(store) == expected
     assert verify_store(store, n_sample=3, workers=1).is_sound
+
+
+def test_the_dead_rows_of_a_bucket_are_vacuumed_and_their_images_may_come_back(workers, pictures, expected, bucket):
+    source, store = upload(pictures, bucket / "photos"), bucket / "features.zarr"
+    work(workers, source, store)
+    names = ["img00001.png", "img00005.png"]
+    for name in names:
+        (source / name).unlink()
+    work(workers, source, store)
+    freed = vacuum_store(store)
+    assert (freed.n_dead, freed.n_rewritten) == (2, 1)
+    assert freed.freed_bytes > 1000
+    assert verify_store(store, n_sample=2, workers=1).is_sound
+    for name in names:
+        (source / name).put((pictures / name).read_bytes())
+    assert work(workers, source, store).n_done == 2
+    assert content(store) == expected
+
+
+def test_images_of_a_bucket_are_compared_by_their_bytes_where_that_is_asked_for(workers, pictures, expected, bucket):
+    source, store = upload(pictures, bucket / "photos"), bucket / "features.zarr"
+    work(workers, source, store)
+    summary = work(workers, source, store, check="digest")
+    assert (summary.n_checked, summary.n_done, summary.outcome) == (60, 0, "complete")
 
 
 def test_where_a_store_cannot_be(server):

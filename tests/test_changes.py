@@ -54,6 +54,22 @@ def test_a_changed_image_gets_a_new_row_and_its_old_entry_is_replaced():
     assert found.replaces == {0: Entry("9x9", 0), 1: Entry("rejected", 0)}
 
 
+def test_digests_are_compared_of_all_rows_that_are_done_whatever_their_fingerprint():
+    groups = [
+        entries("9x9", ("a", "1", DONE), ("b", "1", DONE), ("c", "1", QUARANTINED), ("d", "1", REMOVED), ("e", "1", DONE)),
+        entries("rejected", ("f", "1", QUARANTINED)),
+    ]
+    listing = dict.fromkeys("acdf", "1") | {"b": "2", "e": UNREADABLE}
+    assert run(groups, listing).n_to_check == 0
+    found = run(groups, listing, check_digests=True)
+    found.settle_returned(lambda _: (np.full(5, "ff"), np.full(5, "")))
+    assert found.to_check == {"9x9": [(0, 0), (1, 4), (3, 2)]}
+    assert (found.new, found.n_unchanged) == ([4], 4)
+    found.settle_checked({0: Entry("9x9", 0), 2: Entry("9x9", 3)}, {4})
+    assert (found.new, found.replaces) == ([0, 2], {0: Entry("9x9", 0), 2: Entry("9x9", 3)})
+    assert (found.n_unchanged, found.returned) == (4, {"9x9": []})
+
+
 def test_a_vanished_image_is_removed_only_by_a_complete_listing_and_never_below_an_unreadable_folder():
     groups = [entries("9x9", ("a", "1", DONE), ("x/b", "1", DONE), ("x", "1", PENDING))]
     assert run(groups, {"a": "1"}).set_status == {"9x9": {1: REMOVED, 2: REMOVED}}

@@ -64,7 +64,7 @@ def test_every_option_finds_its_place_in_the_job(jobs):
     job = jobs(
         *("a", "b", "--dtype", "uint8", "--resize", 30, 40, "--color", "grey", "--limit", 5, "--pixel-limit", 1000),
         *("--layers", "4x5x5:tanh:pool2", "--layers", "2x3x3", "--seed", 7, "--workers", 3, "--memory-limit", 512),
-        *("--cluster", "big", "--retry-quarantined", "--max-quarantined", 0, "--max-removed", 0.5),
+        *("--check", "digest", "--cluster", "big", "--retry-quarantined", "--max-quarantined", 0, "--max-removed", 0.5),
     )
     layers = [LayerSpec(filters=4, kernel=5, pool=2, activation="tanh"), LayerSpec(filters=2, kernel=3)]
     decode = {"resize": (30, 40), "color": "grey", "pixel_limit": 1000}
@@ -77,6 +77,7 @@ def test_every_option_finds_its_place_in_the_job(jobs):
             "dtype": "uint8",
             "limit": 5,
             "max_removed": 0.5,
+            "check": "digest",
             "decode": decode,
             "extractor": extractor,
             **rest,

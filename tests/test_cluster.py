@@ -4,10 +4,18 @@ import ipaddress
 import os
 import re
 import socket
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import urlopen
 
 import psutil
 import pytest
+import yaml
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 from distributed import Client, LocalCluster
 
 from pipeline import cluster
@@ -15,6 +23,7 @@ from pipeline.cluster import (
     ROLES,
     AddressSpec,
     LocalSpec,
+    TlsSpec,
     connect,
     load_cluster,
     local_memory_bytes,
@@ -25,6 +34,8 @@ from pipeline.cluster import (
 )
 from pipeline.config import make_job
 from pipeline.errors import FeaturemapsError, UsageError
+from pipeline.run import run_job
+from tests.conftest import content, make_images
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -33,6 +44,7 @@ def test_every_cluster_of_the_repositorys_file_can_be_used():
     path = REPOSITORY / "cluster.yaml"
     assert load_cluster("local", path) == LocalSpec()
     assert load_cluster("two-workers", path) == LocalSpec(workers=2, memory_limit_bytes=4 * 2**30)
+    assert load_cluster("shared-machine", path) == LocalSpec(dashboard=None)
     assert load_cluster("running", path) == AddressSpec(kind="address", address="tcp://127.0.0.1:8786")
 
 
@@ -55,6 +67,12 @@ def test_without_a_name_it_is_this_machine_and_no_file_is_read(tmp_path):
         ("clusters: {x: {kind: address}}", r"key 'clusters\.x\.address' is missing: add it"),
         ("clusters: {x: {workers: 2}}", r"key 'clusters\.x\.kind' is missing: add it"),
         ("clusters: {x: {kind: slurm}}", r"clusters\.x: Input tag 'slurm' .* expected tags: 'local', 'address'"),
+        (
+            "clusters: {x: {kind: address, address: 'tcp://a:1', tls: {ca_file: a, cert: b, key: c}}}",
+            r"clusters\.x: with tls, address 'tcp://a:1' has to begin with tls://, else nothing would be encrypted",
+        ),
+        ("clusters: {x: {kind: local, tls: {ca_file: a, cert: b}}}", r"key 'clusters\.x\.tls\.key' is missing: add it"),
+        ("clusters: {x: {kind: local, dashboard: everywhere}}", r"clusters\.x\.dashboard: String should match pattern"),
         ("clusters: {x: {kind: local, workers: 0}}", r"clusters\.x\.workers: Input should be greater than 0, not 0"),
     ],
 )
@@ -84,7 +102,7 @@ def test_an_unreachable_scheduler_is_named(monkeypatch):
         taken.bind(("127.0.0.1", 0))  # bound, but nobody listens
         address = f"tcp://127.0.0.1:{taken.getsockname()[1]}"
         expected = (
-            rf"no Dask scheduler answers at {address} \(.*\): nothing was started; check the address and that `dask scheduler`"
+            rf"no Dask scheduler answers at {address} \(.*\): nothing was started; check the address, that `dask scheduler`"
         )
         with pytest.raises(FeaturemapsError, match=expected), connect(AddressSpec(kind="address", address=address)):
             pass
@@ -143,18 +161,42 @@ def test_every_worker_of_the_local_cluster_offers_one_slot_and_a_memory_limit(cl
     assert all(worker.memory_limit_bytes > 2**28 for worker in slots.values())
 
 
-@pytest.mark.cluster
-def test_the_local_cluster_listens_on_loopback_only(client):
+def listening() -> list:
+    """Addresses on which this process and its children listen."""
     me = psutil.Process()
-    found = [
+    return [
         connection.laddr
         for process in (me, *me.children(recursive=True))
         for connection in process.net_connections(kind="inet")
         if connection.status == psutil.CONN_LISTEN
     ]
-    assert len(found) >= 4  # scheduler, dashboard, two workers
+
+
+@pytest.mark.cluster
+def test_the_local_cluster_listens_on_loopback_only(client):
+    found = listening()
+    assert len(found) >= 8  # scheduler and dashboard; of two workers each itself, its nanny and its server of metrics
     assert not [address for address in found if not ipaddress.ip_address(address.ip).is_loopback]
     assert client.dashboard_link.startswith("http://127.0.0.1:")
+
+
+@pytest.mark.cluster
+def test_the_dashboard_is_where_it_was_asked_for_or_nowhere():
+    with socket.socket() as free:
+        free.bind(("127.0.0.2", 0))
+        port = free.getsockname()[1]
+    with connect(LocalSpec(workers=1, dashboard=f"127.0.0.2:{port}")):
+        assert ("127.0.0.2", port) in listening()
+    before = set(listening())
+    with connect(LocalSpec(workers=1, dashboard=None)) as client:
+        new = set(listening()) - before
+        assert len(new) == 5
+        assert not [address for address in new if not ipaddress.ip_address(address.ip).is_loopback]
+        assert 8787 not in {address.port for address in new}
+        port = client.scheduler_info()["services"]["dashboard"]  # which tells of nothing but that it is there
+        for page in ("status", "info/main/workers.html", "json/counts.json"):
+            with pytest.raises(HTTPError, match="404"):
+                urlopen(f"http://127.0.0.1:{port}/{page}")
 
 
 @pytest.mark.cluster
@@ -179,6 +221,112 @@ def test_a_job_says_how_many_workers_the_local_cluster_has(monkeypatch, tmp_path
     with with_client(make_job({"source": "a", "store": "b", "cluster": "big", "workers": 4}), None, tmp_path / "cluster.yaml"):
         pass
     assert asked == [LocalSpec(workers=3, memory_limit_bytes=10), LocalSpec(workers=4, memory_limit_bytes=99)]
+
+
+# -- TLS -------------------------------------------------------------------------------------------------------------------------
+
+
+def make_certificates(folder: Path) -> dict[str, str]:
+    """An authority, and a certificate that it signed: the files as ``tls`` takes them."""
+    folder.mkdir()
+    now = datetime.now(UTC)
+
+    def certify(name, issuer, key, signer, is_authority):
+        builder = x509.CertificateBuilder().subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)]))
+        builder = builder.issuer_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, issuer)])).public_key(key.public_key())
+        builder = builder.serial_number(x509.random_serial_number()).not_valid_before(now - timedelta(days=1))
+        builder = builder.not_valid_after(now + timedelta(days=1))
+        builder = builder.add_extension(x509.BasicConstraints(ca=is_authority, path_length=None), critical=True)
+        return builder.sign(signer, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+
+    authority, key = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
+    (folder / "ca.pem").write_bytes(certify(f"ca {folder}"[-60:], f"ca {folder}"[-60:], authority, authority, True))
+    (folder / "cert.pem").write_bytes(certify("featuremaps", f"ca {folder}"[-60:], key, authority, False))
+    form = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
+    (folder / "key.pem").write_bytes(key.private_bytes(*form, serialization.NoEncryption()))
+    (folder / "locked.pem").write_bytes(key.private_bytes(*form, serialization.BestAvailableEncryption(b"secret")))
+    return {"ca_file": "ca.pem", "cert": "cert.pem", "key": "key.pem"}
+
+
+@pytest.fixture(scope="module")
+def ours(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tls") / "ours"
+    return {key: str(folder / name) for key, name in make_certificates(folder).items()}
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory):
+    """Just as good, but of another authority."""
+    folder = tmp_path_factory.mktemp("tls") / "theirs"
+    return {key: str(folder / name) for key, name in make_certificates(folder).items()}
+
+
+@pytest.mark.cluster
+def test_a_run_over_tls_makes_the_same_store_and_nobody_without_the_certificate_gets_in(run, ours, theirs, tmp_path, monkeypatch):
+    source = make_images(tmp_path / "source", 12, [(40, 50), (30, 60)])
+    run(source, tmp_path / "plain.zarr")
+    job = make_job({"source": str(source), "store": str(tmp_path / "f.zarr")})
+    with connect(LocalSpec(workers=1, tls=TlsSpec(**ours))) as client:
+        address = client.scheduler.address
+        assert address.startswith("tls://127.0.0.1:")
+        assert not [place for place in listening() if not ipaddress.ip_address(place.ip).is_loopback]
+        assert all(worker.startswith("tls://127.0.0.1:") for worker in worker_slots(client))
+        monkeypatch.setattr(cluster, "CONNECT_TIMEOUT_S", 1.0)
+        strangers = [
+            AddressSpec(kind="address", address=address),
+            AddressSpec(kind="address", address=address.replace("tls", "tcp")),
+            AddressSpec(kind="address", address=address, tls=TlsSpec(**theirs)),
+        ]
+        for spec in strangers:
+            with pytest.raises(FeaturemapsError, match=r"no Dask scheduler answers at .* certificates under tls"), connect(spec):
+                pass
+        monkeypatch.setattr(cluster, "CONNECT_TIMEOUT_S", 20.0)
+        with connect(AddressSpec(kind="address", address=address, tls=TlsSpec(**ours))) as known:
+            assert run_job(job, known).n_done == 12
+    assert content(tmp_path / "f.zarr") == content(tmp_path / "plain.zarr")
+
+
+def test_certificates_are_beside_the_file_that_names_them(tmp_path, ours):
+    folder = Path(ours["ca_file"]).parent
+    path = folder / "cluster.yaml"
+    path.write_text("clusters: {x: {kind: local, tls: {ca_file: ca.pem, cert: cert.pem, key: key.pem}}}")
+    assert load_cluster("x", path) == LocalSpec(tls=TlsSpec(**ours))
+    security = load_cluster("x", path).tls.security()
+    assert security.require_encryption
+    assert {security.tls_client_key, security.tls_scheduler_key, security.tls_worker_key} == {ours["key"]}
+
+
+@pytest.mark.parametrize("key", ["ca_file", "cert", "key"])
+def test_a_missing_certificate_is_named(tmp_path, ours, key):
+    entry = {"kind": "local", "tls": ours | {key: "none.pem"}}
+    (tmp_path / "cluster.yaml").write_text(yaml.safe_dump({"clusters": {"x": entry}}))
+    expected = (
+        rf"cluster 'x' of .*cluster\.yaml names the {key} {tmp_path}/none\.pem, which cannot be read \(No such file or directory\): "
+        "nothing was started; correct the path"
+    )
+    with pytest.raises(UsageError, match=expected):
+        load_cluster("x", tmp_path / "cluster.yaml")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"key": "theirs"}, {"ca_file": "noise"}, {"cert": "noise"}, {"key": "locked"}],
+    ids=["key of another", "no authority", "no certificate", "password"],
+)
+def test_certificates_that_cannot_be_used_are_refused_before_anything_starts(tmp_path, ours, theirs, change):
+    (tmp_path / "noise.pem").write_text("no certificate")
+    files = {
+        "theirs": theirs["key"],
+        "noise": "noise.pem",
+        "locked": str(Path(ours["key"]).with_name("locked.pem")),
+    }
+    entry = {"kind": "address", "address": "tls://127.0.0.1:1", "tls": ours | {key: files[name] for key, name in change.items()}}
+    (tmp_path / "cluster.yaml").write_text(yaml.safe_dump({"clusters": {"x": entry}}))
+    with pytest.raises(UsageError, match=r"cluster 'x' of .* names certificates that cannot be used \(.*\): nothing was started"):
+        load_cluster("x", tmp_path / "cluster.yaml")
+
+
+# -- starting --------------------------------------------------------------------------------------------------------------------
 
 
 class Starting:

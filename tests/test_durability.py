@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from conftest import content, make_images
 from distributed import Client, LocalCluster
 
-from conftest import content, make_images
 from pipeline.config import make_job
 from pipeline.run import run_job
 
@@ -25,17 +26,21 @@ class Disk:
         self.events: list[tuple[str, str]] = []
         self._sync, self._replace = os.fsync, Path.replace
         patch.setattr(os, "fsync", self.sync)
-        patch.setattr(Path, "replace", lambda path, target: self.replace(path, target))
+        patch.setattr(Path, "replace", self._note_name)
 
     def sync(self, descriptor: int) -> None:
         self._sync(descriptor)
         is_folder = stat.S_ISDIR(os.fstat(descriptor).st_mode)
-        name = os.readlink(f"/proc/self/fd/{descriptor}")
+        name = str(Path(f"/proc/self/fd/{descriptor}").readlink())
         self.events.append(("folder synced" if is_folder else "synced", name))
 
-    def replace(self, path: Path, target: Path) -> Path:
-        self.events.append(("named", f"{path} {target}"))
-        return self._replace(path, target)
+    @property
+    def _note_name(self) -> Callable[[Path, Path], Path]:
+        def replace(path: Path, target: Path) -> Path:
+            self.events.append(("named", f"{path} {target}"))
+            return self._replace(path, target)
+
+        return replace
 
 
 @pytest.fixture(scope="module")

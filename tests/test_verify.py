@@ -1,21 +1,26 @@
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import random
 import shutil
+import threading
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import zarr
 
-from pipeline import open_store
+from pipeline import objects, open_store, verify
 from pipeline.config import make_job
 from pipeline.errors import FeaturemapsError, StoreBusyError, UsageError
 from pipeline.lock import StoreLock
 from pipeline.run import run_job
 from pipeline.schema import RUNS, Status
-from pipeline.store import Store
+from pipeline.store import Store, is_store
+from pipeline.vacuum import vacuum_store
 from pipeline.verify import verify_store
 from tests.conftest import content, make_images
 
@@ -23,7 +28,6 @@ pytestmark = pytest.mark.cluster
 
 SIZES = [(40, 50), (30, 60)]
 N = 14
-UNCHECKED = {"source", "source_root", "created_version", "written_version"}  # texts that nothing in a store can vouch for
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +63,8 @@ def shard(path: Path, layer: str = "conv1") -> Path:
 def test_a_store_that_nothing_happened_to_is_sound(made):
     audit = verify_store(Path(made.store), n_sample=100)
     assert (audit.n_rows, audit.n_done, audit.n_maps_checked, audit.n_recomputed, audit.n_not_reachable) == (N, N, N, N, 0)
+    assert (audit.n_compared, audit.not_compared) == (N, {})
+    assert f"the bytes of {N} images at the source were compared with their digests\n" in audit.describe()
     assert audit.is_sound, audit.findings
     assert 0 <= audit.largest_difference < 1e-5
     assert audit.describe().endswith("nothing is wrong")
@@ -109,14 +115,8 @@ def test_a_change_of_any_metadata_is_found_or_is_none(made, tmp_path):
 
 
 def essence(data: bytes) -> object:
-    """What a document says, but for what nothing can vouch for."""
+    """What a document says."""
     document = json.loads(data)
-    attributes = document.get("attributes") if isinstance(document, dict) else None
-    root = attributes.get("featuremaps") if isinstance(attributes, dict) else None
-    if isinstance(root, dict):
-        attributes["featuremaps"] = {key: value for key, value in root.items() if key not in UNCHECKED}
-        if isinstance(root.get("extractor"), dict):
-            attributes["featuremaps"]["extractor"] = {k: v for k, v in root["extractor"].items() if k != "origin"}
     if isinstance(document, dict) and document.get("node_type") == "array" and isinstance(document.get("shape"), list):
         document["shape"] = [None, *document["shape"][1:]]  # arrays may be longer than the ledger, which tests below look at
     return document
@@ -134,7 +134,7 @@ def test_a_missing_and_a_truncated_shard_are_found(copy):
     assert audit.describe().endswith(
         "7 things are wrong; --repair sets rows with bad maps to pending, so that the next run computes them"
     )
-    assert "no image was recomputed, so nothing was compared with the source" in audit.describe()
+    assert "no image was recomputed" in audit.describe()
     assert audit.to_dict()["largest_difference"] is None
 
 
@@ -200,6 +200,123 @@ def test_images_that_are_gone_or_changed_are_said_to_be_out_of_reach(client, tmp
     audit = verify_store(tmp_path / "f.zarr", workers=1)
     assert (audit.n_recomputed, audit.n_not_reachable, audit.is_sound) == (1, 2, True)
     assert "2 more were to be recomputed, but their images are gone or changed" in audit.describe()
+    assert (audit.n_compared, audit.not_compared) == (1, {"missing": 1, "changed": 1})
+    assert (
+        "of 1 images at the source were compared with their digests; 2 could not be: 1 gone, 1 changed since" in audit.describe()
+    )
+
+
+def test_an_image_that_changed_without_a_sign_and_a_digest_of_another_are_found(client, tmp_path):
+    source = make_images(tmp_path / "source", 4, [(40, 50)], suffix=".bmp")
+    job = make_job({"source": str(source), "store": str(tmp_path / "f.zarr")})
+    run_job(job, client)
+    path = source / "img00001.bmp"
+    times, data = path.stat(), bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    store = Store(tmp_path / "f.zarr")
+    store.commit("40x50", np.array([3]), {"digest": store.column("40x50", "digest")[[2]]})
+    audit = verify_store(tmp_path / "f.zarr", n_sample=0, workers=1)
+    assert [(f.kind, f.row, f.path) for f in audit.findings] == [("source", 1, path.name), ("source", 3, "img00003.bmp")]
+    assert audit.describe().endswith("2 things are wrong; a run with --check digest computes images anew whose content changed")
+    assert verify_store(tmp_path / "f.zarr", n_sample=0, workers=1, repair=True).n_repaired == 0
+    unread = verify_store(tmp_path / "f.zarr", read_source=False, workers=1)
+    assert (unread.is_sound, unread.n_compared, unread.n_recomputed) == (True, 0, 0)
+    assert "the source was not read" in unread.describe()
+    assert run_job(job.model_copy(update={"check": "digest"}), client).n_done == 2
+    assert verify_store(tmp_path / "f.zarr", workers=1).is_sound
+
+
+def test_a_source_that_is_gone_is_given_up_soon_and_is_no_fault_of_the_store(client, tmp_path, monkeypatch):
+    source = make_images(tmp_path / "source", 9, [(20, 20)])
+    run_job(make_job({"source": str(source), "store": str(tmp_path / "f.zarr")}), client)
+    shutil.rmtree(source)
+    monkeypatch.setattr("pipeline.reading.RETRY_PAUSES_S", ())
+    monkeypatch.setattr("pipeline.checks.ORIGINALS", 2)
+    monkeypatch.setattr("pipeline.source_watch.SAMPLE", 4)
+    looked = []
+    check = verify.check_originals
+    monkeypatch.setattr("pipeline.verify.check_originals", lambda part: looked.append(part) or check(part))
+    audit = verify_store(tmp_path / "f.zarr", n_sample=0, workers=1)
+    assert (audit.is_sound, audit.n_compared, audit.not_compared, len(looked)) == (True, 0, {"storage_fault": 9}, 2)
+    assert "9 could not be: 9 because the storage failed" in audit.describe()
+
+
+def test_any_change_of_the_roots_texts_is_found_and_older_stores_have_no_sum(copy):
+    root = copy / "zarr.json"
+    before = json.loads(root.read_text())
+    texts = before["attributes"]["featuremaps"]
+    for key in ("source", "source_root", "created_version", "written_version"):
+        root.write_text(json.dumps(before | {"attributes": {"featuremaps": texts | {key: texts[key] + "x"}}}))
+        (finding,) = verify_store(copy, read_source=False, workers=1).findings
+        assert finding.text == "its texts (source, source root, versions, settings) do not fit their sha256"
+    older = {key: value for key, value in texts.items() if key != "sha256"}
+    root.write_text(json.dumps(before | {"attributes": {"featuremaps": older}}))
+    assert not kinds(copy)
+    assert Store(copy).spec.source == texts["source"]
+
+
+LAYERS = [
+    [{}],
+    [{"filters": 3, "kernel": 3, "pool": 2, "activation": "tanh"}, {"filters": 2, "kernel": 5, "activation": "relu"}],
+    [{"filters": 1, "kernel": [5, 3], "activation": "none"}],
+]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_nothing_is_found_in_a_store_that_lived_through_growth_kills_and_vacuum(client, tmp_path, seed):
+    rng = random.Random(seed)
+    source, store = tmp_path / "source", tmp_path / "f.zarr"
+    sizes = [(rng.randrange(16, 60), rng.randrange(16, 60)) for _ in range(rng.randrange(1, 4))]
+    make_images(source, rng.randrange(3, 9), sizes, seed, rng.choice([".png", ".jpg"]))
+    (source / "bad.png").write_bytes(b"no image")
+    layers = rng.choice(LAYERS)
+    values = {
+        "dtype": rng.choice(["float32", "float16", "uint16", "uint8"]),
+        "extractor": {"layers": layers, "outputs": [f"conv{i + 1}" for i in range(rng.choice([1, len(layers)]))]},
+        "decode": {"color": rng.choice(["rgb", "grey"]), "resize": rng.choice([None, None, [24, 20]])},
+        "max_removed": 1.0,
+    }
+    job = make_job({"source": str(source), "store": str(store), **values})
+    killed_at = rng.randrange(5, 60)
+    with contextlib.suppress(Crash), crash_after(killed_at):
+        run_job(job, client)
+    if is_store(store):
+        assert verify_store(store, workers=1).is_sound, f"killed at put {killed_at}"
+    run_job(job, client)
+    assert verify_store(store, n_sample=3, workers=1).is_sound
+    make_images(source / "more", rng.randrange(1, 5), sizes, seed + 100)
+    next(source.glob("img*")).unlink()
+    shutil.copy(next((source / "more").iterdir()), next(source.glob("img*")))
+    run_job(job, client)
+    audit = verify_store(store, n_sample=3, workers=1)
+    assert audit.is_sound, audit.describe()
+    vacuum_store(store)
+    run_job(job.model_copy(update={"check": "digest"}), client)
+    audit = verify_store(store, n_sample=3, workers=1)
+    assert audit.is_sound, audit.describe()
+    assert (audit.n_compared, audit.not_compared, audit.n_pending) == (audit.n_done, {}, 0)
+
+
+class Crash(BaseException):
+    """A kill."""
+
+
+@contextlib.contextmanager
+def crash_after(n: int):
+    """Let the driver end at its put number ``n``."""
+    left = n
+
+    def put_or_crash(path, *parts, durable=False):
+        nonlocal left
+        left -= 1
+        if left < 0 and threading.current_thread() is threading.main_thread():
+            raise Crash
+        objects.put(path, *parts)
+
+    with patch("pipeline.store.put", put_or_crash):
+        yield
 
 
 def test_repair_has_the_next_run_compute_bad_rows_again(client, made, copy):

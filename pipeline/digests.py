@@ -1,0 +1,183 @@
+"""The images that are done, compared with the ledger by their content: which changed though size and time say that they did not."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError
+from typing import NamedTuple
+
+import numpy as np
+from distributed import Client, Future, KilledWorker, wait
+from distributed.client import ClosedClientError
+
+from pipeline.changes import Changes, Entry
+from pipeline.chunks import Array
+from pipeline.collection import Listing
+from pipeline.faults import scheduler_lost, why
+from pipeline.fleet import Fleet
+from pipeline.reading import Digested, digest_block
+from pipeline.schema import stack
+from pipeline.source_watch import SourceWatch
+from pipeline.store import Store
+from pipeline.summary import Progress, Summary
+
+BLOCK_IMAGES = 256
+BLOCK_BYTES = 256 * 1024**2
+COMMIT_S = 1.0
+
+
+class Block(NamedTuple):
+    """What one task reads: some images of one class."""
+
+    group: str
+    rows: tuple[int, ...]
+    images: tuple[int, ...]
+    """Positions in the listing."""
+    digests: tuple[str, ...]
+    """What the ledger says."""
+
+
+def check_digests(
+    store: Store,
+    listing: Listing,
+    found: Changes,
+    client: Client,
+    summary: Summary,
+    progress: Progress,
+    notify: Callable[[Progress], None],
+    stop: threading.Event,
+) -> bool:
+    """Read the images of ``found.to_check`` in parallel, and correct ``found`` by what their bytes say.
+
+    One whose bytes are not those of the ledger's digest has changed. One whose fingerprint alone is another has not: its maps
+    stand, and its row takes today's fingerprint. What cannot be read keeps what its fingerprint makes of it.
+
+    Returns
+    -------
+    bool
+        Whether every image was compared, but for those that cannot be reached; False after faults that may pass, or a drain.
+
+    Raises
+    ------
+    FeaturemapsError
+        When the source, the store or the cluster failed; nothing was superseded.
+    """
+    if not found.to_check:
+        return True
+    work = _Comparison(store, listing, found, summary)
+    blocks = work.blocks()
+    in_flight: dict[Future, Block] = {}
+    n_sent, next_commit = 0, time.monotonic() + COMMIT_S
+    try:
+        fleet = Fleet(client)
+        while True:
+            while len(in_flight) < fleet.window and not stop.is_set() and (block := next(blocks, None)):
+                images = [(listing.paths[i], listing.fingerprint(i)) for i in block.images]
+                key, n_sent = f"digest-{summary.run_id}-{n_sent}", n_sent + 1
+                future = client.submit(digest_block, listing.root, images, key=key, resources={"read": 1}, pure=False)
+                in_flight[future] = block
+            if not in_flight:
+                break
+            _wait(in_flight, client, fleet)
+            for future in [future for future in in_flight if future.done()]:
+                work.take(in_flight.pop(future), _result(future))
+            if time.monotonic() >= next_commit:
+                work.commit()
+                progress.stage = f"comparing digests, {summary.n_checked + summary.n_unchecked} of {found.n_to_check}"
+                notify(progress)
+                next_commit = time.monotonic() + COMMIT_S
+        work.commit()
+    except (OSError, RuntimeError, ValueError, CancelledError, ClosedClientError) as error:
+        raise why(error, None, store.path, is_connected=client.status == "running") from error
+    finally:
+        for future in in_flight:
+            future.release()
+    found.settle_checked(work.changed, work.touched)
+    return not work.n_faults and summary.n_checked + summary.n_unchecked == found.n_to_check
+
+
+def _wait(in_flight: dict[Future, Block], client: Client, fleet: Fleet) -> None:
+    """Wait for the first task that ends, at most for a moment."""
+    try:
+        wait(list(in_flight), timeout=COMMIT_S, return_when="FIRST_COMPLETED")
+    except TimeoutError:
+        fleet.check()
+    if client.status != "running":
+        raise scheduler_lost(None)
+
+
+def _result(future: Future) -> tuple[Digested, ...] | None:
+    """What a task found; None where its worker died every time."""
+    try:
+        result: tuple[Digested, ...] = future.result()
+    except KilledWorker:
+        return None
+    return result
+
+
+class _Comparison:
+    """What the bytes say so far."""
+
+    def __init__(self, store: Store, listing: Listing, found: Changes, summary: Summary) -> None:
+        self.store, self.listing, self.found, self.summary = store, listing, found, summary
+        self.watch = SourceWatch(listing.root)
+        self.changed: dict[int, Entry] = {}
+        """Images whose bytes are others, though their fingerprint is the ledger's."""
+        self.touched: set[int] = set()
+        """Images whose bytes are the ledger's, though their fingerprint is another."""
+        self.n_faults = 0
+        self._to_commit: dict[str, list[tuple[int, int]]] = {}
+
+    def blocks(self) -> Iterator[Block]:
+        """The tasks, one class after another; of the ledger only one class's digests are held at a time."""
+        for group, pairs in self.found.to_check.items():
+            digests = self.store.column(group, "digest")
+            members: list[tuple[int, int]] = []
+            n_bytes = 0
+            for row, i in sorted(pairs):
+                if members and (len(members) == BLOCK_IMAGES or n_bytes + self.listing.size_bytes[i] > BLOCK_BYTES):
+                    yield _block(group, members, digests)
+                    members, n_bytes = [], 0
+                members.append((row, i))
+                n_bytes += self.listing.size_bytes[i]
+            yield _block(group, members, digests)
+
+    def take(self, block: Block, results: tuple[Digested, ...] | None) -> None:
+        """Compare one block; raises when it shows that the source, not the images, is at fault."""
+        if results is None:
+            text = "its worker died whenever it was read with its neighbours"
+            results = tuple(Digested(fault=f"{self.listing.paths[i]}: {text}") for i in block.images)
+        for row, i, expected, result in zip(block.rows, block.images, block.digests, results, strict=True):
+            self.watch.note(result.error, is_fault=bool(result.fault))
+            if result.digest:
+                self._compare(Entry(block.group, row), i, is_same=result.digest == expected)
+                continue
+            self.summary.n_unchecked += 1
+            if result.fault:
+                self.n_faults += 1
+                self.summary.faults = [*self.summary.faults, result.fault][:20]
+        self.watch.check()
+
+    def _compare(self, entry: Entry, i: int, *, is_same: bool) -> None:
+        self.summary.n_checked += 1
+        is_replaced = i in self.found.replaces
+        if is_same and is_replaced:
+            self.touched.add(i)
+            self.summary.n_touched += 1
+            self._to_commit.setdefault(entry.group, []).append((entry.row, i))
+        elif not is_same and not is_replaced:
+            self.changed[i] = entry
+
+    def commit(self) -> None:
+        """Give touched rows today's fingerprint; killed before that, the next run compares them once more."""
+        for group, pairs in self._to_commit.items():
+            rows = np.array([row for row, _ in pairs])
+            self.store.commit(group, rows, {"fingerprint": stack([self.listing.fingerprint(i) for _, i in pairs])})
+        self._to_commit = {}
+
+
+def _block(group: str, members: list[tuple[int, int]], digests: Array) -> Block:
+    rows, images = zip(*members, strict=True)
+    return Block(group, rows, images, tuple(digests[list(rows)]))

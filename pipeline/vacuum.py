@@ -1,0 +1,157 @@
+"""Free the space of rows that are dead: whose image has left the source or was replaced. Rows keep their numbers."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from pipeline.chunks import Array
+from pipeline.errors import FeaturemapsError
+from pipeline.lock import StoreLock, require_lock
+from pipeline.objects import Place, delete, size_bytes
+from pipeline.plan import ClassLayout, LayerLayout, group_by_shard
+from pipeline.run import new_run_id
+from pipeline.schema import RUNS, STATISTICS, ShapeClass, Status, StoredLayer, encode_rows, object_keys, stack
+from pipeline.store import Store, read_maps, write_maps
+
+
+@dataclass(slots=True)
+class Vacuumed:
+    """What was freed, or would be."""
+
+    store: str
+    is_dry_run: bool
+    n_dead: int = 0
+    """Rows that are removed or superseded."""
+    n_deleted: int = 0
+    """Objects of which no row is needed."""
+    n_rewritten: int = 0
+    """Objects of which some rows are needed."""
+    n_damaged: int = 0
+    """Shards that were left as they are, because maps that are needed cannot be read."""
+    freed_bytes: int = 0
+
+    def describe(self) -> str:
+        """For a person."""
+        would = "would be " if self.is_dry_run else ""
+        lines = [
+            (
+                f"{self.store}: {self.freed_bytes / 1e6:,.1f} MB {would}freed of {self.n_dead} rows that are removed or superseded: "
+                f"{self.n_deleted} objects {would}deleted, {self.n_rewritten} {would}written anew"
+            )
+        ]
+        if self.n_damaged:
+            lines.append(
+                f"{self.n_damaged} shards hold damaged maps that are needed and were left as they are: featuremaps verify "
+                f"{self.store} --repair has these computed again, then vacuum once more"
+            )
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        return asdict(self)
+
+
+def vacuum_store(path: Place, *, dry_run: bool = False, sole_writer: bool = False) -> Vacuumed:
+    """Delete or overwrite the maps of dead rows.
+
+    What the ledger claims goes first: once ``maps_digest`` of a removed row is cleared, an image that comes back is computed anew.
+    Only then the maps are: killed at any moment, the store is sound, and the same command goes on.
+
+    Parameters
+    ----------
+    path : Path or Url
+    dry_run : bool
+        Only say what would be freed; nothing is locked or changed.
+    sole_writer : bool
+        As of `StoreLock`.
+
+    Raises
+    ------
+    UsageError
+        When there is no store of this format.
+    StoreBusyError
+        When a run works on it.
+    """
+    store, run_id = Store(path, durable=True), new_run_id()
+    result = Vacuumed(str(path), dry_run)
+    with contextlib.nullcontext() if dry_run else StoreLock(path / RUNS, run_id, sole_writer=sole_writer):
+        if not dry_run:
+            store.reload()  # as it was before the lock may have changed
+            store.fence = partial(require_lock, path / RUNS, run_id)
+            store.repair()
+        for shape_class in store.classes.values():
+            status = store.column(shape_class.name, "status")
+            dead = np.flatnonzero((status == Status.REMOVED) | (status == Status.SUPERSEDED))
+            result.n_dead += len(dead)
+            if not dry_run:
+                _clear_claims(store, shape_class.name, dead)
+            for shard, _ in group_by_shard(dead.tolist(), shape_class.layout.shard_rows):
+                _free_shard(store, run_id, shape_class, shard, status, result)
+    return result
+
+
+def _clear_claims(store: Store, group: str, dead: Array) -> None:
+    """Make the ledger claim nothing of the maps of dead rows: first what would have them revived."""
+    revivable = dead[store.column(group, "maps_digest")[dead] != ""]
+    store.commit(group, revivable, {"maps_digest": stack([""] * len(revivable))})
+    pooled = [f"{layer.name}_{statistic}" for layer in store.spec.layers for statistic in STATISTICS]
+    for name in pooled:
+        values = store.column(group, name)
+        left = dead[~np.isnan(values[dead]).all(1)]
+        store.commit(group, left, {name: np.full((len(left), values.shape[1]), np.nan, np.float32)})
+
+
+def _free_shard(store: Store, run_id: str, shape_class: ShapeClass, shard: int, status: Array, result: Vacuumed) -> None:
+    """Keep of one shard what is done; a run computes what is pending, and there are no maps of anything else."""
+    layout = shape_class.layout
+    start = shard * layout.shard_rows
+    needed = status[start : start + layout.shard_rows] == Status.DONE
+    for layer, stored in zip(layout.layers, store.spec.layers, strict=True):
+        folder = store.path / shape_class.name / layer.name
+        paths = [folder / key for key in object_keys(layout, layer, start)]
+        before = sum(map(size_bytes, paths))
+        if not before:
+            continue
+        if not needed.any():
+            result.n_deleted += sum(size_bytes(path) > 0 for path in paths)
+            if not result.is_dry_run:
+                store.fence()
+                for path in paths:
+                    delete(path)
+            result.freed_bytes += before
+            continue
+        try:
+            block = _only_needed(store.path, layout, layer, start, needed, stored)
+        except FeaturemapsError:
+            result.n_damaged += 1
+            continue
+        if block is None:
+            continue
+        objects = encode_rows(layout, layer, start, block, stored.fill_value)
+        if not result.is_dry_run:
+            write_maps(store.path, run_id, layout, layer, start, block, stored.fill_value, durable=True)
+        result.n_rewritten += len(objects)
+        result.freed_bytes += before - sum(len(part) for parts in objects.values() for part in parts)
+
+
+def _only_needed(
+    path: Place, layout: ClassLayout, layer: LayerLayout, start: int, needed: Array, stored: StoredLayer
+) -> Array | None:
+    """The rows of a shard, fill but for the needed ones; None where this is what is stored."""
+    try:
+        block = read_maps(path, layout, layer.name, start, start + len(needed))
+    except FeaturemapsError:  # some chunk is damaged, maybe of rows that nobody needs
+        block = np.full((len(needed), layer.channels, layer.height, layer.width), stored.fill_value, stored.dtype)
+        for row in np.flatnonzero(needed).tolist():
+            block[row] = read_maps(path, layout, layer.name, start + row, start + row + 1)[0]
+        return block
+    others = np.flatnonzero(~needed).tolist()
+    if all(np.array_equal(block[row], np.full_like(block[row], stored.fill_value), equal_nan=True) for row in others):
+        return None
+    block[~needed] = stored.fill_value
+    return block
