@@ -32,7 +32,8 @@ def require_memory(
         raise UsageError(
             f"images of {largest[0]} x {largest[1]} pixels need up to {needed / 2**20:.0f} MiB per worker, and a worker may use "
             f"{limit_bytes / 2**20:.0f} MiB: it would be killed, so its images were not started; run with fewer workers "
-            f"of at least {needed / 2**20:.0f} MiB each (--workers, --memory-limit), or into a new store with --resize or --dtype uint8"
+            f"of at least {needed / 2**20:.0f} MiB each (--workers, --memory-limit), or into a new store with --resize, --dtype uint8 or a "
+            "job file whose decode.pixel_limit rejects the largest images"
         )
 
 

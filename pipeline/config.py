@@ -205,19 +205,31 @@ def read_yaml(path: Path) -> Any:
     Raises
     ------
     ValueError
-        When it cannot be read, or has keys that are no text.
+        When it cannot be read, or has keys that are no text or numbers above 64 bits.
     """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        _check_keys(content, set())
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        _check_values(content, set())
+    except (
+        OSError,
+        ValueError,
+        RecursionError,
+        yaml.YAMLError,
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        TypeError,
+    ) as error:
+        # The last four are what PyYAML raises over a tag that does not fit its value, such as "!!bool maybe".
         raise ValueError(" ".join(str(error).split())) from error  # YAML's errors draw the place over several lines
     return content
 
 
-def _check_keys(content: Any, seen: set[int]) -> None:
+def _check_values(content: Any, seen: set[int]) -> None:
     if id(content) in seen:  # an alias, of which a small file can hold billions
         return
+    if isinstance(content, int) and content.bit_length() > 64:  # Python refuses to write it in an error
+        raise ValueError(f"a number of {content.bit_length()} bits is larger than anything here can be")
     if isinstance(content, dict | list):
         seen.add(id(content))
     if isinstance(content, dict):
@@ -226,7 +238,7 @@ def _check_keys(content: Any, seen: set[int]) -> None:
                 raise ValueError(f"key {key!r} is no text; put it in quotes")  # noqa: TRY004 (of the file's content)
     if isinstance(content, dict | list):
         for value in content.values() if isinstance(content, dict) else content:
-            _check_keys(value, seen)
+            _check_values(value, seen)
 
 
 def _beside(path: Path, value: str) -> str:

@@ -221,7 +221,7 @@ class Driver:
             self.is_lost = True
 
     def _take_error(self, kind: str, sent: Any, error: BaseException | None) -> None:
-        is_killed = isinstance(error, KilledWorker)
+        is_killed = isinstance(error, KilledWorker | MemoryError)  # either may be one image's doing
         if is_killed and kind == "trial":
             self._judge(None, survived=False)
         elif is_killed and kind == "probe":

@@ -25,6 +25,7 @@ Precision = Literal["float32", "float64"]
 
 BAND_OUTPUTS = 1 << 19  # convolve about half a million outputs at a time: as fast, and scratch does not grow with the image
 BAND_VALUES = 1 << 18  # un-shuffle about 1 MiB at a time, which stays in a core's cache
+UNFOLDED_VALUES = 1 << 24  # 128 MiB in float64
 
 _AS_FLOAT32 = quantisation((0, 0), "float32")
 _scratch = threading.local()
@@ -133,7 +134,7 @@ class Layer(nn.Module):
         """Compute (channel, y, x) -> (filters, y, x), or ``out``, which is float32; any strides will do."""
         if out is not None:
             return self._blocked(x, out)
-        x = conv2d(x, self.weight.to(x.dtype))
+        x = _convolve(x, self.weight.to(x.dtype))
         if self.spec.pool != (1, 1):
             x = max_pool2d(x, self.spec.pool)
         return _activate(x + self.bias[:, None, None], self.spec.activation)
@@ -154,6 +155,16 @@ class Layer(nn.Module):
                 maps = _unshuffle(y, self.block, _buffer("unpooled", self.spec.filters, rows, width))
                 part.copy_(_activate(max_pool2d(maps, self.spec.pool), self.spec.activation))  # max(x) + bias = max(x + bias)
         return out
+
+
+def _convolve(x: Tensor, weight: Tensor) -> Tensor:
+    """Convolve in torch's words, on a CPU in bands: there it unfolds its input, which for 16 megapixels took 31 GB."""
+    height = x.shape[-2] - weight.shape[-2] + 1
+    band = max(1, UNFOLDED_VALUES // (weight[0].numel() * x.shape[-1]))
+    if x.device.type != "cpu" or height <= band:
+        return conv2d(x, weight)
+    bands = (x[..., top : min(top + band, height) + weight.shape[-2] - 1, :] for top in range(0, height, band))
+    return torch.cat([conv2d(part, weight) for part in bands], dim=-2)
 
 
 def _channels_last(x: Tensor, height: int, width: int) -> Tensor:

@@ -44,12 +44,12 @@ def explain(error: BaseException | None, sent: Any, store: Place) -> Featuremaps
             f"store {store} cannot be written any more ({error}): the run stopped, and what was committed stands; check the disk and "
             "the permissions and run the same command again"
         )
-    elif isinstance(error, KilledWorker):
+    elif isinstance(error, KilledWorker | MemoryError):
         pieces, _ = sent
         text = (
-            f"a batch of {sum(len(piece.paths) for piece in pieces)} images from {pieces[0].paths[0]!r} on killed its worker every time, "
-            "though each image alone did not: too little memory per worker, or workers that something else kills; what was committed "
-            "stands; run again with more memory per worker (--workers, --memory-limit)"
+            f"a batch of {sum(len(piece.paths) for piece in pieces)} images from {pieces[0].paths[0]!r} on killed its worker, or found no "
+            "memory, every time, though each image alone did not: too little memory per worker, or workers that something else kills; "
+            "what was committed stands; run again with more memory per worker (--workers, --memory-limit)"
         )
     else:
         text = (

@@ -12,7 +12,8 @@ from pipeline.schema import STATISTICS, Status
 from pipeline.tasks import PieceResult, WorkPiece
 
 GUILTY = (
-    "crashed: its worker process died every time that it was computed alone (a crash of the decoder, or too little memory for it)"
+    "crashed: its worker process died, or ran out of memory, every time that it was computed alone (a crash of the decoder, or too little "
+    "memory for it)"
 )
 
 
@@ -41,7 +42,7 @@ class HeaderTrial:
         return self.paths[len(self.probed)] if len(self.probed) < len(self.paths) else None
 
     def judge(self, probed: Sequence[Probed] | None) -> None:
-        """Note what the header given last says, or None where its worker died."""
+        """Note what the header given last says, or None where its worker died or had no memory left."""
         self.probed += probed if probed is not None else [Probed(error=GUILTY)]
 
 

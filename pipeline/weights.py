@@ -73,7 +73,7 @@ def load_weights(spec: ExtractorSpec, channels: int) -> Weights:
     where = f"weights file {spec.weights}"
     try:
         content = dict(deserialize(Path(spec.weights).read_bytes()))  # type: ignore[no-untyped-call]
-    except (OSError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise UsageError(
             f"{where} cannot be read as safetensors ({error}), so there is no extractor and nothing was started; "
             "give an existing file written by safetensors.torch.save_file, or leave `weights` out to draw them from `seed`"

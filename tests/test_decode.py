@@ -817,7 +817,7 @@ JPEGS = [
 ]
 
 
-@settings(max_examples=400, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.sampled_from(JPEGS), st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), max_size=4), st.integers(0, 10**6))
 def test_a_damaged_jpeg_ends_the_same_by_both_decoders(data, changes, cut):
     damaged = bytearray(data)

@@ -96,6 +96,14 @@ def test_golden_float32(conv_sigmoid: dict[str, np.ndarray]) -> None:
     np.testing.assert_allclose(fast.reference(conv_sigmoid["image"])["conv1"], conv_sigmoid["features"], rtol=0, atol=1e-7)
 
 
+@pytest.mark.parametrize("values", [1, 243 * 639 * 100, 243 * 639 * 639])
+def test_the_reference_is_computed_in_bands_because_torch_unfolds_its_input(monkeypatch, conv_sigmoid, values) -> None:
+    fast = Extractor(DEFAULT, seeded_weights(DEFAULT, 3))
+    whole = fast.reference(conv_sigmoid["image"])["conv1"]
+    monkeypatch.setattr(extractor, "UNFOLDED_VALUES", values)
+    np.testing.assert_allclose(fast.reference(conv_sigmoid["image"])["conv1"], whole, rtol=0, atol=1e-13)
+
+
 def test_golden_photograph() -> None:
     image = np.array(Image.open(GOLDEN / "rocket_639x516.png").convert("RGB"))
     with np.load(GOLDEN / "conv_sigmoid_rocket_639x516.npz") as file:

@@ -71,7 +71,8 @@ def test_a_header_gives_the_sizes(source):
     make_images(Path(source.root), 1, [(33, 44)], suffix=".jpg")
     found = probe_block(Source(source.root, DecodeSpec(resize=(20, 30))), ["img00000.jpg", "img00000.png"], (9, 9))
     assert [tuple(p)[:6] for p in found] == [(33, 44, 20, 30, "", ""), (40, 50, 20, 30, "", "")]
-    assert [p.decode_bytes for p in found] == [6 * 33 * 44, 6 * 40 * 50]
+    files = [Path(source.root, f"img00000{suffix}").stat().st_size for suffix in (".jpg", ".png")]
+    assert [p.decode_bytes for p in found] == [2**25 + 3 * files[i] + 16 * pixels for i, pixels in enumerate((33 * 44, 40 * 50))]
 
 
 @pytest.mark.parametrize(("needed", "fits"), [((40, 50), True), ((41, 50), False), ((40, 51), False)])
