@@ -158,6 +158,8 @@ class Job(StrictModel):
     """More quarantined or rejected images than this end the run with exit code 3; None allows any number."""
     max_removed: Annotated[float, Field(ge=0, le=1)] = 0.10
     """Largest share of the store's images that one run may mark as removed."""
+    deadline_s: Annotated[float, Field(gt=0)] = 600.0
+    """A worker that is at one image, or at one write, for longer waits for a storage that hangs: it is replaced."""
 
 
 def load_job(path: str | Path, overrides: dict[str, Any] | None = None) -> Job:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
-from pipeline import decode
+from pipeline import activity, decode
 from pipeline.collection import fingerprint_of
 from pipeline.config import DecodeSpec
 from pipeline.errors import ImageError, PassingFaultError
@@ -37,6 +37,8 @@ class Source:
 
     root: str
     decode: DecodeSpec
+    hung: frozenset[str] = frozenset()
+    """Images that did not answer before the deadline: they are left to the next run."""
 
 
 class Probed(NamedTuple):
@@ -81,6 +83,7 @@ def probe_block(source: Source, paths: Sequence[str], needed: tuple[int, int]) -
 
 def _probe(source: Source, path: str, needed: tuple[int, int], patience: Patience) -> Probed:
     try:
+        _begin(source, path)
         size = _retry(lambda: _probe_file(source, path), source.root, path, patience)
     except ImageError as error:
         return Probed(error=str(error))
@@ -93,6 +96,13 @@ def _probe(source: Source, path: str, needed: tuple[int, int], patience: Patienc
         return Probed(error=str(ImageError("too_small", text)))
     sizes = size.source_height, size.source_width, size.input_height, size.input_width
     return Probed(*sizes, decode_bytes=size.decode_bytes)
+
+
+def _begin(source: Source, path: str) -> None:
+    """Say which image this thread is at, so that it is found should the storage never answer."""
+    if path in source.hung:
+        raise PassingFaultError(f"{path}: the storage did not answer, and the worker that waited for it was replaced")
+    activity.note(path)
 
 
 def _probe_file(source: Source, path: str) -> decode.ImageSize:
@@ -145,6 +155,7 @@ def read_bytes(source: Source, path: str, fingerprint: str, patience: Patience) 
     PassingFaultError
         When the storage failed in a way that may pass.
     """
+    _begin(source, path)
     return _retry(lambda: _read_file(source.root, path, fingerprint), source.root, path, patience)
 
 
