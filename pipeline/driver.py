@@ -133,8 +133,7 @@ class Driver:
                     self._send_batches()
                 if not len(self.flight):
                     break
-                for sent in self.flight.finished(next_commit - time.monotonic()):
-                    self._take(sent)
+                self._take_finished(next_commit - time.monotonic())
                 if self.is_lost or self.client.status != "running":
                     self._fail(scheduler_lost(None))
                     break
@@ -183,6 +182,11 @@ class Driver:
         if removed.any():
             removed &= self.store.column(group, "maps_digest") != ""
         return np.flatnonzero((status == Status.DONE) | removed)
+
+    def _take_finished(self, timeout_s: float) -> None:
+        """Take up what has come back, and keep no future of it: a result that is wanted and lost would be computed again."""
+        for sent in self.flight.finished(timeout_s):
+            self._take(sent)
 
     def _take(self, sent: Sent) -> None:
         kind, what, future = sent
@@ -234,16 +238,18 @@ class Driver:
     def _check_stalls(self) -> None:
         """Replace workers that wait for a storage that does not answer, and send what they had without the image; but not for ever."""
         for stall in find_stalls(self.client, self.job.deadline_s):
-            sent = self.flight.find(stall.key)
-            if sent is None:  # of another run, or it has come back meanwhile
+            if self.summary.run_id not in stall.key:  # another run's, who sees to it
                 continue
             fault = f"{stall.what or self.store.path}: the storage did not answer for {stall.since_s:.0f} s"
             logger.warning("%s; replacing the worker that waits for it, %s", fault, stall.worker)
-            self.flight.give_up(sent)
+            sent = self.flight.find(stall.key)
+            if sent is not None:
+                self.flight.give_up(sent)
             replace_worker(self.client, stall.worker)
             if stall.what:
                 self.flight.leave_out(stall.what)
-            self.flight.send(sent.kind, sent.what)
+            if sent is not None:
+                self.flight.send(sent.kind, sent.what)
             self.n_stalls += 1
             if self.draining or self.n_stalls >= MAX_STALLS:
                 self.is_stuck = True
@@ -377,7 +383,7 @@ class Driver:
         self.notify(self.progress)
         if self.failure is not None:
             raise self.failure
-        if self.fleet.has_lost_workers():
+        if not self.is_stuck and self.fleet.has_lost_workers():  # else this process might hang there, too
             require_lock(self.store.path / RUNS, self.summary.run_id)
             self.store.repair()  # what the workers that were lost left
         unsent = sum(map(len, self.image_of.values())) + sum(trial.n_images for trial in self.trials)

@@ -17,7 +17,7 @@ from pipeline.activity import METRIC
 
 logger = logging.getLogger(__name__)
 
-KILL_S = 5.0  # after which a killed process that is still there is stuck in the kernel
+KILL_S = 2.0  # after which a killed process that is still there is stuck in the kernel
 REPLACE_S = 60.0
 
 

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import shutil
-import signal
+import re
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 
 from pipeline.cluster import LocalSpec, connect
-from pipeline.config import make_job
+from pipeline.config import load_job, make_job
 from pipeline.intake import Intake
 from pipeline.run import run_job
 from tests.conftest import content, make_images
+from tests.kill_rounds import wait_until
 
 pytestmark = [pytest.mark.kill, pytest.mark.cluster]
 
@@ -49,7 +47,9 @@ def stick(monkeypatch):
     def mount(folder: Path, *options: str) -> StuckDisk:
         disks.append(StuckDisk(folder, *options))
         if not disks[-1].is_mounted:
-            (pytest.fail if os.environ.get("CI") else pytest.skip)(f"may not mount a file system here: {disks[-1].server.stderr.read()}")
+            (pytest.fail if os.environ.get("CI") else pytest.skip)(
+                f"may not mount a file system here: {disks[-1].server.stderr.read()}"
+            )
         return disks[-1]
 
     yield mount
@@ -65,16 +65,22 @@ def source(tmp_path) -> Path:
     return tmp_path / "source"
 
 
-@pytest.mark.parametrize("options", [(), ("--killable",)], ids=["stuck in the kernel", "killable"])
-@pytest.mark.parametrize("stage", ["probe", "batch"])
-def test_an_image_that_never_comes_costs_itself_only(source, tmp_path, stick, monkeypatch, stage, options):
+def finish(client, job, whole: Path) -> None:
+    """The next run does what is left, and the store is as if nothing had happened."""
+    assert run_job(job, client).outcome == "complete"
+    run_job(job.model_copy(update={"store": str(whole)}), client)
+    assert content(Path(job.store)) == content(whole)
+    assert not [path for path in Path(job.store).rglob("*.partial") if not path.name.startswith("lock.json")]
+
+
+@pytest.mark.parametrize(
+    ("stage", "options"),
+    [("probe", ("--killable",)), ("batch", ())],
+    ids=["a header", "an image, stuck in the kernel"],
+)
+def test_an_image_that_never_comes_costs_itself_only(client, source, tmp_path, stick, monkeypatch, stage, options):
     job = make_job({"source": str(source), "store": str(tmp_path / "f.zarr"), "deadline_s": 2.0})
     disks = []
-
-    def mount(progress):
-        if progress.stage == "starting workers" and stage == "probe":
-            disks.append(stick(source / "slow", *options))
-
     real = Intake.append
 
     def append(*arguments):
@@ -83,19 +89,73 @@ def test_an_image_that_never_comes_costs_itself_only(source, tmp_path, stick, mo
             disks.append(stick(source / "slow", *options))
         return appended
 
-    monkeypatch.setattr(Intake, "append", append)
-    began = time.monotonic()
-    with connect(LocalSpec(workers=2)) as client:
-        summary = run_job(job, client, on_progress=mount)
-    print(time.monotonic() - began, summary)
+    def mount(progress):
+        if stage == "probe" and progress.stage == "starting workers":
+            disks.append(stick(source / "slow", *options))
+
+    with monkeypatch.context() as patched, connect(LocalSpec(workers=2)) as own:
+        patched.setattr(Intake, "append", append)
+        summary = run_job(job, own, on_progress=mount)
+        assert len(own.scheduler_info()["workers"]) == 2
     assert (summary.outcome, summary.n_done, summary.n_pending) == ("incomplete", 40, 2)
     assert summary.n_quarantined == summary.n_rejected == 0
     assert any("slow/img00000.png: the storage did not answer" in fault for fault in summary.faults)
-    assert {row[0] for path, row in content(tmp_path / "f.zarr").items() if "slow" not in path} == {"DONE"}
-    for disk in disks:
+    disks[0].release()
+    finish(client, job, tmp_path / "whole.zarr")
+
+
+COMMAND = """
+import sys, time
+from pathlib import Path
+import pipeline.driver
+from pipeline.cli import main
+from pipeline.intake import Intake
+
+when, signs = sys.argv.pop(1), Path(sys.argv.pop(1))
+real = {"probe": Intake.next_block, "batch": Intake.append}
+
+def wait(*arguments):
+    result = real[when](*arguments)
+    (signs / "now").touch()
+    while not (signs / "go").exists():
+        time.sleep(0.01)
+    return result
+
+setattr(Intake, {"probe": "next_block", "batch": "append"}[when], wait)
+pipeline.driver.RECEIPT_S = 0.5
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("when", "what", "options", "message"),
+    [
+        ("probe", "source", (), r"slow/img0000[01].png: the storage did not answer for \d+ s, as for 3 tasks in a row"),
+        ("batch", "f.zarr/50x60/conv1", (), r"f.zarr: the storage did not answer for \d+ s, as for 3 tasks in a row"),
+    ],
+    ids=["the source", "the store"],
+)
+def test_a_storage_that_answers_nobody_ends_the_run_as_incomplete(client, source, tmp_path, stick, when, what, options, message):
+    job_file = tmp_path / "job.yaml"
+    job_file.write_text("source: source\nstore: f.zarr\ndeadline_s: 2\nworkers: 2\n")
+    arguments = [sys.executable, "-c", COMMAND, when, str(tmp_path), "run", str(job_file)]
+    log = tmp_path / "log"
+    with log.open("w") as file:
+        command = subprocess.Popen(arguments, stdout=file, stderr=file)
+    assert wait_until(lambda: (tmp_path / "now").exists() or command.poll() is not None, 60)
+    disk = stick(tmp_path / what, *options)
+    (tmp_path / "go").touch()
+    began = time.monotonic()
+    try:
+        assert command.wait(90) == 1, log.read_text()  # it ends though some of its processes cannot
+    finally:
+        command.kill()
+        command.wait()
         disk.release()
-    monkeypatch.setattr(Intake, "append", real)
-    with connect(LocalSpec(workers=2)) as client:
-        assert run_job(job, client).outcome == "complete"
-        run_job(job.model_copy(update={"store": str(tmp_path / "whole.zarr")}), client)
-    assert content(tmp_path / "f.zarr") == content(tmp_path / "whole.zarr")
+    output = log.read_text()
+    assert time.monotonic() - began < 60
+    assert "incomplete: " in output
+    assert ", 0 quarantined, 0 rejected, " in output
+    assert re.search(message, output), output
+    assert "Traceback" not in output
+    finish(client, load_job(job_file), tmp_path / "whole.zarr")
