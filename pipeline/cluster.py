@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import multiprocessing
 import os
 import signal
 import ssl
@@ -41,6 +42,8 @@ _DASK_CONFIG = {
     "distributed.worker.memory.spill": False,
     "distributed.worker.memory.pause": 0.85,
     "distributed.worker.memory.terminate": 0.97,
+    # A nanny has a new process soon: the cluster need not close it meanwhile, least of all while it replaces a stuck one.
+    "distributed.deploy.lost-worker-timeout": "1h",
     "distributed.admin.large-graph-warning-threshold": "1GB",
     # Dask's looks at itself, 50 and 100 times a second by default, cost a tenth of the throughput of two cores.
     "distributed.admin.tick.interval": "500ms",
@@ -228,7 +231,7 @@ def connect(spec: LocalSpec | AddressSpec) -> Iterator[Client]:
         }
         # Without a dashboard there are no pages about workers and tasks either, which are another part of Dask.
         pages = {} if spec.dashboard else {"distributed.scheduler.http.routes": ["distributed.http.health"]}
-        with dask.config.set(pages), _quiet_dask(), _start_local(options) as cluster, Client(cluster) as client:
+        with dask.config.set(pages), _quiet_dask(), _local_cluster(options) as cluster, Client(cluster) as client:
             yield client
 
 
@@ -244,6 +247,23 @@ def with_client(job: Job, client: Client | None, cluster_file: Path) -> Iterator
         spec = spec.model_copy(update={key: value for key, value in wanted.items() if value is not None})
     with connect(spec) as connected:
         yield connected
+
+
+@contextlib.contextmanager
+def _local_cluster(options: dict[str, Any]) -> Iterator[LocalCluster]:
+    """Start the cluster and stop it; a process that is stuck in the kernel cannot be stopped, and must not keep this one from ending."""
+    others = set(multiprocessing.active_children())
+    cluster = _start_local(options)
+    try:
+        yield cluster
+    finally:
+        try:
+            cluster.close()
+        except TimeoutError as error:
+            logger.info("the local cluster did not stop: %s", error)
+        for left in set(multiprocessing.active_children()) - others:
+            left.kill()
+            multiprocessing.process._children.discard(left)  # type: ignore[attr-defined]
 
 
 def _start_local(options: dict[str, Any]) -> LocalCluster:

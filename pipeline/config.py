@@ -164,6 +164,8 @@ class Job(StrictModel):
     """What may die without a committed row being lost: any process, or, as each object is synced to the disk, the machine."""
     sole_writer: bool = False
     """Use a bucket whose server ignores conditional puts: nobody else ever writes to this store, and you vouch for it."""
+    deadline_s: Annotated[float, Field(gt=0)] = 600.0
+    """A worker that is at one image, or at one write, for longer waits for a storage that hangs: it is replaced."""
 
 
 def load_job(path: str | Path, overrides: dict[str, Any] | None = None) -> Job:

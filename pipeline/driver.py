@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import queue
 import threading
 import time
 from collections import deque
@@ -13,18 +11,18 @@ from concurrent.futures import CancelledError
 from typing import Any
 
 import numpy as np
-from distributed import Client, Future, KilledWorker
+from distributed import Client, KilledWorker
 from distributed.client import ClosedClientError
 
 from pipeline import reading, tasks
 from pipeline.capacity import require_memory, require_space
 from pipeline.changes import Changes
-from pipeline.cluster import ROLES
 from pipeline.collection import Listing
 from pipeline.config import Job
 from pipeline.errors import FeaturemapsError
 from pipeline.faults import explain, scheduler_lost, why
 from pipeline.fleet import Fleet
+from pipeline.flight import Flight, Sent
 from pipeline.intake import Intake
 from pipeline.ledger import Ledger
 from pipeline.lock import require_lock
@@ -41,6 +39,7 @@ from pipeline.plan import (
 from pipeline.schema import RUNS, Status
 from pipeline.settings import cost_s, extractor_spec, layer_bytes, needed_size
 from pipeline.source_watch import SourceWatch
+from pipeline.stalls import find_stalls, replace_worker
 from pipeline.store import Store
 from pipeline.summary import Progress, Summary, receipt
 from pipeline.trial import HeaderTrial, Trial
@@ -52,6 +51,7 @@ RECEIPT_S = 10.0
 READY_BATCHES_PER_SLOT = 4
 RESULT_S = 10.0
 MAX_ACQUITTALS = 3
+MAX_STALLS = 3
 
 
 class Driver:
@@ -86,26 +86,21 @@ class Driver:
         self.client, self.summary, self.progress, self.notify, self.stop = client, summary, progress, notify, stop
         self.spec = extractor_spec(store.spec)
         self.channels = job.decode.channels
-        self.source = reading.Source(listing.root, job.decode)
-        self.target = tasks.Target(
-            str(store.path),
-            summary.run_id,
-            f"extractor-{store.spec.extractor['sha256'][:16]}-{job.dtype}",
-            durable=store.durable,
-        )
-        self.finished: queue.SimpleQueue[str] = queue.SimpleQueue()
-        self.in_flight: dict[str, tuple[str, Any, Future]] = {}  # key -> kind, what was sent, future
+        self.extractor = f"extractor-{store.spec.extractor['sha256'][:16]}-{job.dtype}"
+        target = tasks.Target(str(store.path), summary.run_id, self.extractor, durable=store.durable)
+        self.flight = Flight(client, reading.Source(listing.root, job.decode), target, needed_size(self.spec))
         self.ready: deque[Batch] = deque()
         self.image_of: dict[Size, dict[int, int]] = {}  # rows of the store that are not sent yet -> image of the listing
         self.waiting: dict[Size, list[int]] = {}  # those of them that are in no batch
         self.kept: dict[Size, np.ndarray[Any, np.dtype[np.int64]]] = {}  # rows of former runs whose maps must not be lost
-        self.n_sent = 0
         watch, ledger = SourceWatch(listing.root), Ledger(store, listing)
         self.intake = Intake(listing, found, ledger, watch, self.channels, summary, progress)
         self.outcomes = Outcomes(found, ledger, watch, summary, progress)
         self.trials: deque[Trial | HeaderTrial] = deque()  # the first of them is going on, and nothing else
         self.failure: FeaturemapsError | None = None
         self.is_lost = False  # nothing that is in flight will come back
+        self.n_stalls = 0  # since something was read
+        self.is_stuck = False  # nothing that is in flight is worth waiting for
 
     # -- the loop --------------------------------------------------------------------------------------------------------------
 
@@ -135,9 +130,9 @@ class Driver:
                     self._send_probes()
                     self._append_probed()
                     self._send_batches()
-                if not self.in_flight:
+                if not len(self.flight):
                     break
-                self._wait(next_commit - time.monotonic())
+                self._take_finished(next_commit - time.monotonic())
                 if self.is_lost or self.client.status != "running":
                     self._fail(scheduler_lost(None))
                     break
@@ -150,9 +145,11 @@ class Driver:
                     self.store.write_receipt(self.summary.run_id, receipt(self.summary))
                     next_receipt = time.monotonic() + RECEIPT_S
                     self._check_workers()
+                    self._check_stalls()
+                if self.is_stuck:
+                    break
         finally:
-            with contextlib.suppress(OSError, CancelledError, ClosedClientError):
-                self.client.cancel([future for _, _, future in self.in_flight.values()], force=True)
+            self.flight.cancel()
             self.summary.compute_s = time.monotonic() - started
 
     @property
@@ -163,6 +160,7 @@ class Driver:
     def _prepare(self) -> None:
         """Look at the workers, give them the extractor, and take up the rows that are in the store already."""
         self.fleet = Fleet(self.client)
+        self.flight.is_whole = self.fleet.is_whole
         self.summary.slots = self.fleet.slots
         for size, shape_class in self.store.classes.items():
             rows = self.found.pending.get(shape_class.name, [])
@@ -171,7 +169,7 @@ class Driver:
                 self.kept[size] = self._rows_with_maps(shape_class.name)
             self.waiting[size] = [row for row, _ in rows]
         self._check_capacity({}, {})
-        self.fleet.register(tasks.ExtractorPlugin(self.target.extractor, self.spec, self.store.weights(), self.store.spec.layers))
+        self.fleet.register(tasks.ExtractorPlugin(self.extractor, self.spec, self.store.weights(), self.store.spec.layers))
         self.progress.stage = "running"
         if not self.found.new:
             self._plan(complete=True)
@@ -184,55 +182,48 @@ class Driver:
             removed &= self.store.column(group, "maps_digest") != ""
         return np.flatnonzero((status == Status.DONE) | removed)
 
-    def _wait(self, timeout_s: float) -> None:
-        """Take up what finished, waiting for the first at most ``timeout_s``."""
-        try:
-            self._take(self.finished.get(timeout=max(0.01, timeout_s)))
-            while True:
-                self._take(self.finished.get_nowait())
-        except queue.Empty:
-            pass
+    def _take_finished(self, timeout_s: float) -> None:
+        """Take up what has come back, and keep no future of it: a result that is wanted and lost would be computed again."""
+        for sent in self.flight.finished(timeout_s):
+            self._take(sent)
 
-    def _submit(self, kind: str, sent: Any, future: Future) -> None:
-        self.in_flight[future.key] = (kind, sent, future)
-        future.add_done_callback(lambda done: self.finished.put(done.key))
-
-    def _take(self, key: str) -> None:
-        kind, sent, future = self.in_flight.pop(key)
+    def _take(self, sent: Sent) -> None:
+        kind, what, future = sent
         if future.status == "finished":
             try:
                 result = future.result(timeout=RESULT_S)
             except TimeoutError:
-                self._submit(kind, sent, future)  # the worker that held it is gone: it is computed once more
+                self.flight.follow(sent)  # the worker that held it is gone: it is computed once more
                 return
             except (OSError, RuntimeError, CancelledError, KilledWorker, FeaturemapsError) as error:
-                self._fail(self._why(error, sent))
+                self._fail(self._why(error, what))
                 return
             if kind == "probe":
-                self.intake.take(sent, result)
+                self.n_stalls *= all(probed.fault for probed in result)
+                self.intake.take(what[0], result)
             elif kind == "trial":
                 self._judge(result, survived=True)
             else:
                 self._take_batch(result)
         elif future.status == "error":
-            self._take_error(kind, sent, future.exception())
+            self._take_error(kind, what, future.exception())
         else:
             self._fail(scheduler_lost(None))
             self.is_lost = True
 
-    def _take_error(self, kind: str, sent: Any, error: BaseException | None) -> None:
+    def _take_error(self, kind: str, what: Any, error: BaseException | None) -> None:
         is_killed = isinstance(error, KilledWorker | MemoryError)  # either may be one image's doing
         if is_killed and kind == "trial":
             self._judge(None, survived=False)
         elif is_killed and kind == "probe":
-            self.trials.append(HeaderTrial(sent, self.intake.paths(sent)))
-        elif is_killed and sent[1] < MAX_ACQUITTALS:
-            self.trials.append(Trial(*sent))
+            self.trials.append(HeaderTrial(*what))
+        elif is_killed and what[1] < MAX_ACQUITTALS:
+            self.trials.append(Trial(*what))
         else:
-            self._fail(explain(error, sent, self.store.path))
+            self._fail(explain(error, what, self.store.path))
 
-    def _why(self, error: BaseException, sent: Any) -> FeaturemapsError:
-        return why(error, sent, self.store.path, is_connected=self.client.status == "running")
+    def _why(self, error: BaseException, what: Any) -> FeaturemapsError:
+        return why(error, what, self.store.path, is_connected=self.client.status == "running")
 
     def _check_workers(self) -> None:
         try:
@@ -240,6 +231,28 @@ class Driver:
         except FeaturemapsError as failure:
             self._fail(failure)
             self.is_lost = True
+
+    def _check_stalls(self) -> None:
+        """Replace workers that wait for a storage that does not answer, and send what they had without the image; but not for ever."""
+        for stall in find_stalls(self.client, self.job.deadline_s):
+            if self.summary.run_id not in stall.key:  # another run's, who sees to it
+                continue
+            fault = f"{stall.what or self.store.path}: the storage did not answer for {stall.since_s:.0f} s"
+            logger.warning("%s; replacing the worker that waits for it, %s", fault, stall.worker)
+            sent = self.flight.find(stall.key)
+            if sent is not None:
+                self.flight.give_up(sent)
+            replace_worker(self.client, stall.worker)
+            if stall.what:
+                self.flight.leave_out(stall.what)
+            if sent is not None:
+                self.flight.send(sent.kind, sent.what)
+            self.n_stalls += 1
+            if self.draining or self.n_stalls >= MAX_STALLS:
+                self.is_stuck = True
+                self.summary.faults.insert(
+                    0, f"{fault}, as for {self.n_stalls} tasks in a row: the run did not wait for the others"
+                )
 
     def _fail(self, failure: FeaturemapsError) -> None:
         """Note the first failure; the loop drains and `run` raises it."""
@@ -250,24 +263,12 @@ class Driver:
     # -- probing and appending -------------------------------------------------------------------------------------------------
 
     def _send_probes(self) -> None:
-        probing = sum(kind == "probe" for kind, _, _ in self.in_flight.values())
         limit = BATCHES_IN_FLIGHT_PER_SLOT * self.fleet.slots
-        while probing < limit and len(self.ready) < READY_BATCHES_PER_SLOT * self.fleet.slots:
+        while self.flight.count("probe") < limit and len(self.ready) < READY_BATCHES_PER_SLOT * self.fleet.slots:
             block = self.intake.next_block()
             if block is None:
                 return
-            future = self.client.submit(
-                reading.probe_block,
-                self.source,
-                self.intake.paths(block),
-                needed_size(self.spec),
-                key=f"probe-{self.summary.run_id}-{block}",
-                resources={"read": 1},
-                priority=10,
-                pure=False,
-            )
-            self._submit("probe", block, future)
-            probing += 1
+            self.flight.send("probe", (block, self.intake.paths(block)))
 
     def _append_probed(self) -> None:
         if not self.intake.is_due():
@@ -310,50 +311,21 @@ class Driver:
         self.ready.extend(pack_batches(pieces, self.fleet.slots, is_whole=self.fleet.is_whole, complete=complete))
 
     def _send_batches(self) -> None:
-        sent = sum(kind == "batch" for kind, _, _ in self.in_flight.values())
-        while self.ready and sent < self.fleet.window:
-            self._send(self.ready.popleft())
-            sent += 1
-
-    def _send(self, batch: Batch) -> None:
-        self._send_pieces([self._work_piece(piece) for piece in batch.pieces])
-
-    def _send_pieces(self, pieces: list[tasks.WorkPiece], n_acquittals: int = 0) -> None:
-        """Only the last task's result, a few kB, comes back."""
-        name = f"{self.summary.run_id}-{self.n_sent}"
-        self.n_sent += 1
-        submit = self.client.submit
-        if self.fleet.is_whole:
-            resources = dict.fromkeys(ROLES, 1)
-            future = submit(
-                tasks.process, self.source, self.target, pieces, key=f"process-{name}", resources=resources, pure=False
-            )
-        else:
-            decoded = submit(tasks.read, self.source, pieces, key=f"read-{name}", resources={"read": 1}, pure=False)
-            extracted = submit(tasks.extract, self.target, decoded, key=f"extract-{name}", resources={"extract": 1}, pure=False)
-            future = submit(tasks.write, self.target, extracted, key=f"write-{name}", resources={"write": 1}, pure=False)
-        self._submit("batch", (pieces, n_acquittals), future)
+        n_sent = self.flight.count("batch")
+        while self.ready and n_sent < self.fleet.window:
+            self.flight.send("batch", ([self._work_piece(piece) for piece in self.ready.popleft().pieces], 0))
+            n_sent += 1
 
     # -- batches that killed their worker ----------------------------------------------------------------------------------------
 
     def _try_next(self) -> None:
         """Compute the next suspect with nobody beside it that could be blamed; in a drain the suspects stay pending."""
-        while self.trials and not self.in_flight:
-            trial = self.trials[0]
-            suspect = trial.next()
+        while self.trials and not len(self.flight):
+            suspect = self.trials[0].next()
             if suspect is None:
                 self._end_trial(self.trials.popleft())
-                continue
-            name, submit = f"{self.summary.run_id}-{self.n_sent}", self.client.submit
-            self.n_sent += 1
-            if isinstance(suspect, str):
-                arguments: tuple[Any, ...] = (reading.probe_block, self.source, [suspect], needed_size(self.spec))
-                future = submit(*arguments, key=f"trial-{name}", resources={"read": 1}, pure=False)
             else:
-                decoded = submit(tasks.read, self.source, [suspect], key=f"suspect-{name}", resources={"read": 1}, pure=False)
-                arguments = (tasks.attempt, self.target, decoded)
-                future = submit(*arguments, key=f"trial-{name}", resources={"extract": 1}, pure=False)
-            self._submit("trial", suspect, future)
+                self.flight.send("trial", suspect)
 
     def _judge(self, result: Any, *, survived: bool) -> None:
         trial = self.trials[0]
@@ -371,7 +343,7 @@ class Driver:
         if result.pieces:
             self._take_batch(result)
         if innocent := trial.innocent():
-            self._send_pieces(innocent, 0 if trial.n_guilty else trial.n_before + 1)
+            self.flight.send("batch", (innocent, 0 if trial.n_guilty else trial.n_before + 1))
 
     def _work_piece(self, piece: Any) -> tasks.WorkPiece:
         images = [self.image_of[piece.size].pop(row) for row in piece.rows]
@@ -388,6 +360,7 @@ class Driver:
         )
 
     def _take_batch(self, result: tasks.BatchResult) -> None:
+        self.n_stalls *= not any((piece.status != Status.PENDING).any() for piece in result.pieces)
         try:
             self.outcomes.take(result)
         except FeaturemapsError as failure:
@@ -407,11 +380,11 @@ class Driver:
         self.notify(self.progress)
         if self.failure is not None:
             raise self.failure
-        if self.fleet.has_lost_workers():
+        if not self.is_stuck and self.fleet.has_lost_workers():  # else this process might hang there, too
             require_lock(self.store.path / RUNS, self.summary.run_id)
             self.store.repair()  # what the workers that were lost left
         unsent = sum(map(len, self.image_of.values())) + sum(trial.n_images for trial in self.trials)
-        self.summary.n_pending += unsent + self.intake.n_left
+        self.summary.n_pending += unsent + self.intake.n_left + self.flight.n_images
         if self.stop.is_set() and self.summary.n_pending:
             self.summary.outcome = "stopped"
         else:

@@ -8,13 +8,13 @@ import os
 import stat
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
-from pipeline import decode
+from pipeline import activity, decode
 from pipeline.collection import fingerprint_of
 from pipeline.config import DecodeSpec
 from pipeline.errors import ImageError, PassingFaultError
@@ -44,6 +44,8 @@ class Source:
 
     root: str
     decode: DecodeSpec
+    hung: frozenset[str] = frozenset()
+    """Images that did not answer before the deadline: they are left to the next run."""
 
 
 class Probed(NamedTuple):
@@ -92,11 +94,19 @@ def probe_block(source: Source, paths: Sequence[str], needed: tuple[int, int]) -
     if not is_url(source.root):
         return ProbedBlock(map(probe, paths))
     with ThreadPoolExecutor(READ_AHEAD) as pool:
-        return ProbedBlock(pool.map(probe, paths))
+        return ProbedBlock(_in_turn(paths, pool.map(probe, paths)))
+
+
+def _in_turn(paths: Iterable[str], results: Iterator[T]) -> Iterator[T]:
+    """Say of which image this thread waits for the result."""
+    for path in paths:
+        activity.note(path)
+        yield next(results)
 
 
 def _probe(source: Source, needed: tuple[int, int], patience: Patience, path: str) -> Probed:
     try:
+        _begin(source, path)
         size = _retry(lambda: _probe_file(source, path, patience), source.root, path, patience)
     except ImageError as error:
         return Probed(error=str(error))
@@ -109,6 +119,13 @@ def _probe(source: Source, needed: tuple[int, int], patience: Patience, path: st
         return Probed(error=str(ImageError("too_small", text)))
     sizes = size.source_height, size.source_width, size.input_height, size.input_width
     return Probed(*sizes, decode_bytes=size.decode_bytes + (READ_AHEAD_BYTES if is_url(source.root) else 0))
+
+
+def _begin(source: Source, path: str) -> None:
+    """Say which image this thread is at, so that it is found should the storage never answer."""
+    if path in source.hung:
+        raise PassingFaultError(f"{path}: the storage did not answer, and the worker that waited for it was replaced")
+    activity.note(path)
 
 
 def _probe_file(source: Source, path: str, patience: Patience) -> decode.ImageSize:
@@ -170,6 +187,7 @@ def read_bytes(source: Source, path: str, fingerprint: str, patience: Patience) 
     PassingFaultError
         When the storage failed in a way that may pass.
     """
+    _begin(source, path)
     return _retry(lambda: _read_file(source.root, path, fingerprint, patience), source.root, path, patience)
 
 
@@ -206,6 +224,7 @@ def read_ahead(
             ):
                 waiting.append(pool.submit(items[n_sent]))
                 n_sent += 1
+            activity.note(paths[i])
             yield waiting.popleft().result
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
@@ -248,7 +267,7 @@ def digest_block(root: str, images: Sequence[tuple[str, str]]) -> DigestedBlock:
     if not is_url(root):
         return DigestedBlock(map(digest, images))
     with ThreadPoolExecutor(READ_AHEAD) as pool:
-        return DigestedBlock(pool.map(digest, images))
+        return DigestedBlock(_in_turn((path for path, _ in images), pool.map(digest, images)))
 
 
 def _digest(root: str, patience: Patience, image: tuple[str, str]) -> Digested:

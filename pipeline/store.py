@@ -17,7 +17,7 @@ from zarr.storage import ObjectStore
 from pipeline import remote
 from pipeline.chunks import Array, compress, decompress
 from pipeline.errors import FeaturemapsError, StaleWriterError, UsageError
-from pipeline.lock import require_lock
+from pipeline.lock import LOCK_TTL_S, require_lock
 from pipeline.objects import Place, children, each, exists, make_folder, put, put_json, read_json, remove_folder
 from pipeline.plan import ClassLayout, LayerLayout, Size, class_name
 from pipeline.schema import (
@@ -244,7 +244,7 @@ class Store:
             if CLASS_NAME.fullmatch(name) and not exists(self.path / name / "zarr.json"):
                 _remove_unfinished(self.path / name)
         for litter in self.path.rglob("*.partial") if isinstance(self.path, Path) else ():
-            if not litter.name.startswith("lock.json"):  # may belong to a run that is waiting for the lock just now
+            if not (litter.name.startswith("lock.json") and _is_fresh(litter)):
                 litter.unlink(missing_ok=True)
 
     def write_receipt(self, run_id: str, receipt: Mapping[str, Any]) -> None:
@@ -256,6 +256,14 @@ class Store:
         if version != self.spec.written_version:
             self.spec = replace(self.spec, written_version=version)
             put_json(self.path / "zarr.json", root_document(self.spec), durable=self.durable)
+
+
+def _is_fresh(litter: Path) -> bool:
+    """Whether a temporary file of the lock may be that of a run that waits for it just now, by the clock of the file server."""
+    try:
+        return litter.with_name("lock.json").stat().st_mtime - litter.stat().st_mtime < LOCK_TTL_S
+    except FileNotFoundError:
+        return True
 
 
 def _remove_unfinished(group: Place) -> None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from distributed import Worker, WorkerPlugin, get_worker
 
-from pipeline import decode, store
+from pipeline import activity, decode, store
 from pipeline.chunks import Array, maps_digest
 from pipeline.config import ExtractorSpec
 from pipeline.errors import FeaturemapsError, ImageError, PassingFaultError
@@ -139,6 +139,7 @@ class ExtractorPlugin(WorkerPlugin):  # type: ignore[misc]
         with contextlib.suppress(ValueError):
             signal.signal(signal.SIGINT, signal.SIG_IGN)
         keep_memory()
+        worker.metrics[activity.METRIC] = activity.report
         n_threads = int(worker.state.total_resources.get("extract", 0))
         if n_threads:
             from pipeline.device import best_extractor  # noqa: PLC0415 (torch only where something is computed)
@@ -331,6 +332,7 @@ def _write_piece(target: Target, outcome: PieceResult, blocks: dict[str, Array],
         return
     started = time.perf_counter()
     for layer, stored in zip(outcome.layout.layers, _plugin(target).layers, strict=True):
+        activity.note(activity.STORE)
         _keep_others(target, outcome, layer, blocks[layer.name], stored.fill_value)
         result.bytes_written += store.write_maps(
             place(target.path),

@@ -1,0 +1,125 @@
+"""The tasks that a run has on its cluster, from sending to finishing."""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+from collections.abc import Iterator
+from concurrent.futures import CancelledError
+from dataclasses import replace
+from typing import Any, Literal, NamedTuple
+
+from distributed import Client, Future
+from distributed.client import ClosedClientError
+
+from pipeline import reading, tasks
+from pipeline.cluster import ROLES
+
+Kind = Literal["probe", "batch", "trial"]
+
+
+class Sent(NamedTuple):
+    """A task on its way."""
+
+    kind: Kind
+    what: Any
+    """Of a probe the block and its paths, of a batch its pieces and how many trials found nobody guilty, of a trial the suspect."""
+    future: Future
+
+
+class Flight:
+    """Sends tasks and notes which come back.
+
+    Parameters
+    ----------
+    client : distributed.Client
+    source : reading.Source
+    target : tasks.Target
+    needed : (int, int)
+        Smallest input height and width that leave a map.
+    """
+
+    def __init__(self, client: Client, source: reading.Source, target: tasks.Target, needed: tuple[int, int]) -> None:
+        self.client, self.source, self.target, self.needed = client, source, target, needed
+        self.is_whole = True
+        """Whether one task does all of a batch."""
+        self._sent: dict[str, Sent] = {}
+        self._finished: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._n_sent = 0
+
+    def __len__(self) -> int:
+        return len(self._sent)
+
+    def count(self, kind: Kind) -> int:
+        """How many tasks of a kind are on their way."""
+        return sum(sent.kind == kind for sent in self._sent.values())
+
+    @property
+    def n_images(self) -> int:
+        """Images of the batches on their way."""
+        return sum(len(piece.rows) for sent in self._sent.values() if sent.kind == "batch" for piece in sent.what[0])
+
+    def send(self, kind: Kind, what: Any) -> None:
+        """Send a block of headers, a batch, or one image alone that may have killed its worker."""
+        name = f"{self.target.run_id}-{self._n_sent}"
+        self._n_sent += 1
+        if kind == "probe":
+            self.follow(Sent(kind, what, self._probe(f"probe-{name}", what[1])))
+        elif kind == "batch":
+            self.follow(Sent(kind, what, self._batch(name, what[0])))
+        else:
+            self.follow(Sent(kind, what, self._trial(name, what)))
+
+    def _probe(self, key: str, paths: list[str]) -> Future:
+        arguments, options = (self.source, paths, self.needed), {"resources": {"read": 1}, "priority": 10, "pure": False}
+        return self.client.submit(reading.probe_block, *arguments, key=key, **options)
+
+    def _batch(self, name: str, pieces: list[tasks.WorkPiece]) -> Future:
+        """Only the last task's result, a few kB, comes back."""
+        submit = self.client.submit
+        if self.is_whole:
+            resources = dict.fromkeys(ROLES, 1)
+            return submit(tasks.process, self.source, self.target, pieces, key=f"process-{name}", resources=resources, pure=False)
+        decoded = submit(tasks.read, self.source, pieces, key=f"read-{name}", resources={"read": 1}, pure=False)
+        extracted = submit(tasks.extract, self.target, decoded, key=f"extract-{name}", resources={"extract": 1}, pure=False)
+        return submit(tasks.write, self.target, extracted, key=f"write-{name}", resources={"write": 1}, pure=False)
+
+    def _trial(self, name: str, suspect: str | tasks.WorkPiece) -> Future:
+        if isinstance(suspect, str):
+            return self._probe(f"trial-{name}", [suspect])
+        submit = self.client.submit
+        decoded = submit(tasks.read, self.source, [suspect], key=f"suspect-{name}", resources={"read": 1}, pure=False)
+        return submit(tasks.attempt, self.target, decoded, key=f"trial-{name}", resources={"extract": 1}, pure=False)
+
+    def follow(self, sent: Sent) -> None:
+        """Note when a task comes back."""
+        self._sent[sent.future.key] = sent
+        sent.future.add_done_callback(lambda done: self._finished.put(done.key))
+
+    def finished(self, timeout_s: float) -> Iterator[Sent]:
+        """What has come back, after waiting for the first at most ``timeout_s``."""
+        with contextlib.suppress(queue.Empty):
+            key = self._finished.get(timeout=max(0.01, timeout_s))
+            while True:
+                if key in self._sent:  # else it was given up meanwhile
+                    yield self._sent.pop(key)
+                key = self._finished.get_nowait()
+
+    def find(self, key: str) -> Sent | None:
+        """What a task, or an earlier stage of it, belongs to; None where that is not of this run, or has come back."""
+        _, _, name = key.partition("-")
+        return next((sent for known, sent in self._sent.items() if known.partition("-")[2] == name), None)
+
+    def give_up(self, sent: Sent) -> None:
+        """Forget a task; should it end all the same, nobody hears of it."""
+        del self._sent[sent.future.key]
+        self.client.cancel([sent.future], force=True)
+
+    def leave_out(self, path: str) -> None:
+        """Have tasks that are sent from now on leave an image to the next run."""
+        self.source = replace(self.source, hung=self.source.hung | {path})
+
+    def cancel(self) -> None:
+        """Give up all that is on its way."""
+        with contextlib.suppress(OSError, CancelledError, ClosedClientError):
+            self.client.cancel([sent.future for sent in self._sent.values()], force=True)

@@ -1,0 +1,71 @@
+"""Workers that wait for a storage that does not answer: found by what they say they are at, and replaced."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import pickle
+import signal
+from typing import Any, NamedTuple
+
+from distributed import Client
+from distributed.core import rpc
+
+from pipeline.activity import METRIC
+
+logger = logging.getLogger(__name__)
+
+KILL_S = 2.0  # after which a killed process that is still there is stuck in the kernel
+REPLACE_S = 60.0
+
+
+class Stall(NamedTuple):
+    """A task that has been at the same thing for too long."""
+
+    worker: str
+    key: str
+    what: str
+    """An image's path, or `activity.STORE`."""
+    since_s: float
+
+
+def find_stalls(client: Client, deadline_s: float) -> list[Stall]:
+    """The tasks that have been at one image, or at one write, for longer than ``deadline_s``, by the workers' last heartbeats."""
+    workers = client.scheduler_info(n_workers=-1)["workers"]
+    return [
+        Stall(address, key, what, since_s)
+        for address, worker in workers.items()
+        for key, what, since_s in worker["metrics"].get(METRIC, ())
+        if since_s > deadline_s
+    ]
+
+
+def replace_worker(client: Client, address: str) -> None:
+    """Kill a worker's process and have its nanny start another; its tasks go elsewhere at once, and none of them is blamed."""
+    client.run_on_scheduler(_replace, address)
+
+
+async def _replace(address: str, dask_scheduler: Any) -> None:
+    """On the scheduler: forget the worker first, because a process that cannot die keeps its connections open."""
+    worker = dask_scheduler.workers.get(address)
+    if worker is None:
+        return
+    await dask_scheduler.remove_worker(address, stimulus_id="featuremaps-stalled", expected=True, close=not worker.nanny)
+    if worker.nanny:
+        with contextlib.suppress(OSError, asyncio.TimeoutError):  # the other workers go on without it
+            async with rpc(worker.nanny, connection_args=dask_scheduler.connection_args) as nanny:
+                await asyncio.wait_for(nanny.run(function=pickle.dumps(_start_anew)), REPLACE_S)
+
+
+async def _start_anew(dask_worker: Any) -> None:
+    """On the nanny: it starts another process when one dies; one that cannot die is left behind."""
+    nanny, process = dask_worker, dask_worker.process
+    os.kill(process.pid, signal.SIGKILL)
+    with contextlib.suppress(asyncio.TimeoutError):
+        await asyncio.wait_for(process.stopped.wait(), KILL_S)
+        return
+    process.on_exit = lambda _: None  # should it die one day, that says nothing about its successor
+    nanny.process = None
+    await nanny.instantiate()
