@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import logging
-import re
 import struct
 import warnings
 from contextlib import contextmanager
@@ -31,6 +30,7 @@ from PIL import (
 
 from pipeline.config import DEFAULT_PIXEL_LIMIT, DecodeSpec, ImageFormat
 from pipeline.errors import ImageError
+from pipeline.headers import HEADER_BYTES, HeaderStream, StorageFault, check_pixels, check_tiff, check_webp, gif_size, n_scans
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -38,9 +38,8 @@ if TYPE_CHECKING:
 # Set once for the process, before any thread decodes.
 Image.preinit()  # registers BMP, GIF, JPEG, PNG and PPM; without this the first image would import forty plugins
 Image.MAX_IMAGE_PIXELS = None  # `DecodeSpec.pixel_limit` decides, before anything large is allocated
-PngImagePlugin.MAX_TEXT_MEMORY = (
-    4 * PngImagePlugin.MAX_TEXT_CHUNK
-)  # texts are of no use here, and 64 MiB of them fit into a file of 64 kB
+# Texts are of no use here, and 64 MiB of them fit into a file of 64 kB.
+PngImagePlugin.MAX_TEXT_MEMORY = 4 * PngImagePlugin.MAX_TEXT_CHUNK
 AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # a worker thread is one core's work; by default every image starts a thread per core
 # Remarks on odd files ("Corrupt EXIF data ...") are no use among millions of images: what matters becomes an ImageError.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
@@ -60,26 +59,8 @@ _TURNS = {
 }
 _UNDO = _TURNS | {6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}
 _EXIF_KEYS = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")
-_SIDE_LIMIT = (2**31 - 1) // 32  # of Pillow, whose longer rows end in a MemoryError, however much memory there is
-# What a header may cost: real ones take a few hundred reads, and Pillow needs a microsecond for each.
-_HEADER_READS = 1 << 18
-_HEADER_BYTES = (
-    16 * 1024**2
-)  # of a JPEG, whose EXIF segments Pillow joins one by one; of others, it is the share of a file that is no pixels
-_TIFF_VALUES = 1 << 17  # of one tag: Pillow makes an object of each strip or tile, whatever the size of the image
-_TIFF_LAYOUT = {
-    258,
-    273,
-    279,
-    320,
-    324,
-    325,
-    338,
-    339,
-}  # bits, strips, colours, tiles, samples: what Pillow unpacks to open a file
 _TILE_WIDTH, _TILE_LENGTH = 322, 323
 _JPEG_SCANS = 500  # as libjpeg-turbo's own fuzzers: an empty scan of 14 bytes costs as much time as one with data
-_JPEG_MARKER = re.compile(rb"\xff[^\0\xff\xd0-\xd7]")
 _PLAIN_COMMENTS = 10_000  # Pillow copies up to a megabyte for each
 # Memory per pixel at most, as measured: the file's own mode, turned, flattened, and twice as an array while it is copied.
 _PLAIN_BYTES, _OTHER_BYTES, _CODEC_BYTES = 16, 20, 32
@@ -125,12 +106,12 @@ def probe(data: BinaryIO | bytes, spec: DecodeSpec) -> ImageSize:
     Exception
         Whatever the stream's own ``read`` raises, unchanged: a storage fault is not the image's fault.
     """
-    stream = _Stream(io.BytesIO(data) if isinstance(data, bytes) else data)
+    stream = HeaderStream(io.BytesIO(data) if isinstance(data, bytes) else data)
     try:
         with _blaming_the_image():
             image, orientation = _open(stream, spec)
             return _measure(image, orientation, spec, stream.size_bytes)
-    except _StorageFault as fault:
+    except StorageFault as fault:
         raise fault.error from None
 
 
@@ -165,7 +146,7 @@ def decode(data: bytes, spec: DecodeSpec) -> np.ndarray:
         Only `MemoryError` passes as it is.
     """
     with _blaming_the_image():
-        stream = _Stream(io.BytesIO(data))
+        stream = HeaderStream(io.BytesIO(data))
         image, orientation = _open(stream, spec)
         _measure(image, orientation, spec, len(data))
         _check_cost(image, data)
@@ -239,48 +220,6 @@ def decode_versions() -> dict[str, str]:
     return {name: number for name, number in found.items() if number}
 
 
-class _StorageFault(BaseException):
-    """Carries a fault of the stream past every ``except Exception`` of Pillow and of this module."""
-
-    def __init__(self, error: Exception) -> None:
-        super().__init__(error)
-        self.error = error
-
-
-class _Stream:
-    """What Pillow needs of a stream, with its read faults told apart from the image's and the cost of its header bounded."""
-
-    def __init__(self, stream: BinaryIO) -> None:
-        self._read, self.seek, self.tell = stream.read, stream.seek, stream.tell
-        if isinstance(stream, io.BytesIO):
-            self.getvalue = stream.getvalue  # spares libtiff a copy
-        self.size_bytes = stream.seek(0, io.SEEK_END)
-        self._reads_left, self._bytes_left, self._is_jpeg = _HEADER_READS, _HEADER_BYTES, False
-        self.seek(0)
-
-    def read(self, size: int = -1) -> bytes:
-        try:
-            data = self._read(size)
-        except (MemoryError, OverflowError):  # of a size that only a damaged header asks for
-            raise
-        except Exception as error:
-            raise _StorageFault(error) from error
-        self._reads_left -= 1
-        self._bytes_left -= len(data)
-        if self._reads_left < 0 or (self._is_jpeg and self._bytes_left < 0):
-            text = f"its header takes more than {_HEADER_READS} reads, or as a JPEG's more than {_HEADER_BYTES} bytes"
-            raise ImageError("corrupt", f"the image cannot be decoded ({text})")
-        return data
-
-    def begin_jpeg(self) -> None:
-        """Bound the bytes of the header, too."""
-        self._is_jpeg = True
-
-    def end_of_header(self) -> None:
-        """Bound nothing any more."""
-        self.read = self._read  # type: ignore[method-assign, assignment]
-
-
 @contextmanager
 def _blaming_the_image() -> Iterator[None]:
     """Turn whatever Pillow raises over data that are at hand into an `ImageError`."""
@@ -296,113 +235,43 @@ def _blaming_the_image() -> Iterator[None]:
         raise ImageError("corrupt", f"the image cannot be decoded ({text})") from error
 
 
-def _open(stream: _Stream, spec: DecodeSpec) -> tuple[Image.Image, int]:
+def _open(stream: HeaderStream, spec: DecodeSpec) -> tuple[Image.Image, int]:
     """Read the header, refuse what must not be decoded, return the image and its orientation."""
     head = stream.read(30)
     if not head:
         raise ImageError("empty", "the file has 0 bytes")
-    largest_bytes = 8 * spec.pixel_limit + _HEADER_BYTES
+    largest_bytes = 8 * spec.pixel_limit + HEADER_BYTES
     if stream.size_bytes > largest_bytes:
         text = f"and the largest image that may be read needs {largest_bytes}, uncompressed with 16 bits per channel"
         raise ImageError("too_large", f"the file has {stream.size_bytes} bytes, {text}")
     # Pillow allocates the canvas of the first two while it reads their header.
     if head.startswith((b"GIF87a", b"GIF89a")):
-        _check_pixels("the image has", *_gif_size(stream), spec.pixel_limit)
+        check_pixels("the image has", *gif_size(stream), spec.pixel_limit)
     elif head.startswith(b"RIFF") and head[8:12] == b"WEBP":
-        _check_webp(head, stream.size_bytes, spec.pixel_limit)
+        check_webp(head, stream.size_bytes, spec.pixel_limit)
     elif head.startswith(tuple(TiffImagePlugin.PREFIXES)):
-        _check_tiff(head, stream)
+        check_tiff(head, stream)
     elif head.startswith(b"\xff\xd8"):
         stream.begin_jpeg()
     try:
         image = Image.open(cast("IO[bytes]", stream), formats=spec.formats)
     except UnidentifiedImageError as error:
         raise ImageError("not_an_image", _explain_unidentified(head, spec)) from error
-    _check_pixels("the image has", image.height, image.width, spec.pixel_limit)
+    check_pixels("the image has", image.height, image.width, spec.pixel_limit)
     if image.mode == "F" or (image.mode == "I" and image.format != "PPM"):
         raise ImageError("unsupported_mode", f"{image.format} of mode {image.mode}: integers or floats without a known range")
     return image, _orientation(image)
 
 
-def _check_pixels(what: str, height: int, width: int, limit: int) -> None:
-    if height * width > limit:
-        raise ImageError("too_many_pixels", f"{what} {height} x {width} pixels, the limit is {limit}")
-    if max(height, width) > _SIDE_LIMIT:
-        raise ImageError("too_many_pixels", f"{what} {height} x {width} pixels, the limit of a side is {_SIDE_LIMIT}")
-
-
-def _gif_size(stream: _Stream) -> tuple[int, int]:
-    """Height and width of a GIF's canvas, stretched as Pillow does by a first frame that reaches beyond it."""
-    stream.seek(6)
-    width, height, flags = struct.unpack("<HHBxx", stream.read(7))
-    if flags & 0x80:  # a global palette
-        stream.read(6 << (flags & 7))
-    while (kind := stream.read(1)) and kind != b";":
-        if kind == b",":  # the first frame
-            left, top, frame_width, frame_height = struct.unpack("<4H", stream.read(8))
-            return max(height, top + frame_height), max(width, left + frame_width)
-        if kind == b"!":  # an extension: its label, then blocks led by their length
-            stream.read(1)
-            while (length := stream.read(1)) > b"\0":
-                stream.read(length[0])
-    return height, width
-
-
-def _check_webp(head: bytes, found_bytes: int, limit: int) -> None:
-    """Refuse a WebP that is cut short, of which libwebp says only that it failed, or whose canvas is too large."""
-    size_bytes = 8 + int.from_bytes(head[4:8], "little")
-    if found_bytes < size_bytes:
-        raise ImageError("truncated", f"the file ends before the image does ({found_bytes} of {size_bytes} bytes)")
-    sides = (0, 0)
-    if head[12:16] == b"VP8X":
-        sides = 1 + int.from_bytes(head[24:27], "little"), 1 + int.from_bytes(head[27:30], "little")
-    elif head[12:16] == b"VP8 ":
-        sides = int.from_bytes(head[26:28], "little") & 0x3FFF, int.from_bytes(head[28:30], "little") & 0x3FFF
-    elif head[12:16] == b"VP8L":
-        bits = int.from_bytes(head[21:25], "little")
-        sides = 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
-    _check_pixels("the image has", sides[1], sides[0], limit)
-
-
-def _check_tiff(head: bytes, stream: _Stream) -> None:
-    """Refuse a TIFF with far too many strips, tiles or samples, before Pillow makes objects of them."""
-    order, is_big = "<>"[head.startswith(b"M")], head[2] == 43  # as Pillow tells a BigTIFF
-    start, count, entry = (struct.Struct(order + form) for form in (("8xQ", "Q", "HHQ8x") if is_big else ("4xI", "H", "HHI4x")))
-    if len(head) < start.size:
-        return
-    stream.seek(*start.unpack_from(head))
-    number = stream.read(count.size)
-    n_tags = min(*count.unpack(number), 65536) if len(number) == count.size else 0
-    directory = stream.read(n_tags * entry.size)
-    for tag, _, n_values in entry.iter_unpack(directory[: len(directory) // entry.size * entry.size]):
-        if tag in _TIFF_LAYOUT and n_values > _TIFF_VALUES:
-            raise ImageError(
-                "corrupt", f"the image cannot be decoded (tag {tag} has {n_values} values, the limit is {_TIFF_VALUES})"
-            )
-
-
 def _check_cost(image: Image.Image, data: bytes) -> None:
     """Refuse what would take minutes, whatever the size of the file."""
     text = ""
-    if (
-        isinstance(image, JpegImagePlugin.JpegImageFile)
-        and data.count(b"\xff\xda") > _JPEG_SCANS
-        and _n_scans(data) > _JPEG_SCANS
-    ):
+    if isinstance(image, JpegImagePlugin.JpegImageFile) and data.count(b"\xff\xda") > _JPEG_SCANS and n_scans(data) > _JPEG_SCANS:
         text = f"it has more than {_JPEG_SCANS} scans, and some ten are usual"
     elif image.format == "PPM" and cast("Any", image).tile[0].codec_name == "ppm_plain" and data.count(b"#") > _PLAIN_COMMENTS:
         text = f"it has more than {_PLAIN_COMMENTS} comments"
     if text:
         raise ImageError("corrupt", f"the image cannot be decoded ({text})")
-
-
-def _n_scans(data: bytes) -> int:
-    """Scans of a JPEG up to its end; what follows may be anything, a film for instance."""
-    n, place = 0, 2
-    while (found := _JPEG_MARKER.search(data, place)) and found[0] != b"\xff\xd9":
-        n += found[0] == b"\xff\xda"
-        place = found.end() + int.from_bytes(data[found.end() : found.end() + 2], "big")
-    return n
 
 
 def _explain_unidentified(head: bytes, spec: DecodeSpec) -> str:
@@ -445,14 +314,14 @@ def _measure(image: Image.Image, orientation: int, spec: DecodeSpec, file_bytes:
     if isinstance(image, TiffImagePlugin.TiffImageFile):  # whose ``size`` is already that of the turned image
         width, height = image.tag_v2[_IMAGE_WIDTH], image.tag_v2[_IMAGE_LENGTH]
         tile = image.tag_v2.get(_TILE_LENGTH, 0), image.tag_v2.get(_TILE_WIDTH, 0)
-        _check_pixels("a tile has", *tile, spec.pixel_limit)
+        check_pixels("a tile has", *tile, spec.pixel_limit)
         tile_pixels = tile[0] * tile[1]
     if spec.exif_orientation and orientation >= 5:
         height, width = width, height
     input_height, input_width = spec.resize or (height, width)
-    _check_pixels("the resized image has", input_height, input_width, spec.pixel_limit)
+    check_pixels("the resized image has", input_height, input_width, spec.pixel_limit)
     # A tall sliver: Pillow resizes the rows first, into a buffer as high as the image and as wide as the result.
-    _check_pixels("resizing needs", height, input_width, max(spec.pixel_limit, DEFAULT_PIXEL_LIMIT))
+    check_pixels("resizing needs", height, input_width, max(spec.pixel_limit, DEFAULT_PIXEL_LIMIT))
     is_plain = image.mode in {"L", "RGB"} and not image.has_transparency_data
     pixel_bytes = _PLAIN_BYTES if is_plain else _OTHER_BYTES
     if image.format in {"WEBP", "AVIF"} or image.mode == "I":

@@ -1,0 +1,130 @@
+"""What a header may cost, and what it says before Pillow may look at it: Pillow allocates while it opens some files."""
+
+from __future__ import annotations
+
+import io
+import re
+import struct
+from typing import BinaryIO
+
+from pipeline.errors import ImageError
+
+_SIDE_LIMIT = (2**31 - 1) // 32  # of Pillow, whose longer rows end in a MemoryError, however much memory there is
+# What a header may cost: real ones take a few hundred reads, and Pillow needs a microsecond for each.
+_HEADER_READS = 1 << 18
+# Of a JPEG, whose EXIF segments Pillow joins one by one; of others, it is the share of a file that is no pixels.
+HEADER_BYTES = 16 * 1024**2
+_TIFF_VALUES = 1 << 17  # of one tag: Pillow makes an object of each strip or tile, whatever the size of the image
+# Bits, strips, colours, tiles, samples: what Pillow unpacks to open a file.
+_TIFF_LAYOUT = frozenset({258, 273, 279, 320, 324, 325, 338, 339})
+_JPEG_MARKER = re.compile(rb"\xff[^\0\xff\xd0-\xd7]")
+
+
+class StorageFault(BaseException):
+    """Carries a fault of the stream past every ``except Exception`` of Pillow and of this module."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(error)
+        self.error = error
+
+
+class HeaderStream:
+    """What Pillow needs of a stream, with its read faults told apart from the image's and the cost of its header bounded."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._read, self.seek, self.tell = stream.read, stream.seek, stream.tell
+        if isinstance(stream, io.BytesIO):
+            self.getvalue = stream.getvalue  # spares libtiff a copy
+        self.size_bytes = stream.seek(0, io.SEEK_END)
+        self._reads_left, self._bytes_left, self._is_jpeg = _HEADER_READS, HEADER_BYTES, False
+        self.seek(0)
+
+    def read(self, size: int = -1) -> bytes:
+        """Read, while the header's bounds last."""
+        try:
+            data = self._read(size)
+        except (MemoryError, OverflowError):  # of a size that only a damaged header asks for
+            raise
+        except Exception as error:
+            raise StorageFault(error) from error
+        self._reads_left -= 1
+        self._bytes_left -= len(data)
+        if self._reads_left < 0 or (self._is_jpeg and self._bytes_left < 0):
+            text = f"its header takes more than {_HEADER_READS} reads, or as a JPEG's more than {HEADER_BYTES} bytes"
+            raise ImageError("corrupt", f"the image cannot be decoded ({text})")
+        return data
+
+    def begin_jpeg(self) -> None:
+        """Bound the bytes of the header, too."""
+        self._is_jpeg = True
+
+    def end_of_header(self) -> None:
+        """Bound nothing any more."""
+        self.read = self._read  # type: ignore[method-assign, assignment]
+
+
+def check_pixels(what: str, height: int, width: int, limit: int) -> None:
+    """Refuse an image above the limit, or of a side that Pillow cannot hold."""
+    if height * width > limit:
+        raise ImageError("too_many_pixels", f"{what} {height} x {width} pixels, the limit is {limit}")
+    if max(height, width) > _SIDE_LIMIT:
+        raise ImageError("too_many_pixels", f"{what} {height} x {width} pixels, the limit of a side is {_SIDE_LIMIT}")
+
+
+def gif_size(stream: HeaderStream) -> tuple[int, int]:
+    """Height and width of a GIF's canvas, stretched as Pillow does by a first frame that reaches beyond it."""
+    stream.seek(6)
+    width, height, flags = struct.unpack("<HHBxx", stream.read(7))
+    if flags & 0x80:  # a global palette
+        stream.read(6 << (flags & 7))
+    while (kind := stream.read(1)) and kind != b";":
+        if kind == b",":  # the first frame
+            left, top, frame_width, frame_height = struct.unpack("<4H", stream.read(8))
+            return max(height, top + frame_height), max(width, left + frame_width)
+        if kind == b"!":  # an extension: its label, then blocks led by their length
+            stream.read(1)
+            while (length := stream.read(1)) > b"\0":
+                stream.read(length[0])
+    return height, width
+
+
+def check_webp(head: bytes, found_bytes: int, limit: int) -> None:
+    """Refuse a WebP that is cut short, of which libwebp says only that it failed, or whose canvas is too large."""
+    size_bytes = 8 + int.from_bytes(head[4:8], "little")
+    if found_bytes < size_bytes:
+        raise ImageError("truncated", f"the file ends before the image does ({found_bytes} of {size_bytes} bytes)")
+    sides = (0, 0)
+    if head[12:16] == b"VP8X":
+        sides = 1 + int.from_bytes(head[24:27], "little"), 1 + int.from_bytes(head[27:30], "little")
+    elif head[12:16] == b"VP8 ":
+        sides = int.from_bytes(head[26:28], "little") & 0x3FFF, int.from_bytes(head[28:30], "little") & 0x3FFF
+    elif head[12:16] == b"VP8L":
+        bits = int.from_bytes(head[21:25], "little")
+        sides = 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    check_pixels("the image has", sides[1], sides[0], limit)
+
+
+def check_tiff(head: bytes, stream: HeaderStream) -> None:
+    """Refuse a TIFF with far too many strips, tiles or samples, before Pillow makes objects of them."""
+    order, is_big = "<>"[head.startswith(b"M")], head[2] == 43  # as Pillow tells a BigTIFF
+    start, count, entry = (struct.Struct(order + form) for form in (("8xQ", "Q", "HHQ8x") if is_big else ("4xI", "H", "HHI4x")))
+    if len(head) < start.size:
+        return
+    stream.seek(*start.unpack_from(head))
+    number = stream.read(count.size)
+    n_tags = min(*count.unpack(number), 65536) if len(number) == count.size else 0
+    directory = stream.read(n_tags * entry.size)
+    for tag, _, n_values in entry.iter_unpack(directory[: len(directory) // entry.size * entry.size]):
+        if tag in _TIFF_LAYOUT and n_values > _TIFF_VALUES:
+            raise ImageError(
+                "corrupt", f"the image cannot be decoded (tag {tag} has {n_values} values, the limit is {_TIFF_VALUES})"
+            )
+
+
+def n_scans(data: bytes) -> int:
+    """Scans of a JPEG up to its end; what follows may be anything, a film for instance."""
+    n, place = 0, 2
+    while (found := _JPEG_MARKER.search(data, place)) and found[0] != b"\xff\xd9":
+        n += found[0] == b"\xff\xda"
+        place = found.end() + int.from_bytes(data[found.end() : found.end() + 2], "big")
+    return n
