@@ -1,6 +1,6 @@
 """The main job's own promises, measured: many sizes, memory, a run with nothing to do, a plan of a million images.
 
-    python -m benchmarks.main_job sizes|memory|nothing|million
+    python -m benchmarks.main_job sizes|memory|nothing|million|durability|bucket
 
 Each prints ratios of one run on one machine and asserts the number of images.
 """
@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -123,9 +125,55 @@ def million(n: int = 1_000_000) -> None:
         )
 
 
+def durability(n: int = 2000) -> None:
+    """Every object synced to the disk before the ledger names it, against leaving that to the system."""
+    folder = make("photographs", n, [(516, 639)], distinct=400)
+    for dtype in ("uint8", "float32"):
+        times: dict[str, list[float]] = {"process": [], "machine": []}
+        for _ in range(3):
+            for kind, values in times.items():
+                os.sync()  # what the run before it left
+                receipt = fresh(folder, "--dtype", dtype, "--durability", kind)
+                assert receipt["n_done"] == n, receipt
+                values.append(receipt["compute_s"])
+        one, other = (sorted(values)[1] for values in times.values())
+        print(f"{dtype}: {other / one:.2f} times as long with durability machine (medians of 3: {other:.1f} s, {one:.1f} s)")
+
+
+def bucket(n: int = 1000, delay_s: float = 0.03) -> None:
+    """From bucket to bucket on a server of this machine, as it is and with a delay before each answer, against from folder to folder."""
+    from tests.services import environment, faulty, seaweedfs
+
+    folder = make("photographs", n, [(516, 639)], distinct=400)
+    receipt = fresh(folder, "--dtype", "uint8")
+    times = {"folder to folder": receipt["compute_s"]}
+    with tempfile.TemporaryDirectory() as place, seaweedfs(Path(place)) as endpoint:
+        os.environ |= environment(endpoint)
+        from pipeline.remote import Url
+
+        for path in sorted(folder.rglob("*.jpg")):
+            (Url.parse("s3://bucket/photographs") / path.name).put(path.read_bytes())
+
+        def late(_method: str, _path: str) -> int:
+            time.sleep(delay_s)
+            return 0
+
+        for name, judge in (("bucket to bucket", lambda *_: 0), (f"the same, {1000 * delay_s:.0f} ms before each answer", late)):
+            with faulty(endpoint, judge) as proxy:
+                os.environ |= environment(proxy)
+                receipt = json.loads(
+                    run("run", "s3://bucket/photographs", f"s3://bucket/{len(times)}.zarr", "--dtype", "uint8", "--json")
+                )
+                assert receipt["n_done"] == n, receipt
+                times[name] = receipt["compute_s"]
+    for name, seconds in times.items():
+        print(f"{name}: {seconds:.1f} s, {n / seconds:.0f} images/s")
+    print(f"one image after another would take {2 * n * delay_s / 2:.0f} s of waiting on each of two workers")
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["sizes", "memory", "nothing", "million"])
+    parser.add_argument("what", choices=["sizes", "memory", "nothing", "million", "durability", "bucket"])
     what = parser.parse_args().what
     FOLDER.mkdir(parents=True, exist_ok=True)
     if shutil.disk_usage(FOLDER).free < 12e9:
