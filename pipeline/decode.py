@@ -384,11 +384,7 @@ def _check_tiff(head: bytes, stream: _Stream) -> None:
 def _check_cost(image: Image.Image, data: bytes) -> None:
     """Refuse what would take minutes, whatever the size of the file."""
     text = ""
-    if (
-        isinstance(image, JpegImagePlugin.JpegImageFile)
-        and data.count(b"\xff\xda") > _JPEG_SCANS
-        and _n_scans(data) > _JPEG_SCANS
-    ):
+    if isinstance(image, JpegImagePlugin.JpegImageFile) and _n_scans(image, data) > _JPEG_SCANS:
         text = f"it has more than {_JPEG_SCANS} scans, and some ten are usual"
     elif image.format == "PPM" and cast("Any", image).tile[0].codec_name == "ppm_plain" and data.count(b"#") > _PLAIN_COMMENTS:
         text = f"it has more than {_PLAIN_COMMENTS} comments"
@@ -396,12 +392,15 @@ def _check_cost(image: Image.Image, data: bytes) -> None:
         raise ImageError("corrupt", f"the image cannot be decoded ({text})")
 
 
-def _n_scans(data: bytes) -> int:
-    """Scans of a JPEG up to its end; what follows may be anything, a film for instance."""
+def _n_scans(image: JpegImagePlugin.JpegImageFile, data: bytes) -> int:
+    """Scans of a JPEG that libjpeg looks at, up to its end: what follows may be anything, a film for instance."""
     n, place = 0, 2
     while (found := _JPEG_MARKER.search(data, place)) and found[0] != b"\xff\xd9":
-        n += found[0] == b"\xff\xda"
         place = found.end() + int.from_bytes(data[found.end() : found.end() + 2], "big")
+        if found[0] == b"\xff\xda":
+            n += 1
+            if "progressive" not in image.info and data[found.end() + 2 : found.end() + 3] == bytes([image.layers]):
+                break  # this scan has everything
     return n
 
 
