@@ -266,12 +266,16 @@ def _open(stream: HeaderStream, spec: DecodeSpec) -> tuple[Image.Image, int]:
 def _check_cost(image: Image.Image, data: bytes) -> None:
     """Refuse what would take minutes, whatever the size of the file."""
     text = ""
-    if isinstance(image, JpegImagePlugin.JpegImageFile) and data.count(b"\xff\xda") > _JPEG_SCANS and n_scans(data) > _JPEG_SCANS:
+    if isinstance(image, JpegImagePlugin.JpegImageFile) and _n_scans(image, data) > _JPEG_SCANS:
         text = f"it has more than {_JPEG_SCANS} scans, and some ten are usual"
     elif image.format == "PPM" and cast("Any", image).tile[0].codec_name == "ppm_plain" and data.count(b"#") > _PLAIN_COMMENTS:
         text = f"it has more than {_PLAIN_COMMENTS} comments"
     if text:
         raise ImageError("corrupt", f"the image cannot be decoded ({text})")
+
+
+def _n_scans(image: JpegImagePlugin.JpegImageFile, data: bytes) -> int:
+    return n_scans(data, 0 if "progressive" in image.info else image.layers)
 
 
 def _explain_unidentified(head: bytes, spec: DecodeSpec) -> str:

@@ -121,10 +121,16 @@ def check_tiff(head: bytes, stream: HeaderStream) -> None:
             )
 
 
-def n_scans(data: bytes) -> int:
-    """Scans of a JPEG up to its end; what follows may be anything, a film for instance."""
+def n_scans(data: bytes, n_colours: int) -> int:
+    """Scans of a JPEG that libjpeg looks at, up to its end: what follows may be anything, a film for instance.
+
+    One with all ``n_colours`` has everything, unless that is 0: in a progressive JPEG none has.
+    """
     n, place = 0, 2
     while (found := _JPEG_MARKER.search(data, place)) and found[0] != b"\xff\xd9":
-        n += found[0] == b"\xff\xda"
         place = found.end() + int.from_bytes(data[found.end() : found.end() + 2], "big")
+        if found[0] == b"\xff\xda":
+            n += 1
+            if n_colours and data[found.end() + 2 : found.end() + 3] == bytes([n_colours]):
+                break
     return n

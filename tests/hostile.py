@@ -42,9 +42,9 @@ def jpeg_of(height: int, width: int, name: str = "jpeg") -> bytes:
     return FILES[name].replace(SIZE_OF_JPEG, struct.pack(">BHH", 8, height, width))
 
 
-def scans(height: int, width: int, n: int) -> bytes:
-    """A progressive JPEG that ends in empty scans, each of which refines every block."""
-    data = jpeg_of(height, width, "jpeg-progressive")
+def scans(height: int, width: int, n: int, name: str = "jpeg-progressive") -> bytes:
+    """A JPEG that ends in empty scans; in a progressive one, each refines every block."""
+    data = jpeg_of(height, width, name)
     refine = b"\xff\xda" + struct.pack(">H", 12) + bytes([3, 1, 0, 2, 0, 3, 0, 0, 0, 0x10])
     return data[:-2] + refine * n + b"\xff\xd9"
 
@@ -179,6 +179,7 @@ def corpus() -> dict[str, tuple[bytes, str]]:
         "colors.bmp": (bmp(10, 10, 8, 0, b"", colors=2**32 - 1), cost + "Unsupported BMP Palette"),
         # work without an end
         "scans.jpg": (scans(3000, 3000, 5000), cost + "it has more than 500 scans"),
+        "scans behind a whole one.jpg": (scans(3000, 3000, 5000, "jpeg"), cost + "broken data stream"),
         "scans of a small one.jpg": (scans(HEIGHT, WIDTH, 400), "done"),
         "runs.bmp": (bmp(100, 100, 8, 1, b"\xff\1" * 500_000), "truncated: "),
         "wide.png": (png(1, 10_000_000), "done"),
