@@ -264,7 +264,7 @@ def _map(function: Callable[[T], R], jobs: Iterable[T], n_processes: int) -> Ite
         yield from map(function, jobs)
         return
     environment = dict(os.environ)  # as it is now: the server that forks keeps that of its own start
-    with ProcessPoolExecutor(n_processes, get_context("forkserver"), os.environ.update, (environment,)) as pool:
+    with ProcessPoolExecutor(n_processes, get_context("forkserver"), _take_environment, (environment,)) as pool:
         waiting: deque[Future[R]] = deque()
         for job in jobs:
             waiting.append(pool.submit(function, job))
@@ -272,6 +272,10 @@ def _map(function: Callable[[T], R], jobs: Iterable[T], n_processes: int) -> Ite
                 yield waiting.popleft().result()
         for future in waiting:
             yield future.result()
+
+
+def _take_environment(environment: dict[str, str]) -> None:
+    os.environ.update(environment)
 
 
 # -- repair ----------------------------------------------------------------------------------------------------------------------
