@@ -42,19 +42,15 @@ AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # a worker thread is one core's work; b
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 logging.getLogger("PIL").setLevel(logging.CRITICAL)
 
+PLAIN_PIXEL_BYTES = 8  # that decoding takes for a pixel that is grey or RGB, of which Pillow takes 4 for RGB
+BAND_ROWS = 64
 _ORIENTATION = 0x0112
 _FRAMES = {bytes([marker]) for marker in range(0xC0, 0xD0)} - {b"\xc4", b"\xc8", b"\xcc"}  # of a JPEG; the others are tables
 _PHOTOMETRIC, _BITS_PER_SAMPLE, _IMAGE_WIDTH, _IMAGE_LENGTH = 262, 258, 256, 257
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-_UNDO = _TURNS | {6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}
+_TURN = Image.Transpose
+_TURNS = {2: _TURN.FLIP_LEFT_RIGHT, 3: _TURN.ROTATE_180, 4: _TURN.FLIP_TOP_BOTTOM, 5: _TURN.TRANSPOSE}
+_TURNS |= {6: _TURN.ROTATE_270, 7: _TURN.TRANSVERSE, 8: _TURN.ROTATE_90}
+_UNDO = _TURNS | {6: _TURN.ROTATE_90, 8: _TURN.ROTATE_270}
 _EXIF_KEYS = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")
 _TRUNCATED = ("truncat", "not enough image data", "reached eof", "cannot load this image")
 
@@ -72,7 +68,7 @@ class ImageSize:
     input_width: int
     """Pixels, as the extractor sees the image."""
     decode_bytes: int = field(default=0, compare=False)
-    """Memory that decoding takes, at most: pixels in the mode of the file, oriented, flattened and as an array."""
+    """Memory that decoding takes, at most, without the file: pixels as Pillow holds them, oriented, flattened, and as an array."""
 
 
 def probe(data: BinaryIO | bytes, spec: DecodeSpec) -> ImageSize:
@@ -339,8 +335,11 @@ def _measure(image: Image.Image, orientation: int, spec: DecodeSpec) -> ImageSiz
     _check_pixels("the resized image has", input_height, input_width, spec.pixel_limit)
     # A tall sliver: Pillow resizes the rows first, into a buffer as high as the image and as wide as the result.
     _check_pixels("resizing needs", height, input_width, max(spec.pixel_limit, DEFAULT_PIXEL_LIMIT))
-    is_plain = image.mode in {"L", "RGB"} and not image.has_transparency_data
-    return ImageSize(height, width, input_height, input_width, height * width * (6 if is_plain else 16))
+    is_plain = image.mode in {"L", "RGB"} and not image.has_transparency_data and _turn(image, orientation, spec) is None
+    resize_bytes = input_width * (4 * height + 7 * input_height) if spec.resize else 0
+    pixel_bytes = (7 if image.mode == "RGB" else PLAIN_PIXEL_BYTES) if is_plain else 16
+    decode_bytes = height * width * pixel_bytes + resize_bytes
+    return ImageSize(height, width, input_height, input_width, decode_bytes)
 
 
 def _mend_colour_key(image: Image.Image) -> None:
@@ -393,5 +392,9 @@ def _to_array(image: Image.Image, spec: DecodeSpec) -> np.ndarray:
     if spec.resize:
         height, width = spec.resize
         image = image.resize((width, height), Image.Resampling[spec.resize_filter.upper()])
-    pixels = np.asarray(image)
-    return pixels if pixels.ndim == 3 else pixels[:, :, np.newaxis]
+    pixels = np.empty((image.height, image.width, len(image.getbands())), np.uint8)
+    for top in range(0, image.height, BAND_ROWS):  # Pillow copies twice what it gives away
+        band = pixels[top : top + BAND_ROWS]
+        band[...] = np.asarray(image.crop((0, top, image.width, top + len(band)))).reshape(band.shape)
+    pixels.flags.writeable = False
+    return pixels

@@ -82,7 +82,7 @@ def probe_block(source: Source, paths: Sequence[str], needed: tuple[int, int]) -
 
 def _probe(source: Source, path: str, needed: tuple[int, int], patience: Patience) -> Probed:
     try:
-        size = _retry(lambda: _probe_file(source, path), source.root, path, patience)
+        size, file_bytes = _retry(lambda: _probe_file(source, path), source.root, path, patience)
     except ImageError as error:
         return Probed(error=str(error))
     except PassingFaultError as fault:
@@ -93,12 +93,13 @@ def _probe(source: Source, path: str, needed: tuple[int, int], patience: Patienc
         )
         return Probed(error=str(ImageError("too_small", text)))
     sizes = size.source_height, size.source_width, size.input_height, size.input_width
-    return Probed(*sizes, decode_bytes=size.decode_bytes)
+    return Probed(*sizes, decode_bytes=size.decode_bytes + file_bytes)
 
 
-def _probe_file(source: Source, path: str) -> decode.ImageSize:
+def _probe_file(source: Source, path: str) -> tuple[decode.ImageSize, int]:
+    """What the header says, and the size of the file."""
     with _open(source.root, path) as file:
-        return decode.probe(file, source.decode)
+        return decode.probe(file, source.decode), os.fstat(file.fileno()).st_size
 
 
 def _open(root: str, path: str) -> Any:
