@@ -2,11 +2,91 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
+from importlib.metadata import version
+from typing import NamedTuple
 
+from pipeline.decode import plain_decode_bytes
 from pipeline.errors import FeaturemapsError, UsageError
 from pipeline.objects import Place, free_bytes
-from pipeline.plan import ClassLayout, Size, WorkerKind, worker_memory_bytes
+from pipeline.plan import BATCH_BYTES, GPU_STAGES, ClassLayout, LayerLayout, Size, gpu_batch
+
+# What a worker holds whatever the images: interpreter, torch, dask and zarr. Measured for torch's build for processors; those with
+# CUDA bring more along, also where there is no GPU.
+WORKER_BASE_BYTES = 300 * 1024**2 if version("torch").endswith("+cpu") else 450 * 1024**2
+# Scratch of the convolution, whatever the image's size; of a GPU's, or of torch's, and of compiled code, which has none of layers.
+BAND_BYTES = 32 * 1024**2
+COMPILED_BYTES = 8 * 1024**2
+# Of its limit, what a worker may take: from 80 % on Dask pauses it, for ever, as memory is kept for the next batch.
+USABLE_SHARE = 0.8
+
+
+class WorkerKind(NamedTuple):
+    """What decides how much memory a worker needs."""
+
+    threads: int
+    """Batches that it extracts and writes at once."""
+    window: int = 0
+    """Batches in flight whose images may be in its memory; 0 where one task does all of a batch, image by image."""
+    has_gpu: bool = False
+
+
+def worker_memory_bytes(
+    layouts: Iterable[ClassLayout],
+    channels: int,
+    worker: WorkerKind,
+    decode_bytes: int = 0,
+    scratch_bytes: Mapping[Size, int] | None = None,
+) -> int:
+    """Projected peak memory of one worker, without a GPU's own: at least what is measured, and not half as much again.
+
+    The interpreter and its libraries; the decoded images of all batches in flight, where tasks hand them on; and per thread the maps
+    of one batch (of one shard, where one task does all of a batch), the scratch of one image, and the larger of two phases: an image
+    that is decoded beside the one before it, or the objects of a shard, as they are compressed. With a GPU, per thread the pinned
+    pixels and maps of two batches, and the images of three.
+
+    Parameters
+    ----------
+    layouts : iterable of ClassLayout
+    channels : int
+        Channels of the decoded image.
+    worker : WorkerKind
+    decode_bytes : int
+        What decoding one image takes at most, with its file.
+    scratch_bytes : mapping of (int, int) to int, optional
+        Per class, float32 maps of one image outside those that are stored.
+    """
+    known = scratch_bytes or {}
+    needed = (_class_memory_bytes(layout, channels, worker, decode_bytes, known.get(layout.size, 0)) for layout in layouts)
+    return WORKER_BASE_BYTES + max(needed, default=0)
+
+
+def guess_decode_bytes(size: Size, file_bytes: int) -> int:
+    """What decoding an image of a class takes that an earlier run has probed; more is possible with transparency or a resize."""
+    return plain_decode_bytes(*size, file_bytes)
+
+
+def _class_memory_bytes(layout: ClassLayout, channels: int, worker: WorkerKind, decode_bytes: int, scratch_bytes: int) -> int:
+    image = layout.size[0] * layout.size[1] * channels
+    shard = layout.shard_rows * (image + layout.row_bytes)
+    n_images = layout.shard_rows * (max(1, BATCH_BYTES // shard) if worker.window else 1)
+    scratch = scratch_bytes + (BAND_BYTES if scratch_bytes else COMPILED_BYTES)
+    if worker.has_gpu:
+        n = gpu_batch(*layout.size)
+        maps = 4 * sum(layer.channels * layer.height * layer.width for layer in layout.layers)
+        scratch = 2 * maps + scratch_bytes + BAND_BYTES
+        scratch += GPU_STAGES * n * (image + layout.row_bytes) + (GPU_STAGES + 1) * n * image
+    decoding = decode_bytes + (image if layout.shard_rows > 1 else 0)
+    per_thread = n_images * layout.row_bytes + scratch + max(decoding, *(_encode_bytes(layout, layer) for layer in layout.layers))
+    return worker.window * n_images * image + worker.threads * per_thread
+
+
+def _encode_bytes(layout: ClassLayout, layer: LayerLayout) -> int:
+    """The compressed objects of one shard, where nothing can be compressed, and one chunk twice while it is."""
+    chunk = layer.chunk_rows * layer.channels * layer.chunk_height * layer.chunk_width * layer.itemsize
+    is_whole = layer.chunk_rows == layout.shard_rows and (layer.chunk_height, layer.chunk_width) == (layer.height, layer.width)
+    return layout.shard_rows * layer.row_bytes + (1 if is_whole else 2) * chunk
 
 
 def require_memory(
@@ -15,7 +95,7 @@ def require_memory(
     worker: WorkerKind,
     limit_bytes: int,
     decode_bytes: int,
-    layer_bytes: Mapping[Size, int],
+    scratch_bytes: Mapping[Size, int],
 ) -> None:
     """Check that the largest images fit a worker of ``limit_bytes`` (0: no limit); see `worker_memory_bytes` for the others.
 
@@ -26,15 +106,26 @@ def require_memory(
     """
     if not layouts or not limit_bytes:
         return
-    needed = worker_memory_bytes(layouts.values(), channels, worker, decode_bytes, layer_bytes)
-    if needed > limit_bytes:
+    needed = worker_memory_bytes(layouts.values(), channels, worker, decode_bytes, scratch_bytes)
+    if needed > usable_bytes(limit_bytes):
         largest = max(layouts, key=lambda size: size[0] * size[1])
         raise UsageError(
-            f"images of {largest[0]} x {largest[1]} pixels need up to {needed / 2**20:.0f} MiB per worker, and a worker may use "
-            f"{limit_bytes / 2**20:.0f} MiB: it would be killed, so its images were not started; run with fewer workers "
-            f"of at least {needed / 2**20:.0f} MiB each (--workers, --memory-limit), or into a new store with --resize, --dtype uint8 or a "
-            "job file whose decode.pixel_limit rejects the largest images"
+            f"images of {largest[0]} x {largest[1]} pixels need up to {needed / 2**20:.0f} MiB per worker, and a worker of "
+            f"{limit_bytes / 2**20:.0f} MiB may use {usable_bytes(limit_bytes) / 2**20:.0f} MiB: it would be paused or killed, so its "
+            f"images were not started; run with fewer workers of at least {wanted_limit_bytes(needed) / 2**20:.0f} MiB each (--workers, "
+            "--memory-limit), or into a new store with --resize, --dtype uint8 or a job file whose decode.pixel_limit rejects the largest "
+            "images"
         )
+
+
+def usable_bytes(limit_bytes: int) -> int:
+    """What a worker of a memory limit may take before Dask pauses it."""
+    return int(USABLE_SHARE * limit_bytes)
+
+
+def wanted_limit_bytes(needed_bytes: int) -> int:
+    """The memory limit, in whole MiB, of a worker that may take so much."""
+    return math.ceil(needed_bytes / USABLE_SHARE / 2**20) * 2**20
 
 
 def require_space(path: Place, wanted_bytes: int, n_images: int) -> None:

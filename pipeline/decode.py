@@ -45,25 +45,20 @@ AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # a worker thread is one core's work; b
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 logging.getLogger("PIL").setLevel(logging.CRITICAL)
 
+PLAIN_PIXEL_BYTES = 8  # that decoding takes for a pixel that is grey or RGB, of which Pillow takes 4 for RGB
+BAND_ROWS = 64
 _ORIENTATION = 0x0112
 _FRAMES = {bytes([marker]) for marker in range(0xC0, 0xD0)} - {b"\xc4", b"\xc8", b"\xcc"}  # of a JPEG; the others are tables
 _PHOTOMETRIC, _BITS_PER_SAMPLE, _IMAGE_WIDTH, _IMAGE_LENGTH = 262, 258, 256, 257
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-_UNDO = _TURNS | {6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}
+_TURN = Image.Transpose
+_TURNS = {2: _TURN.FLIP_LEFT_RIGHT, 3: _TURN.ROTATE_180, 4: _TURN.FLIP_TOP_BOTTOM, 5: _TURN.TRANSPOSE}
+_TURNS |= {6: _TURN.ROTATE_270, 7: _TURN.TRANSVERSE, 8: _TURN.ROTATE_90}
+_UNDO = _TURNS | {6: _TURN.ROTATE_90, 8: _TURN.ROTATE_270}
 _EXIF_KEYS = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")
 _TILE_WIDTH, _TILE_LENGTH = 322, 323
 _JPEG_SCANS = 500  # as libjpeg-turbo's own fuzzers: an empty scan of 14 bytes costs as much time as one with data
 _PLAIN_COMMENTS = 10_000  # Pillow copies up to a megabyte for each
-# Memory per pixel at most, as measured: the file's own mode, turned, flattened, and twice as an array while it is copied.
-_PLAIN_BYTES, _OTHER_BYTES, _CODEC_BYTES = 16, 20, 32
+_OTHER_BYTES, _CODEC_BYTES = 20, 32  # per pixel at most, as measured: of other modes, of WebP and AVIF
 _DECODE_BASE_BYTES = 32 * 1024**2  # objects made of a header, a block of plain PNM as words
 _TRUNCATED = ("truncat", "not enough image data", "reached eof", "cannot load this image")
 
@@ -81,7 +76,12 @@ class ImageSize:
     input_width: int
     """Pixels, as the extractor sees the image."""
     decode_bytes: int = field(default=0, compare=False)
-    """Memory that decoding takes, at most: the file, pixels in its mode, oriented, flattened and as an array."""
+    """Memory that decoding takes, at most: the file, pixels as Pillow holds them, oriented, flattened, and as an array."""
+
+
+def plain_decode_bytes(height: int, width: int, file_bytes: int) -> int:
+    """`ImageSize.decode_bytes` of a grey or RGB image whose header is not at hand."""
+    return _DECODE_BASE_BYTES + 3 * file_bytes + PLAIN_PIXEL_BYTES * height * width
 
 
 def probe(data: BinaryIO | bytes, spec: DecodeSpec) -> ImageSize:
@@ -326,11 +326,12 @@ def _measure(image: Image.Image, orientation: int, spec: DecodeSpec, file_bytes:
     check_pixels("the resized image has", input_height, input_width, spec.pixel_limit)
     # A tall sliver: Pillow resizes the rows first, into a buffer as high as the image and as wide as the result.
     check_pixels("resizing needs", height, input_width, max(spec.pixel_limit, DEFAULT_PIXEL_LIMIT))
-    is_plain = image.mode in {"L", "RGB"} and not image.has_transparency_data
-    pixel_bytes = _PLAIN_BYTES if is_plain else _OTHER_BYTES
+    is_plain = image.mode in {"L", "RGB"} and not image.has_transparency_data and _turn(image, orientation, spec) is None
+    pixel_bytes = (7 if image.mode == "RGB" else PLAIN_PIXEL_BYTES) if is_plain else _OTHER_BYTES
     if image.format in {"WEBP", "AVIF"} or image.mode == "I":
         pixel_bytes = _CODEC_BYTES
-    decode_bytes = _DECODE_BASE_BYTES + 3 * file_bytes + pixel_bytes * (height * width + tile_pixels)
+    resize_bytes = input_width * (4 * height + 7 * input_height) if spec.resize else 0
+    decode_bytes = _DECODE_BASE_BYTES + 3 * file_bytes + pixel_bytes * (height * width + tile_pixels) + resize_bytes
     return ImageSize(height, width, input_height, input_width, decode_bytes)
 
 
@@ -384,5 +385,9 @@ def _to_array(image: Image.Image, spec: DecodeSpec) -> np.ndarray:
     if spec.resize:
         height, width = spec.resize
         image = image.resize((width, height), Image.Resampling[spec.resize_filter.upper()])
-    pixels = np.asarray(image)
-    return pixels if pixels.ndim == 3 else pixels[:, :, np.newaxis]
+    pixels = np.empty((image.height, image.width, len(image.getbands())), np.uint8)
+    for top in range(0, image.height, BAND_ROWS):  # Pillow copies twice what it gives away
+        band = pixels[top : top + BAND_ROWS]
+        band[...] = np.asarray(image.crop((0, top, image.width, top + len(band)))).reshape(band.shape)
+    pixels.flags.writeable = False
+    return pixels

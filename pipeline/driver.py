@@ -15,7 +15,7 @@ from distributed import Client, KilledWorker
 from distributed.client import ClosedClientError
 
 from pipeline import reading, tasks
-from pipeline.capacity import require_memory, require_space
+from pipeline.capacity import guess_decode_bytes, require_memory, require_space
 from pipeline.changes import Changes
 from pipeline.collection import Listing
 from pipeline.config import Job
@@ -37,7 +37,7 @@ from pipeline.plan import (
     pack_batches,
 )
 from pipeline.schema import RUNS, Status
-from pipeline.settings import cost_s, extractor_spec, layer_bytes, needed_size
+from pipeline.settings import cost_s, extractor_spec, needed_size, scratch_bytes
 from pipeline.source_watch import SourceWatch
 from pipeline.stalls import find_stalls, replace_worker
 from pipeline.store import Store
@@ -167,6 +167,8 @@ class Driver:
             self.image_of[size] = dict(rows)
             if rows:
                 self.kept[size] = self._rows_with_maps(shape_class.name)
+                decode_bytes = guess_decode_bytes(size, max(self.listing.size_bytes[i] for _, i in rows))
+                self.intake.decode_bytes = max(self.intake.decode_bytes, decode_bytes)
             self.waiting[size] = [row for row, _ in rows]
         self._check_capacity({}, {})
         self.fleet.register(tasks.ExtractorPlugin(self.extractor, self.spec, self.store.weights(), self.store.spec.layers))
@@ -291,7 +293,7 @@ class Driver:
         """Refuse what cannot fit memory or disk, with the number that would."""
         layouts = {size: self.store.classes[size].layout for size, rows in self.image_of.items() if rows} | dict(new)
         n_rows = {size: n_new.get(size, 0) + len(self.image_of.get(size, {})) for size in layouts}
-        scratch = {size: layer_bytes(self.spec, size) for size in layouts}
+        scratch = {size: scratch_bytes(self.spec, self.job.dtype, size, self.channels) for size in layouts}
         fleet, decode_bytes = self.fleet, self.intake.decode_bytes
         require_memory(layouts, self.channels, fleet.kind, fleet.memory_limit_bytes, decode_bytes, scratch)
         require_space(self.store.path, sum(n * layouts[size].row_bytes for size, n in n_rows.items()), sum(n_rows.values()))

@@ -8,9 +8,10 @@ from typing import Any
 
 from distributed import Client
 
+from pipeline.capacity import WorkerKind
 from pipeline.cluster import worker_slots
 from pipeline.errors import FeaturemapsError
-from pipeline.plan import BATCHES_IN_FLIGHT_PER_SLOT, WorkerKind
+from pipeline.plan import BATCHES_IN_FLIGHT_PER_SLOT
 
 logger = logging.getLogger(__name__)
 

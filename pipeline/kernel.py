@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from pipeline.config import Activation
 
 _ACTIVATIONS: dict[Activation, int] = {"none": 0, "sigmoid": 1, "tanh": 2, "relu": 3}  # as in kernel.c
-_KINDS = {"float32": 0, "uint8": 1, "uint16": 2}
+DTYPES = {"float32": 0, "uint8": 1, "uint16": 2}
+"""How maps may be stored that compiled code computes, and what it calls that."""
 _NAMES = {32: "amx", 16: "avx512", 8: "avx2", 4: "plain"}
 _ABI = 2  # as in kernel.c
 MAX_LANES = 32
@@ -51,7 +52,7 @@ def version(channels: int = 3, kernel_width: int = 9) -> str:
 
 def is_available(stored: StoredAs) -> bool:
     """Whether the compiled layer can be used, and knows how its maps are to be stored."""
-    return stored.dtype in _KINDS and version() != "torch"
+    return stored.dtype in DTYPES and version() != "torch"
 
 
 def first_layer(image: Array, weight: Array, bias: Array, activation: Activation, stored: StoredAs, out: Array) -> Array:
@@ -86,7 +87,7 @@ def first_layer(image: Array, weight: Array, bias: Array, activation: Activation
     failed = library.featuremaps_layer(
         *(image.ctypes.data, height, width, channels),
         *(weight.ctypes.data, bias.ctypes.data, filters, kh, kw, _ACTIVATIONS[activation]),
-        *(_KINDS[stored.dtype], levels, constant, out.ctypes.data, out.strides[0], out.strides[1]),
+        *(DTYPES[stored.dtype], levels, constant, out.ctypes.data, out.strides[0], out.strides[1]),
         *(statistics.ctypes.data, MAX_LANES),
     )
     if failed:

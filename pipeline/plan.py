@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from pipeline.errors import FeaturemapsError
 
@@ -33,11 +32,6 @@ BATCHES_IN_FLIGHT_PER_SLOT = 2
 GPU_PIXELS = 1 << 23
 MAX_GPU_BATCH = 2048
 GPU_STAGES = 2
-
-# What a worker holds whatever the images: interpreter, torch, dask and zarr.
-WORKER_BASE_BYTES = 450 * 1024**2
-# Scratch of the convolution, whatever the image's size.
-BAND_BYTES = 32 * 1024**2
 
 Size = tuple[int, int]
 
@@ -367,56 +361,3 @@ def gpu_batch(height: int, width: int) -> int:
     """
     most = max(1, min(GPU_PIXELS // (height * width), MAX_GPU_BATCH))
     return 1 << (most.bit_length() - 1)
-
-
-class WorkerKind(NamedTuple):
-    """What decides how much memory a worker needs."""
-
-    threads: int
-    """Batches that it extracts and writes at once."""
-    window: int = 0
-    """Batches in flight whose images may be in its memory; 0 where one task does all of a batch, image by image."""
-    has_gpu: bool = False
-
-
-def worker_memory_bytes(
-    layouts: Iterable[ClassLayout],
-    channels: int,
-    worker: WorkerKind,
-    decode_bytes: int = 0,
-    layer_bytes: Mapping[Size, int] | None = None,
-) -> int:
-    """Projected peak memory of one worker, without a GPU's own.
-
-    The interpreter and its libraries; the decoded images of all batches in flight; per thread the maps of one batch (of one shard,
-    where one task does all of a batch), the compressed object of one shard, and the scratch of one image: its pixels twice,
-    its maps as float32 twice, or two neighbouring layers, and a band; and, while an image is decoded, its file and its pixels in the
-    source's own mode and size. With a GPU, per thread the pinned pixels and maps of two batches, and the images of three.
-
-    Parameters
-    ----------
-    layouts : iterable of ClassLayout
-    channels : int
-        Channels of the decoded image.
-    worker : WorkerKind
-    decode_bytes : int
-        What decoding one image takes at most.
-    layer_bytes : mapping of (int, int) to int, optional
-        Per class, float32 maps of the two neighbouring layers that are largest, stored or not.
-    """
-    known = layer_bytes or {}
-    largest = max((_class_memory_bytes(layout, channels, worker, known.get(layout.size, 0)) for layout in layouts), default=0)
-    return WORKER_BASE_BYTES + largest + worker.threads * decode_bytes
-
-
-def _class_memory_bytes(layout: ClassLayout, channels: int, worker: WorkerKind, layer_bytes: int) -> int:
-    image = layout.size[0] * layout.size[1] * channels
-    shard = layout.shard_rows * (image + layout.row_bytes)
-    n_images = layout.shard_rows * (max(1, BATCH_BYTES // shard) if worker.window else 1)
-    maps = 4 * sum(layer.channels * layer.height * layer.width for layer in layout.layers)
-    scratch = 2 * image + max(2 * maps, layer_bytes) + BAND_BYTES
-    if worker.has_gpu:
-        n = gpu_batch(*layout.size)
-        scratch += GPU_STAGES * n * (image + layout.row_bytes) + (GPU_STAGES + 1) * n * image
-    per_thread = n_images * layout.row_bytes + layout.shard_rows * layout.row_bytes + scratch
-    return worker.window * n_images * image + worker.threads * per_thread

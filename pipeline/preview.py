@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.capacity import WorkerKind, guess_decode_bytes, usable_bytes, worker_memory_bytes
 from pipeline.changes import check_removals
 from pipeline.cluster import LocalSpec, local_memory_bytes, local_processes
 from pipeline.collection import Listing, list_collection
@@ -21,17 +22,15 @@ from pipeline.objects import Place, free_bytes, place
 from pipeline.plan import (
     ClassLayout,
     Size,
-    WorkerKind,
     assign_classes,
     class_name,
     cut_pieces,
     pack_batches,
-    worker_memory_bytes,
 )
 from pipeline.reading import Probed, Source, probe_block
 from pipeline.run import check_job, compare_with_store, count_statuses, open_for, settle_returned
 from pipeline.schema import REJECTED, ShapeClass, Status
-from pipeline.settings import cost_s, layer_bytes, layout_of, needed_size
+from pipeline.settings import cost_s, layout_of, needed_size, scratch_bytes
 from pipeline.store import Store
 from pipeline.summary import printable
 
@@ -67,7 +66,7 @@ class Preview:
     free_bytes: int | None = 0
     worker_memory_bytes: int = 0
     worker_limit_bytes: int = 0
-    """Memory of one worker on this machine; 0 where the cluster is another."""
+    """What one worker on this machine may take of its memory limit; 0 where the cluster is another."""
     workers: int = 0
 
     ignored: dict[str, int] = field(default_factory=dict)
@@ -138,7 +137,7 @@ def plan_job(job: Job, cluster_file: Path = Path("cluster.yaml")) -> Preview:
     preview = Preview(len(listing), found.n_unchanged, n_removed=found.n_removed, workers=workers)
     preview.ignored = dict(listing.ignored)
     if job.cluster is None:
-        preview.worker_limit_bytes = local_memory_bytes(processes, job.memory_limit_bytes)
+        preview.worker_limit_bytes = usable_bytes(local_memory_bytes(processes, job.memory_limit_bytes))
     n_pending = found.n_pending
     if store is not None:
         settle_returned(store, found)
@@ -149,7 +148,14 @@ def plan_job(job: Job, cluster_file: Path = Path("cluster.yaml")) -> Preview:
     existing = {} if store is None else store.classes
     pending = {size: [row for row, _ in found.pending.get(c.name, ())] for size, c in existing.items()}
     sizes: list[Size] = []
-    decode_bytes = 0
+    decode_bytes = max(
+        (
+            guess_decode_bytes(size, max(listing.size_bytes[i] for _, i in found.pending[c.name]))
+            for size, c in existing.items()
+            if found.pending.get(c.name)
+        ),
+        default=0,
+    )
     reasons: Counter[str] = Counter()
     for p in _probe_all(job, listing, found.new, workers):
         if p.error:
@@ -213,7 +219,7 @@ def _fill(
     preview.n_new_classes = len(layouts.keys() - existing.keys())
     preview.n_shards = len(pieces)
     preview.n_batches = len(pack_batches(pieces, preview.workers))
-    scratch = {size: layer_bytes(job.extractor, size) for size in layouts}
+    scratch = {size: scratch_bytes(job.extractor, job.dtype, size, channels) for size in layouts}
     preview.worker_memory_bytes = worker_memory_bytes(layouts.values(), channels, worker, decode_bytes, scratch)
 
 

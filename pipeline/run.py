@@ -19,6 +19,7 @@ import numpy as np
 
 from pipeline import changes as ledger_changes
 from pipeline import kernel
+from pipeline.capacity import WORKER_BASE_BYTES, wanted_limit_bytes
 from pipeline.changes import Changes, Entries
 from pipeline.chunks import Array
 from pipeline.collection import Listing, absolute_source, list_collection, walks_into
@@ -28,7 +29,6 @@ from pipeline.decode import decode_versions
 from pipeline.errors import UsageError
 from pipeline.lock import StoreLock, require_lock
 from pipeline.objects import Place, place
-from pipeline.plan import WORKER_BASE_BYTES
 from pipeline.remote import Url
 from pipeline.schema import REJECTED, RUNS, Status, StoreSpec, difference
 from pipeline.settings import VERSION, needed_size, store_spec
@@ -177,10 +177,11 @@ def check_job(job: Job, listing: Listing, cluster_file: Path | None) -> tuple[St
             f"{needed[0]} x {needed[1]}: nothing was started; resize to at least that, or change the layers"
         )
     limit = job.memory_limit_bytes if job.cluster is None and cluster_file is not None else None
-    if limit is not None and limit < WORKER_BASE_BYTES:
+    if limit is not None and limit < wanted_limit_bytes(WORKER_BASE_BYTES):
         raise UsageError(
-            f"workers may use {limit / 2**20:.0f} MiB each, and they need {WORKER_BASE_BYTES / 2**20:.0f} MiB before they "
-            "hold an image: they would be killed as they start, so nothing was started; give a larger --memory-limit, or none"
+            f"workers have a limit of {limit / 2**20:.0f} MiB each, and they need {wanted_limit_bytes(WORKER_BASE_BYTES) / 2**20:.0f} "
+            "MiB before they hold an image: they would be paused or killed as they start, so nothing was started; give a larger "
+            "--memory-limit, or none"
         )
     if job.gpus and job.cluster is None and cluster_file is not None:
         from pipeline.cluster import local_gpus  # noqa: PLC0415 (no Dask when there is nothing to do)

@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from pipeline import kernel
 from pipeline.chunks import Array
 from pipeline.collection import absolute_source
 from pipeline.config import DecodeSpec, ExtractorSpec, Job
@@ -112,11 +113,19 @@ def cost_s(spec: ExtractorSpec, layout: ClassLayout, channels: int) -> float:
     return image_cost_s(layout, multiply_adds(spec, layout.size, channels), torch_values(spec, layout.size))
 
 
-def layer_bytes(spec: ExtractorSpec, size: Size) -> int:
-    """Bytes of one image's float32 maps of the two neighbouring layers that are largest together."""
+def scratch_bytes(spec: ExtractorSpec, dtype: str, size: Size, channels: int) -> int:
+    """Bytes of one image's float32 maps outside those that are stored: two neighbouring layers, and a copy of a stored one.
+
+    Where compiled code computes the only layer, it puts the maps where they are stored.
+    """
+    first = spec.layers[0]
+    is_compiled = kernel.version(channels, first.kernel[1]) != "torch" and dtype in kernel.DTYPES
+    if len(spec.layers) == 1 and first.pool == (1, 1) and is_compiled:
+        return 0
     sizes = output_sizes(spec.layers, *size)
-    maps = [0, *(4 * layer.filters * math.prod(out) for layer, out in zip(spec.layers, sizes, strict=True))]
-    return max(a + b for a, b in pairwise(maps))
+    maps = [4 * layer.filters * math.prod(out) for layer, out in zip(spec.layers, sizes, strict=True)]
+    stored = [maps[layer_names(spec.layers).index(name)] for name in spec.output_names]
+    return max(a + b for a, b in pairwise([0, *maps])) + max(stored)
 
 
 def torch_values(spec: ExtractorSpec, size: Size) -> int:

@@ -26,6 +26,9 @@ from pipeline.plan import ClassLayout, LayerLayout
 from pipeline.reading import Patience, Source, read_ahead
 from pipeline.schema import STATISTICS, Status, StoredLayer
 
+KEPT_BYTES = 16 * 1024**2
+"""Maps of earlier runs that are read at once, about."""
+
 
 @dataclass(frozen=True, slots=True)
 class Target:
@@ -352,7 +355,11 @@ def _keep_others(target: Target, outcome: PieceResult, layer: LayerLayout, block
     others = np.ones(len(block), bool)
     others[np.asarray(outcome.rows) - outcome.start] = False
     indices = np.flatnonzero(others)
-    for run in np.split(indices, np.flatnonzero(np.diff(indices) > 1) + 1) if len(indices) else []:
+    at_once = layer.chunk_rows * max(
+        1, KEPT_BYTES // (layer.chunk_rows * layer.row_bytes)
+    )  # so that a shard is not in memory once more
+    cuts = (np.diff(indices) > 1) | (indices[1:] % at_once == 0)
+    for run in np.split(indices, np.flatnonzero(cuts) + 1) if len(indices) else []:
         first, stop = int(run[0]) + outcome.start, int(run[-1]) + 1 + outcome.start
         try:
             block[run[0] : run[-1] + 1] = store.read_maps(place(target.path), outcome.layout, layer.name, first, stop)

@@ -13,14 +13,12 @@ from pipeline.plan import (
     MAX_SHARD_ROWS,
     MIN_BATCH_S,
     Piece,
-    WorkerKind,
     assign_classes,
     class_layout,
     cut_pieces,
     image_cost_s,
     ladder_step,
     pack_batches,
-    worker_memory_bytes,
 )
 
 SIDES = st.integers(9, 3000)
@@ -174,15 +172,3 @@ def test_cost_grows_with_work():
     layout = layout_for((516, 639))
     assert image_cost_s(layout, 10**9, 0) > image_cost_s(layout, 10**8, 0) > image_cost_s(layout_for((64, 64)), 10**6, 0) > 0
     assert image_cost_s(layout, 10**8, 10**6) > image_cost_s(layout, 10**8, 0)
-
-
-def test_projected_memory_grows_with_the_image_the_window_and_the_threads():
-    small = worker_memory_bytes([layout_for((64, 64))], 3, WorkerKind(1, 2))
-    large = worker_memory_bytes([layout_for((64, 64)), layout_for((8000, 6000))], 3, WorkerKind(1, 2))
-    assert worker_memory_bytes([], 3, WorkerKind(1, 2)) < small < large
-    assert worker_memory_bytes([layout_for((64, 64))], 3, WorkerKind(1, 4)) > small
-    assert worker_memory_bytes([layout_for((64, 64))], 3, WorkerKind(2, 2)) > small
-    assert worker_memory_bytes([layout_for((64, 64))], 3, WorkerKind(1)) < small  # where one task does all, no batch is held
-    assert worker_memory_bytes([layout_for((64, 64))], 3, WorkerKind(1, 2, has_gpu=True)) > small
-    hidden = worker_memory_bytes([layout_for((64, 64))], 3, WorkerKind(1), layer_bytes={(64, 64): 2**30})
-    assert hidden > 2**30  # layers that are computed and not stored

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from pipeline import preview
+from pipeline.capacity import WORKER_BASE_BYTES, wanted_limit_bytes
 from pipeline.config import make_job
 from pipeline.errors import UsageError
 from pipeline.lock import StoreLock
@@ -156,8 +157,8 @@ def test_a_plan_says_what_does_not_fit(source, tmp_path, monkeypatch):
     described = plan_job(job_of(source, tmp_path / "f.zarr")).describe()
     assert "0 MB free -- DOES NOT FIT" in described
     assert described.count("DOES NOT FIT") == 1
-    small = plan_job(job_of(source, tmp_path / "f.zarr", memory_limit_bytes=460 * 2**20)).describe()
-    assert "MiB per worker of 460 MiB -- DOES NOT FIT" in small
+    small = plan_job(job_of(source, tmp_path / "f.zarr", memory_limit_bytes=wanted_limit_bytes(WORKER_BASE_BYTES))).describe()
+    assert f"MiB per worker of {WORKER_BASE_BYTES // 2**20} MiB -- DOES NOT FIT" in small
     assert "124 images listed: 120 to compute, 0 unchanged, 4 to reject, 0 to mark removed\n" in described
     assert "12 shape classes (12 new): " in described
     assert "), ...\n" in described

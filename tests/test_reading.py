@@ -71,8 +71,10 @@ def test_a_header_gives_the_sizes(source):
     make_images(Path(source.root), 1, [(33, 44)], suffix=".jpg")
     found = probe_block(Source(source.root, DecodeSpec(resize=(20, 30))), ["img00000.jpg", "img00000.png"], (9, 9))
     assert [tuple(p)[:6] for p in found] == [(33, 44, 20, 30, "", ""), (40, 50, 20, 30, "", "")]
-    files = [Path(source.root, f"img00000{suffix}").stat().st_size for suffix in (".jpg", ".png")]
-    assert [p.decode_bytes for p in found] == [2**25 + 3 * files[i] + 16 * pixels for i, pixels in enumerate((33 * 44, 40 * 50))]
+    for p, name in zip(found, ("img00000.jpg", "img00000.png"), strict=True):
+        resized_bytes = 30 * (4 * p.source_height + 7 * 20)
+        file_bytes = Path(source.root, name).stat().st_size
+        assert p.decode_bytes == 2**25 + 3 * file_bytes + 7 * p.source_height * p.source_width + resized_bytes
 
 
 @pytest.mark.parametrize(("needed", "fits"), [((40, 50), True), ((41, 50), False), ((40, 51), False)])

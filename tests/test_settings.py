@@ -14,10 +14,10 @@ from pipeline.settings import (
     cost_s,
     decode_spec,
     extractor_spec,
-    layer_bytes,
     layout_of,
     multiply_adds,
     needed_size,
+    scratch_bytes,
     store_spec,
     torch_values,
 )
@@ -134,10 +134,15 @@ def test_values_that_torch_computes_leave_out_a_compiled_first_layer():
     assert cost_s(spec, layout, 3) > cost_s(spec, layout, 1) > 0
 
 
-def test_layers_that_are_not_stored_take_memory_too():
+def test_layers_that_are_not_stored_take_memory_too_unless_compiled_code_has_none(monkeypatch):
     spec = ExtractorSpec(layers=(LayerSpec(filters=64, kernel=(3, 3)), LayerSpec(filters=2, kernel=(3, 3), pool=(8, 8))))
-    assert layer_bytes(spec, (402, 602)) == 4 * (64 * 400 * 600 + 2 * 49 * 74)
-    assert layer_bytes(ExtractorSpec(), (516, 639)) == 4 * 2 * 508 * 631
+    assert scratch_bytes(spec, "uint8", (402, 602), 3) == 4 * (64 * 400 * 600 + 2 * 2 * 49 * 74)
+    maps = 4 * 2 * 508 * 631
+    assert scratch_bytes(ExtractorSpec(), "float16", (516, 639), 3) == 2 * maps
+    monkeypatch.setattr("pipeline.kernel.version", lambda *_: "avx2")
+    assert scratch_bytes(ExtractorSpec(), "uint8", (516, 639), 3) == 0
+    monkeypatch.setattr("pipeline.kernel.version", lambda *_: "torch")
+    assert scratch_bytes(ExtractorSpec(), "uint8", (516, 639), 3) == 2 * maps
 
 
 def test_quantised_stores_of_tf32_leave_room_for_its_rounding():
