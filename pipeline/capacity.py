@@ -37,6 +37,26 @@ def require_memory(
         )
 
 
+LEDGER_BYTES = 1 << 20  # which the last commit and the receipt may take
+
+
+def require_room(path: Path, wanted_bytes: int) -> None:
+    """Check that the batches at work, which put up to ``wanted_bytes``, and the ledger still find room, whoever else fills the disk.
+
+    Raises
+    ------
+    FeaturemapsError
+        When they may not.
+    """
+    free = free_bytes(path)
+    if wanted_bytes + LEDGER_BYTES > free:
+        raise FeaturemapsError(
+            f"the disk of {path} has {free / 1e6:.0f} MB free, and the batches at work and the next one need up to "
+            f"{wanted_bytes / 1e6:.0f} MB: it would run full, so the run stopped before that, and what was committed stands; free "
+            "space and run the same command again to go on from there"
+        )
+
+
 def require_space(path: Path, wanted_bytes: int, n_images: int) -> None:
     """Check that the disk of ``path`` has ``wanted_bytes`` free.
 

@@ -26,6 +26,8 @@ HEARTBEAT_S = 10.0
 WORKER_TTL_S = 60.0
 LOCK_TTL_S = 3 * HEARTBEAT_S + WORKER_TTL_S
 _NAME = "lock.json"
+_held: set[str] = set()
+"""Runs of this process that hold a store."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +53,8 @@ class Holder:
         """Whether it ran on this host and boot and its process is gone; False when that cannot be known from here."""
         if (self.host, self.boot_id) != (socket.gethostname(), _boot_id()):
             return False
+        if self.pid == os.getpid():  # which may not have been able to remove the lock of an earlier run
+            return self.run_id not in _held
         try:
             return _start_ticks(self.pid) != self.process_started or psutil.Process(self.pid).status() == psutil.STATUS_ZOMBIE
         except (psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):
@@ -106,7 +110,12 @@ class StoreLock:
         self.run_id = run_id
         self.took_over = False
         self._stop = threading.Event()
-        self._acquire()
+        _held.add(run_id)
+        try:
+            self._acquire()
+        except BaseException:
+            _held.discard(run_id)
+            raise
         self._thread = threading.Thread(target=self._beat, name="store-lock", daemon=True)
         self._thread.start()
 
@@ -120,6 +129,7 @@ class StoreLock:
         """Give the store back, if it is still ours."""
         self._stop.set()
         self._thread.join()
+        _held.discard(self.run_id)
         with contextlib.suppress(OSError), _guard(self.path.parent):
             if holds(self.path.parent, self.run_id):
                 self.path.unlink()
