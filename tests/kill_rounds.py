@@ -515,7 +515,7 @@ def n_cycles(rounds: list[Round]) -> int:
 @click.command()
 @click.option("--cycles", default=200, show_default=True, help="Kills in time, each with the run that goes on from there.")
 @click.option("--seed", default=0, show_default=True)
-@click.option("--images", default=240, show_default=True)
+@click.option("--images", default=200, show_default=True)
 @click.option("--victim", "victims", multiple=True, type=click.Choice(VICTIMS), help="Only these; default: all in turn.")
 @click.option("--json", "file", type=click.Path(path_type=Path), help="Write every round as JSON.")
 def main(cycles: int, seed: int, images: int, victims: tuple[str, ...], file: Path | None) -> None:
