@@ -293,6 +293,8 @@ class Round:
     codes: list[int | None] = field(default_factory=list)
     end_s: list[float] = field(default_factory=list)
     """Seconds from a kill to the end of its run."""
+    n_missed: int = 0
+    """Kills whose run had ended before."""
     n_resumes: int = 0
     faults: list[str] = field(default_factory=list)
     elapsed_s: float = 0.0
@@ -391,6 +393,7 @@ class _Round:
         self._wait_for_the_moment(command, share)
         victims = self._victims(command) if command.is_running else []
         if not victims:
+            self.result.n_missed += 1
             return False
         kill_all(victims)
         after_s = time.time() - command.began
@@ -501,7 +504,7 @@ def table(rounds: list[Round]) -> Iterator[str]:
                 f"{victim:14s} {len(mine):6d} {len(kills):6d} {sum(k.is_live for k in kills):6d} {sum(r.n_resumes for r in mine):8d} "
                 f"{longest:13.1f}  {'no' if any(r.faults for r in mine) else 'yes'}"
             )
-    n_kills, n_faults = sum(len(r.kills) for r in rounds), sum(bool(r.faults) for r in rounds)
+    n_kills, n_faults = sum(len(r.kills) + r.n_missed for r in rounds), sum(bool(r.faults) for r in rounds)
     late = f"{n_kills - n_cycles(rounds)} came late, when nothing was left to do"
     yield f"{n_cycles(rounds)} cycles of kill and resume in {len(rounds)} rounds: {n_kills} kills, of which {late}"
     yield f"{n_faults} rounds with faults"

@@ -44,7 +44,10 @@ def test_a_job_needs_no_more_than_source_and_store_and_then_is_the_tutorials():
             {"extractor": {"layers": [{"zzz": 5}]}},
             "unknown key 'extractor.layers.0.zzz': known keys are activation, filters, kernel, pool",
         ),
-        ({"zzz": 1}, "unknown key 'zzz': known keys are cluster, deadline_s, decode, dtype, extractor, gpus, limit, max_quarantined"),
+        (
+            {"zzz": 1},
+            "unknown key 'zzz': known keys are cluster, deadline_s, decode, dtype, extractor, gpus, limit, max_quarantined",
+        ),
     ],
 )
 def test_an_unknown_key_is_refused_with_the_nearest_known_one(values, expected):
