@@ -128,6 +128,26 @@ def wanted_limit_bytes(needed_bytes: int) -> int:
     return math.ceil(needed_bytes / USABLE_SHARE / 2**20) * 2**20
 
 
+LEDGER_BYTES = 1 << 20  # which the last commit and the receipt may take
+
+
+def require_room(path: Place, wanted_bytes: int) -> None:
+    """Check that the batches at work, which put up to ``wanted_bytes``, and the ledger still find room, whoever else fills the disk.
+
+    Raises
+    ------
+    FeaturemapsError
+        When they may not.
+    """
+    free = free_bytes(path)
+    if free is not None and wanted_bytes + LEDGER_BYTES > free:
+        raise FeaturemapsError(
+            f"the disk of {path} has {free / 1e6:.0f} MB free, and the batches at work and the next one need up to "
+            f"{wanted_bytes / 1e6:.0f} MB: it would run full, so the run stopped before that, and what was committed stands; free "
+            "space and run the same command again to go on from there"
+        )
+
+
 def require_space(path: Place, wanted_bytes: int, n_images: int) -> None:
     """Check that the disk of ``path`` has ``wanted_bytes`` free; what a bucket holds has no bound that is known.
 

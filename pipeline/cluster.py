@@ -257,10 +257,15 @@ def _local_cluster(options: dict[str, Any]) -> Iterator[LocalCluster]:
     try:
         yield cluster
     finally:
+        tornado = logging.getLogger("tornado.application")  # prints a traceback of the same error
+        level = tornado.level
         try:
+            tornado.setLevel(logging.CRITICAL)
             cluster.close()
         except TimeoutError as error:
             logger.info("the local cluster did not stop: %s", error)
+        finally:
+            tornado.setLevel(level)
         for left in set(multiprocessing.active_children()) - others:
             left.kill()
             multiprocessing.process._children.discard(left)  # type: ignore[attr-defined]

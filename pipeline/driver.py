@@ -15,7 +15,7 @@ from distributed import Client, KilledWorker
 from distributed.client import ClosedClientError
 
 from pipeline import reading, tasks
-from pipeline.capacity import guess_decode_bytes, require_memory, require_space
+from pipeline.capacity import guess_decode_bytes, require_memory, require_room, require_space
 from pipeline.changes import Changes
 from pipeline.collection import Listing
 from pipeline.config import Job
@@ -93,9 +93,9 @@ class Driver:
         self.image_of: dict[Size, dict[int, int]] = {}  # rows of the store that are not sent yet -> image of the listing
         self.waiting: dict[Size, list[int]] = {}  # those of them that are in no batch
         self.kept: dict[Size, np.ndarray[Any, np.dtype[np.int64]]] = {}  # rows of former runs whose maps must not be lost
-        watch, ledger = SourceWatch(listing.root), Ledger(store, listing)
-        self.intake = Intake(listing, found, ledger, watch, self.channels, summary, progress)
-        self.outcomes = Outcomes(found, ledger, watch, summary, progress)
+        watch, self.ledger = SourceWatch(listing.root), Ledger(store, listing)
+        self.intake = Intake(listing, found, self.ledger, watch, self.channels, summary, progress)
+        self.outcomes = Outcomes(found, self.ledger, watch, summary, progress)
         self.trials: deque[Trial | HeaderTrial] = deque()  # the first of them is going on, and nothing else
         self.failure: FeaturemapsError | None = None
         self.is_lost = False  # nothing that is in flight will come back
@@ -166,7 +166,7 @@ class Driver:
             rows = self.found.pending.get(shape_class.name, [])
             self.image_of[size] = dict(rows)
             if rows:
-                self.kept[size] = self._rows_with_maps(shape_class.name)
+                self.kept[size] = self.ledger.rows_with_maps(shape_class.name)
                 decode_bytes = guess_decode_bytes(size, max(self.listing.size_bytes[i] for _, i in rows))
                 self.intake.decode_bytes = max(self.intake.decode_bytes, decode_bytes)
             self.waiting[size] = [row for row, _ in rows]
@@ -175,14 +175,6 @@ class Driver:
         self.progress.stage = "running"
         if not self.found.new:
             self._plan(complete=True)
-
-    def _rows_with_maps(self, group: str) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """Rows that are done, or would be if their image came back."""
-        status = self.store.column(group, "status")
-        removed = status == Status.REMOVED
-        if removed.any():
-            removed &= self.store.column(group, "maps_digest") != ""
-        return np.flatnonzero((status == Status.DONE) | removed)
 
     def _take_finished(self, timeout_s: float) -> None:
         """Take up what has come back, and keep no future of it: a result that is wanted and lost would be computed again."""
@@ -284,7 +276,7 @@ class Driver:
         else:
             for size, rows in appended.items():
                 if size not in self.kept and rows[0][0]:  # the class is older: its last shard may be half full
-                    self.kept[size] = self._rows_with_maps(class_name(size))
+                    self.kept[size] = self.ledger.rows_with_maps(class_name(size))
                 self.image_of.setdefault(size, {}).update(rows)
                 self.waiting.setdefault(size, []).extend(row for row, _ in rows)
             self._plan(complete=self.intake.is_complete)
@@ -314,9 +306,18 @@ class Driver:
 
     def _send_batches(self) -> None:
         n_sent = self.flight.count("batch")
-        while self.ready and n_sent < self.fleet.window:
+        while self.ready and n_sent < self.fleet.window and self._has_room(self.ready[0]):
             self.flight.send("batch", ([self._work_piece(piece) for piece in self.ready.popleft().pieces], 0))
             n_sent += 1
+
+    def _has_room(self, batch: Batch) -> bool:
+        """Whether the disk holds one batch more; others may have filled it since the run began."""
+        wanted = sum((piece.stop - piece.start) * self.store.classes[piece.size].layout.row_bytes for piece in batch.pieces)
+        try:
+            require_room(self.store.path, self.flight.n_bytes + wanted)
+        except (FeaturemapsError, OSError) as error:
+            self._fail(explain(error, None, self.store.path))
+        return self.failure is None
 
     # -- batches that killed their worker ----------------------------------------------------------------------------------------
 

@@ -55,6 +55,12 @@ class Flight:
         return sum(sent.kind == kind for sent in self._sent.values())
 
     @property
+    def n_bytes(self) -> int:
+        """The most that the batches on their way put, before compression."""
+        pieces = (piece for sent in self._sent.values() if sent.kind == "batch" for piece in sent.what[0])
+        return sum((piece.stop - piece.start) * piece.layout.row_bytes for piece in pieces)
+
+    @property
     def n_images(self) -> int:
         """Images of the batches on their way."""
         return sum(len(piece.rows) for sent in self._sent.values() if sent.kind == "batch" for piece in sent.what[0])

@@ -10,6 +10,9 @@ from pathlib import Path
 
 import psutil
 
+held: set[str] = set()
+"""Runs of this process that hold a store."""
+
 
 @dataclass(frozen=True, slots=True)
 class Holder:
@@ -47,6 +50,8 @@ class Holder:
         """Whether it ran on this host and boot and its process is gone; False when that cannot be known from here."""
         if (self.host, self.boot_id) != (socket.gethostname(), _boot_id()):
             return False
+        if self.pid == os.getpid():  # which may not have been able to remove the lock of an earlier run
+            return self.run_id not in held
         try:
             return _start_ticks(self.pid) != self.process_started or psutil.Process(self.pid).status() == psutil.STATUS_ZOMBIE
         except (psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):

@@ -71,6 +71,14 @@ class Ledger:
         """As it was when the run began."""
         return {name: self.store.column(REJECTED, name) for name in ("fingerprint", "error")}
 
+    def rows_with_maps(self, group: str) -> Array:
+        """Rows that are done, or would be if their image came back."""
+        status = self.store.column(group, "status")
+        removed = status == Status.REMOVED
+        if removed.any():
+            removed &= self.store.column(group, "maps_digest") != ""
+        return np.flatnonzero((status == Status.DONE) | removed)
+
     def supersede(self, entries: Iterable[Entry]) -> None:
         """Retire entries that others replace."""
         old: dict[str, list[int]] = {}

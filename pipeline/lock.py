@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import FeaturemapsError, StaleWriterError, StoreBusyError, UsageError
-from pipeline.holder import Holder
+from pipeline.holder import Holder, held
 from pipeline.objects import Place
 from pipeline.remote import ConflictError, Url
 
@@ -54,7 +54,12 @@ class StoreLock:
         self.took_over = False
         self._lock = _ObjectLock(folder / _NAME, sole_writer) if isinstance(folder, Url) else _FileLock(folder / _NAME)
         self._stop = threading.Event()
-        self._lock.take(asdict(Holder.current(run_id)), self._judge)
+        held.add(run_id)
+        try:
+            self._lock.take(asdict(Holder.current(run_id)), self._judge)
+        except BaseException:
+            held.discard(run_id)
+            raise
         self._thread = threading.Thread(target=self._beat, name="store-lock", daemon=True)
         self._thread.start()
 
@@ -68,6 +73,7 @@ class StoreLock:
         """Give the store back, if it is still ours."""
         self._stop.set()
         self._thread.join()
+        held.discard(self.run_id)
         with contextlib.suppress(OSError, ConflictError):
             self._lock.give_back()
 

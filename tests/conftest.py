@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -99,3 +101,21 @@ def command(client, monkeypatch, capfd):
         return int(ended.value.code or 0), out, err
 
     return call
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """Mount a real file system, of a given size and number of files."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def mount(options: str) -> Path:
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True, check=False)
+        if done.returncode:
+            (pytest.fail if os.environ.get("CI") else pytest.skip)(
+                "may not mount a file system here; the full disk is only simulated, in the last test of this file"
+            )
+        return folder
+
+    yield mount
+    subprocess.run(["umount", "-l", folder], capture_output=True, check=False)

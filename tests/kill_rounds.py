@@ -1,4 +1,4 @@
-"""Kill real runs at random moments, run again, compare: ``python -m tests.kill_rounds --rounds 100``.
+"""Kill real runs at random moments, run again, compare: ``python -m tests.kill_rounds --cycles 200``.
 
 One round is a store of its own and the real command in processes of its own. What the command leaves at the moment of the kill, and
 what the runs after it make of that, is compared with one run that nothing interrupted.
@@ -244,7 +244,7 @@ class Place:
             "--dtype",
             "float16",
             "--layers",
-            "2x15x15",
+            "2x21x21",  # so that a round is long enough for kills to come in time
             *options,
         ]
         return Process(arguments, store.parent, "run")
@@ -293,6 +293,8 @@ class Round:
     codes: list[int | None] = field(default_factory=list)
     end_s: list[float] = field(default_factory=list)
     """Seconds from a kill to the end of its run."""
+    n_missed: int = 0
+    """Kills whose run had ended before."""
     n_resumes: int = 0
     faults: list[str] = field(default_factory=list)
     elapsed_s: float = 0.0
@@ -391,6 +393,7 @@ class _Round:
         self._wait_for_the_moment(command, share)
         victims = self._victims(command) if command.is_running else []
         if not victims:
+            self.result.n_missed += 1
             return False
         kill_all(victims)
         after_s = time.time() - command.began
@@ -410,7 +413,7 @@ class _Round:
             return sign or not command.is_running
 
         wait_until(has_begun, RUN_LIMIT_S)
-        until = time.monotonic() + self.random.uniform(0, duration_s)
+        until = time.monotonic() + self.random.uniform(0, 0.85 * duration_s)  # the kill itself takes its time
         wait_until(lambda: time.monotonic() > until or not command.is_running, RUN_LIMIT_S)
 
     def _victims(self, command: Process) -> list[psutil.Process]:
@@ -501,17 +504,24 @@ def table(rounds: list[Round]) -> Iterator[str]:
                 f"{victim:14s} {len(mine):6d} {len(kills):6d} {sum(k.is_live for k in kills):6d} {sum(r.n_resumes for r in mine):8d} "
                 f"{longest:13.1f}  {'no' if any(r.faults for r in mine) else 'yes'}"
             )
-    live = [kill.is_live for r in rounds for kill in r.kills]
-    yield f"{len(rounds)} rounds, {len(live)} kills, {sum(live) / max(1, len(live)):.0%} of them hit a run with work left"
+    n_kills, n_faults = sum(len(r.kills) + r.n_missed for r in rounds), sum(bool(r.faults) for r in rounds)
+    late = f"{n_kills - n_cycles(rounds)} came late, when nothing was left to do"
+    yield f"{n_cycles(rounds)} cycles of kill and resume in {len(rounds)} rounds: {n_kills} kills, of which {late}"
+    yield f"{n_faults} rounds with faults"
+
+
+def n_cycles(rounds: list[Round]) -> int:
+    """Kills that hit a run with work left, and after which it was done."""
+    return sum(kill.is_live for r in rounds for kill in r.kills)
 
 
 @click.command()
-@click.option("--rounds", default=100, show_default=True)
+@click.option("--cycles", default=200, show_default=True, help="Kills in time, each with the run that goes on from there.")
 @click.option("--seed", default=0, show_default=True)
-@click.option("--images", default=300, show_default=True)
+@click.option("--images", default=200, show_default=True)
 @click.option("--victim", "victims", multiple=True, type=click.Choice(VICTIMS), help="Only these; default: all in turn.")
 @click.option("--json", "file", type=click.Path(path_type=Path), help="Write every round as JSON.")
-def main(rounds: int, seed: int, images: int, victims: tuple[str, ...], file: Path | None) -> None:
+def main(cycles: int, seed: int, images: int, victims: tuple[str, ...], file: Path | None) -> None:
     """Kill, run again and compare; the folder of a round that failed is kept."""
     folder = Path(tempfile.mkdtemp(prefix="kill_rounds-"))
     place = prepare(folder, images)
@@ -519,7 +529,8 @@ def main(rounds: int, seed: int, images: int, victims: tuple[str, ...], file: Pa
         f"{len(place.expected)} images; undisturbed: {place.whole_s:.1f} s under the lock, {place.work_s:.1f} s of work; in {folder}"
     )
     done: list[Round] = []
-    for number in range(rounds):
+    while n_cycles(done) < cycles:
+        number = len(done)
         victim = (victims or VICTIMS)[number % len(victims or VICTIMS)]
         result = run_round(place, victim, seed + number, folder / str(number), number)
         done.append(result)

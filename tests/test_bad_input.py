@@ -459,24 +459,6 @@ def test_an_unknown_cluster_leaves_no_store_behind(command, made, tmp_path):
 # -- a full disk -----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """Mount a real file system, of a given size and number of files."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-
-    def mount(options: str) -> Path:
-        done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True, check=False)
-        if done.returncode:
-            (pytest.fail if os.environ.get("CI") else pytest.skip)(
-                "may not mount a file system here; the full disk is only simulated, in the last test of this file"
-            )
-        return folder
-
-    yield mount
-    subprocess.run(["umount", "-l", folder], capture_output=True, check=False)
-
-
 @pytest.mark.parametrize("share", [0.03, 0.1, 0.3, 0.6, 0.9, 0.95, 0.98, 0.99])
 def test_a_disk_that_runs_full_at_any_point_is_said_and_the_next_run_finishes(command, small_disk, tmp_path, twelve_sizes, share):
     source = tmp_path / "source"

@@ -46,7 +46,7 @@ def test_a_job_needs_no_more_than_source_and_store_and_then_is_the_tutorials():
         ),
         (
             {"zzz": 1},
-            "unknown key 'zzz': known keys are check, cluster, decode, dtype, durability, extractor, gpus, limit, max_quarantined",
+            "unknown key 'zzz': known keys are check, cluster, deadline_s, decode, dtype, durability, extractor, gpus",
         ),
     ],
 )

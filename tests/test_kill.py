@@ -15,7 +15,7 @@ from pipeline.run import run_job
 from pipeline.schema import RUNS
 from pipeline.store import Store
 from tests.conftest import make_images
-from tests.kill_rounds import Cluster, done_rows, hashed_content, litter, marked, prepare, run_round, wait_until
+from tests.kill_rounds import Cluster, done_rows, hashed_content, litter, marked, prepare, run_round, wait_until, worker_processes
 
 pytestmark = [pytest.mark.kill, pytest.mark.cluster]
 
@@ -113,6 +113,24 @@ def test_a_scheduler_that_dies_before_the_first_task_is_named(place, cluster, tm
         run_job(job, client, on_progress=kill)
 
 
+def test_a_worker_that_wakes_after_its_run_was_replaced_changes_nothing(place, cluster, tmp_path):
+    store = tmp_path / "features.zarr"
+    first = place.command(store, "--cluster", "running")
+    assert wait_until(lambda: shards(store) or not first.is_running, 60)
+    (sleeper,) = worker_processes(cluster.workers[0].mark)
+    sleeper.suspend()  # SIGSTOP, in the middle of a batch
+    first.popen.kill()
+    first.wait(10)
+    assert len(done_rows(store)) < place.n_good
+    second = place.command(store, "--workers", "2")
+    assert second.wait(120) == 0, second.output()
+    before = objects(store)
+    sleeper.resume()
+    time.sleep(3.0)  # ten times what its batch takes
+    assert objects(store) == before
+    assert hashed_content(store) == place.expected
+
+
 def test_what_a_killed_worker_left_half_written_is_swept(client, tmp_path):
     source = make_images(tmp_path / "source", 6, [(50, 60)])
     job = make_job({"source": str(source), "store": str(tmp_path / "features.zarr")})
@@ -127,3 +145,8 @@ def test_what_a_killed_worker_left_half_written_is_swept(client, tmp_path):
 def shards(path):
     """Classes whose maps have objects."""
     return sorted({p.parent.parent.name for p in path.glob("[0-9]*x[0-9]*/conv1/c.*") if p.suffix != ".partial"})
+
+
+def objects(store):
+    """Inode and time of change of everything in a store."""
+    return {str(path): (path.stat().st_ino, path.stat().st_mtime_ns) for path in store.rglob("*") if path.is_file()}

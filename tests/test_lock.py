@@ -90,6 +90,16 @@ def test_a_reused_pid_is_not_taken_for_the_holder(runs):
         assert held.took_over
 
 
+def test_a_lock_that_this_process_could_not_remove_does_not_keep_it_from_the_next_run(runs):
+    with StoreLock(runs, "mine"):
+        copy = (runs / "lock.json").read_text()
+        with pytest.raises(StoreBusyError, match="held by run mine"):
+            StoreLock(runs, "another")
+    (runs / "lock.json").write_text(copy)  # as on a disk that had become read-only
+    with StoreLock(runs, "next") as held:
+        assert held.took_over
+
+
 def test_a_lock_that_cannot_be_understood_is_refused(runs):
     (runs / "lock.json").write_text("{")
     with pytest.raises(FeaturemapsError, match=r"lock .* cannot be understood .* delete that file"):

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import tempfile
+import time
 import uuid
 import warnings
 from collections.abc import Callable, Iterator
@@ -27,7 +28,7 @@ from pipeline import creation, objects, schema
 from pipeline import store as store_module
 from pipeline.creation import create_store, prepare_folder
 from pipeline.errors import FeaturemapsError, StaleWriterError, UsageError
-from pipeline.lock import require_lock
+from pipeline.lock import LOCK_TTL_S, require_lock
 from pipeline.objects import free_bytes, put, read_json
 from pipeline.plan import ClassLayout, LayerLayout, class_layout, class_name
 from pipeline.schema import (
@@ -768,6 +769,16 @@ def test_repair_leaves_the_lock_of_a_waiting_run_alone_and_a_sound_store_as_it_i
     store.repair()
     assert {p: p.stat().st_ino for p in (tmp_path / "s").rglob("*")} == before
     assert waiting.exists()
+
+
+def test_repair_sweeps_what_a_run_left_that_was_killed_while_it_took_the_lock(tmp_path):
+    store = fill_store(tmp_path / "s")
+    old, fresh = (tmp_path / "s" / RUNS / f"lock.json.{i}.partial" for i in range(2))
+    for path in (old, fresh, tmp_path / "s" / RUNS / "lock.json"):
+        path.touch()
+    os.utime(old, (time.time() - LOCK_TTL_S - 1,) * 2)
+    store.repair()
+    assert (old.exists(), fresh.exists()) == (False, True)
 
 
 # -- (c) what tasks write --------------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from pipeline.weights import load_weights
 from tests.conftest import make_images
 
 SIZE = (40, 50)
-WORKER = SimpleNamespace(name=0, state=SimpleNamespace(total_resources={"extract": 1}))
+WORKER = SimpleNamespace(name=0, metrics={}, state=SimpleNamespace(total_resources={"extract": 1}))
 
 
 @pytest.fixture
