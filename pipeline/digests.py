@@ -101,7 +101,8 @@ def check_digests(
 def _wait(in_flight: dict[Future, Block], client: Client, fleet: Fleet) -> None:
     """Wait for the first task that ends, at most for a moment."""
     try:
-        wait(list(in_flight), timeout=COMMIT_S, return_when="FIRST_COMPLETED")
+        with client.as_current():
+            wait(list(in_flight), timeout=COMMIT_S, return_when="FIRST_COMPLETED")
     except TimeoutError:
         fleet.check()
     if client.status != "running":

@@ -20,7 +20,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
@@ -41,6 +41,7 @@ from pipeline.run import run_job
 from pipeline.schema import REJECTED, Status
 from pipeline.store import Store
 from pipeline.summary import Summary
+from pipeline.vacuum import vacuum_store
 from pipeline.verify import verify_store
 from tests.conftest import content
 
@@ -169,6 +170,14 @@ def run_and_die(values: dict, change: int) -> None:
     os._exit(0)
 
 
+def vacuum_and_die(store: str, change: int) -> None:
+    """`run_and_die` for a vacuum."""
+    logging.disable(logging.CRITICAL)
+    die_before(change, store)
+    vacuum_store(Path(store))
+    os._exit(0)
+
+
 # -- the machine -----------------------------------------------------------------------------------------------------------------
 
 
@@ -262,8 +271,12 @@ class Growth(RuleBasedStateMachine):
 
     # -- the store -------------------------------------------------------------------------------------------------------------
 
-    @rule(max_removed=st.sampled_from([MAX_REMOVED, 1.0, 1.0]), retry=st.booleans())
-    def run(self, max_removed: float, retry: bool) -> None:
+    @rule(
+        max_removed=st.sampled_from([MAX_REMOVED, 1.0, 1.0]),
+        retry=st.booleans(),
+        check=st.sampled_from(["fingerprint", "digest"]),
+    )
+    def run(self, max_removed: float, retry: bool, check: str) -> None:
         before = live_rows(self.store)
         n_gone = sum(encoded(row.path) not in self.files for row in before)
         if n_gone > max_removed * len(before):
@@ -275,7 +288,7 @@ class Growth(RuleBasedStateMachine):
                 raise AssertionError("the removal of many images was not refused")
             assert live_rows(self.store) == before
             return
-        summary = self._run(max_removed=max_removed, retry_quarantined=retry)
+        summary = self._run(max_removed=max_removed, retry_quarantined=retry, check=check)
         assert summary.n_removed == n_gone
         self._check_whole()
 
@@ -290,6 +303,36 @@ class Growth(RuleBasedStateMachine):
         assert sorted(row for row in now if row.path not in first) == others
         self._check_rows([row for row in now if row.path in first], {encoded(path) for path in first})
 
+    @has_files
+    @rule(which=st.integers(0, 99), number=st.integers(0, 999))
+    def run_that_compares_bytes(self, which: int, number: int) -> None:
+        """Other bytes under the same size and time, which no other check could see; nothing of that time is left for later."""
+        path = self._choose(which)
+        file = self.files[path]
+        if file.outcome != DONE or sum(other.mtime_ns == file.mtime_ns for other in self.files.values()) > 1:
+            return
+        self._put(path, file._replace(data=picture(file.size, number)))
+        self._run(max_removed=1.0, check="digest")
+        self._check_whole()
+        self.now += 1_000_000
+        self._put(path, self.files[path]._replace(mtime_ns=self.now))
+        self.history = [(name, old) for name, old in self.history if old.mtime_ns != file.mtime_ns]
+
+    @precondition(lambda self: (self.store / "zarr.json").exists())
+    @rule()
+    def vacuum(self) -> None:
+        before = live_rows(self.store)
+        vacuum_store(self.store)
+        assert live_rows(self.store) == before
+        assert not vacuum_store(self.store, dry_run=True).freed_bytes
+
+    @precondition(lambda self: (self.store / "zarr.json").exists())
+    @rule(change=st.integers(1, 60))
+    def vacuum_that_is_killed(self, change: int) -> None:
+        before = live_rows(self.store)
+        self._kill(vacuum_and_die, str(self.store), change)
+        assert live_rows(self.store) == before
+
     @rule(change=st.integers(1, 50), max_removed=st.sampled_from([MAX_REMOVED, 1.0]))
     def run_that_is_killed_early(self, change: int, max_removed: float) -> None:
         self._killed_run(change, max_removed)
@@ -300,17 +343,20 @@ class Growth(RuleBasedStateMachine):
 
     def _killed_run(self, change: int, max_removed: float) -> None:
         values = {"source": str(self.source), "store": str(self.store), "max_removed": max_removed}
-        process = _context().Process(target=run_and_die, args=(values, change))
-        process.start()
-        process.join(60)
-        assert process.exitcode in {0, -signal.SIGKILL}, process.exitcode
-        is_late = process.exitcode == 0
-        Growth.n_kills += 1
-        Growth.n_late_kills += is_late
+        self._kill(run_and_die, values, change)
         for row in live_rows(self.store):  # what is called done is right at any moment
             file = self.files.get(encoded(row.path))
             known = [file, *(old for path, old in self.history if path == encoded(row.path))]
             assert row.status != DONE or row.digest in {digest(f) for f in known if f}, row
+
+    @staticmethod
+    def _kill(action: Callable[..., None], *arguments: object) -> None:
+        process = _context().Process(target=action, args=arguments)
+        process.start()
+        process.join(60)
+        assert process.exitcode in {0, -signal.SIGKILL}, process.exitcode
+        Growth.n_kills += 1
+        Growth.n_late_kills += process.exitcode == 0
 
     def _run(self, **options: object) -> Summary:
         Growth.n_runs += 1
