@@ -337,7 +337,7 @@ class Growth(RuleBasedStateMachine):
     def run_that_is_killed_early(self, change: int, max_removed: float) -> None:
         self._killed_run(change, max_removed)
 
-    @rule(change=st.integers(20, 400))
+    @rule(change=st.integers(20, 200))
     def run_that_is_killed(self, change: int) -> None:
         self._killed_run(change, 1.0)
 

@@ -11,4 +11,4 @@ from tests.growth import Growth, grow
 def test_any_history_of_a_collection_ends_in_the_store_of_one_run(tmp_path):
     grow(tmp_path, examples=50, steps=15)
     assert Growth.n_runs > 100
-    assert Growth.n_kills - Growth.n_late_kills > 20
+    assert Growth.n_kills - Growth.n_late_kills > 10
