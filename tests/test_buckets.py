@@ -16,8 +16,6 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from conftest import content, make_images
-from services import BUCKET, SECRET, environment, faulty, rclone, seaweedfs, website
 
 from pipeline import lock, open_store, reading
 from pipeline.cluster import LocalSpec, connect
@@ -34,6 +32,8 @@ from pipeline.schema import RUNS
 from pipeline.store import Store
 from pipeline.vacuum import vacuum_store
 from pipeline.verify import verify_store
+from tests.conftest import content, make_images
+from tests.services import BUCKET, SECRET, environment, faulty, rclone, seaweedfs, website
 
 pytestmark = pytest.mark.cluster
 COMMAND = [sys.executable, "-c", "from pipeline.cli import main; main()"]

@@ -12,11 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import content, make_images
 from distributed import Client, LocalCluster
 
 from pipeline.config import make_job
 from pipeline.run import run_job
+from tests.conftest import content, make_images
 
 
 class Disk:
