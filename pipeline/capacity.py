@@ -10,7 +10,9 @@ from typing import NamedTuple
 from pipeline.decode import plain_decode_bytes
 from pipeline.errors import FeaturemapsError, UsageError
 from pipeline.objects import Place, free_bytes
-from pipeline.plan import BATCH_BYTES, GPU_STAGES, ClassLayout, LayerLayout, Size, gpu_batch
+from pipeline.plan import BATCH_BYTES, GPU_STAGES, SHARD_BYTES, ClassLayout, LayerLayout, Size, gpu_batch
+from pipeline.reading import READ_AHEAD_BYTES
+from pipeline.remote import Url, is_url
 
 # What a worker holds whatever the images: interpreter, torch, dask and zarr. Measured for torch's build for processors; those with
 # CUDA bring more along, also where there is no GPU.
@@ -30,6 +32,8 @@ class WorkerKind(NamedTuple):
     window: int = 0
     """Batches in flight whose images may be in its memory; 0 where one task does all of a batch, image by image."""
     has_gpu: bool = False
+    bucket_bytes: int = 0
+    """Of each of them besides, for requests to buckets; see `bucket_bytes`."""
 
 
 def worker_memory_bytes(
@@ -62,6 +66,11 @@ def worker_memory_bytes(
     return WORKER_BASE_BYTES + max(needed, default=0)
 
 
+def bucket_bytes(root: str, store: Place) -> int:
+    """What a thread holds for requests: files that are on their way, an object that is sent whole."""
+    return (READ_AHEAD_BYTES if is_url(root) else 0) + (SHARD_BYTES if isinstance(store, Url) else 0)
+
+
 def guess_decode_bytes(size: Size, file_bytes: int) -> int:
     """What decoding an image of a class takes that an earlier run has probed; more is possible with transparency or a resize."""
     return plain_decode_bytes(*size, file_bytes)
@@ -78,6 +87,7 @@ def _class_memory_bytes(layout: ClassLayout, channels: int, worker: WorkerKind, 
         scratch = 2 * maps + scratch_bytes + BAND_BYTES
         scratch += GPU_STAGES * n * (image + layout.row_bytes) + (GPU_STAGES + 1) * n * image
     decoding = decode_bytes + (image if layout.shard_rows > 1 else 0)
+    scratch += worker.bucket_bytes
     per_thread = n_images * layout.row_bytes + scratch + max(decoding, *(_encode_bytes(layout, layer) for layer in layout.layers))
     return worker.window * n_images * image + worker.threads * per_thread
 

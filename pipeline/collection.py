@@ -210,6 +210,10 @@ def _measure(read: Callable[[], os.stat_result]) -> tuple[int, int] | None:
 
 def _list_url(source: str) -> Listing:
     url = Url.parse(source)
+    if url.query:
+        raise UsageError(
+            f"source {str(url)!r} has a query (?...), so nothing was listed; give the URL of a list or a folder without one"
+        )
     try:
         if _is_list(source) and not _MAGIC.search(url.key):
             return _list_urls(source, *_fetch_list(url))
@@ -230,7 +234,10 @@ def _fetch_list(url: Url) -> tuple[str, list[str]]:
     with NamedTemporaryFile(suffix=suffix_of(url.key)) as file:
         file.write(url.read_bytes())
         file.flush()
-        return read_list(file.name, url.parent)
+        try:
+            return read_list(file.name, url.parent)
+        except UsageError as error:
+            raise UsageError(str(error).replace(file.name, str(url))) from error
 
 
 def _list_bucket(source: str, url: Url) -> Listing:
@@ -262,10 +269,11 @@ def _list_urls(source: str, root: str, paths: list[str]) -> Listing:
         raise UsageError(
             f"list {source!r} holds local paths, which mean nothing at another place, so nothing was listed; write URLs"
         )
+    found: list[Meta | None] = []
     with ThreadPoolExecutor(CONCURRENCY) as pool:
-        blocks = (paths[start : start + 10_000] for start in range(0, len(paths), 10_000))
-        found = [pair for block in blocks for pair in zip(block, pool.map(partial(_stat_url, root), block), strict=True)]
-    return _listing_of(root, found)
+        for start in range(0, len(paths), 1000):  # so that an interrupt has few requests to wait for
+            found += pool.map(partial(_stat_url, root), paths[start : start + 1000])
+    return _listing_of(root, list(zip(paths, found, strict=True)))
 
 
 def _stat_url(root: str, path: str) -> Meta | None:

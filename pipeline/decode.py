@@ -331,7 +331,9 @@ def _measure(image: Image.Image, orientation: int, spec: DecodeSpec, file_bytes:
     if image.format in {"WEBP", "AVIF"} or image.mode == "I":
         pixel_bytes = _CODEC_BYTES
     resize_bytes = input_width * (4 * height + 7 * input_height) if spec.resize else 0
-    decode_bytes = _DECODE_BASE_BYTES + 3 * file_bytes + pixel_bytes * (height * width + tile_pixels) + resize_bytes
+    band_bytes = 6 * max(width, input_width) * BAND_ROWS  # what Pillow gives away, twice
+    pixels = height * width + tile_pixels
+    decode_bytes = _DECODE_BASE_BYTES + 3 * file_bytes + pixel_bytes * pixels + resize_bytes + band_bytes
     return ImageSize(height, width, input_height, input_width, decode_bytes)
 
 

@@ -12,14 +12,17 @@ import numpy as np
 from distributed import Client, Future, KilledWorker, wait
 from distributed.client import ClosedClientError
 
+from pipeline.activity import ActivityPlugin
 from pipeline.changes import Changes, Entry
 from pipeline.chunks import Array
 from pipeline.collection import Listing
+from pipeline.errors import FeaturemapsError
 from pipeline.faults import scheduler_lost, why
 from pipeline.fleet import Fleet
 from pipeline.reading import Digested, digest_block
 from pipeline.schema import stack
 from pipeline.source_watch import SourceWatch
+from pipeline.stalls import find_stalls, replace_worker
 from pipeline.store import Store
 from pipeline.summary import Progress, Summary
 
@@ -48,6 +51,7 @@ def check_digests(
     progress: Progress,
     notify: Callable[[Progress], None],
     stop: threading.Event,
+    deadline_s: float,
 ) -> bool:
     """Read the images of ``found.to_check`` in parallel, and correct ``found`` by what their bytes say.
 
@@ -72,6 +76,7 @@ def check_digests(
     n_sent, next_commit = 0, time.monotonic() + COMMIT_S
     try:
         fleet = Fleet(client)
+        fleet.register(ActivityPlugin())
         while True:
             while len(in_flight) < fleet.window and not stop.is_set() and (block := next(blocks, None)):
                 images = [(listing.paths[i], listing.fingerprint(i)) for i in block.images]
@@ -81,6 +86,7 @@ def check_digests(
             if not in_flight:
                 break
             _wait(in_flight, client, fleet)
+            _check_stalls(client, summary.run_id, deadline_s)
             for future in [future for future in in_flight if future.done()]:
                 work.take(in_flight.pop(future), _result(future))
             if time.monotonic() >= next_commit:
@@ -107,6 +113,18 @@ def _wait(in_flight: dict[Future, Block], client: Client, fleet: Fleet) -> None:
         fleet.check()
     if client.status != "running":
         raise scheduler_lost(None)
+
+
+def _check_stalls(client: Client, run_id: str, deadline_s: float) -> None:
+    """Stop when the storage does not answer; nothing has been superseded."""
+    stalls = [stall for stall in find_stalls(client, deadline_s) if run_id in stall.key]
+    for stall in stalls:
+        replace_worker(client, stall.worker)
+    if stalls:
+        raise FeaturemapsError(
+            f"{stalls[0].what}: the storage did not answer for {stalls[0].since_s:.0f} s while images were compared by their bytes: the "
+            "run stopped, and nothing was changed but fingerprints of images that are the same; look at the storage, and run again"
+        )
 
 
 def _result(future: Future) -> tuple[Digested, ...] | None:

@@ -15,7 +15,8 @@ from distributed import Client, KilledWorker
 from distributed.client import ClosedClientError
 
 from pipeline import reading, tasks
-from pipeline.capacity import guess_decode_bytes, require_memory, require_room, require_space
+from pipeline.activity import ActivityPlugin
+from pipeline.capacity import bucket_bytes, guess_decode_bytes, require_memory, require_room, require_space
 from pipeline.changes import Changes
 from pipeline.collection import Listing
 from pipeline.config import Job
@@ -171,6 +172,7 @@ class Driver:
                 self.intake.decode_bytes = max(self.intake.decode_bytes, decode_bytes)
             self.waiting[size] = [row for row, _ in rows]
         self._check_capacity({}, {})
+        self.fleet.register(ActivityPlugin())
         self.fleet.register(tasks.ExtractorPlugin(self.extractor, self.spec, self.store.weights(), self.store.spec.layers))
         self.progress.stage = "running"
         if not self.found.new:
@@ -236,7 +238,12 @@ class Driver:
             sent = self.flight.find(stall.key)
             if sent is not None:
                 self.flight.give_up(sent)
-            replace_worker(self.client, stall.worker)
+            try:
+                replace_worker(self.client, stall.worker)
+            except FeaturemapsError as failure:
+                self._fail(failure)
+                self.is_stuck = True
+                return
             if stall.what:
                 self.flight.leave_out(stall.what)
             if sent is not None:
@@ -287,7 +294,8 @@ class Driver:
         n_rows = {size: n_new.get(size, 0) + len(self.image_of.get(size, {})) for size in layouts}
         scratch = {size: scratch_bytes(self.spec, self.job.dtype, size, self.channels) for size in layouts}
         fleet, decode_bytes = self.fleet, self.intake.decode_bytes
-        require_memory(layouts, self.channels, fleet.kind, fleet.memory_limit_bytes, decode_bytes, scratch)
+        kind = fleet.kind._replace(bucket_bytes=bucket_bytes(self.listing.root, self.store.path))
+        require_memory(layouts, self.channels, kind, fleet.memory_limit_bytes, decode_bytes, scratch)
         require_space(self.store.path, sum(n * layouts[size].row_bytes for size, n in n_rows.items()), sum(n_rows.values()))
 
     # -- batches ---------------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 from pipeline.errors import UsageError
 from pipeline.paths import decode_path, encode_path, nothing_listed, suffix_of
-from pipeline.remote import Url, is_url
+from pipeline.remote import Url, is_object
 
 Reader = Callable[[str], Iterator[tuple[int, bytes]]]  # of a list: each entry with its line
 
@@ -51,7 +51,7 @@ def read_list(path: str, beside: Url | None = None) -> tuple[str, list[str]]:
 def _absolute(folder: bytes, name: bytes) -> bytes:
     """An entry with the folder that it is relative to; URLs are kept as they are."""
     for text in (name, folder + name):
-        if is_url(os.fsdecode(text)):
+        if is_object(os.fsdecode(text)):
             url = Url.parse(text.decode())
             return str(url).encode() if url.is_bucket else text
     return b"/" + os.path.normpath(os.path.join(folder, name)).lstrip(b"/")

@@ -117,7 +117,10 @@ class _FileLock:
     def take(self, document: dict[str, Any], judge: Callable[[bytes, float], None]) -> None:
         self.run_id = document["run_id"]
         temporary = self.path.with_name(f"{_NAME}.{uuid.uuid4().hex}.partial")
-        temporary.write_text(json.dumps(document), encoding="utf-8")
+        with temporary.open("wb") as file:
+            file.write(json.dumps(document).encode())
+            file.flush()
+            os.fsync(file.fileno())  # an empty lock would stop every later run
         try:
             with _guard(self.path.parent):
                 now = temporary.stat().st_mtime  # by the clock of the file server, as the heartbeat is
@@ -157,8 +160,8 @@ class _ObjectLock:
 
     def take(self, document: dict[str, Any], judge: Callable[[bytes, float], None]) -> None:
         self.document = document
-        now_s = self._check_server()
         try:
+            now_s = self._check_server()
             try:
                 self._put("create")
             except ConflictError:
@@ -191,7 +194,7 @@ class _ObjectLock:
     def _put(self, condition: Any) -> None:
         self.n_beats += 1  # so that no two contents, and no two ETags, are equal
         content = json.dumps(self.document | {"n_beats": self.n_beats}).encode()
-        self.condition = self.url.put(content, only=condition)
+        self.condition = self.url.put(content, only=condition, patient=False)  # a late heartbeat is none
 
     def _is_ours(self, content: bytes) -> bool:
         return bool(json.loads(content).get("run_id") == self.document["run_id"])
@@ -221,7 +224,7 @@ def holds(folder: Place, run_id: str) -> bool:
     """Whether ``run_id`` holds the store whose ``runs`` folder this is."""
     try:
         return bool(json.loads((folder / _NAME).read_bytes()).get("run_id") == run_id)
-    except (OSError, ValueError, AttributeError):
+    except (FileNotFoundError, NotADirectoryError, ValueError, AttributeError):
         return False
 
 

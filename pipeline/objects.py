@@ -6,13 +6,13 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
-from pipeline.errors import FeaturemapsError, UsageError
-from pipeline.remote import CONCURRENCY, Meta, Url, is_url
+from pipeline.errors import FeaturemapsError, StaleWriterError, UsageError
+from pipeline.remote import CONCURRENCY, ConflictError, Meta, Url, is_url
 
 Place: TypeAlias = Path | Url
 """A store, or an object or folder in it; joined with ``/``."""
@@ -38,10 +38,39 @@ def place(store: str | Place) -> Place:
     return url
 
 
-def put(path: Place, *parts: bytes, durable: bool = False) -> None:
-    """Write one object whole: a reader sees the old bytes or the new ones, also after a kill, and if ``durable`` after a power cut."""
+def fetch(path: Place) -> tuple[bytes | None, Any]:
+    """Content, None where there is no such object, and the condition under which `put` replaces just this one."""
+    try:
+        if isinstance(path, Url):
+            content, meta = path.fetch()
+            return content, meta.condition
+        return path.read_bytes(), None
+    except (FileNotFoundError, NotADirectoryError):
+        return None, "create"
+
+
+def condition_of(path: Place) -> Any:
+    """The condition of `fetch`, without the content."""
+    if not isinstance(path, Url):
+        return None
+    try:
+        return path.stat().condition
+    except FileNotFoundError:
+        return "create"
+
+
+def put(path: Place, *parts: bytes, durable: bool = False, only: Any = None) -> None:
+    """Write one object whole: a reader sees the old bytes or the new ones, also after a kill, and if ``durable`` after a power cut.
+
+    ``only`` is a condition from `fetch`, for a bucket: a put may be under way there for minutes, and meanwhile another run may take over.
+
+    Raises
+    ------
+    StaleWriterError
+        When the object has become another.
+    """
     if isinstance(path, Url):
-        path.put(*parts)
+        _put_object(path, parts, only)
         return
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
     try:
@@ -58,6 +87,18 @@ def put(path: Place, *parts: bytes, durable: bool = False) -> None:
         _sync_folder(path.parent)
 
 
+def _put_object(url: Url, parts: Sequence[bytes], only: Any) -> None:
+    try:
+        url.put(*parts, only=only)
+    except ConflictError:
+        if fetch(url)[0] == b"".join(parts):  # ours, whose answer was lost, or another's that is the same
+            return
+        raise StaleWriterError(
+            f"{url} was written by somebody else meanwhile: another run has taken the store over, so this late one writes nothing; "
+            "nothing is to be done, the other run does the work"
+        ) from None
+
+
 def _sync_folder(path: Path) -> None:
     """Bring a folder's names to the disk."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
@@ -67,9 +108,11 @@ def _sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
-def put_json(path: Place, document: Mapping[str, Any], indent: int | None = None, *, durable: bool = False) -> None:
+def put_json(
+    path: Place, document: Mapping[str, Any], indent: int | None = None, *, durable: bool = False, only: Any = None
+) -> None:
     """`put` a JSON document; with an indent it takes ten times as long to make."""
-    put(path, json.dumps(document, indent=indent, ensure_ascii=True).encode(), durable=durable)
+    put(path, json.dumps(document, indent=indent, ensure_ascii=True).encode(), durable=durable, only=only)
 
 
 def read_json(path: Place) -> dict[str, Any]:
@@ -81,15 +124,27 @@ def read_json(path: Place) -> dict[str, Any]:
         When it cannot be read or understood.
     """
     try:
-        document = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise FeaturemapsError(
-            f"metadata {path} cannot be read ({error}), so this store cannot be trusted as it is; check the disk and the "
-            "permissions, or restore that file from a copy"
-        ) from error
+        return parse_json(path, path.read_bytes())
+    except OSError as error:
+        raise _not_understood(path, error) from error
+
+
+def parse_json(path: Place, content: bytes) -> dict[str, Any]:
+    """`read_json` of what has been read."""
+    try:
+        document = json.loads(content)
+    except ValueError as error:
+        raise _not_understood(path, error) from error
     if not isinstance(document, dict):
         raise FeaturemapsError(f"metadata {path} holds {type(document).__name__}, not an object; restore it from a copy")
     return document
+
+
+def _not_understood(path: Place, error: Exception) -> FeaturemapsError:
+    return FeaturemapsError(
+        f"metadata {path} cannot be read ({error}), so this store cannot be trusted as it is; check the disk and the "
+        "permissions, or restore that file from a copy"
+    )
 
 
 def exists(path: Place) -> bool:
@@ -126,6 +181,12 @@ def make_folder(path: Place, *, durable: bool = False) -> None:
     if durable:
         for folder in missing:
             _sync_folder(folder.parent)
+
+
+def modified_s(path: Place) -> float:
+    """When an object was written, in seconds since 1970, by the clock of the server that holds it."""
+    status = path.stat()
+    return status.modified.timestamp() if isinstance(status, Meta) else status.st_mtime
 
 
 def delete(path: Place) -> None:

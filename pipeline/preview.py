@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.capacity import WorkerKind, guess_decode_bytes, usable_bytes, worker_memory_bytes
+from pipeline.capacity import WorkerKind, bucket_bytes, guess_decode_bytes, usable_bytes, worker_memory_bytes
 from pipeline.changes import check_removals
 from pipeline.cluster import LocalSpec, local_memory_bytes, local_processes
 from pipeline.collection import Listing, list_collection
@@ -167,7 +167,16 @@ def plan_job(job: Job, cluster_file: Path = Path("cluster.yaml")) -> Preview:
             decode_bytes = max(decode_bytes, p.decode_bytes)
     new = Counter(assign_classes(sizes, existing))
     pending = {size: rows for size, rows in pending.items() if rows}
-    _fill(preview, job, existing, pending, new, WorkerKind(threads, has_gpu=gpus > 0), decode_bytes)
+    kind = WorkerKind(threads, has_gpu=gpus > 0, bucket_bytes=bucket_bytes(listing.root, place(job.store)))
+    _fill(
+        preview,
+        job,
+        existing,
+        pending,
+        new,
+        kind,
+        decode_bytes,
+    )
     preview.reasons, preview.n_to_reject = dict(reasons), sum(reasons.values())
     return preview
 

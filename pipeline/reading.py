@@ -8,7 +8,7 @@ import os
 import stat
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -91,17 +91,19 @@ def probe_block(source: Source, paths: Sequence[str], needed: tuple[int, int]) -
     """
     patience = Patience()
     probe = partial(_probe, source, needed, patience)
-    if not is_url(source.root):
-        return ProbedBlock(map(probe, paths))
+    return ProbedBlock(_for_each(probe, paths, source.root))
+
+
+def _for_each(action: Callable[[str], T], paths: Sequence[str], root: str) -> Iterator[T]:
+    """`map`; under a URL with some requests under way at once, while this thread says which image it waits for."""
+    if not is_url(root):
+        yield from map(action, paths)
+        return
     with ThreadPoolExecutor(READ_AHEAD) as pool:
-        return ProbedBlock(_in_turn(paths, pool.map(probe, paths)))
-
-
-def _in_turn(paths: Iterable[str], results: Iterator[T]) -> Iterator[T]:
-    """Say of which image this thread waits for the result."""
-    for path in paths:
-        activity.note(path)
-        yield next(results)
+        results = pool.map(action, paths)
+        for path in paths:
+            activity.note(path)
+            yield next(results)
 
 
 def _probe(source: Source, needed: tuple[int, int], patience: Patience, path: str) -> Probed:
@@ -118,7 +120,7 @@ def _probe(source: Source, needed: tuple[int, int], patience: Patience, path: st
         )
         return Probed(error=str(ImageError("too_small", text)))
     sizes = size.source_height, size.source_width, size.input_height, size.input_width
-    return Probed(*sizes, decode_bytes=size.decode_bytes + (READ_AHEAD_BYTES if is_url(source.root) else 0))
+    return Probed(*sizes, decode_bytes=size.decode_bytes)
 
 
 def _begin(source: Source, path: str) -> None:
@@ -263,17 +265,14 @@ def digest_block(root: str, images: Sequence[tuple[str, str]]) -> DigestedBlock:
     images : sequence of (str, str)
         Path and fingerprint; an image of another fingerprint is an error.
     """
-    digest = partial(_digest, root, Patience())
-    if not is_url(root):
-        return DigestedBlock(map(digest, images))
-    with ThreadPoolExecutor(READ_AHEAD) as pool:
-        return DigestedBlock(_in_turn((path for path, _ in images), pool.map(digest, images)))
+    digest = partial(_digest, root, dict(images), Patience())
+    return DigestedBlock(_for_each(digest, [path for path, _ in images], root))
 
 
-def _digest(root: str, patience: Patience, image: tuple[str, str]) -> Digested:
-    path, fingerprint = image
+def _digest(root: str, fingerprints: Mapping[str, str], patience: Patience, path: str) -> Digested:
+    activity.note(path)
     try:
-        return Digested(_retry(lambda: _digest_file(root, path, fingerprint, patience), root, path, patience))
+        return Digested(_retry(lambda: _digest_file(root, path, fingerprints[path], patience), root, path, patience))
     except ImageError as error:
         return Digested(error=str(error))
     except PassingFaultError as fault:
@@ -282,7 +281,12 @@ def _digest(root: str, patience: Patience, image: tuple[str, str]) -> Digested:
 
 def _digest_file(root: str, path: str, fingerprint: str, patience: Patience) -> str:
     if is_url(root):
-        return hashlib.sha256(_read_file(root, path, fingerprint, patience)).hexdigest()
+        pieces, meta = _url(root, path).stream(patient=patience.is_left)
+        _check_unchanged(fingerprint, fingerprint_of(meta))
+        total = hashlib.sha256()
+        for piece in pieces:
+            total.update(piece)
+        return total.hexdigest()
     with _open(root, path) as file:
         _require_fingerprint(file, fingerprint)
         digest = hashlib.file_digest(file, "sha256").hexdigest()

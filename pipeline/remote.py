@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from functools import cache
+from functools import lru_cache
 from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
@@ -26,19 +26,30 @@ CONCURRENCY = 32
 """Requests that one process has under way at once."""
 HEAD_BYTES = 64 * 1024
 """What is asked for first of an image of which only the header is wanted."""
+MAX_WHOLE_BYTES = 64 * 1024**2
+"""Of an image that has to be fetched whole for its header, from a server that knows no ranges."""
 
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
-_SIGNED = re.compile(r"(?i)(^|&)(x-amz-signature|x-amz-security-token|x-goog-signature|signature|sig|token|key|password)=")
+_OBJECT = re.compile(rf"({'|'.join(BUCKETS + WEB)})://", re.IGNORECASE)
+_SECRET = re.compile(r"(?i)(^|&)[^=&]*(signature|token|key|secret|password|passwd|auth|credential|sig)[^=&]*=")
 _RETRIES = {
     True: {"max_retries": 6, "retry_timeout": timedelta(seconds=60)},
     False: {"max_retries": 0, "retry_timeout": timedelta(seconds=60)},
 }
-_TIMEOUTS = {"connect_timeout": timedelta(seconds=10), "timeout": timedelta(seconds=120)}
+_TIMEOUTS = {
+    True: {"connect_timeout": timedelta(seconds=10), "timeout": timedelta(seconds=120)},
+    False: {"connect_timeout": timedelta(seconds=5), "timeout": timedelta(seconds=20)},
+}
 
 
 def is_url(text: str) -> bool:
     """Whether a source or store is named by a URL rather than a path."""
     return _URL.match(text) is not None
+
+
+def is_object(text: str) -> bool:
+    """Whether an entry of a list is a URL that can be read; anything else is a path, however odd."""
+    return _OBJECT.match(text) is not None
 
 
 class ConflictError(Exception):
@@ -92,8 +103,9 @@ class Url:
         match = _URL.match(text)
         scheme = match[1].lower() if match else ""
         if scheme not in BUCKETS + WEB:
+            known = ", ".join(f"{s}://" for s in BUCKETS + WEB)
             raise UsageError(
-                f"{text!r} is a URL of an unknown kind, so nothing was started; known are {', '.join(f'{s}://' for s in BUCKETS + WEB)}"
+                f"a URL that begins with '{scheme}://' is of an unknown kind, so nothing was started; known are {known}"
             )
         host, _, key = text[len(scheme) + 3 :].partition("/")
         if "@" in host:
@@ -105,7 +117,7 @@ class Url:
             raise UsageError(f"URL {text!r} names no bucket or host, so nothing was started; write {scheme}://BUCKET/...")
         if scheme in WEB:
             split = urlsplit(text)
-            if _SIGNED.search(split.query):
+            if _SECRET.search(unquote(split.query)):
                 raise UsageError(
                     f"URL {text.partition('?')[0]!r} carries a signature or key, which would be written into the store and is another "
                     "one tomorrow, so nothing was started; name the bucket (s3://, gs://, az://) and give credentials by "
@@ -152,6 +164,18 @@ class Url:
         """Content."""
         return self.fetch()[0]
 
+    def stream(self, *, patient: bool = True) -> tuple[Iterator[bytes], Meta]:
+        """Content in pieces, and what the server says of it."""
+        with self._errors():
+            store, key = self._target(patient)
+            response = store.get(key)
+            return self._pieces(response), _meta(response.meta)
+
+    def _pieces(self, response: Any) -> Iterator[bytes]:
+        with self._errors():
+            for piece in response.stream():
+                yield bytes(piece)
+
     def stat(self) -> Meta:
         """What the server says of it."""
         with self._errors():
@@ -172,10 +196,15 @@ class Url:
             try:
                 response = store.get(key, options={"range": (0, HEAD_BYTES)})
                 size_bytes, head = int(response.meta["size"]), bytes(response.bytes())
-            except FileNotFoundError:
-                raise
-            except _exceptions().BaseError:  # it is empty, or the server knows no ranges
-                return io.BytesIO(bytes(store.get(key).bytes()))
+            except _exceptions().BaseError as error:
+                is_unknown = isinstance(error, _exceptions().NotSupportedError) or "non-partial response" in str(error)
+                if not is_unknown and "416" not in str(error):
+                    raise
+                response = store.get(key)  # it is empty, or the server knows no ranges
+                if response.meta["size"] > MAX_WHOLE_BYTES:
+                    text = f"the server cannot send a part of an object, and this one has {response.meta['size']} bytes"
+                    raise OSError(errno.EINVAL, text) from None
+                return io.BytesIO(bytes(response.bytes()))
         if size_bytes <= len(head):
             return io.BytesIO(head)
         return io.BufferedReader(_Ranges(self, patient, size_bytes, head), HEAD_BYTES)
@@ -210,7 +239,7 @@ class Url:
 
     # -- writing ---------------------------------------------------------------------------------------------------------------
 
-    def put(self, *parts: bytes, only: Any = None) -> Any:
+    def put(self, *parts: bytes, only: Any = None, patient: bool = True) -> Any:
         """Write it whole; ``only`` is ``"create"`` or a condition, as `Meta.condition` and this return it.
 
         Raises
@@ -219,11 +248,13 @@ class Url:
             When the condition does not hold.
         """
         with self._errors():
-            store, key = self._target()
+            store, key = self._target(patient)
             try:
                 result = store.put(key, b"".join(parts), use_multipart=False, **({} if only is None else {"mode": only}))
             except (_exceptions().AlreadyExistsError, _exceptions().PreconditionError, FileExistsError) as error:
-                raise ConflictError(str(self)) from error
+                if only is None:  # another condition is at work on it just now
+                    raise OSError(errno.EIO, _without_secrets(str(error)), str(self)) from None
+                raise ConflictError(str(self)) from None
         return {key: result[key] for key in ("e_tag", "version") if result[key] is not None}
 
     def unlink(self) -> None:
@@ -239,7 +270,7 @@ class Url:
 
     def _target(self, patient: bool = True) -> tuple[Any, str]:
         if self.query:
-            return connect(f"{self}?{self.query}", patient), ""
+            return _connect(f"{self}?{self.query}", patient), ""  # which is of use once
         return connect(self.base, patient), self.key
 
     @contextmanager
@@ -269,6 +300,13 @@ class _Ranges(io.RawIOBase):
         self.position = start + offset
         return self.position
 
+    def readall(self) -> bytes:
+        data = self.head[self.position :]
+        start = self.position + len(data)
+        rest = self.url.read_range(start, self.size_bytes, patient=self.patient) if start < self.size_bytes else b""
+        self.position = max(self.position, self.size_bytes)
+        return data + rest
+
     def readinto(self, buffer: Any) -> int:
         stop = min(self.position + len(buffer), self.size_bytes)
         if stop <= self.position:
@@ -282,9 +320,13 @@ class _Ranges(io.RawIOBase):
         return len(data)
 
 
-@cache
+@lru_cache(maxsize=256)
 def connect(base: str, patient: bool = True) -> Any:
-    """The obstore store of everything below a URL."""
+    """The obstore store of everything below a URL, with its connections."""
+    return _connect(base, patient)
+
+
+def _connect(base: str, patient: bool) -> Any:
     try:
         from obstore.store import from_url  # noqa: PLC0415 (an extra)
     except ImportError as error:
@@ -293,7 +335,7 @@ def connect(base: str, patient: bool = True) -> Any:
         ) from error
     endpoint = next((os.environ[k] for k in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT") if os.environ.get(k)), "")
     plain = base.startswith("http://") or (base.startswith("s3://") and endpoint.startswith("http://"))
-    options = _TIMEOUTS | ({"allow_http": True} if plain else {})
+    options = _TIMEOUTS[patient] | ({"allow_http": True} if plain else {})
     with errors(base):
         return from_url(base, client_options=options, retry_config=_RETRIES[patient])
 

@@ -143,7 +143,7 @@ def _work(
         from pipeline.driver import Driver  # noqa: PLC0415 (as above)
 
         with with_client(job, client, cluster_file) as connected:
-            all_checked = check_digests(store, listing, found, connected, summary, progress, notify, stop)
+            all_checked = check_digests(store, listing, found, connected, summary, progress, notify, stop, job.deadline_s)
             _account(found, listing, summary, progress)
             if found.new or found.n_pending:
                 Driver(job, store, listing, found, connected, summary, progress, notify, stop).run()
@@ -280,7 +280,9 @@ def count_statuses(store: Store) -> dict[str, int]:
 
 def new_run_id() -> str:
     """A name for a run that sorts by time."""
-    return f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(4)}"
+    return f"{datetime.now(UTC).isoformat(timespec='milliseconds')[:23]}Z-{secrets.token_hex(4)}".replace(":", "").replace(
+        "-", "", 2
+    )
 
 
 def _now() -> str:

@@ -14,6 +14,7 @@ from distributed import Client
 from distributed.core import rpc
 
 from pipeline.activity import METRIC
+from pipeline.errors import FeaturemapsError
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +45,13 @@ def find_stalls(client: Client, deadline_s: float) -> list[Stall]:
 
 def replace_worker(client: Client, address: str) -> None:
     """Kill a worker's process and have its nanny start another; its tasks go elsewhere at once, and none of them is blamed."""
-    client.run_on_scheduler(_replace, address)
+    try:
+        client.run_on_scheduler(_replace, address)
+    except (ImportError, AttributeError) as error:
+        raise FeaturemapsError(
+            f"worker {address} waits for a storage that does not answer, and its scheduler cannot have it replaced ({error}): the run "
+            "stopped, and what was committed stands; install featuremaps where the scheduler runs, look at the storage, and run again"
+        ) from error
 
 
 async def _replace(address: str, dask_scheduler: Any) -> None:

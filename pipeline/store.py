@@ -18,7 +18,22 @@ from pipeline import remote
 from pipeline.chunks import Array, compress, decompress
 from pipeline.errors import FeaturemapsError, StaleWriterError, UsageError
 from pipeline.lock import LOCK_TTL_S, require_lock
-from pipeline.objects import Place, children, each, exists, make_folder, put, put_json, read_json, remove_folder
+from pipeline.objects import (
+    Place,
+    children,
+    condition_of,
+    delete,
+    each,
+    exists,
+    fetch,
+    make_folder,
+    modified_s,
+    parse_json,
+    put,
+    put_json,
+    read_json,
+    remove_folder,
+)
 from pipeline.plan import ClassLayout, LayerLayout, Size, class_name
 from pipeline.schema import (
     CLASS_NAME,
@@ -115,25 +130,18 @@ class Store:
         return [read_json(self.path / RUNS / name) for name in self._receipt_names()]
 
     def last_receipt(self) -> dict[str, Any] | None:
-        """The newest run's receipt."""
+        """The newest run's receipt; None where there is none that can be read."""
         newest = max(self._receipt_names(), default=None)
-        return None if newest is None else read_json(self.path / RUNS / newest)
+        with contextlib.suppress(FeaturemapsError):  # a power cut may leave it empty
+            return None if newest is None else read_json(self.path / RUNS / newest)
+        return None
 
     def _receipt_names(self) -> list[str]:
         return [name for name in children(self.path / RUNS) if fnmatch(name, "*Z-*.json")]
 
     def _read_chunk(self, group: str, name: str, dtype: str, chunk: tuple[int, ...], i: int) -> Array:
         path = self.path / group / name / object_key(i, len(chunk))
-        try:
-            data = path.read_bytes()
-        except FileNotFoundError:
-            if dtype == "string":
-                return np.full(chunk, "", object)
-            return np.full(chunk, np.nan if dtype.startswith("float") else 0, dtype)
-        try:
-            return decompress(data, dtype, chunk)
-        except FeaturemapsError as error:
-            raise FeaturemapsError(f"{path}: {error}") from error
+        return _decode_chunk(path, fetch(path)[0], dtype, chunk)
 
     # -- the driver's writing ----------------------------------------------------------------------------------------------------
 
@@ -167,7 +175,7 @@ class Store:
 
     def _create_array(self, folder: Place, document: dict[str, Any]) -> None:
         make_folder(folder, durable=self.durable)
-        put_json(folder / "zarr.json", document, durable=self.durable)
+        put_json(folder / "zarr.json", document, durable=self.durable, only="create")
 
     def append(self, group: str, columns: Columns) -> np.ndarray[Any, np.dtype[np.int64]]:
         """Append rows to a class or to ``rejected``; ``status`` grows last, so a crash before that leaves them unseen.
@@ -218,9 +226,11 @@ class Store:
         dtype, chunk = column_type(self.spec.layers, group, name)
         for i in np.unique(rows // chunk[0]):
             inside = rows // chunk[0] == i
-            content = self._read_chunk(group, name, dtype, chunk, int(i))
+            path = self.path / group / name / object_key(int(i), len(chunk))
+            data, condition = fetch(path)
+            content = _decode_chunk(path, data, dtype, chunk)
             content[rows[inside] - i * chunk[0]] = values[inside]
-            put(self.path / group / name / object_key(int(i), len(chunk)), compress(content), durable=self.durable)
+            put(path, compress(content), durable=self.durable, only=condition)
 
     def _resize(self, group: str, length: int) -> None:
         self.fence()
@@ -229,12 +239,14 @@ class Store:
         self._resize_array(self.path / group / "status", length)
 
     def _resize_array(self, folder: Place, length: int) -> None:
-        if not exists(folder / "zarr.json"):
+        path = folder / "zarr.json"
+        content, condition = fetch(path)
+        if content is None:
             return
-        document = read_json(folder / "zarr.json")
+        document = parse_json(path, content)
         if document["shape"][0] != length:
             document["shape"][0] = length
-            put_json(folder / "zarr.json", document, durable=self.durable)
+            put_json(path, document, durable=self.durable, only=condition)
 
     def repair(self) -> None:
         """Undo what a crash left: arrays longer than ``status``, unfinished classes, temporary files; only under the lock."""
@@ -243,13 +255,17 @@ class Store:
         for name in children(self.path):
             if CLASS_NAME.fullmatch(name) and not exists(self.path / name / "zarr.json"):
                 _remove_unfinished(self.path / name)
-        for litter in self.path.rglob("*.partial") if isinstance(self.path, Path) else ():
-            if not (litter.name.startswith("lock.json") and _is_fresh(litter)):
-                litter.unlink(missing_ok=True)
+        if isinstance(self.path, Path):
+            litter: list[Place] = [*self.path.rglob("*.partial")]
+        else:  # where only tries of the lock leave any
+            litter = [self.path / RUNS / name for name in children(self.path / RUNS) if name.endswith(".partial")]
+        for path in litter:
+            if not (path.name.startswith("lock.json") and _is_fresh(path)):
+                delete(path)
 
     def write_receipt(self, run_id: str, receipt: Mapping[str, Any]) -> None:
         """Leave a run's receipt in ``runs/``."""
-        put_json(self.path / RUNS / f"{run_id}.json", receipt, indent=1)
+        put_json(self.path / RUNS / f"{run_id}.json", receipt, indent=1, durable=self.durable)
 
     def touch_version(self, version: str) -> None:
         """Note which version wrote last."""
@@ -258,22 +274,36 @@ class Store:
             put_json(self.path / "zarr.json", root_document(self.spec), durable=self.durable)
 
 
-def _is_fresh(litter: Path) -> bool:
+def _is_fresh(litter: Place) -> bool:
     """Whether a temporary file of the lock may be that of a run that waits for it just now, by the clock of the file server."""
     try:
-        return litter.with_name("lock.json").stat().st_mtime - litter.stat().st_mtime < LOCK_TTL_S
+        return modified_s(litter.parent / "lock.json") - modified_s(litter) < LOCK_TTL_S
     except FileNotFoundError:
         return True
 
 
 def _remove_unfinished(group: Place) -> None:
     """Clear away what a crash left of a class that was being created, and which therefore never had a status."""
-    if exists(group / "status") and any(name.startswith("c.") for name in children(group / "status")):
+    names: list[str] = []
+    with contextlib.suppress(FileNotFoundError):
+        names = children(group / "status")
+    if any(name.startswith("c.") for name in names):
         raise FeaturemapsError(
             f"class {group} has rows but no zarr.json, so it was damaged after it was made: clearing it away would lose its maps, so "
             "nothing was touched; restore that file from a copy, or move the folder away to compute its images again"
         )
     remove_folder(group)
+
+
+def _decode_chunk(path: Place, data: bytes | None, dtype: str, chunk: tuple[int, ...]) -> Array:
+    if data is None:
+        return (
+            np.full(chunk, "", object) if dtype == "string" else np.full(chunk, np.nan if dtype.startswith("float") else 0, dtype)
+        )
+    try:
+        return decompress(data, dtype, chunk)
+    except FeaturemapsError as error:
+        raise FeaturemapsError(f"{path}: {error}") from error
 
 
 @contextlib.contextmanager
@@ -400,9 +430,10 @@ def write_maps(
             "store has changed since the task was sent; it writes nothing, and the next run does its rows"
         )
     objects = encode_rows(layout, layer, start, block, fill)
+    conditions = {key: condition_of(folder / key) for key in objects}  # before the look at the lock
     require_lock(path / RUNS, run_id)
     for key, parts in objects.items():
-        put(folder / key, *parts, durable=durable)
+        put(folder / key, *parts, durable=durable, only=conditions[key])
     return sum(len(part) for parts in objects.values() for part in parts)
 
 

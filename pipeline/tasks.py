@@ -142,7 +142,6 @@ class ExtractorPlugin(WorkerPlugin):  # type: ignore[misc]
         with contextlib.suppress(ValueError):
             signal.signal(signal.SIGINT, signal.SIG_IGN)
         keep_memory()
-        worker.metrics[activity.METRIC] = activity.report
         n_threads = int(worker.state.total_resources.get("extract", 0))
         if n_threads:
             from pipeline.device import best_extractor  # noqa: PLC0415 (torch only where something is computed)
@@ -337,6 +336,7 @@ def _write_piece(target: Target, outcome: PieceResult, blocks: dict[str, Array],
     for layer, stored in zip(outcome.layout.layers, _plugin(target).layers, strict=True):
         activity.note(activity.STORE)
         _keep_others(target, outcome, layer, blocks[layer.name], stored.fill_value)
+        activity.require_lease(get_worker())
         result.bytes_written += store.write_maps(
             place(target.path),
             target.run_id,

@@ -218,7 +218,8 @@ def test_plain_zarr_opens_the_store_without_a_warning(filled):
     assert sorted(name for name, _ in root.members()) == [GROUP, EXTRACTOR, REJECTED, RUNS]
     about = root.attrs["featuremaps"]
     assert set(about) == {
-        *("format", "source", "source_root", "dtype", "extractor", "decode", "layers", "created_version", "written_version")
+        *("format", "source", "source_root", "dtype", "extractor", "decode", "layers", "created_version", "written_version"),
+        "sha256",
     }
     assert (about["format"], about["dtype"], about["source_root"]) == (1, dtype, "/photos")
     assert dict(root[GROUP].attrs) == {"shape_class": {"height": 12, "width": 14, "kind": "exact", "shard_rows": 4}}
@@ -476,7 +477,7 @@ def test_receipts_come_oldest_first_without_the_lock(tmp_path):
 def test_a_commit_writes_status_last_and_the_digest_of_the_maps_before_it(tmp_path, monkeypatch):
     store = fill_store(tmp_path / "s")
     written: list[str] = []
-    monkeypatch.setattr(store_module, "put", lambda path, data, durable: written.append(path.parent.name))
+    monkeypatch.setattr(store_module, "put", lambda path, data, **_: written.append(path.parent.name))
     store.commit(GROUP, np.array([5]), reported([5]))
     assert len(written) == 12
     assert written[-2:] == ["maps_digest", "status"]
@@ -507,7 +508,7 @@ def crash_after(n_puts: int, *, torn: bool = False) -> Iterator[None]:
     """Let the process end at its put number ``n_puts``; ``torn`` leaves half of the object under its temporary name."""
     left = n_puts
 
-    def put_or_crash(path: Path, *parts: bytes, durable: bool = False) -> None:
+    def put_or_crash(path: Path, *parts: bytes, **options: object) -> None:
         nonlocal left
         if left == 0:
             if torn:
@@ -515,7 +516,7 @@ def crash_after(n_puts: int, *, torn: bool = False) -> Iterator[None]:
                 path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial").write_bytes(data[: len(data) // 2])
             raise Crash
         left -= 1
-        put(path, *parts, durable=durable)
+        put(path, *parts, **options)
 
     with (
         patch.object(store_module, "put", put_or_crash),

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import xxhash
+from distributed.core import Status as WorkerStatus
 
 from pipeline import reading, tasks
 from pipeline.collection import list_collection
@@ -48,7 +49,7 @@ def work(tmp_path, monkeypatch):
     plugin = ExtractorPlugin("ours", extractor_spec(store.spec), store.weights(), store.spec.layers)
     monkeypatch.setattr("pipeline.tasks.signal.signal", lambda *_: None)  # this process keeps its Ctrl-C
     plugin.setup(WORKER)
-    monkeypatch.setattr(tasks, "get_worker", lambda: SimpleNamespace(plugins={"ours": plugin}))
+    monkeypatch.setattr(tasks, "get_worker", lambda: SimpleNamespace(plugins={"ours": plugin}, status=WorkerStatus.running))
     piece = WorkPiece(layout, 0, 5, tuple(range(5)), tuple(listing.paths), fingerprints)
     with StoreLock(tmp_path / "f.zarr" / RUNS, "this run"):
         yield SimpleNamespace(

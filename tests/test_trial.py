@@ -71,11 +71,11 @@ class PoisonHeader(WorkerPlugin):
 
         real = reading._probe
 
-        def crash(source, path, needed, patience):
+        def crash(source, needed, patience, path):
             if path == "poison.png":
                 os.kill(os.getpid(), signal.SIGKILL)
                 time.sleep(60)
-            return real(source, path, needed, patience)
+            return real(source, needed, patience, path)
 
         reading._probe = crash
 

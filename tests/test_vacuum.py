@@ -219,13 +219,13 @@ from pipeline import objects, store, vacuum
 
 left = int(sys.argv[2])
 
-def put(path, *parts, durable=False):
+def put(path, *parts, **options):
     global left
     left -= 1
     if left < 0:  # half of it is on the disk
         path.with_name(path.name + ".x.partial").write_bytes(b"".join(parts)[:20])
         os.kill(os.getpid(), signal.SIGKILL)
-    objects.put(path, *parts, durable=durable)
+    objects.put(path, *parts, **options)
 
 store.put = put
 vacuum.vacuum_store(Path(sys.argv[1]))

@@ -308,12 +308,12 @@ def crash_after(n: int):
     """Let the driver end at its put number ``n``."""
     left = n
 
-    def put_or_crash(path, *parts, durable=False):
+    def put_or_crash(path, *parts, **options):
         nonlocal left
         left -= 1
         if left < 0 and threading.current_thread() is threading.main_thread():
             raise Crash
-        objects.put(path, *parts)
+        objects.put(path, *parts, **options)
 
     with patch("pipeline.store.put", put_or_crash):
         yield
