@@ -187,13 +187,13 @@ class Shard(NamedTuple):
     digests: tuple[str, ...]
 
 
-def shards(store: Store, shape_class: ShapeClass, rows: Array, columns: dict[str, Array]) -> Iterator[Shard]:
-    """The shards of some rows of a class, ascending."""
+def shards(store: Store, shape_class: ShapeClass, rows: Array, digests: Array, columns: dict[str, Array]) -> Iterator[Shard]:
+    """The shards of some rows of a class, ascending; ``digests`` of all rows' maps, empty where they only have to be readable."""
     layout = shape_class.layout
     for _, members in group_by_shard(rows.tolist(), layout.shard_rows):
-        paths, digests = (tuple(str(columns[name][row]) for row in members) for name in ("path", "maps_digest"))
+        paths, expected = (tuple(str(column[row]) for row in members) for column in (columns["path"], digests))
         sizes = tuple((int(columns["input_height"][row]), int(columns["input_width"][row])) for row in members)
-        yield Shard(store.path, store.spec, layout, tuple(members), paths, sizes, digests)
+        yield Shard(store.path, store.spec, layout, tuple(members), paths, sizes, expected)
 
 
 def check_shard(shard: Shard) -> list[Finding]:
@@ -209,8 +209,12 @@ def check_shard(shard: Shard) -> list[Finding]:
             maps = [b[row - start] for b in blocks] if blocks else [b[0] for b in _read(shard, row, row + 1)]
         except (FeaturemapsError, OSError) as error:
             text = f"cannot be read: {error.__cause__ or error}"
+            if not expected:
+                text += "; nobody needs them, and featuremaps vacuum frees them, but whole classes cannot be read"
         else:
-            text = _judge(maps, shard.spec, dict(zip(layer_names(layers), output_sizes(layers, *size), strict=True)), expected)
+            text = expected and _judge(
+                maps, shard.spec, dict(zip(layer_names(layers), output_sizes(layers, *size), strict=True)), expected
+            )
         if text:
             findings.append(Finding("maps", group, row, path, f"the maps in {_objects(shard, row)} {text}"))
     return findings

@@ -232,6 +232,8 @@ def connect(spec: LocalSpec | AddressSpec) -> Iterator[Client]:
         # Without a dashboard there are no pages about workers and tasks either, which are another part of Dask.
         pages = {} if spec.dashboard else {"distributed.scheduler.http.routes": ["distributed.http.health"]}
         with dask.config.set(pages), _quiet_dask(), _local_cluster(options) as cluster, Client(cluster) as client:
+            if spec.dashboard:
+                logger.info("Dask's dashboard: %s", client.dashboard_link)
             yield client
 
 

@@ -272,13 +272,16 @@ class StoreStatus:
         if self.last_run:
             run = self.last_run
             is_dead = run["outcome"] == "running" and not self.holder
-            outcome = "died before its end; the same command goes on" if is_dead else run["outcome"]
+            outcome = "died before its end; the same command goes on" if is_dead else f"{run['outcome']}, {run['n_done']} done"
             lines.append(
-                f"last run {run['run_id']}: {outcome}, {run['n_done']} done"
+                f"last run {run['run_id']}: {outcome}"
                 + (f" at {run['images_per_s']:.1f} images/s" if run["n_done"] else "")
                 + (f", bottleneck {run['bottleneck']}" if run["bottleneck"] else "")
                 + (f" -- {run['message']}" if run["message"] else "")
             )
+            if run["outcome"] in {"incomplete", "stopped"} and run["n_pending"]:
+                faults = "; ".join(map(printable, run["faults"][:3]))
+                lines.append(f"it left {run['n_pending']} images to the next run" + (f": {faults}" if faults else ""))
         lines += [f"  {printable(item['path'])}  {printable(item['error'])}" for item in self.bad]
         n_more = self.counts["quarantined"] + self.counts["rejected"] - len(self.bad)
         if n_more:

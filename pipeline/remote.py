@@ -369,7 +369,12 @@ def errors(where: str) -> Iterator[None]:
 def _without_secrets(text: str) -> str:
     """What went wrong, in a line, without the queries of URLs, where signatures are, and without the server's page."""
     code = re.search(r"<Code>(\w+)</Code>", text)
-    line = " ".join(re.split(r"\n\nDebug source|: <[?!\w]", text)[0].split()) + (f" ({code[1]})" if code else "")
+    cause = re.search(r'(?:error|message): "([^"]+)"', text)  # of what obstore's own sentence says nothing: a name, a connection
+    line = " ".join(re.split(r"\n\nDebug source|: <[?!\w]", text)[0].split()) + (
+        f" ({code[1]})" if code else f" ({cause[1]})" if cause else ""
+    )
+    if code and code[1] == "NoSuchBucket":
+        line += ": there is no such bucket, create it first"
     return re.sub(r"\?\S*", "", re.sub(r"//[^/\s]*@", "//", line))[:400]
 
 

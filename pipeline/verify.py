@@ -208,15 +208,19 @@ def verify_store(
         audit.n_done += len(done[shape_class.name])
         audit.n_pending += int((found["status"] == Status.PENDING).sum())
         returnable = (found["status"] == Status.REMOVED) & (found["maps_digest"] != "")  # done, should their image come back
-        jobs += shards(store, shape_class, np.flatnonzero(is_done | returnable), found)
+        claims = np.where(is_done & (found["maps_digest"] == ""), "none", found["maps_digest"])
+        digests = np.where(is_done | returnable, claims, "")
+        audit.n_maps_checked += int((digests != "").sum())
+        shard = np.arange(shape_class.length) // shape_class.layout.shard_rows
+        is_written_anew = np.isin(shard, shard[found["status"] == Status.PENDING])  # by the next run
+        jobs += shards(store, shape_class, np.flatnonzero(is_done | returnable | ~is_written_anew), digests, found)
     samples: list[Sample] = []
     if read_source and not not_understood & {"", EXTRACTOR}:  # else there are no weights to compute with
         for group, row in _choose(done, n_sample, seed):
             samples.append(Sample(group, row, str(columns[group]["path"][row]), str(columns[group]["digest"][row])))
     bad: list[Finding] = []
     n_processes = local_workers(workers)
-    for shard, findings in zip(jobs, _map(check_shard, jobs, n_processes), strict=True):
-        audit.n_maps_checked += len(shard.rows)
+    for findings in _map(check_shard, jobs, n_processes):
         bad += findings
     if read_source:
         parts_of = (originals(store.spec.source_root, group, rows, columns[group]) for group, rows in done.items())

@@ -1,11 +1,15 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 from types import SimpleNamespace
 
+import pytest
+from distributed.core import Status
 from distributed.worker import thread_state
 
 from pipeline import activity
+from pipeline.errors import StaleWriterError
 
 
 def test_a_worker_reports_what_its_threads_are_at_but_not_what_they_were_at():
@@ -26,3 +30,30 @@ def test_a_worker_reports_what_its_threads_are_at_but_not_what_they_were_at():
     assert activity.report(SimpleNamespace(active_threads={})) == []
     ended.set()
     thread.join()
+
+
+def test_a_worker_that_was_silent_waits_for_its_scheduler_before_it_writes(monkeypatch):
+    worker = SimpleNamespace(status=Status.running, address="tcp://here", active_threads={})
+    now = [1000.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    monkeypatch.setattr(activity, "_reports", deque([900.0, 999.0], maxlen=2))
+    slept = []
+
+    def sleep(seconds):
+        slept.append(seconds)
+        now[0] += 1
+        activity.report(worker)
+
+    monkeypatch.setattr("time.sleep", sleep)
+    activity.require_lease(worker)  # the answer to the second heartbeat after the silence tells
+    assert len(slept) == 1
+    activity.require_lease(worker)
+    assert len(slept) == 1
+    now[0] += 100
+
+    def close(_):
+        worker.status = Status.closing
+
+    monkeypatch.setattr("time.sleep", close)
+    with pytest.raises(StaleWriterError, match="silent for so long"):
+        activity.require_lease(worker)

@@ -17,7 +17,7 @@ import numpy as np
 import psutil
 import pytest
 
-from pipeline import lock, open_store, reading
+from pipeline import lock, objects, open_store, reading
 from pipeline.cluster import LocalSpec, connect
 from pipeline.collection import list_collection
 from pipeline.config import make_job
@@ -419,6 +419,60 @@ def test_a_server_that_ignores_conditions_is_refused_unless_told_otherwise(tmp_p
             1,
             1,
         ]  # its maps rclone cannot serve: it knows no suffix ranges
+
+
+def test_a_late_driver_overwrites_nothing_of_its_successors_ledger(workers, pictures, bucket):
+    """Its put was under way when another run took over: refused when it arrives."""
+    store_url = bucket / "features.zarr"
+    work(workers, pictures, store_url, limit=8)
+    late = Store(store_url)
+    group = "40x60"
+    real = objects.fetch
+    with pytest.MonkeyPatch.context() as patch:
+
+        def fetch_then_lose(path):
+            found = real(path)
+            if path.parent.name == "error":
+                patch.undo()
+                Store(store_url).commit(group, np.array([0]), {"error": np.array(["of the successor"], object)})
+            return found
+
+        patch.setattr("pipeline.store.fetch", fetch_then_lose)
+        with pytest.raises(StaleWriterError, match="another run has taken the store over"):
+            late.commit(group, np.array([1]), {"error": np.array(["late"], object), "status": np.array([2], np.uint8)})
+    assert Store(store_url).column(group, "error").tolist()[:2] == ["of the successor", ""]
+    assert Store(store_url).column(group, "status").tolist()[:2] == [1, 1]
+
+
+def test_a_put_whose_answer_was_lost_is_known_as_its_own(bucket):
+    objects.put(bucket / "a", b"1", only="create")
+    objects.put(bucket / "a", b"1", only="create")
+    with pytest.raises(StaleWriterError):
+        objects.put(bucket / "a", b"2", only="create")
+
+
+def test_a_class_of_a_bucket_that_lost_its_metadata_is_not_cleared_away(workers, pictures, bucket):
+    store = bucket / "features.zarr"
+    work(workers, pictures, store, limit=8)
+    (store / "40x60" / "zarr.json").unlink()
+    before = sorted(key for key, _ in store.walk())
+    with pytest.raises(FeaturemapsError, match=r"has rows but no zarr\.json"):
+        Store(store).repair()
+    assert sorted(key for key, _ in store.walk()) == before
+
+
+def test_urls_with_secrets_are_refused_without_showing_them():
+    for text in (
+        "https://host/a.jpg?access_token=SECRET",
+        "https://host/a.jpg?X-Amz-Credential=SECRET&X-Amz-Signature=SECRET",
+        "https://host/a.jpg?api%5Fkey=SECRET",
+        "ftp://user:SECRET@host/a.jpg",
+        "s3a://AKIA:SECRET@bucket/a.jpg",
+        "https://user:SECRET@host/a.jpg",
+    ):
+        with pytest.raises(UsageError) as refused:
+            Url.parse(text)
+        assert "SECRET" not in str(refused.value)
 
 
 # -- looking ---------------------------------------------------------------------------------------------------------------------

@@ -374,6 +374,24 @@ def test_a_shard_whose_index_is_damaged_is_made_anew_though_it_holds_a_bad_image
     assert content(tmp_path / "f.zarr") == before
 
 
+def test_a_damaged_chunk_that_nobody_needs_is_found_and_vacuumed(client, tmp_path):
+    make_images(tmp_path / "source", 4, [(400, 420)])
+    job = make_job({"source": str(tmp_path / "source"), "store": str(tmp_path / "f.zarr"), "dtype": "uint8", "max_removed": 1.0})
+    run_job(job, client)
+    (tmp_path / "source" / "img00000.png").unlink()
+    run_job(job, client)
+    vacuum_store(tmp_path / "f.zarr")
+    (path,) = (tmp_path / "f.zarr" / "400x420" / "conv1").glob("c.*")
+    data = bytearray(path.read_bytes())
+    data[50] ^= 1  # of the first chunk, which is fill
+    path.write_bytes(data)
+    (finding,) = verify_store(tmp_path / "f.zarr", workers=1).findings
+    assert (finding.kind, finding.row) == ("maps", 0)
+    assert "nobody needs them, and featuremaps vacuum frees them" in finding.text
+    vacuum_store(tmp_path / "f.zarr")
+    assert verify_store(tmp_path / "f.zarr", workers=1).is_sound
+
+
 def test_bad_maps_of_a_removed_image_are_computed_when_it_returns(client, tmp_path):
     make_images(tmp_path / "source", 4, [(400, 420)])
     job = make_job({"source": str(tmp_path / "source"), "store": str(tmp_path / "f.zarr"), "dtype": "uint8", "max_removed": 1.0})
