@@ -291,7 +291,7 @@ def _start_local(options: dict[str, Any]) -> LocalCluster:
 
 @contextlib.contextmanager
 def _quiet_dask() -> Iterator[None]:
-    """Dask's own lines below ERROR stay out of the terminal; workers lost and replaced are in the summary."""
+    """Dask's own lines below ERROR stay out of the terminal."""
     before = {name: logging.getLogger(name).level for name in ("distributed", "distributed.client", "distributed.gc")}
     for name, level in before.items():
         logging.getLogger(name).setLevel(max(level, logging.ERROR))

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
+import dask
 import numpy as np
 from distributed import Client, LocalCluster
 from hypothesis import HealthCheck, seed, settings
@@ -137,7 +138,8 @@ def thread_cluster() -> Iterator[Client]:
         "dashboard_address": "127.0.0.1:0",
         "silence_logs": logging.CRITICAL,
     }
-    with LocalCluster(**options) as cluster, Client(cluster, set_as_default=False) as client:
+    endless = {"distributed.scheduler.worker-ttl": None}  # a machine that sleeps for minutes must not cost the only worker
+    with dask.config.set(endless), LocalCluster(**options) as cluster, Client(cluster, set_as_default=False) as client:
         yield client
 
 
