@@ -358,7 +358,7 @@ def made(client, tmp_path_factory):
         ("run texts new.zarr", 2, r"folder '.*/texts' holds no images but 1 other files \(suffixes: '.md'\)"),
         ("run source/*.gif new.zarr", 2, r"pattern 'source/\*.gif' matches no file"),
         ("run source/img00000.png new.zarr", 2, "is a single image.*give its folder"),
-        ("run ftp://host/images new.zarr", 2, "is a URL of an unknown kind"),
+        ("run ftp://host/images new.zarr", 2, "is of an unknown kind"),
         (
             "run other f.zarr",
             2,

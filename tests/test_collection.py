@@ -562,7 +562,7 @@ def test_a_source_that_does_not_exist(source: str, tmp_path: Path, monkeypatch: 
 @pytest.mark.parametrize(
     ("source", "text"),
     [
-        ("file:///photos", r"URL of an unknown kind.*known are s3://, gs://, az://, https://"),
+        ("file:///photos", r"is of an unknown kind.*known are s3://, gs://, az://, https://"),
         ("https://host/*.jpg", r"cannot be listed.*the web has no folders; give a .txt"),
         ("s3:///photos", "names no bucket or host"),
         ("s3://key:secret@bucket/photos", "URL of 'bucket' carries a user or password.*environment variables"),

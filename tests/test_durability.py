@@ -91,6 +91,6 @@ def test_the_name_of_every_new_folder_is_synced_too(threads, disk, tmp_path):
 def test_a_run_that_need_not_survive_the_machine_syncs_nothing_and_writes_the_same(threads, disk, tmp_path):
     source = make_images(tmp_path / "in", 12, [(40, 60), (50, 50)])
     run(threads, source, tmp_path / "quick.zarr")
-    assert not [event for event in disk.events if event[0] != "named"]
+    assert not [event for event in disk.events if event[0] != "named" and "/runs/lock.json" not in event[1]]
     run(threads, source, tmp_path / "safe.zarr", durability="machine")
     assert content(tmp_path / "quick.zarr") == content(tmp_path / "safe.zarr")

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 
 from pipeline import fleet
+from pipeline.capacity import WorkerKind
 from pipeline.cluster import WorkerSlots
 from pipeline.errors import FeaturemapsError
 from pipeline.fleet import Fleet
@@ -31,14 +32,14 @@ def test_whole_workers_hold_no_images_of_batches_that_wait(workers):
     workers |= {"a": WHOLE, "b": WHOLE}
     found = Fleet(None)
     assert (found.slots, found.window, found.memory_limit_bytes, found.is_whole) == (4, 8, 2 * GIB, True)
-    assert found.kind == (2, 0, False)
+    assert found.kind == WorkerKind(2)
 
 
 def test_readers_have_batches_of_their_own_in_flight_and_extractors_hold_their_share(workers):
     workers |= {"a": READER, "b": READER, "c": EXTRACTOR, "d": EXTRACTOR}
     found = Fleet(None)
     assert (found.slots, found.window, found.memory_limit_bytes, found.is_whole) == (4, 8 + 6, GIB, False)
-    assert found.kind == (2, 4 + 3, True)
+    assert found.kind == WorkerKind(2, 4 + 3, has_gpu=True)
 
 
 def test_a_run_whose_workers_all_went_ends_after_a_while(workers, monkeypatch):
