@@ -341,6 +341,20 @@ class WorkerSlots(NamedTuple):
     """Whether it can also read and write as many batches at once, so that one task may do all of a batch."""
 
 
+def scheduler_workers(client: Client) -> dict[str, Any]:
+    """What the scheduler knows of its workers, by address, asked just now: `Client.scheduler_info` may give what it asks for itself.
+
+    Raises
+    ------
+    ConnectionError
+        When the scheduler is gone.
+    """
+    if client.status != "running" or client.scheduler is None:
+        raise ConnectionError(f"connection to {client} is {client.status}")
+    workers: dict[str, Any] = client.sync(client.scheduler.identity, n_workers=-1)["workers"]
+    return workers
+
+
 def worker_slots(client: Client) -> dict[str, WorkerSlots]:
     """What each worker offers, by address.
 
@@ -351,9 +365,7 @@ def worker_slots(client: Client) -> dict[str, WorkerSlots]:
     ConnectionError
         When the scheduler is gone.
     """
-    workers = client.scheduler_info(n_workers=-1)["workers"]
-    if client.status != "running":
-        raise ConnectionError(f"connection to {client} is {client.status}")
+    workers = scheduler_workers(client)
     for role in ROLES:
         if not any(worker["resources"].get(role) for worker in workers.values()):
             raise FeaturemapsError(

@@ -14,6 +14,7 @@ from distributed import Client
 from distributed.core import rpc
 
 from pipeline.activity import METRIC
+from pipeline.cluster import scheduler_workers
 from pipeline.errors import FeaturemapsError
 
 logger = logging.getLogger(__name__)
@@ -34,7 +35,7 @@ class Stall(NamedTuple):
 
 def find_stalls(client: Client, deadline_s: float) -> list[Stall]:
     """The tasks that have been at one image, or at one write, for longer than ``deadline_s``, by the workers' last heartbeats."""
-    workers = client.scheduler_info(n_workers=-1)["workers"]
+    workers = scheduler_workers(client)
     return [
         Stall(address, key, what, since_s)
         for address, worker in workers.items()

@@ -16,7 +16,7 @@ from distributed import WorkerPlugin
 from PIL import Image
 
 from pipeline import decode
-from pipeline.cluster import LocalSpec, connect
+from pipeline.cluster import LocalSpec, connect, scheduler_workers
 from pipeline.config import make_job
 from pipeline.errors import FeaturemapsError
 from pipeline.run import run_job
@@ -188,10 +188,10 @@ def test_a_worker_that_runs_out_of_memory_is_replaced_and_its_images_are_done(cl
     job = make_job({"source": str(source), "store": str(tmp_path / "f.zarr")})
     with connect(LocalSpec(workers=2, memory_limit_bytes=1 << 30)) as own:
         own.register_plugin(Ballast(tmp_path / "sign"))
-        before = set(own.scheduler_info()["workers"])
+        before = set(scheduler_workers(own))
         summary = run_job(job, own)
         assert (tmp_path / "sign").exists()
-        assert before - set(own.scheduler_info()["workers"])
+        assert before - set(scheduler_workers(own))
     assert (summary.outcome, summary.n_done, summary.n_quarantined) == ("complete", 13, 0)
     run_job(job.model_copy(update={"store": str(tmp_path / "whole.zarr")}), client)
     assert content(tmp_path / "f.zarr") == content(tmp_path / "whole.zarr")

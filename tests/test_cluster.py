@@ -4,6 +4,7 @@ import ipaddress
 import os
 import re
 import socket
+import threading
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from urllib.error import HTTPError
@@ -388,3 +389,20 @@ def test_a_machine_with_a_driver_asks_torch_how_many_gpus_there_are(monkeypatch)
     monkeypatch.setattr("pipeline.cluster.Path.glob", lambda *_: iter(["nvidia0", "nvidia1"]))
     monkeypatch.setattr("pipeline.device.n_gpus", lambda: 2)
     assert local_processes(LocalSpec(workers=8)) == (2, 4, 2)
+
+
+def test_the_workers_are_those_that_the_scheduler_names_just_now_whatever_the_client_asks_for_itself(client):
+    """Dask's client asks every two seconds for no workers at all, and gives that answer to whoever asks meanwhile."""
+    stop = threading.Event()
+
+    def ask():
+        while not stop.is_set():
+            client.sync(client._update_scheduler_info, n_workers=0)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    try:
+        assert {len(worker_slots(client)) for _ in range(300)} == {2}
+    finally:
+        stop.set()
+        thread.join()
