@@ -23,6 +23,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain
 from operator import attrgetter
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -250,17 +251,23 @@ def _list_bucket(source: str, url: Url) -> Listing:
     first = next((i for i, name in enumerate(names) if _MAGIC.search(name)), len(names))
     root, parts = Url(url.base, "/".join(names[:first])), tuple(names[first:])
     others: Counter[str] = Counter()
-    found = []
+    listing = _listing_of(str(root), _objects(root, parts, others))
+    if not listing.paths:
+        raise nothing_listed(f"pattern {source!r} matches no object" if parts else _without_images(str(root), others))
+    order = sorted(range(len(listing)), key=listing.paths.__getitem__)
+    sizes = array("q", (listing.size_bytes[i] for i in order))
+    paths, identities = ([column[i] for i in order] for column in (listing.paths, listing.identities))
+    return replace(listing, paths=paths, size_bytes=sizes, identities=identities, ignored=dict(others.most_common()))
+
+
+def _objects(root: Url, parts: Sequence[str], others: Counter[str]) -> Iterator[tuple[str, Meta]]:
+    """What counts of the objects below a prefix, as it is listed."""
     for key, meta in root.walk():
         state = _reach(parts, 0)
         for name in key.split("/") if parts else ():
             state = _advance(parts, state, name.encode())
         if len(parts) in state if parts else _is_image(key.rpartition("/")[2], others):
-            found.append((encode_path(key.encode()), meta))
-    if not found:
-        raise nothing_listed(f"pattern {source!r} matches no object" if parts else _without_images(str(root), others))
-    found.sort()
-    return replace(_listing_of(str(root), found), ignored=dict(others.most_common()))
+            yield encode_path(key.encode()), meta
 
 
 def _list_urls(source: str, root: str, paths: list[str]) -> Listing:
@@ -269,11 +276,10 @@ def _list_urls(source: str, root: str, paths: list[str]) -> Listing:
         raise UsageError(
             f"list {source!r} holds local paths, which mean nothing at another place, so nothing was listed; write URLs"
         )
-    found: list[Meta | None] = []
+    blocks = (paths[start : start + 1000] for start in range(0, len(paths), 1000))  # an interrupt has few requests to wait for
     with ThreadPoolExecutor(CONCURRENCY) as pool:
-        for start in range(0, len(paths), 1000):  # so that an interrupt has few requests to wait for
-            found += pool.map(partial(_stat_url, root), paths[start : start + 1000])
-    return _listing_of(root, list(zip(paths, found, strict=True)))
+        found = (zip(block, pool.map(partial(_stat_url, root), block), strict=True) for block in blocks)
+        return _listing_of(root, chain.from_iterable(found))
 
 
 def _stat_url(root: str, path: str) -> Meta | None:
@@ -284,10 +290,14 @@ def _stat_url(root: str, path: str) -> Meta | None:
         return None
 
 
-def _listing_of(root: str, found: Sequence[tuple[str, Meta | None]]) -> Listing:
-    sizes = array("q", [meta.size_bytes if meta else -1 for _, meta in found])
-    identities = [meta.identity if meta else "" for _, meta in found]
-    return Listing(root, [path for path, _ in found], sizes, array("q", [0]) * len(found), identities=identities)
+def _listing_of(root: str, found: Iterable[tuple[str, Meta | None]]) -> Listing:
+    listing = Listing(root, [], array("q"), array("q"))
+    for path, meta in found:
+        listing.paths.append(path)
+        listing.size_bytes.append(meta.size_bytes if meta else -1)
+        listing.mtime_ns.append(0)
+        listing.identities.append(meta.identity if meta else "")
+    return listing
 
 
 def _list_folder(root: str) -> Listing:
