@@ -24,8 +24,8 @@ from distributed import WorkerPlugin
 from benchmarks.images import machine
 from pipeline import driver, run, tasks
 from pipeline.cluster import LocalSpec, connect
-from pipeline.collection import Listing
 from pipeline.config import make_job
+from pipeline.listing import Listing
 from pipeline.reading import Probed, ProbedBlock
 from pipeline.schema import STATISTICS, Status
 

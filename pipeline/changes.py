@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pipeline.collection import UNREADABLE
 from pipeline.errors import UsageError
+from pipeline.listing import UNREADABLE
 from pipeline.schema import REJECTED, Status
 
 # Reasons that say more about the source than about the image: such an image is tried again by every run.

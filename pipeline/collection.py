@@ -21,7 +21,7 @@ import stat
 from array import array
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from operator import attrgetter
@@ -30,6 +30,7 @@ from tempfile import NamedTemporaryFile
 from typing import TYPE_CHECKING
 
 from pipeline.errors import UsageError
+from pipeline.listing import Listing, clamp_time
 from pipeline.lists import READERS, read_list
 from pipeline.paths import absolute_path, absolute_url, encode_path, nothing_listed, suffix_of
 from pipeline.remote import CONCURRENCY, Meta, Url, is_url
@@ -49,63 +50,7 @@ SUFFIXES = frozenset(
 )
 """Lower-case suffixes of the files in a folder that count as images."""
 
-UNREADABLE = "unreadable"
-"""Fingerprint of an image whose size and time could not be read."""
-
 _MAGIC = re.compile(r"[*?[]")
-
-
-@dataclass(frozen=True, slots=True)
-class Listing:
-    """The images of a source, in a stable order, at about a hundred bytes and one path each."""
-
-    root: str
-    """Absolute folder that the paths are relative to; as `os.fsdecode` gives it."""
-    paths: list[str] = field(repr=False)
-    """Encoded relative paths, none twice."""
-    size_bytes: array[int] = field(repr=False)
-    """Size of each image, -1 where it could not be read."""
-    mtime_ns: array[int] = field(repr=False)
-    """Time of the last change of each image, -1 where it could not be read."""
-    unreadable: tuple[str, ...] = ()
-    """Encoded relative folders that could not be read: what is known of the images below them stays as it is."""
-    ignored: dict[str, int] = field(default_factory=dict, repr=False)
-    """Files of a folder that are no images by their name: number per suffix, a few suffixes at most."""
-    identities: list[str] = field(default_factory=list, repr=False)
-    """Under a URL instead of the times: the ETag of each image, empty where it could not be read."""
-    complete: bool = True
-    """Whether this is the whole source, not its first few images."""
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def fingerprint(self, i: int) -> str:
-        """Size and time, or ETag, of image ``i`` as one word; `UNREADABLE` where they could not be read."""
-        if self.size_bytes[i] < 0:
-            return UNREADABLE
-        return _fingerprint(self.size_bytes[i], self.identities[i] if self.identities else self.mtime_ns[i])
-
-    def limit(self, n: int) -> Listing:
-        """Return the first ``n`` images; the listing is no longer complete when that leaves some out."""
-        if n >= len(self):
-            return self
-        kept = {name: getattr(self, name)[:n] for name in ("paths", "size_bytes", "mtime_ns", "identities")}
-        return replace(self, **kept, complete=False)
-
-
-def fingerprint_of(status: os.stat_result | Meta) -> str:
-    """Fingerprint that a listing gives a regular file or an object of this status."""
-    if isinstance(status, Meta):
-        return _fingerprint(status.size_bytes, status.identity)
-    return _fingerprint(status.st_size, _clamp(status.st_mtime_ns))
-
-
-def _fingerprint(size_bytes: int, version: int | str) -> str:
-    return f"{size_bytes}-{version}"
-
-
-def _clamp(mtime_ns: int) -> int:
-    return max(-(2**63), min(mtime_ns, 2**63 - 1))  # some file systems know the year 300,000
 
 
 def list_collection(source: str) -> Listing:
@@ -205,7 +150,7 @@ def _measure(read: Callable[[], os.stat_result]) -> tuple[int, int] | None:
     except OSError:
         return -1, -1
     if stat.S_ISREG(status.st_mode):
-        return status.st_size, _clamp(status.st_mtime_ns)
+        return status.st_size, clamp_time(status.st_mtime_ns)
     return (-1, -1) if stat.S_ISDIR(status.st_mode) else None
 
 

@@ -15,10 +15,10 @@ from distributed.client import ClosedClientError
 from pipeline.activity import ActivityPlugin
 from pipeline.changes import Changes, Entry
 from pipeline.chunks import Array
-from pipeline.collection import Listing
 from pipeline.errors import FeaturemapsError
 from pipeline.faults import scheduler_lost, why
 from pipeline.fleet import Fleet
+from pipeline.listing import Listing
 from pipeline.reading import Digested, digest_block
 from pipeline.schema import stack
 from pipeline.source_watch import SourceWatch

@@ -18,7 +18,6 @@ from pipeline import reading, tasks
 from pipeline.activity import ActivityPlugin
 from pipeline.capacity import bucket_bytes, guess_decode_bytes, require_memory, require_room, require_space
 from pipeline.changes import Changes
-from pipeline.collection import Listing
 from pipeline.config import Job
 from pipeline.errors import FeaturemapsError
 from pipeline.faults import explain, scheduler_lost, why
@@ -26,6 +25,7 @@ from pipeline.fleet import Fleet
 from pipeline.flight import Flight, Sent
 from pipeline.intake import Intake
 from pipeline.ledger import Ledger
+from pipeline.listing import Listing
 from pipeline.lock import require_lock
 from pipeline.outcomes import Outcomes
 from pipeline.plan import (

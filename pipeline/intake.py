@@ -8,8 +8,8 @@ import numpy as np
 
 from pipeline import reading
 from pipeline.changes import Changes
-from pipeline.collection import UNREADABLE, Listing
 from pipeline.ledger import Ledger
+from pipeline.listing import UNREADABLE, Listing
 from pipeline.lock import require_lock
 from pipeline.plan import ClassLayout, Size, assign_classes
 from pipeline.schema import REJECTED, RUNS

@@ -9,7 +9,7 @@ import numpy as np
 
 from pipeline.changes import Entry, is_inaccessible
 from pipeline.chunks import Array
-from pipeline.collection import Listing
+from pipeline.listing import Listing
 from pipeline.plan import ClassLayout, Size, class_name
 from pipeline.reading import Probed
 from pipeline.schema import REJECTED, STATISTICS, Status, stack

@@ -15,8 +15,9 @@ import numpy as np
 from pipeline.capacity import WorkerKind, bucket_bytes, guess_decode_bytes, usable_bytes, worker_memory_bytes
 from pipeline.changes import check_removals
 from pipeline.cluster import LocalSpec, local_memory_bytes, local_processes
-from pipeline.collection import Listing, list_collection
+from pipeline.collection import list_collection
 from pipeline.config import Job
+from pipeline.listing import Listing
 from pipeline.lock import current_holder
 from pipeline.objects import Place, free_bytes, place
 from pipeline.plan import (

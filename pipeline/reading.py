@@ -15,9 +15,9 @@ from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 from pipeline import activity, decode
-from pipeline.collection import fingerprint_of
 from pipeline.config import DecodeSpec
 from pipeline.errors import ImageError, PassingFaultError
+from pipeline.listing import fingerprint_of
 from pipeline.paths import absolute_path, absolute_url
 from pipeline.remote import Url, is_url
 

@@ -22,11 +22,12 @@ from pipeline import kernel
 from pipeline.capacity import WORKER_BASE_BYTES, wanted_limit_bytes
 from pipeline.changes import Changes, Entries
 from pipeline.chunks import Array
-from pipeline.collection import Listing, absolute_source, list_collection, walks_into
+from pipeline.collection import absolute_source, list_collection, walks_into
 from pipeline.config import Job
 from pipeline.creation import check_folder, create_store, prepare_folder
 from pipeline.decode import decode_versions
 from pipeline.errors import UsageError
+from pipeline.listing import Listing
 from pipeline.lock import StoreLock, require_lock
 from pipeline.objects import Place, place
 from pipeline.remote import Url

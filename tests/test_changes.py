@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.changes import Changes, Entries, Entry, check_removals, compare
-from pipeline.collection import UNREADABLE
 from pipeline.errors import UsageError
+from pipeline.listing import UNREADABLE
 from pipeline.schema import Status
 
 PENDING, DONE, QUARANTINED, REMOVED, SUPERSEDED = Status

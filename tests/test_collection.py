@@ -27,8 +27,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline import collection
-from pipeline.collection import SUFFIXES, Listing, list_collection
+from pipeline.collection import SUFFIXES, list_collection
 from pipeline.errors import UsageError
+from pipeline.listing import Listing
 from pipeline.paths import absolute_path, decode_path, encode_path
 
 HOSTILE_NAMES = [

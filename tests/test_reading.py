@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 
 from pipeline import reading
-from pipeline.collection import fingerprint_of
 from pipeline.config import DecodeSpec
 from pipeline.errors import ImageError, PassingFaultError
+from pipeline.listing import fingerprint_of
 from pipeline.reading import Patience, Source, probe_block, read_bytes, read_current
 from tests.conftest import make_images
 

@@ -1,0 +1,66 @@
+"""The images of a source, and the fingerprints by which a change is seen."""
+
+from __future__ import annotations
+
+import os
+from array import array
+from dataclasses import dataclass, field, replace
+
+from pipeline.remote import Meta
+
+UNREADABLE = "unreadable"
+"""Fingerprint of an image whose size and time could not be read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """The images of a source, in a stable order, at about a hundred bytes and one path each."""
+
+    root: str
+    """Absolute folder that the paths are relative to; as `os.fsdecode` gives it."""
+    paths: list[str] = field(repr=False)
+    """Encoded relative paths, none twice."""
+    size_bytes: array[int] = field(repr=False)
+    """Size of each image, -1 where it could not be read."""
+    mtime_ns: array[int] = field(repr=False)
+    """Time of the last change of each image, -1 where it could not be read."""
+    unreadable: tuple[str, ...] = ()
+    """Encoded relative folders that could not be read: what is known of the images below them stays as it is."""
+    ignored: dict[str, int] = field(default_factory=dict, repr=False)
+    """Files of a folder that are no images by their name: number per suffix, a few suffixes at most."""
+    identities: list[str] = field(default_factory=list, repr=False)
+    """Under a URL instead of the times: the ETag of each image, empty where it could not be read."""
+    complete: bool = True
+    """Whether this is the whole source, not its first few images."""
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def fingerprint(self, i: int) -> str:
+        """Size and time, or ETag, of image ``i`` as one word; `UNREADABLE` where they could not be read."""
+        if self.size_bytes[i] < 0:
+            return UNREADABLE
+        return _fingerprint(self.size_bytes[i], self.identities[i] if self.identities else self.mtime_ns[i])
+
+    def limit(self, n: int) -> Listing:
+        """Return the first ``n`` images; the listing is no longer complete when that leaves some out."""
+        if n >= len(self):
+            return self
+        kept = {name: getattr(self, name)[:n] for name in ("paths", "size_bytes", "mtime_ns", "identities")}
+        return replace(self, **kept, complete=False)
+
+
+def fingerprint_of(status: os.stat_result | Meta) -> str:
+    """Fingerprint that a listing gives a regular file or an object of this status."""
+    if isinstance(status, Meta):
+        return _fingerprint(status.size_bytes, status.identity)
+    return _fingerprint(status.st_size, clamp_time(status.st_mtime_ns))
+
+
+def _fingerprint(size_bytes: int, version: int | str) -> str:
+    return f"{size_bytes}-{version}"
+
+
+def clamp_time(mtime_ns: int) -> int:
+    """A time as 64 bits hold it."""
+    return max(-(2**63), min(mtime_ns, 2**63 - 1))  # some file systems know the year 300,000
