@@ -20,7 +20,7 @@ STORE = ""
 LEASE_S = 30.0
 """How long a worker may have been silent and still write; half of what it takes to be given up by its scheduler."""
 _marks: dict[int, tuple[str, str, float]] = {}  # thread -> task, what, when
-_reports: deque[float] = deque(maxlen=2)
+_reports: dict[int, deque[float]] = {}  # id of a worker, of which a process may have several -> when it reported last
 
 
 class ActivityPlugin(WorkerPlugin):  # type: ignore[misc]
@@ -30,7 +30,7 @@ class ActivityPlugin(WorkerPlugin):  # type: ignore[misc]
 
     def setup(self, worker: Any) -> None:
         """Begin."""
-        _reports.clear()
+        _reports[id(worker)] = deque(maxlen=2)
         worker.metrics[METRIC] = report
 
 
@@ -53,7 +53,8 @@ def require_lease(worker: Any) -> None:
     """
     began = time.monotonic()
     while worker.status == Status.running:
-        if not _reports or _reports[0] > began - LEASE_S:
+        reports = _reports.get(id(worker))
+        if not reports or reports[0] > began - LEASE_S:
             return
         if time.monotonic() > began + 2 * LEASE_S:
             break
@@ -66,5 +67,5 @@ def require_lease(worker: Any) -> None:
 def report(worker: Any) -> list[tuple[str, str, float]]:
     """Task, what it is at and for how many seconds, for each task at work; a metric that goes with every heartbeat."""
     now, at_work = time.monotonic(), dict(worker.active_threads)
-    _reports.append(now)
+    _reports.setdefault(id(worker), deque(maxlen=2)).append(now)
     return [(key, what, now - since) for thread, (key, what, since) in list(_marks.items()) if at_work.get(thread) == key]

@@ -36,7 +36,7 @@ def test_a_worker_that_was_silent_waits_for_its_scheduler_before_it_writes(monke
     worker = SimpleNamespace(status=Status.running, address="tcp://here", active_threads={})
     now = [1000.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
-    monkeypatch.setattr(activity, "_reports", deque([900.0, 999.0], maxlen=2))
+    monkeypatch.setattr(activity, "_reports", {id(worker): deque([900.0, 999.0], maxlen=2)})
     slept = []
 
     def sleep(seconds):
