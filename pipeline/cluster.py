@@ -317,7 +317,8 @@ def _without_interrupts() -> Iterator[None]:
 def _connect_address(spec: AddressSpec) -> Iterator[Client]:
     try:
         client = Client(spec.address, timeout=CONNECT_TIMEOUT_S, security=spec.tls and spec.tls.security())
-    except (OSError, TimeoutError, ValueError, TypeError) as error:  # of a type when tls:// is asked for without certificates
+    except (OSError, TimeoutError, ValueError, TypeError, AssertionError) as error:
+        # Of a type when tls:// is asked for without certificates; an assertion when Dask's own thread did not start within 10 s.
         raise FeaturemapsError(
             f"no Dask scheduler answers at {spec.address} ({error}): nothing was started; check the address, that `dask scheduler` runs, "
             "and where it uses TLS (tls://) the certificates under tls"
