@@ -10,6 +10,7 @@ import errno
 import io
 import os
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,7 +32,9 @@ MAX_WHOLE_BYTES = 64 * 1024**2
 
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _OBJECT = re.compile(rf"({'|'.join(BUCKETS + WEB)})://", re.IGNORECASE)
-_SECRET = re.compile(r"(?i)(^|&)[^=&]*(signature|token|key|secret|password|passwd|auth|credential|sig)[^=&]*=")
+_SECRET = re.compile(
+    r"(?i)(^|[&_.-])(\w*signature|\w*token|\w*secret|\w*credential|password|passwd|auth|authorization|(\w*(api|access))?_?key(id)?|sig)="
+)
 _RETRIES = {
     True: {"max_retries": 6, "retry_timeout": timedelta(seconds=60)},
     False: {"max_retries": 0, "retry_timeout": timedelta(seconds=60)},
@@ -356,8 +359,8 @@ def errors(where: str) -> Iterator[None]:
             raise FileNotFoundError(errno.ENOENT, "there is no such object", where) from None
         raise
     except Exception as error:
-        known = _exceptions()
-        if not isinstance(error, known.BaseError):
+        known: Any = sys.modules.get("obstore.exceptions")  # without which, on a disk, there are none of its errors
+        if known is None or not isinstance(error, known.BaseError):
             raise
         text = _without_secrets(str(error))
         if isinstance(error, known.PermissionDeniedError | known.UnauthenticatedError):

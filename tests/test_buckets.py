@@ -25,7 +25,7 @@ from pipeline.errors import FeaturemapsError, StaleWriterError, StoreBusyError, 
 from pipeline.holder import Holder
 from pipeline.lock import LOCK_TTL_S, StoreLock, current_holder, holds, require_lock
 from pipeline.objects import Place, children, each, exists, place, read_json, remove_folder
-from pipeline.remote import ConflictError, Url
+from pipeline.remote import ConflictError, Url, errors
 from pipeline.remote import connect as connect_bucket
 from pipeline.run import run_job
 from pipeline.schema import RUNS
@@ -473,6 +473,18 @@ def test_urls_with_secrets_are_refused_without_showing_them():
         with pytest.raises(UsageError) as refused:
             Url.parse(text)
         assert "SECRET" not in str(refused.value)
+
+
+def test_a_damaged_store_on_a_disk_is_named_where_obstore_is_not_installed(monkeypatch):
+    for name in ("obstore", "obstore.exceptions"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ValueError, match="checksum"), errors("f.zarr"):
+        raise ValueError("checksum")
+
+
+def test_queries_that_only_look_like_secrets_are_read():
+    for text in ("https://host/a.jpg?design=3", "https://host/a.jpg?keyword=cat&size=large", "https://host/a.jpg?author=me"):
+        assert Url.parse(text).query
 
 
 # -- looking ---------------------------------------------------------------------------------------------------------------------
