@@ -23,7 +23,8 @@ from distributed import WorkerPlugin
 
 from benchmarks.images import machine
 from pipeline import driver, run, tasks
-from pipeline.cluster import LocalSpec, connect
+from pipeline.cluster import connect
+from pipeline.cluster_spec import LocalSpec
 from pipeline.config import make_job
 from pipeline.listing import Listing
 from pipeline.reading import Probed, ProbedBlock

@@ -1,168 +1,50 @@
-"""Typed ``cluster.yaml`` and the Dask cluster that it names."""
+"""From an entry of ``cluster.yaml`` to a client whose workers are there; what was started is stopped on every way out."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import multiprocessing
 import os
 import signal
-import ssl
-from collections.abc import Iterator, Mapping
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
 from multiprocessing import resource_tracker
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import dask
 import psutil
-from distributed import Client, LocalCluster
-from distributed.security import Security
-from pydantic import Field, model_validator
+from distributed import Client
 
-from pipeline.config import Job, Positive, StrictModel, read_yaml, validate_model
-from pipeline.errors import FeaturemapsError, UsageError
-from pipeline.lock import WORKER_TTL_S
+from pipeline import batch
+from pipeline.cluster_spec import (
+    LOOPBACK,
+    AddressSpec,
+    BatchSpec,
+    ClusterSpec,
+    CudaSpec,
+    GroupSpec,
+    KubernetesSpec,
+    LocalSpec,
+    SshSpec,
+    load_cluster,
+)
+from pipeline.config import Job
+from pipeline.dask_settings import DASK_SETTINGS
+from pipeline.errors import FeaturemapsError, StoppedError, UsageError
+from pipeline.launch import MAX_FALSE_STARTS, GroupCluster, Launch, local_launches
+from pipeline.launch_batch import batch_launches
+from pipeline.launch_ssh import ssh_launches
 
 logger = logging.getLogger(__name__)
 
 ROLES = ("read", "extract", "write")
 CONNECT_TIMEOUT_S = 20.0
-LOOPBACK = "127.0.0.1:0"
-START_TRIES = 3
-
-_DASK_CONFIG = {
-    # A batch's data stay where they are, and a task without a worker fails instead of hanging.
-    "distributed.scheduler.work-stealing": False,
-    "distributed.scheduler.no-workers-timeout": "120s",
-    "distributed.scheduler.worker-ttl": f"{WORKER_TTL_S:.0f}s",
-    # Every task that a dead worker held becomes suspicious, not only the guilty one: `pipeline.trial` tells them apart.
-    "distributed.scheduler.allowed-failures": 3,
-    # The window bounds memory; spilling would only hide a plan that is too large.
-    "distributed.worker.memory.target": False,
-    "distributed.worker.memory.spill": False,
-    "distributed.worker.memory.pause": 0.85,
-    "distributed.worker.memory.terminate": 0.97,
-    # A nanny has a new process soon: the cluster need not close it meanwhile, least of all while it replaces a stuck one.
-    "distributed.deploy.lost-worker-timeout": "1h",
-    "distributed.admin.large-graph-warning-threshold": "1GB",
-    # Dask's looks at itself, 50 and 100 times a second by default, cost a tenth of the throughput of two cores.
-    "distributed.admin.tick.interval": "500ms",
-    "distributed.admin.system-monitor.interval": "1s",
-    "distributed.worker.profile.interval": "200ms",
-    "distributed.nanny.pre-spawn-environ": {
-        "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
-        "MALLOC_MMAP_THRESHOLD_": str(2**30),
-        "MALLOC_ARENA_MAX": "1",
-        "OMP_NUM_THREADS": "1",
-        "MKL_NUM_THREADS": "1",
-        "OPENBLAS_NUM_THREADS": "1",
-        "DASK_LOGGING__DISTRIBUTED": "error",
-    },
-}
-
-
-class TlsSpec(StrictModel):
-    """Certificates, PEM: scheduler, workers and client let nobody in who has none that the authority signed."""
-
-    ca_file: str
-    """Of the authority."""
-    cert: str
-    key: str
-    """Without a password."""
-
-    def security(self) -> Security:
-        """As Dask wants it: one certificate for all roles, and no connection without."""
-        roles = ("client", "scheduler", "worker")
-        files = {f"tls_{role}_{part}": getattr(self, part) for role in roles for part in ("cert", "key")}
-        return Security(tls_ca_file=self.ca_file, require_encryption=True, **files)
-
-
-class LocalSpec(StrictModel):
-    """Worker processes on this machine: one per core with one thread each, or one per GPU with the cores shared among them."""
-
-    kind: Literal["local"] = "local"
-    workers: Positive | None = None
-    """Batches at work at once: processes, or with GPUs the threads of their processes; None is one per core."""
-    gpus: Annotated[int, Field(ge=0)] | None = None
-    """None is all that this process may use."""
-    memory_limit_bytes: Positive | None = None
-    """Of one worker; None shares the machine's memory among them."""
-    dashboard: Annotated[str, Field(pattern=r"^.*:\d+$")] | None = LOOPBACK
-    """HOST:PORT of Dask's dashboard, which asks nobody for a password; port 0 is any free one, None is no dashboard."""
-    tls: TlsSpec | None = None
-    """None lets every process of this machine in, also those of others."""
-
-
-class AddressSpec(StrictModel):
-    """A scheduler that runs already; its workers offer the resources read, extract and write."""
-
-    kind: Literal["address"]
-    address: str
-    tls: TlsSpec | None = None
-    """What the scheduler knows its clients by."""
-
-    @model_validator(mode="after")
-    def _encrypted(self) -> AddressSpec:
-        if self.tls and not self.address.startswith("tls://"):
-            raise ValueError(f"with tls, address {self.address!r} has to begin with tls://, else nothing would be encrypted")
-        return self
-
-
-ClusterSpec = Annotated[LocalSpec | AddressSpec, Field(discriminator="kind")]
-
-
-class Clusters(StrictModel):
-    """``cluster.yaml``: clusters by name."""
-
-    clusters: dict[str, ClusterSpec]
-
-
-def load_cluster(name: str | None, path: Path = Path("cluster.yaml")) -> LocalSpec | AddressSpec:
-    """Find a cluster by name; None is the embedded local one.
-
-    Raises
-    ------
-    UsageError
-        When the file or the name is missing, or the file holds something unknown.
-    """
-    if name is None or (name == "local" and not path.exists()):
-        return LocalSpec()
-    try:
-        values = read_yaml(path)
-    except ValueError as error:
-        raise UsageError(
-            f"cluster {name!r} is looked up in {path}, which cannot be read ({error}): nothing was started; run from the folder that "
-            "holds cluster.yaml, or leave --cluster away for this machine"
-        ) from error
-    clusters = validate_model(Clusters, values, str(path)).clusters
-    if name not in clusters:
-        raise UsageError(f"{path} has no cluster {name!r}: nothing was started; it has {', '.join(sorted(clusters))}")
-    spec = clusters[name]
-    if spec.tls is None:
-        return spec
-    files = {key: str(path.absolute().parent / Path(file).expanduser()) for key, file in spec.tls.model_dump().items()}
-    _check_certificates(f"cluster {name!r} of {path}", files)
-    return spec.model_copy(update={"tls": TlsSpec(**files)})
-
-
-def _check_certificates(where: str, files: dict[str, str]) -> None:
-    """Refuse what Dask would only find when the first connection fails, or would ask a password for."""
-    for key, file in files.items():
-        try:
-            Path(file).read_bytes()
-        except OSError as error:
-            raise UsageError(
-                f"{where} names the {key} {file}, which cannot be read ({error.strerror}): nothing was started; correct the path (a "
-                "relative one is beside the file that names it) or its permissions"
-            ) from error
-    try:
-        context = ssl.create_default_context(cafile=files["ca_file"])
-        context.load_cert_chain(files["cert"], files["key"], password="")
-    except (ssl.SSLError, ValueError) as error:
-        raise UsageError(
-            f"{where} names certificates that cannot be used ({error}): nothing was started; ca_file, cert and key have to be PEM files, "
-            "the key that of the certificate and without a password"
-        ) from error
+LOCAL_PATIENCE_S = 120.0
+WAIT_LINE_S = 5.0
 
 
 def local_workers(wanted: int | None) -> int:
@@ -185,15 +67,18 @@ def local_gpus(wanted: int | None) -> int:
         found = n_gpus()
     if wanted is not None and wanted > found:
         raise UsageError(
-            f"{wanted} GPUs were asked for, and this installation of torch sees {found}: nothing was started; leave --gpus away for what "
-            "there is, or check the driver (nvidia-smi), CUDA_VISIBLE_DEVICES and that torch was installed with CUDA"
+            f"{wanted} GPUs were asked for, and this installation of torch sees {found}: nothing was started; use what "
+            "there is (no --gpus, kind local), or check the driver (nvidia-smi), CUDA_VISIBLE_DEVICES and that torch was installed with "
+            "CUDA"
         )
     return found if wanted is None else wanted
 
 
-def local_processes(spec: LocalSpec) -> tuple[int, int, int]:
+def local_processes(spec: LocalSpec | CudaSpec) -> tuple[int, int, int]:
     """Worker processes of the embedded cluster, threads of each, and GPUs."""
     cores, gpus = local_workers(spec.workers), local_gpus(spec.gpus)
+    if not gpus and isinstance(spec, CudaSpec):
+        local_gpus(1)  # which says that there is none
     return (gpus, max(1, cores // gpus), gpus) if gpus else (cores, 1, 0)
 
 
@@ -202,60 +87,175 @@ def local_memory_bytes(workers: int, wanted: int | None) -> int:
     return wanted or int(0.9 * psutil.virtual_memory().total / workers)
 
 
-@contextlib.contextmanager
-def connect(spec: LocalSpec | AddressSpec) -> Iterator[Client]:
-    """Start or find the cluster; what was started is stopped on every way out.
+def local_groups(spec: LocalSpec | CudaSpec) -> dict[str, GroupSpec]:
+    """The worker groups of this machine; without any in the file it is one that does everything.
 
     Raises
     ------
-    FeaturemapsError
-        When a given scheduler does not answer.
+    UsageError
+        When GPUs are asked for that are not there.
     """
-    with dask.config.set(_DASK_CONFIG):
+    if isinstance(spec, LocalSpec) and spec.groups:
+        local_gpus(sum(group.workers * group.gpus for group in spec.groups.values()) or 0)
+        return dict(spec.groups)
+    processes, threads, gpus = local_processes(spec)
+    return {"local": GroupSpec(workers=processes, threads=threads, gpus=1 if gpus else 0, memory=spec.memory)}
+
+
+@contextlib.contextmanager
+def connect(
+    spec: ClusterSpec,
+    *,
+    name: str = "featuremaps",
+    stop: threading.Event | None = None,
+    on_wait: Callable[[str], None] = lambda _: None,
+) -> Iterator[Client]:
+    """Start or find the cluster and wait for workers; what was started is stopped on every way out.
+
+    Parameters
+    ----------
+    spec : ClusterSpec
+    name : str
+        What jobs are called; those of this name that a dead run left in the queue are taken back.
+    stop : threading.Event, optional
+        Ends the waiting.
+    on_wait : callable
+        Called every few seconds with what workers there are, and what is known of the others.
+
+    Raises
+    ------
+    UsageError
+        When this machine cannot start such a cluster.
+    FeaturemapsError
+        When a given scheduler does not answer, or no worker of some group came.
+    StoppedError
+        When ``stop`` was set before workers were there.
+    """
+    with dask.config.set(DASK_SETTINGS):
         if isinstance(spec, AddressSpec):
             with _connect_address(spec) as client:
                 yield client
             return
-        workers, threads, gpus = local_processes(spec)
-        options: dict[str, Any] = {
-            "n_workers": workers,
-            "threads_per_worker": threads,
-            "memory_limit": local_memory_bytes(workers, spec.memory_limit_bytes),
-            "resources": dict.fromkeys(ROLES, threads) | ({"gpu": 1} if gpus else {}),
-            "env": {} if gpus else {"CUDA_VISIBLE_DEVICES": ""},
-            "host": "127.0.0.1",
-            "dashboard_address": spec.dashboard or LOOPBACK,
-            "scheduler_kwargs": {"dashboard": spec.dashboard is not None},  # with no address Dask would take a fixed port
+        if isinstance(spec, KubernetesSpec):
+            from pipeline.kubernetes import kubernetes_cluster  # noqa: PLC0415 (an extra)
+
+            with kubernetes_cluster(spec, name) as cluster, Client(cluster) as client:
+                yield client
+            return
+        groups, launches, patience_s = _launches(spec, name)
+        settings: dict[str, Any] = {"distributed.scheduler.no-workers-timeout": f"{patience_s}s"}
+        if not spec.dashboard:  # without one there are no pages about workers and tasks either, which are another part of Dask
+            settings["distributed.scheduler.http.routes"] = ["distributed.http.health"]
+        is_here = isinstance(spec, LocalSpec | CudaSpec)
+        options = {
+            "port": 0,
+            "protocol": "tls://" if spec.tls else "tcp://",
             "security": spec.tls and spec.tls.security(),
-            "silence_logs": False,  # it would change the level of handlers that are not its own
+            "dashboard_address": spec.dashboard or LOOPBACK,  # with no address Dask would take a fixed port
+            "dashboard": spec.dashboard is not None,
         }
-        # Without a dashboard there are no pages about workers and tasks either, which are another part of Dask.
-        pages = {} if spec.dashboard else {"distributed.scheduler.http.routes": ["distributed.http.health"]}
-        with dask.config.set(pages), _quiet_dask(), _local_cluster(options) as cluster, Client(cluster) as client:
-            if spec.dashboard:
-                logger.info("Dask's dashboard: %s", client.dashboard_link)
-            yield client
+        options |= {"host": "127.0.0.1"} if isinstance(spec, LocalSpec | CudaSpec) else {"interface": spec.interface}
+        with (
+            dask.config.set(settings),
+            _quiet_dask(),
+            _stopped(lambda: GroupCluster(launches, groups, options, patience_s, spec.tls and spec.tls.security())) as cluster,
+        ):
+            _wait_for_workers(cluster, patience_s, stop, on_wait, everybody=is_here)
+            with Client(cluster) as client:
+                if spec.dashboard:
+                    logger.info("Dask's dashboard: %s", client.dashboard_link)
+                yield client
+
+
+def _launches(
+    spec: LocalSpec | CudaSpec | BatchSpec | SshSpec, name: str
+) -> tuple[Mapping[str, GroupSpec], dict[str, Launch], float]:
+    """The groups, how their workers are started, and how long that may take."""
+    if isinstance(spec, LocalSpec | CudaSpec):
+        groups = local_groups(spec)
+        return groups, local_launches(groups, security=spec.tls and spec.tls.security()), LOCAL_PATIENCE_S
+    if isinstance(spec, SshSpec):
+        return spec.groups, ssh_launches(spec), spec.start_timeout_s
+    batch.require_commands(spec.kind, "the cluster")
+    launches = batch_launches(spec, name)
+    for group in spec.groups:
+        left = [job.job_id for job in batch.jobs_named(spec.kind, f"{name}-{group}")]
+        if left:
+            logger.warning("taking back jobs that a run left in the queue: %s", ", ".join(left))
+            batch.cancel(spec.kind, left)
+    return spec.groups, launches, spec.start_timeout_s
 
 
 @contextlib.contextmanager
-def with_client(job: Job, client: Client | None, cluster_file: Path) -> Iterator[Client]:
+def with_client(
+    job: Job,
+    client: Client | None,
+    cluster_file: Path,
+    stop: threading.Event | None = None,
+    on_wait: Callable[[str], None] = lambda _: None,
+) -> Iterator[Client]:
     """Yield the given client, or one of the cluster that the job names."""
     if client is not None:
         yield client
         return
     spec = load_cluster(job.cluster, cluster_file)
     if isinstance(spec, LocalSpec):
-        wanted = {"workers": job.workers, "memory_limit_bytes": job.memory_limit_bytes, "gpus": job.gpus}
-        spec = spec.model_copy(update={key: value for key, value in wanted.items() if value is not None})
-    with connect(spec) as connected:
+        wanted = {"workers": job.workers, "memory": job.memory_limit_bytes, "gpus": job.gpus}
+        given = {key: value for key, value in wanted.items() if value is not None}
+        if spec.groups and given:
+            raise UsageError(
+                f"cluster {job.cluster!r} has groups with workers, memory and GPUs of their own, and {', '.join(given)} were given for "
+                "the run: nothing was started; leave them away, or write them into the groups"
+            )
+        spec = spec.model_copy(update=given)
+    with connect(spec, name=job_name(job.store), stop=stop, on_wait=on_wait) as connected:
         yield connected
 
 
+def job_name(store: str) -> str:
+    """What the jobs that work for a store are called in a batch system."""
+    return f"featuremaps-{hashlib.sha256(store.encode(errors='surrogateescape')).hexdigest()[:8]}"
+
+
+def _wait_for_workers(
+    cluster: GroupCluster,
+    patience_s: float,
+    stop: threading.Event | None,
+    on_wait: Callable[[str], None],
+    *,
+    everybody: bool,
+) -> None:
+    """Start the workers, and wait for one of each group, or for all."""
+    started = next_line = time.monotonic()
+    cluster.start()
+    while True:
+        counts = cluster.counts()
+        if all(n == wanted if everybody else n for n, wanted in counts.values()):
+            return
+        if stop is not None and stop.is_set():
+            raise StoppedError("stopped while waiting for workers: nothing was computed, nothing is lost; run again to go on")
+        waited_s = time.monotonic() - started
+        if cluster.is_hopeless(MAX_FALSE_STARTS, everybody=everybody) or waited_s > patience_s:
+            absent = ", ".join(repr(group) for group, (n, wanted) in counts.items() if n < (wanted if everybody else 1))
+            raise FeaturemapsError(
+                f"no worker of group {absent} came within {waited_s:.0f} s ({cluster.describe()}): nothing was computed, what was started "
+                "was stopped, and what was committed stands; mend what is said there, ask for less in cluster.yaml, or wait longer "
+                "(start_timeout_s), and run again"
+            )
+        if time.monotonic() >= next_line:
+            next_line = time.monotonic() + WAIT_LINE_S
+            on_wait(cluster.describe())
+        if everybody:
+            cluster.start()
+        time.sleep(0.1)
+
+
 @contextlib.contextmanager
-def _local_cluster(options: dict[str, Any]) -> Iterator[LocalCluster]:
+def _stopped(start: Callable[[], GroupCluster]) -> Iterator[GroupCluster]:
     """Start the cluster and stop it; a process that is stuck in the kernel cannot be stopped, and must not keep this one from ending."""
     others = set(multiprocessing.active_children())
-    cluster = _start_local(options)
+    with _without_interrupts():
+        cluster = start()
     try:
         yield cluster
     finally:
@@ -265,28 +265,12 @@ def _local_cluster(options: dict[str, Any]) -> Iterator[LocalCluster]:
             tornado.setLevel(logging.CRITICAL)
             cluster.close()
         except TimeoutError as error:
-            logger.info("the local cluster did not stop: %s", error)
+            logger.info("the cluster did not stop: %s", error)
         finally:
             tornado.setLevel(level)
         for left in set(multiprocessing.active_children()) - others:
             left.kill()
             multiprocessing.process._children.discard(left)  # type: ignore[attr-defined]
-
-
-def _start_local(options: dict[str, Any]) -> LocalCluster:
-    """Start the cluster, again where a worker process died before it was up."""
-    for left in reversed(range(START_TRIES)):
-        try:
-            with _without_interrupts():
-                return LocalCluster(**options)
-        except RuntimeError as error:
-            logger.info("the local cluster did not start: %s", error)
-            if not left:
-                raise FeaturemapsError(
-                    f"the worker processes of this machine died {START_TRIES} times while they started ({error}: {error.__cause__}): "
-                    "nothing was started; check the free memory and the limits of processes, or use fewer --workers"
-                ) from error
-    raise AssertionError  # not reached
 
 
 @contextlib.contextmanager
@@ -374,6 +358,12 @@ def worker_slots(client: Client) -> dict[str, WorkerSlots]:
                 '--resources "read=1 extract=1 write=1"'
             )
     return {address: _slots(worker["resources"], worker["memory_limit"]) for address, worker in workers.items()}
+
+
+def wanted_slots(cluster: GroupCluster) -> list[WorkerSlots]:
+    """What each of the wanted workers offers, whether it is there or not."""
+    groups = [cluster.groups[launch.group] for launch in cluster.launches.values()]
+    return [_slots(group.resources, group.memory) for group in groups]
 
 
 def _slots(resources: Mapping[str, float], memory_limit_bytes: int | None) -> WorkerSlots:

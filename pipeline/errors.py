@@ -28,6 +28,12 @@ class StoreBusyError(FeaturemapsError):
     exit_code = EXIT_RUN_AGAIN
 
 
+class StoppedError(FeaturemapsError):
+    """The run was asked to stop before there was anything to finish; it is safe to run again."""
+
+    exit_code = EXIT_RUN_AGAIN
+
+
 class StaleWriterError(FeaturemapsError):
     """A task was about to write for a run that no longer holds the store."""
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from distributed import Client
 
 from pipeline.capacity import WorkerKind
-from pipeline.cluster import worker_slots
+from pipeline.cluster import WorkerSlots, wanted_slots, worker_slots
 from pipeline.errors import FeaturemapsError
 from pipeline.plan import BATCHES_IN_FLIGHT_PER_SLOT
 
@@ -31,27 +32,36 @@ class Fleet:
 
     def __init__(self, client: Client) -> None:
         self.client = client
+        self.cluster = getattr(client, "cluster", None)
+        """The `launch.GroupCluster` that starts the workers; None where others do."""
         workers = worker_slots(client)
         self.addresses = set(workers)
-        self.slots = sum(worker.extract for worker in workers.values())
-        """Batches that are extracted at once."""
-        self.threads = max(worker.extract for worker in workers.values())
+        wanted = list(workers.values()) if self.cluster is None else [*workers.values(), *wanted_slots(self.cluster)]
+        self.threads = max(worker.extract for worker in wanted)
         """Of one worker that extracts."""
-        self.memory_limit_bytes = min((w.memory_limit_bytes for w in workers.values() if w.memory_limit_bytes), default=0)
+        self.memory_limit_bytes = min((w.memory_limit_bytes for w in wanted if w.memory_limit_bytes), default=0)
         """Of the smallest worker; 0 for none."""
-        self.is_whole = all(worker.is_whole for worker in workers.values() if worker.extract)
+        has_readers = any(worker.read and not worker.extract for worker in wanted)
+        self.is_whole = not has_readers and all(worker.is_whole for worker in wanted if worker.extract)
         """Whether one task may do all of a batch."""
-        self._n_readers = 0 if self.is_whole else sum(worker.read for worker in workers.values())
-        n_extractors = sum(worker.extract > 0 for worker in workers.values())
-        waiting = 0 if self.is_whole else BATCHES_IN_FLIGHT_PER_SLOT * self.threads + -(-self._n_readers // n_extractors)
-        self.kind = WorkerKind(self.threads, waiting, any(worker.has_gpu for worker in workers.values()))
+        share = wanted if self.cluster is None else wanted[len(workers) :]
+        n_readers = 0 if self.is_whole else sum(worker.read for worker in share)
+        self._read_ahead = -(-n_readers // sum(worker.extract > 0 for worker in share))  # batches of each that extracts
+        waiting = 0 if self.is_whole else BATCHES_IN_FLIGHT_PER_SLOT * self.threads + self._read_ahead
+        self.kind = WorkerKind(self.threads, waiting, any(worker.has_gpu for worker in wanted))
         """What the memory of a worker that extracts is judged by."""
         self._alone_since: float | None = None
+        self._count(workers)
+
+    def _count(self, workers: Mapping[str, WorkerSlots]) -> None:
+        self.slots = sum(worker.extract for worker in workers.values())
+        """Batches that are extracted at once."""
+        self._n_extractors = sum(worker.extract > 0 for worker in workers.values())
 
     @property
     def window(self) -> int:
         """Batches in flight: enough that nobody waits for the driver, and where others read, enough for all of them."""
-        return BATCHES_IN_FLIGHT_PER_SLOT * self.slots + self._n_readers
+        return BATCHES_IN_FLIGHT_PER_SLOT * self.slots + self._read_ahead * self._n_extractors
 
     def register(self, plugin: Any) -> None:
         """Give every worker a plugin; a worker that dies meanwhile makes the whole call fail, and gets it when it is back."""
@@ -76,10 +86,12 @@ class Fleet:
         reason = self._what_is_missing()
         now = time.monotonic()
         self._alone_since = (self._alone_since or now) if reason else None
-        if self._alone_since is not None and now - self._alone_since >= NO_WORKERS_S:
+        patience_s = NO_WORKERS_S if self.cluster is None else self.cluster.patience_s
+        if self._alone_since is not None and now - self._alone_since >= patience_s:
+            known = "" if self.cluster is None else f"; {self.cluster.describe()}"
             raise FeaturemapsError(
-                f"workers were lost and none has come for {NO_WORKERS_S:.0f} s: the run stopped, and what was committed stands; "
-                f"start workers and run the same command again to go on from there ({reason})"
+                f"workers were lost and none has come for {patience_s:.0f} s: the run stopped, and what was committed stands; "
+                f"start workers and run the same command again to go on from there ({reason}{known})"
             )
 
     def _what_is_missing(self) -> str:
@@ -87,7 +99,7 @@ class Fleet:
             workers = worker_slots(self.client)
         except FeaturemapsError as error:
             return str(error)
-        self.slots = sum(worker.extract for worker in workers.values())
+        self._count(workers)
         if self.is_whole and not any(worker.extract and worker.is_whole for worker in workers.values()):
             return "those that are there share the roles among them, and batches were sent to workers that have all"
         return ""

@@ -14,7 +14,8 @@ import numpy as np
 
 from pipeline.capacity import WorkerKind, bucket_bytes, guess_decode_bytes, usable_bytes, worker_memory_bytes
 from pipeline.changes import check_removals
-from pipeline.cluster import LocalSpec, local_memory_bytes, local_processes
+from pipeline.cluster import local_memory_bytes, local_processes
+from pipeline.cluster_spec import LocalSpec
 from pipeline.collection import list_collection
 from pipeline.config import Job
 from pipeline.listing import Listing

@@ -26,7 +26,7 @@ from pipeline.collection import absolute_source, list_collection, walks_into
 from pipeline.config import Job
 from pipeline.creation import check_folder, create_store, prepare_folder
 from pipeline.decode import decode_versions
-from pipeline.errors import UsageError
+from pipeline.errors import StoppedError, UsageError
 from pipeline.listing import Listing
 from pipeline.lock import StoreLock, require_lock
 from pipeline.objects import Place, place
@@ -100,7 +100,7 @@ def run_job(
             store.repair()
         try:
             _work(job, store, listing, summary, progress, notify, client, stop or threading.Event(), cluster_file)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, StoppedError):
             summary.outcome = "stopped"
             raise
         except BaseException as error:
@@ -143,7 +143,11 @@ def _work(
         from pipeline.digests import check_digests  # noqa: PLC0415 (as above)
         from pipeline.driver import Driver  # noqa: PLC0415 (as above)
 
-        with with_client(job, client, cluster_file) as connected:
+        def on_wait(text: str) -> None:
+            progress.stage = f"waiting for workers ({text})"
+            notify(progress)
+
+        with with_client(job, client, cluster_file, stop, on_wait) as connected:
             all_checked = check_digests(store, listing, found, connected, summary, progress, notify, stop, job.deadline_s)
             _account(found, listing, summary, progress)
             if found.new or found.n_pending:
@@ -192,7 +196,7 @@ def check_job(job: Job, listing: Listing, cluster_file: Path | None) -> tuple[St
     spec = store_spec(job, listing.root, weights)
     check_folder(path)
     if open_for(path, spec) is None and cluster_file is not None and job.cluster is not None:
-        from pipeline.cluster import load_cluster  # noqa: PLC0415 (no Dask when there is nothing to do)
+        from pipeline.cluster_spec import load_cluster  # noqa: PLC0415 (no Dask when there is nothing to do)
 
         load_cluster(job.cluster, cluster_file)
     return spec, weights

@@ -148,7 +148,8 @@ class ExtractorPlugin(WorkerPlugin):  # type: ignore[misc]
             from pipeline.extractor import use_one_thread  # noqa: PLC0415 (as above)
 
             use_one_thread()
-            number = int(worker.name) if str(worker.name).isdecimal() else os.getpid()
+            last = str(worker.name).rpartition("-")[2]
+            number = int(last) if last.isdecimal() else os.getpid()
             self.extractor = best_extractor(self.spec, self.weights, self.layers, number, n_threads)
 
 

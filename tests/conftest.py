@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from pipeline import cli
-from pipeline.cluster import LocalSpec, connect
+from pipeline.cluster import connect
+from pipeline.cluster_spec import LocalSpec
 from pipeline.config import make_job
 from pipeline.run import run_job
 from pipeline.schema import REJECTED, Status
@@ -88,7 +89,7 @@ def command(client, monkeypatch, capfd):
     """Call the command as a shell would, but in this process and on the tests' own cluster: exit code, stdout, stderr."""
 
     @contextlib.contextmanager
-    def connect(_):
+    def connect(*_, **__):
         yield client
 
     monkeypatch.setattr("pipeline.cluster.connect", connect)

@@ -18,7 +18,8 @@ import psutil
 import pytest
 
 from pipeline import lock, objects, open_store, reading
-from pipeline.cluster import LocalSpec, connect
+from pipeline.cluster import connect
+from pipeline.cluster_spec import LocalSpec
 from pipeline.collection import list_collection
 from pipeline.config import make_job
 from pipeline.errors import FeaturemapsError, StaleWriterError, StoreBusyError, UsageError

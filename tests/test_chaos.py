@@ -16,7 +16,8 @@ from distributed import WorkerPlugin
 from PIL import Image
 
 from pipeline import decode
-from pipeline.cluster import LocalSpec, connect, scheduler_workers
+from pipeline.cluster import connect, scheduler_workers
+from pipeline.cluster_spec import LocalSpec
 from pipeline.config import make_job
 from pipeline.errors import FeaturemapsError
 from pipeline.run import run_job
@@ -186,7 +187,7 @@ def test_a_worker_that_runs_out_of_memory_is_replaced_and_its_images_are_done(cl
     source = make_images(tmp_path / "source", 12, [(40, 50)])
     Image.new("RGB", (50, 40)).save(source / "huge.png")
     job = make_job({"source": str(source), "store": str(tmp_path / "f.zarr")})
-    with connect(LocalSpec(workers=2, memory_limit_bytes=1 << 30)) as own:
+    with connect(LocalSpec(workers=2, memory=1 << 30)) as own:
         own.register_plugin(Ballast(tmp_path / "sign"))
         before = set(scheduler_workers(own))
         summary = run_job(job, own)

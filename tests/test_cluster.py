@@ -19,20 +19,17 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from distributed import Client, LocalCluster
 
-from pipeline import cluster
+from pipeline import cluster, launch
 from pipeline.cluster import (
     ROLES,
-    AddressSpec,
-    LocalSpec,
-    TlsSpec,
     connect,
-    load_cluster,
     local_memory_bytes,
     local_processes,
     local_workers,
     with_client,
     worker_slots,
 )
+from pipeline.cluster_spec import AddressSpec, LocalSpec, TlsSpec, load_cluster
 from pipeline.config import make_job
 from pipeline.errors import FeaturemapsError, UsageError
 from pipeline.run import run_job
@@ -44,7 +41,7 @@ REPOSITORY = Path(__file__).parents[1]
 def test_every_cluster_of_the_repositorys_file_can_be_used():
     path = REPOSITORY / "cluster.yaml"
     assert load_cluster("local", path) == LocalSpec()
-    assert load_cluster("two-workers", path) == LocalSpec(workers=2, memory_limit_bytes=4 * 2**30)
+    assert load_cluster("two-workers", path) == LocalSpec(workers=2, memory=4 * 2**30)
     assert load_cluster("shared-machine", path) == LocalSpec(dashboard=None)
     assert load_cluster("running", path) == AddressSpec(kind="address", address="tcp://127.0.0.1:8786")
 
@@ -64,10 +61,13 @@ def test_without_a_name_it_is_this_machine_and_no_file_is_read(tmp_path):
         ("", r"cluster\.yaml is not usable.*the whole: Input should be a valid dictionary"),
         ("cluster: {}", r"unknown key 'cluster': did you mean 'clusters'\?"),
         ("clusters: {x: {kind: local, worker: 2}}", r"unknown key 'clusters\.x\.worker': did you mean 'workers'\?"),
-        ("clusters: {local: {kind: address, adress: y}}", r"unknown key 'clusters\.local\.adress': did you mean 'address'\?"),
+        (
+            "clusters: {x: {kind: address, adress: y}, y: {kind: none}}",
+            r"unknown key 'clusters\.x\.adress': did you mean 'address'\?",
+        ),
         ("clusters: {x: {kind: address}}", r"key 'clusters\.x\.address' is missing: add it"),
         ("clusters: {x: {workers: 2}}", r"key 'clusters\.x\.kind' is missing: add it"),
-        ("clusters: {x: {kind: slurm}}", r"clusters\.x: Input tag 'slurm' .* expected tags: 'local', 'address'"),
+        ("clusters: {x: {kind: slurmy}}", r"clusters\.x: Input tag 'slurmy' .* expected tags: 'local', 'cuda'"),
         (
             "clusters: {x: {kind: address, address: 'tcp://a:1', tls: {ca_file: a, cert: b, key: c}}}",
             r"clusters\.x: with tls, address 'tcp://a:1' has to begin with tls://, else nothing would be encrypted",
@@ -205,7 +205,7 @@ def test_a_job_says_how_many_workers_the_local_cluster_has(monkeypatch, tmp_path
     asked = []
 
     class Connection:
-        def __init__(self, spec):
+        def __init__(self, spec, **_):
             asked.append(spec)
 
         def __enter__(self):
@@ -218,10 +218,10 @@ def test_a_job_says_how_many_workers_the_local_cluster_has(monkeypatch, tmp_path
     job = make_job({"source": "a", "store": "b", "workers": 3, "memory_limit_bytes": 10})
     with with_client(job, None, tmp_path) as connected:
         assert connected == "client"
-    (tmp_path / "cluster.yaml").write_text("clusters: {big: {kind: local, workers: 9, memory_limit_bytes: 99}}")
+    (tmp_path / "cluster.yaml").write_text("clusters: {big: {kind: local, workers: 9, memory: 99}}")
     with with_client(make_job({"source": "a", "store": "b", "cluster": "big", "workers": 4}), None, tmp_path / "cluster.yaml"):
         pass
-    assert asked == [LocalSpec(workers=3, memory_limit_bytes=10), LocalSpec(workers=4, memory_limit_bytes=99)]
+    assert asked == [LocalSpec(workers=3, memory=10), LocalSpec(workers=4, memory=99)]
 
 
 # -- TLS -------------------------------------------------------------------------------------------------------------------------
@@ -330,31 +330,35 @@ def test_certificates_that_cannot_be_used_are_refused_before_anything_starts(tmp
 # -- starting --------------------------------------------------------------------------------------------------------------------
 
 
-class Starting:
-    """Stands for a cluster whose worker processes die while they start, which no test can time."""
+@pytest.fixture
+def dying(monkeypatch):
+    """Have worker processes die while they start, which no test can time; the first so many of them."""
 
-    def __init__(self, failures: int) -> None:
-        self.failures = failures
-        self.real = LocalCluster
+    def die(n: int) -> None:
+        real, left = launch.LocalWorker.start_unsafe, iter(range(n))
 
-    def __call__(self, **options):
-        self.failures -= 1
-        if self.failures >= 0:
+        async def start(self):
+            if next(left, None) is None:
+                return await real(self)
             raise RuntimeError("Nanny failed to start.") from OSError("gone")
-        return self.real(**options)
+
+        monkeypatch.setattr(launch.LocalWorker, "start_unsafe", start)
+
+    return die
 
 
-def test_a_worker_that_dies_while_it_starts_does_not_end_the_run(monkeypatch):
-    monkeypatch.setattr("pipeline.cluster.LocalCluster", Starting(2))
+def test_a_worker_that_dies_while_it_starts_does_not_end_the_run(dying):
+    dying(2)
     with connect(LocalSpec(workers=1)) as client:
         assert client.submit(sum, [1, 2]).result() == 3
 
 
-def test_workers_that_never_start_are_said_so(monkeypatch):
-    monkeypatch.setattr("pipeline.cluster.LocalCluster", Starting(3))
+def test_workers_that_never_start_are_said_so(dying):
+    dying(99)
     with (
         pytest.raises(
-            FeaturemapsError, match=r"died 3 times while they started \(Nanny failed to start\.: gone\).* fewer --workers"
+            FeaturemapsError,
+            match=r"no worker of group 'local' came within .*Nanny failed to start.*what was started was stopped",
         ),
         connect(LocalSpec(workers=1)),
     ):

@@ -20,7 +20,8 @@ from pyarrow import parquet
 
 import pipeline
 from pipeline import open_store
-from pipeline.cluster import LocalSpec, connect
+from pipeline.cluster import connect
+from pipeline.cluster_spec import LocalSpec
 from pipeline.config import DecodeSpec, ExtractorSpec, load_job
 from pipeline.decode import decode, probe
 from pipeline.errors import ImageError, UsageError
@@ -44,7 +45,7 @@ def look_at_process() -> tuple[int, int]:
 @pytest.fixture(scope="module")
 def client():
     """Two workers with little memory."""
-    with connect(LocalSpec(workers=2, memory_limit_bytes=MEMORY_LIMIT_BYTES)) as connected:
+    with connect(LocalSpec(workers=2, memory=MEMORY_LIMIT_BYTES)) as connected:
         yield connected
 
 

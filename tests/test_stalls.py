@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.cluster import LocalSpec, connect
+from pipeline.cluster import connect
+from pipeline.cluster_spec import LocalSpec
 from pipeline.config import load_job, make_job
 from pipeline.intake import Intake
 from pipeline.run import run_job

@@ -10,7 +10,8 @@ import pytest
 from distributed import WorkerPlugin
 
 from pipeline import decode
-from pipeline.cluster import LocalSpec, connect
+from pipeline.cluster import connect
+from pipeline.cluster_spec import LocalSpec
 from pipeline.config import make_job
 from pipeline.plan import class_layout
 from pipeline.reading import Probed

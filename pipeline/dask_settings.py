@@ -1,0 +1,54 @@
+"""Dask's settings for a run: of the scheduler and client here, and as environment variables for workers elsewhere."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pipeline.lock import WORKER_TTL_S
+
+DASK_SETTINGS: dict[str, Any] = {
+    # A batch's data stay where they are, and a task without a worker fails instead of hanging.
+    "distributed.scheduler.work-stealing": False,
+    "distributed.scheduler.no-workers-timeout": "120s",
+    "distributed.scheduler.worker-ttl": f"{WORKER_TTL_S:.0f}s",
+    # Every task that a dead worker held becomes suspicious, not only the guilty one: `pipeline.trial` tells them apart.
+    "distributed.scheduler.allowed-failures": 3,
+    # The window bounds memory; spilling would only hide a plan that is too large.
+    "distributed.worker.memory.target": False,
+    "distributed.worker.memory.spill": False,
+    "distributed.worker.memory.pause": 0.85,
+    "distributed.worker.memory.terminate": 0.97,
+    # Who looks after lost workers is `launch.GroupCluster`.
+    "distributed.deploy.lost-worker-timeout": "1000h",
+    "distributed.admin.large-graph-warning-threshold": "1GB",
+    # Dask's looks at itself, 50 and 100 times a second by default, cost a tenth of the throughput of two cores.
+    "distributed.admin.tick.interval": "500ms",
+    "distributed.admin.system-monitor.interval": "1s",
+    "distributed.worker.profile.interval": "200ms",
+    "distributed.nanny.pre-spawn-environ": {
+        "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
+        "MALLOC_MMAP_THRESHOLD_": str(2**30),
+        "MALLOC_ARENA_MAX": "1",
+        "OMP_NUM_THREADS": "1",
+        "MKL_NUM_THREADS": "1",
+        "OPENBLAS_NUM_THREADS": "1",
+        "DASK_LOGGING__DISTRIBUTED": "error",
+    },
+}
+
+
+def worker_environment() -> dict[str, str]:
+    """The settings of a worker that this process does not start itself; its log is a file of its own, and may say more.
+
+    Examples
+    --------
+    >>> worker_environment()["DASK_DISTRIBUTED__WORKER__MEMORY__PAUSE"]
+    '0.85'
+    """
+    settings = {
+        f"DASK_{key.upper().replace('.', '__').replace('-', '_')}": str(value)
+        for key, value in DASK_SETTINGS.items()
+        if key.startswith(("distributed.worker.", "distributed.admin."))
+    }
+    process: dict[str, str] = DASK_SETTINGS["distributed.nanny.pre-spawn-environ"]
+    return settings | process | {"DASK_LOGGING__DISTRIBUTED": "warning"}

@@ -1,0 +1,213 @@
+"""Worker groups: a scheduler here and workers wherever they are started, again where they are lost; and those of this machine."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import psutil
+from distributed import Nanny, Scheduler
+from distributed.core import Status
+from distributed.deploy.spec import SpecCluster
+from tornado.ioloop import PeriodicCallback
+
+from pipeline.cluster_spec import GroupSpec
+
+logger = logging.getLogger(__name__)
+
+LOOK_S = 5.0
+"""How often lost workers are looked for."""
+DEATH_TIMEOUT_S = 60
+"""After which a worker that has lost its scheduler ends, so that no job outlives its run for long."""
+MAX_PAUSE_S = 300.0
+"""The longest pause between two tries to start a worker that does not come up."""
+MAX_FALSE_STARTS = 3
+
+
+class Launch(NamedTuple):
+    """How one worker is started."""
+
+    group: str
+    cls: Any
+    options: dict[str, Any]
+
+
+class GroupCluster(SpecCluster):  # type: ignore[misc]
+    """A scheduler in this process, and the workers of several groups, which are started again where they are lost.
+
+    Parameters
+    ----------
+    launches : mapping of str to Launch
+        The wanted workers by name.
+    groups : mapping of str to GroupSpec
+    scheduler : dict
+        Options of the scheduler.
+    patience_s : float
+        How long it may take until workers come.
+    security : distributed.Security, optional
+    """
+
+    def __init__(
+        self,
+        launches: Mapping[str, Launch],
+        groups: Mapping[str, GroupSpec],
+        scheduler: dict[str, Any],
+        patience_s: float,
+        security: Any = None,
+    ) -> None:
+        self.launches, self.groups, self.patience_s = launches, groups, patience_s
+        self.troubles: dict[str, str] = {}
+        """Why workers did not come up, by name; only of those whose last try failed."""
+        self._n_tries: dict[str, int] = {}  # since a worker of the name was last seen
+        self._next_try: dict[str, float] = {}
+        super().__init__(scheduler={"cls": Scheduler, "options": scheduler}, workers={}, security=security, silence_logs=False)
+        callback = PeriodicCallback(self._tend_again, LOOK_S * 1000)
+        self.periodic_callbacks["featuremaps-tend"] = callback
+        self.loop.add_callback(callback.start)
+
+    # -- what there is -------------------------------------------------------------------------------------------------------------
+
+    @property
+    def present(self) -> set[str]:
+        """Names of the workers that have connected."""
+        return {str(worker.name) for worker in list(self.scheduler.workers.values())}
+
+    def counts(self) -> dict[str, tuple[int, int]]:
+        """Of each group, how many workers are there, and how many are wanted."""
+        present = self.present
+        names = {group: [name for name, launch in self.launches.items() if launch.group == group] for group in self.groups}
+        return {group: (len(present.intersection(known)), len(known)) for group, known in names.items()}
+
+    def is_hopeless(self, n_tries: int, *, everybody: bool) -> bool:
+        """Whether all who could fill a group, or one of those who must be there, could not be started so many times."""
+        failed = {name for name in self.troubles if self._n_tries.get(name, 0) >= n_tries}
+        for group, (n, _) in self.counts().items():
+            names = {name for name, launch in self.launches.items() if launch.group == group}
+            if names & failed if everybody else not n and names <= failed:
+                return True
+        return False
+
+    def describe(self) -> str:
+        """What there is of each group, and what is known of those that are not there."""
+        lines = [f"{group}: {n} of {wanted} workers" for group, (n, wanted) in self.counts().items()]
+        absent = sorted(set(self.launches) - self.present)
+        known = [self._describe_worker(name) for name in absent]
+        return "; ".join([*lines, *dict.fromkeys(filter(None, known[:8])), *(["..."] if len(known) > 8 else [])])
+
+    def _describe_worker(self, name: str) -> str:
+        worker = self.workers.get(name)
+        state = getattr(worker, "state", "")
+        return f"{name}: {state or self.troubles.get(name, '')}" if state or name in self.troubles else ""
+
+    # -- what is done about it -----------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Start all workers; what went wrong with which is in `troubles`."""
+        self.sync(self._tend)
+
+    async def _tend_again(self) -> None:
+        try:
+            await self._tend()
+        except Exception:
+            logger.exception("looking after the workers")
+
+    async def _tend(self) -> None:
+        """Take note of who is lost, and start the missing."""
+        async with self._lock:
+            if self.status != Status.running:
+                return
+            present = self.present
+            for name in present:
+                self.troubles.pop(name, None)
+                self._n_tries.pop(name, None)
+            await self._forget_lost({name: worker for name, worker in self.workers.items() if name not in present})
+            now = time.monotonic()
+            missing = [n for n in self.launches if n not in self.workers and self._next_try.get(n, 0.0) <= now]
+            await asyncio.gather(*(self._launch(name) for name in missing))
+
+    async def _forget_lost(self, absent: dict[str, Any]) -> None:
+        classes = {type(worker) for worker in absent.values()}
+        gone: dict[str, str] = {}
+        for cls in classes:
+            gone |= await cls.find_gone({name: worker for name, worker in absent.items() if type(worker) is cls})
+        for name, reason in gone.items():
+            logger.info("worker %s is lost: %s", name, reason)
+            self.troubles[name] = reason
+            with contextlib.suppress(OSError, RuntimeError):
+                await self.workers[name].close()
+            del self.workers[name], self.worker_spec[name]
+
+    async def _launch(self, name: str) -> None:
+        launch = self.launches[name]
+        n_tries = self._n_tries[name] = self._n_tries.get(name, 0) + 1
+        pause_s = min(MAX_PAUSE_S, LOOK_S * 2.0 ** (n_tries - MAX_FALSE_STARTS)) if n_tries >= MAX_FALSE_STARTS else 0.0
+        self._next_try[name] = time.monotonic() + pause_s
+        worker = launch.cls(self.scheduler.contact_address or self.scheduler.address, name=name, **launch.options)
+        self._created.add(worker)
+        try:
+            await worker
+        except Exception as error:  # noqa: BLE001 (of whatever library starts it)
+            self.troubles[name] = launch.cls.explain(error)
+            logger.info("worker %s was not started: %s", name, self.troubles[name])
+            with contextlib.suppress(Exception):
+                await worker.close()
+            worker.status = Status.closed
+        else:
+            self.workers[name] = worker
+            self.worker_spec[name] = {"cls": launch.cls, "options": launch.options}
+
+
+# -- processes of this machine ---------------------------------------------------------------------------------------------------
+
+
+class LocalWorker(Nanny):  # type: ignore[misc]
+    """A worker process of this machine; its nanny is in this process and starts another where it dies."""
+
+    @staticmethod
+    async def find_gone(_: Mapping[str, Any]) -> dict[str, str]:
+        """None ever is."""
+        return {}
+
+    @staticmethod
+    def explain(error: Exception) -> str:
+        """Why one did not start."""
+        return f"{error}: {error.__cause__}"
+
+
+def local_launches(groups: Mapping[str, GroupSpec], *, security: Any) -> dict[str, Launch]:
+    """The wanted processes of this machine; each sees its own GPUs only."""
+    share = int(0.9 * psutil.virtual_memory().total / sum(group.workers for group in groups.values()))
+    gpus = visible_gpus(sum(group.workers * group.gpus for group in groups.values()))
+    launches: dict[str, Launch] = {}
+    for group_name, group in groups.items():
+        for i in range(group.workers):
+            own = [next(gpus) for _ in range(group.gpus)]
+            options = {
+                "nthreads": group.threads,
+                "memory_limit": int(group.memory or share),
+                "resources": group.resources,
+                "env": {"CUDA_VISIBLE_DEVICES": ",".join(own), **group.environment},
+                "host": "127.0.0.1",
+                "dashboard": False,
+                "protocol": "tls://" if security else "tcp://",
+                "security": security,
+                "silence_logs": False,
+            }
+            launches[f"{group_name}-{i}"] = Launch(group_name, LocalWorker, options)
+    return launches
+
+
+def visible_gpus(wanted: int) -> Iterator[str]:
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return iter(named.split(",") if named else map(str, range(wanted)))
+
+
+def resources_text(group: GroupSpec) -> str:
+    """What a group's workers offer, as ``dask worker --resources`` wants it."""
+    return " ".join(f"{name}={count}" for name, count in group.resources.items())

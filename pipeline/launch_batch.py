@@ -1,0 +1,157 @@
+"""Workers as jobs of a batch system, a worker in each."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import shlex
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Mapping
+from typing import Any
+
+from pipeline import batch
+from pipeline.cluster_spec import BatchSpec, GroupSpec
+from pipeline.dask_settings import worker_environment
+from pipeline.errors import UsageError
+from pipeline.launch import DEATH_TIMEOUT_S, Launch, resources_text
+
+logger = logging.getLogger(__name__)
+
+LOG_LINES = 5
+
+
+def batch_launches(spec: BatchSpec, job_name: str) -> dict[str, Launch]:
+    """The wanted jobs.
+
+    Raises
+    ------
+    UsageError
+        When dask-jobqueue is not installed.
+    """
+    job_class = batch_job_class(spec.kind)
+    launches: dict[str, Launch] = {}
+    for group_name, group in spec.groups.items():
+        options = batch_options(spec, group, f"{job_name}-{group_name}")
+        launches |= {f"{group_name}-{i}": Launch(group_name, job_class, options) for i in range(group.workers)}
+    return launches
+
+
+def batch_job_class(kind: str) -> Any:
+    """`dask_jobqueue`'s job of a batch system, which also tells whether it is still there."""
+    try:
+        from dask_jobqueue.htcondor import HTCondorJob  # noqa: PLC0415 (an extra)
+        from dask_jobqueue.pbs import PBSJob  # noqa: PLC0415 (as above)
+        from dask_jobqueue.sge import SGEJob  # noqa: PLC0415 (as above)
+        from dask_jobqueue.slurm import SLURMJob  # noqa: PLC0415 (as above)
+    except ImportError as error:
+        raise UsageError(
+            f"a cluster of kind {kind} needs dask-jobqueue, which is not installed: nothing was started; pip install 'featuremaps[batch]'"
+        ) from error
+    base = {"slurm": SLURMJob, "pbs": PBSJob, "sge": SGEJob, "htcondor": HTCondorJob}[kind]
+    return type(f"Tended{base.__name__}", (_BatchJob, base), {"kind": kind})
+
+
+class _BatchJob:
+    """What is added to a job of `dask_jobqueue`: whether it waits, runs or is gone."""
+
+    kind = ""
+    job_id: str | None
+    state = ""
+
+    @classmethod
+    async def find_gone(cls, jobs: Mapping[str, Any]) -> dict[str, str]:
+        """Which of some jobs are no longer in the queue, and what their output ended with."""
+        ids = [job.job_id for job in jobs.values() if job.job_id]
+        try:
+            found = await asyncio.to_thread(batch.queue, cls.kind, ids)
+        except (OSError, subprocess.SubprocessError) as error:
+            logger.info("the queue cannot be seen: %s", batch.said(error))
+            return {}
+        gone = {}
+        for name, job in jobs.items():
+            job.state = str(found.get(job.job_id, ""))
+            if job.job_id not in found:
+                gone[name] = f"job {job.job_id} has left the queue{_end_of_log(job)}"
+        return gone
+
+    @classmethod
+    def explain(cls, error: Exception) -> str:
+        """Why one was not taken, in the batch system's words."""
+        text = str(error)
+        if isinstance(error, FileNotFoundError):
+            return batch.refused(cls.kind, f"there is no such command: {error}")
+        return batch.refused(cls.kind, " ".join(text.rpartition("stderr:")[2].split()))
+
+
+def _end_of_log(job: Any) -> str:
+    """The last lines that a Slurm job printed; others name their files in other ways."""
+    path = f"{job.log_directory}/{job.job_name}-{job.job_id}.err"
+    try:
+        with open(path, errors="replace") as file:  # noqa: PTH123
+            lines = [line.strip() for line in deque(file, LOG_LINES) if line.strip()]
+    except OSError:
+        return ""
+    return f"; {path} ends with: {' / '.join(lines)}" if lines else ""
+
+
+def batch_options(spec: BatchSpec, group: GroupSpec, job_name: str) -> dict[str, Any]:
+    """Options of `dask_jobqueue`'s jobs."""
+    arguments = ["--resources", shlex.quote(resources_text(group)), "--no-dashboard", *lifetime(spec.walltime)]
+    environment = worker_environment() | group.environment
+    exports = [f"export {key}={shlex.quote(value)}" for key, value in environment.items()]
+    options: dict[str, Any] = {
+        "job_name": job_name,
+        "account": spec.account,
+        "cores": group.threads,
+        "memory": f"{int(group.memory or 0)} B",
+        "processes": 1,
+        "interface": spec.interface,
+        "security": spec.tls and spec.tls.security(),
+        "protocol": "tls://" if spec.tls else None,
+        "death_timeout": DEATH_TIMEOUT_S,
+        "local_directory": spec.local_folder,
+        "log_directory": spec.log_folder,
+        "python": spec.python or sys.executable,
+        "worker_extra_args": arguments,
+        "job_script_prologue": [*spec.prologue, *exports],
+    }
+    extra = list(getattr(group, "options", ()))
+    walltime = None if spec.walltime is None else clock(spec.walltime)
+    if spec.kind == "slurm":
+        gres = [f"--gres=gpu:{group.gpus}"] if group.gpus else []
+        return options | {"queue": spec.queue, "walltime": walltime, "job_extra_directives": [*gres, *extra]}
+    if spec.kind == "pbs":
+        memory = int(group.memory or 0) // 2**20
+        select = f"select=1:ncpus={group.threads}:mem={memory}mb" + (f":ngpus={group.gpus}" if group.gpus else "")
+        return options | {"queue": spec.queue, "walltime": walltime, "resource_spec": select, "job_extra_directives": extra}
+    if spec.kind == "sge":
+        gpus = [f"-l gpu={group.gpus}"] if group.gpus else []
+        del options["account"]
+        named = {"queue": spec.queue, "project": spec.account, "walltime": walltime}
+        return options | named | {"job_extra_directives": [*gpus, *extra]}
+    directives = dict(line.split("=", 1) for line in extra)
+    directives |= {"request_gpus": str(group.gpus)} if group.gpus else {}
+    directives |= {"accounting_group": spec.account} if spec.account else {}
+    del options["account"]
+    return options | {"disk": "1 GB", "job_extra_directives": {key.strip(): value.strip() for key, value in directives.items()}}
+
+
+def lifetime(walltime_s: int | None) -> list[str]:
+    """Options by which a worker retires before its walltime; not all at once, so that the run does not stand still."""
+    if walltime_s is None:
+        return []
+    margin = min(600.0, max(20.0, walltime_s / 4))
+    return ["--lifetime", f"{walltime_s - margin:.0f}s", "--lifetime-stagger", f"{margin / 3:.0f}s"]
+
+
+def clock(seconds: int) -> str:
+    """Seconds as HH:MM:SS.
+
+    Examples
+    --------
+    >>> clock(100_000)
+    '27:46:40'
+    """
+    return f"{seconds // 3600:02}:{seconds // 60 % 60:02}:{seconds % 60:02}"

@@ -1,0 +1,153 @@
+"""Workers that ssh starts on other machines."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import shlex
+import sys
+from collections import deque
+from collections.abc import Mapping
+from typing import Any
+
+from distributed.deploy.spec import ProcessInterface
+
+from pipeline.cluster_spec import SshGroupSpec, SshSpec
+from pipeline.dask_settings import worker_environment
+from pipeline.errors import FeaturemapsError, UsageError
+from pipeline.launch import DEATH_TIMEOUT_S, Launch, resources_text
+
+SSH_TIMEOUT_S = 20.0
+LOG_LINES = 5
+
+
+class SshWorker(ProcessInterface):  # type: ignore[misc]
+    """A worker that ssh starts; its output's last lines are kept.
+
+    Parameters
+    ----------
+    scheduler : str
+        Address that the worker connects to.
+    name, host : str
+    command : list of str
+        What is run there, before the address and the name.
+    arguments : list of str
+        What follows them.
+    connection : dict
+        Options of ``asyncssh.connect``.
+    """
+
+    def __init__(
+        self, scheduler: str, name: str, host: str, command: list[str], arguments: list[str], connection: dict[str, Any]
+    ) -> None:
+        super().__init__()
+        self.host, self.options = host, connection
+        self.command = shlex.join([*command, scheduler, "--name", name, *arguments])
+        self.connection: Any = None
+        self.process: Any = None
+        self.lines: deque[str] = deque(maxlen=LOG_LINES)
+
+    async def start(self) -> None:
+        """Connect and start; whether the worker comes up is for the scheduler to see."""
+        import asyncssh  # noqa: PLC0415 (an extra)
+
+        try:
+            self.connection = await asyncio.wait_for(asyncssh.connect(self.host, **self.options), SSH_TIMEOUT_S)
+            self.process = await self.connection.create_process(f"exec {self.command}", stderr=asyncssh.STDOUT, errors="replace")
+        except (OSError, asyncssh.Error, TimeoutError) as error:
+            reason = f"no answer within {SSH_TIMEOUT_S:.0f} s" if isinstance(error, TimeoutError) else str(error)
+            raise FeaturemapsError(
+                f"ssh to {self.host} failed ({reason}), so no worker was started there; check that `ssh {self.host}` works without a "
+                "password, and host, port, user, key_file and known_hosts_file in cluster.yaml"
+            ) from error
+        self._reading = asyncio.create_task(self._read())
+        await super().start()
+
+    async def _read(self) -> None:
+        with contextlib.suppress(OSError):
+            async for line in self.process.stdout:
+                self.lines.append(line.strip())
+
+    async def close(self) -> None:
+        """End the worker and the connection."""
+        if self.process is not None and self.process.exit_status is None:
+            with contextlib.suppress(OSError):
+                self.process.terminate()
+            with contextlib.suppress(asyncio.TimeoutError, OSError):
+                await asyncio.wait_for(self.process.wait_closed(), 5.0)
+            with contextlib.suppress(OSError):
+                self.process.kill()
+        if self.connection is not None:
+            self.connection.close()
+        await super().close()
+
+    @staticmethod
+    async def find_gone(workers: Mapping[str, Any]) -> dict[str, str]:
+        """Which of some workers have ended, and what they said last."""
+        gone = {}
+        for name, worker in workers.items():
+            if worker.process.exit_status is not None or worker.connection.is_closed():
+                said = f"; it said: {' / '.join(filter(None, worker.lines))}" if any(worker.lines) else ""
+                gone[name] = f"the worker on {worker.host} ended{said}"
+        return gone
+
+    @staticmethod
+    def explain(error: Exception) -> str:
+        """Why one was not started."""
+        return str(error)
+
+
+def ssh_launches(spec: SshSpec) -> dict[str, Launch]:
+    """The wanted workers of every host.
+
+    Raises
+    ------
+    UsageError
+        When asyncssh is not installed.
+    """
+    try:
+        import asyncssh  # noqa: F401, PLC0415 (an extra)
+    except ImportError as error:
+        raise UsageError(
+            "a cluster of kind ssh needs asyncssh, which is not installed: nothing was started; pip install 'featuremaps[ssh]'"
+        ) from error
+    launches: dict[str, Launch] = {}
+    for group_name, group in spec.groups.items():
+        for number, (host, i) in enumerate((host, i) for host in group.hosts for i in range(group.workers)):
+            options = {"host": host, "connection": _connection(group)} | ssh_command(spec, group, i)
+            launches[f"{group_name}-{number}"] = Launch(group_name, SshWorker, options)
+    return launches
+
+
+def _connection(group: SshGroupSpec) -> dict[str, Any]:
+    given = {"port": group.port, "username": group.user, "known_hosts": group.known_hosts_file}
+    options = {key: value for key, value in given.items() if value is not None}
+    return options | ({"client_keys": [group.key_file]} if group.key_file else {}) | {"keepalive_interval": 15}
+
+
+def ssh_command(spec: SshSpec, group: SshGroupSpec, i: int) -> dict[str, list[str]]:
+    """What is run on a host for its ``i``-th worker."""
+    gpus = ",".join(map(str, range(i * group.gpus, (i + 1) * group.gpus)))
+    environment = worker_environment() | {"CUDA_VISIBLE_DEVICES": gpus} | group.environment
+    command = ["env", *(f"{key}={value}" for key, value in environment.items())]
+    arguments = [
+        "--nthreads",
+        str(group.threads),
+        "--memory-limit",
+        str(int(group.memory)) if group.memory else "auto",
+        "--nanny",
+    ]
+    arguments += ["--death-timeout", str(DEATH_TIMEOUT_S), "--resources", resources_text(group), "--no-dashboard"]
+    arguments += ["--interface", spec.interface] if spec.interface else []
+    if spec.tls:
+        arguments += [
+            "--protocol",
+            "tls",
+            "--tls-ca-file",
+            spec.tls.ca_file,
+            "--tls-cert",
+            spec.tls.cert,
+            "--tls-key",
+            spec.tls.key,
+        ]
+    return {"command": [*command, spec.python or sys.executable, "-m", "distributed.cli.dask_worker"], "arguments": arguments}
