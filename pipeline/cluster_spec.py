@@ -207,7 +207,7 @@ class BatchSpec(_Remote):
     queue: str | None = None
     """Queue or partition."""
     account: str | None = None
-    walltime: Walltime | None = None
+    walltime: Walltime = 3600
     """Of each job; its worker retires before, and another takes its place."""
     prologue: tuple[str, ...] = ()
     """Lines of shell before the worker starts, for instance ``module load cuda``."""

@@ -224,6 +224,7 @@ class Driver:
     def _check_workers(self) -> None:
         try:
             self.fleet.check()
+            self.summary.slots = max(self.summary.slots, self.fleet.slots)
         except FeaturemapsError as failure:
             self._fail(failure)
             self.is_lost = True

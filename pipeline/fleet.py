@@ -12,7 +12,9 @@ from distributed import Client
 from pipeline.capacity import WorkerKind
 from pipeline.cluster import WorkerSlots, wanted_slots, worker_slots
 from pipeline.errors import FeaturemapsError
+from pipeline.launch import GroupCluster
 from pipeline.plan import BATCHES_IN_FLIGHT_PER_SLOT
+from pipeline.versions import check_workers
 
 logger = logging.getLogger(__name__)
 
@@ -32,8 +34,9 @@ class Fleet:
 
     def __init__(self, client: Client) -> None:
         self.client = client
-        self.cluster = getattr(client, "cluster", None)
-        """The `launch.GroupCluster` that starts the workers; None where others do."""
+        cluster = getattr(client, "cluster", None)
+        self.cluster = cluster if isinstance(cluster, GroupCluster) else None
+        """What starts the workers; None where others do."""
         workers = worker_slots(client)
         self.addresses = set(workers)
         wanted = list(workers.values()) if self.cluster is None else [*workers.values(), *wanted_slots(self.cluster)]
@@ -51,6 +54,7 @@ class Fleet:
         self.kind = WorkerKind(self.threads, waiting, any(worker.has_gpu for worker in wanted))
         """What the memory of a worker that extracts is judged by."""
         self._alone_since: float | None = None
+        self._known = set(workers)
         self._count(workers)
 
     def _count(self, workers: Mapping[str, WorkerSlots]) -> None:
@@ -98,11 +102,19 @@ class Fleet:
         try:
             workers = worker_slots(self.client)
         except FeaturemapsError as error:
+            self._count({})
             return str(error)
         self._count(workers)
+        self._check_new(set(workers))
         if self.is_whole and not any(worker.extract and worker.is_whole for worker in workers.values()):
             return "those that are there share the roles among them, and batches were sent to workers that have all"
         return ""
+
+    def _check_new(self, addresses: set[str]) -> None:
+        """Look at workers that have joined."""
+        new, self._known = addresses - self._known, self._known | addresses
+        if new:
+            check_workers(self.client, new)
 
     def has_lost_workers(self) -> bool:
         """Whether a worker of the start is gone."""

@@ -118,7 +118,7 @@ def batch_options(spec: BatchSpec, group: GroupSpec, job_name: str) -> dict[str,
         "job_script_prologue": [*spec.prologue, *exports],
     }
     extra = list(getattr(group, "options", ()))
-    walltime = None if spec.walltime is None else clock(spec.walltime)
+    walltime = clock(spec.walltime)
     if spec.kind == "slurm":
         gres = [f"--gres=gpu:{group.gpus}"] if group.gpus else []
         return options | {"queue": spec.queue, "walltime": walltime, "job_extra_directives": [*gres, *extra]}
@@ -138,10 +138,8 @@ def batch_options(spec: BatchSpec, group: GroupSpec, job_name: str) -> dict[str,
     return options | {"disk": "1 GB", "job_extra_directives": {key.strip(): value.strip() for key, value in directives.items()}}
 
 
-def lifetime(walltime_s: int | None) -> list[str]:
+def lifetime(walltime_s: int) -> list[str]:
     """Options by which a worker retires before its walltime; not all at once, so that the run does not stand still."""
-    if walltime_s is None:
-        return []
     margin = min(600.0, max(20.0, walltime_s / 4))
     return ["--lifetime", f"{walltime_s - margin:.0f}s", "--lifetime-stagger", f"{margin / 3:.0f}s"]
 

@@ -142,12 +142,14 @@ def _work(
         from pipeline.cluster import with_client  # noqa: PLC0415 (no Dask and no cluster when there is nothing to do)
         from pipeline.digests import check_digests  # noqa: PLC0415 (as above)
         from pipeline.driver import Driver  # noqa: PLC0415 (as above)
+        from pipeline.versions import check_workers  # noqa: PLC0415 (as above)
 
         def on_wait(text: str) -> None:
             progress.stage = f"waiting for workers ({text})"
             notify(progress)
 
         with with_client(job, client, cluster_file, stop, on_wait) as connected:
+            check_workers(connected)
             all_checked = check_digests(store, listing, found, connected, summary, progress, notify, stop, job.deadline_s)
             _account(found, listing, summary, progress)
             if found.new or found.n_pending:

@@ -25,6 +25,7 @@ def workers(monkeypatch):
         return dict(found)
 
     monkeypatch.setattr(fleet, "worker_slots", slots)
+    monkeypatch.setattr(fleet, "check_workers", lambda *_: None)
     return found
 
 
