@@ -151,5 +151,6 @@ def _call(command: list[str], stdin: str | None = None) -> str:
 
 
 def _run(command: list[str], stdin: str | None = None, *, check: bool) -> subprocess.CompletedProcess[str]:
-    options = {"capture_output": True, "text": True, "timeout": COMMAND_TIMEOUT_S, "check": check}
-    return subprocess.run(command, input=stdin, **options)  # type: ignore[call-overload,no-any-return]  # noqa: S603
+    return subprocess.run(  # noqa: S603 (the batch system's own commands)
+        command, input=stdin, capture_output=True, text=True, timeout=COMMAND_TIMEOUT_S, check=check
+    )
