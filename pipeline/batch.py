@@ -57,11 +57,16 @@ def require_commands(kind: str, where: str) -> None:
     UsageError
     """
     system = SYSTEMS[kind]
-    if shutil.which(system.submit) is None:
+    if not has_commands(kind):
         raise UsageError(
             f"{where} is of kind {kind}, and there is no {system.submit} on this machine's PATH, so no job can be handed to {system.name}: "
             f"nothing was started; run on a login node, or use another cluster"
         )
+
+
+def has_commands(kind: str) -> bool:
+    """Whether this machine can ask the batch system."""
+    return shutil.which(SYSTEMS[kind].submit) is not None
 
 
 def queue(kind: str, job_ids: Iterable[str]) -> dict[str, QueuedJob]:
@@ -76,9 +81,7 @@ def queue(kind: str, job_ids: Iterable[str]) -> dict[str, QueuedJob]:
     if not wanted:
         return {}
     if kind == "slurm":
-        lines = _call(["squeue", "--noheader", f"--user={getpass.getuser()}", "--format=%i|%j|%T|%r"]).splitlines()
-        jobs = [QueuedJob(*line.strip().split("|", 3)) for line in lines if line.count("|") >= 3]
-        return {job.job_id: job for job in jobs if job.job_id in wanted and job.state not in _ENDING}
+        return {job.job_id: job for job in _slurm_jobs() if job.job_id in wanted}
     found = (_look(kind, job_id) for job_id in wanted)
     return {job.job_id: job for job in found if job is not None}
 
@@ -94,11 +97,16 @@ def _look(kind: str, job_id: str) -> QueuedJob | None:
     return QueuedJob(job_id, "", " ".join(lines[-1].split()), "") if done.returncode == 0 and lines else None
 
 
-def jobs_named(kind: str, name: str) -> list[QueuedJob]:
-    """Jobs of a name that this user has waiting or running; only Slurm is asked."""
-    if kind != "slurm":
-        return []
-    lines = _call(["squeue", "--noheader", f"--user={getpass.getuser()}", f"--name={name}", "--format=%i|%j|%T|%r"]).splitlines()
+def jobs_named(kind: str, prefix: str) -> list[QueuedJob]:
+    """Jobs that this user has waiting or running and whose names begin so; only Slurm is asked.
+
+    Raises as `queue` does.
+    """
+    return [job for job in _slurm_jobs() if job.name.startswith(prefix)] if kind == "slurm" else []
+
+
+def _slurm_jobs() -> list[QueuedJob]:
+    lines = _call(["squeue", "--noheader", f"--user={getpass.getuser()}", "--format=%i|%j|%T|%r"]).splitlines()
     jobs = [QueuedJob(*line.strip().split("|", 3)) for line in lines if line.count("|") >= 3]
     return [job for job in jobs if job.state not in _ENDING]
 
@@ -138,6 +146,22 @@ def cancel(kind: str, job_ids: Iterable[str]) -> None:
             _call([SYSTEMS[kind].cancel, job_id])
         except (OSError, subprocess.SubprocessError) as error:
             logger.info("%s %s: %s", SYSTEMS[kind].cancel, job_id, said(error))
+
+
+def requeue(job_id: str) -> None:
+    """Put a running job of Slurm back into the queue; it ends where it runs.
+
+    Raises
+    ------
+    FeaturemapsError
+    """
+    try:
+        _call(["scontrol", "requeue", job_id])
+    except (OSError, subprocess.SubprocessError) as error:
+        raise FeaturemapsError(
+            f"Slurm did not put job {job_id} back into the queue ({said(error)}): the run stopped, and what was committed stands; submit "
+            "again to go on from there"
+        ) from error
 
 
 def said(error: BaseException) -> str:

@@ -20,7 +20,6 @@ from pipeline.config import Job, LayerSpec, load_job, make_job
 from pipeline.errors import (
     EXIT_COMPLETE,
     EXIT_FAILED,
-    EXIT_QUARANTINED,
     EXIT_RUN_AGAIN,
     FeaturemapsError,
     UsageError,
@@ -121,13 +120,7 @@ def run(what: tuple[str, ...], as_json: bool, verbose: int, **options: Any) -> i
     with _stop_on_signal() as stop, _show_progress(sys.stderr.isatty() and not as_json) as on_progress:
         summary = run_job(job, on_progress=on_progress, stop=stop)
     click.echo(json.dumps(receipt(summary), indent=1) if as_json else _describe(summary, job))
-    if summary.outcome == "stopped":
-        return EXIT_RUN_AGAIN
-    if summary.outcome != "complete":
-        return EXIT_FAILED
-    too_many = job.max_quarantined is not None and summary.n_bad_total > job.max_quarantined
-    too_many |= summary.n_bad_total > 0 and summary.n_done_total == 0
-    return EXIT_QUARANTINED if too_many else EXIT_COMPLETE
+    return summary.exit_code
 
 
 @cli.command()
@@ -201,6 +194,45 @@ def vacuum(store: Place, dry_run: bool, sole_writer: bool, as_json: bool) -> int
     result = vacuum_store(store, dry_run=dry_run, sole_writer=sole_writer)
     click.echo(json.dumps(result.to_dict(), indent=1) if as_json else result.describe())
     return EXIT_FAILED if result.n_damaged else EXIT_COMPLETE
+
+
+@cli.command()
+@click.argument("job_file", metavar="JOB.yaml", type=click.Path(path_type=Path, dir_okay=False))
+@click.option("--cluster", metavar="NAME", help="A cluster of a batch system (default: the one that the job names).")
+@click.option("--cluster-file", type=click.Path(path_type=Path), default=Path("cluster.yaml"), show_default=True)
+@click.option(
+    "--attempts", type=click.IntRange(1), default=5, show_default=True, metavar="N", help="Give up after N without progress."
+)
+@click.option(
+    "--sample", "n_sample", type=click.IntRange(0), default=20, show_default=True, metavar="N", help="Images to recompute."
+)
+@click.option("--dry-run", is_flag=True, help="Only print the job script.")
+@click.option("--attend", is_flag=True, hidden=True, help="What the driver's job calls.")
+@click.option("-v", "--verbose", count=True, help="More log lines; twice for Dask's own.")
+def submit(
+    job_file: Path, cluster: str | None, cluster_file: Path, dry_run: bool, attend: bool, verbose: int, **options: Any
+) -> int:
+    """Hand the whole run to a batch system: a driver's job that comes back until the store is complete, and then audits it."""
+    from pipeline import submit as submitting
+
+    _start_logging(verbose)
+    job = load_job(job_file, {"cluster": cluster} if cluster else {})
+    order = submitting.Order(job, job_file, cluster_file, **options)
+    if dry_run:
+        click.echo(submitting.driver_script(order), nl=False)
+        return EXIT_COMPLETE
+    if not attend:
+        submission = submitting.submit(order)
+        click.echo(f"job {submission.job_id} was handed in; featuremaps status {job.store} tells how far it is")
+        return EXIT_COMPLETE
+
+    def report(what: Any) -> None:
+        from pipeline.summary import Summary
+
+        click.echo(_describe(what, job) if isinstance(what, Summary) else what if isinstance(what, str) else what.describe())
+
+    with _stop_on_signal() as stop:
+        return submitting.attend(order, stop=stop, on_progress=_log_lines(), report=report)
 
 
 def _start_logging(verbose: int) -> None:

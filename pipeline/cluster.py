@@ -8,6 +8,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -178,12 +179,21 @@ def _launches(
         return spec.groups, ssh_launches(spec), spec.start_timeout_s
     batch.require_commands(spec.kind, "the cluster")
     launches = batch_launches(spec, name)
-    for group in spec.groups:
-        left = [job.job_id for job in batch.jobs_named(spec.kind, f"{name}-{group}")]
-        if left:
-            logger.warning("taking back jobs that a run left in the queue: %s", ", ".join(left))
-            batch.cancel(spec.kind, left)
+    _take_back(spec.kind, {f"{name}-{group}" for group in spec.groups})
     return spec.groups, launches, spec.start_timeout_s
+
+
+def _take_back(kind: str, names: set[str]) -> None:
+    """Take back the jobs that a dead run left in the queue; there is none alive, as the store is locked."""
+    try:
+        left = [job.job_id for name in names for job in batch.jobs_named(kind, name) if job.name == name]
+    except (OSError, subprocess.SubprocessError) as error:
+        raise FeaturemapsError(
+            f"{batch.SYSTEMS[kind].name} does not answer ({batch.said(error)}): nothing was started; try again later"
+        ) from error
+    if left:
+        logger.warning("taking back jobs that a run left in the queue: %s", ", ".join(left))
+        batch.cancel(kind, left)
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from pipeline.cluster import local_memory_bytes, local_processes
 from pipeline.cluster_spec import LocalSpec
 from pipeline.collection import list_collection
 from pipeline.config import Job
+from pipeline.errors import UsageError
 from pipeline.listing import Listing
 from pipeline.lock import current_holder
 from pipeline.objects import Place, free_bytes, place
@@ -33,7 +34,8 @@ from pipeline.reading import Probed, Source, probe_block
 from pipeline.run import check_job, compare_with_store, count_statuses, open_for, settle_returned
 from pipeline.schema import REJECTED, ShapeClass, Status
 from pipeline.settings import cost_s, layout_of, needed_size, scratch_bytes
-from pipeline.store import Store
+from pipeline.store import Store, is_store
+from pipeline.submission import last_submission
 from pipeline.summary import printable
 
 BLOCK = 2048
@@ -248,6 +250,8 @@ class StoreStatus:
     holder: dict[str, Any] | None
     """Who works on it now."""
     last_run: dict[str, Any] | None
+    submission: dict[str, Any] | None = None
+    """What was handed to a batch system, with ``state`` in words and the ``jobs`` that work for the store."""
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""
@@ -284,6 +288,10 @@ class StoreStatus:
             if run["outcome"] in {"incomplete", "stopped"} and run["n_pending"]:
                 faults = "; ".join(map(printable, run["faults"][:3]))
                 lines.append(f"it left {run['n_pending']} images to the next run" + (f": {faults}" if faults else ""))
+        if self.submission:
+            known = self.submission
+            lines.append(f"handed to {known['kind']} as job {known['job_id']} on {known['submitted']}: {known['state']}")
+            lines += [f"  job {job['job_id']} ({job['name']}) {job['state']} {job['reason']}" for job in known["jobs"]]
         lines += [f"  {printable(item['path'])}  {printable(item['error'])}" for item in self.bad]
         n_more = self.counts["quarantined"] + self.counts["rejected"] - len(self.bad)
         if n_more:
@@ -299,6 +307,13 @@ def store_status(path: Place, n_bad: int = 20) -> StoreStatus:
     UsageError
         When there is no store.
     """
+    submission = last_submission(path)
+    if submission is not None and not is_store(path):
+        raise UsageError(
+            f"store {path} does not exist yet; its run was handed to {submission.kind} as job {submission.job_id} on "
+            f"{submission.submitted}: {submission.look()[0]}. Wait until it has begun"
+        )
+    state, jobs = ("", []) if submission is None else submission.look()
     store = Store(path)
     return StoreStatus(
         str(path),
@@ -309,6 +324,7 @@ def store_status(path: Place, n_bad: int = 20) -> StoreStatus:
         _bad_images(store, n_bad),
         current_holder(path),
         store.last_receipt(),
+        None if submission is None else asdict(submission) | {"state": state, "jobs": jobs},
     )
 
 

@@ -125,16 +125,17 @@ class Store:
         names = [name for name in children(self.path / EXTRACTOR) if name != "zarr.json"]
         return {name: np.asarray(_open_array(self.path / EXTRACTOR / name)[...]) for name in names}
 
-    def receipts(self) -> list[dict[str, Any]]:
-        """The receipts of all runs, oldest first."""
-        return [read_json(self.path / RUNS / name) for name in self._receipt_names()]
+    def receipts(self, n: int | None = None) -> list[dict[str, Any]]:
+        """The receipts of the last ``n`` runs, or of all, newest first, but for those that cannot be read: a power cut may leave one empty."""
+        found = []
+        for name in sorted(self._receipt_names(), reverse=True)[:n]:
+            with contextlib.suppress(FeaturemapsError):
+                found.append(read_json(self.path / RUNS / name))
+        return found
 
     def last_receipt(self) -> dict[str, Any] | None:
         """The newest run's receipt; None where there is none that can be read."""
-        newest = max(self._receipt_names(), default=None)
-        with contextlib.suppress(FeaturemapsError):  # a power cut may leave it empty
-            return None if newest is None else read_json(self.path / RUNS / newest)
-        return None
+        return next(iter(self.receipts(1)), None)
 
     def _receipt_names(self) -> list[str]:
         return [name for name in children(self.path / RUNS) if fnmatch(name, "*Z-*.json")]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from pipeline.errors import EXIT_COMPLETE, EXIT_FAILED, EXIT_QUARANTINED, EXIT_RUN_AGAIN
+
 STAGES = ("read", "decode", "extract", "write")
 
 
@@ -96,6 +98,17 @@ class Summary:
         """The stage that took most of the workers' time."""
         shares = self.shares()
         return max(shares, key=lambda stage: shares[stage]) if shares else ""
+
+    @property
+    def exit_code(self) -> int:
+        """What the command ends with."""
+        if self.outcome == "stopped":
+            return EXIT_RUN_AGAIN
+        if self.outcome != "complete":
+            return EXIT_FAILED
+        limit = self.config.get("max_quarantined")
+        too_many = limit is not None and self.n_bad_total > limit
+        return EXIT_QUARANTINED if too_many or (self.n_bad_total and not self.n_done_total) else EXIT_COMPLETE
 
 
 def printable(name: str) -> str:

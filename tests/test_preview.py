@@ -214,7 +214,7 @@ def test_quarantined_rows_are_listed_after_rejected_images_and_superseded_ones_n
 
 
 def receipt_of(store, run_id, **values):
-    store.write_receipt(run_id, {**store.receipts()[-1], "run_id": run_id, **values})
+    store.write_receipt(run_id, {**store.receipts()[0], "run_id": run_id, **values})
 
 
 def test_while_a_run_works_the_status_says_who_and_how_long_it_takes(finished):

