@@ -46,6 +46,7 @@ ROLES = ("read", "extract", "write")
 CONNECT_TIMEOUT_S = 20.0
 LOCAL_PATIENCE_S = 120.0
 WAIT_LINE_S = 5.0
+QUICK_S = 3.0
 
 
 def local_workers(wanted: int | None) -> int:
@@ -255,9 +256,9 @@ def _wait_for_workers(
         if time.monotonic() >= next_line:
             next_line = time.monotonic() + WAIT_LINE_S
             on_wait(cluster.describe())
-        if everybody:
+        if everybody or waited_s < QUICK_S:  # later its own clock looks, as a queue may be asked for hours
             cluster.start()
-        time.sleep(0.1)
+        time.sleep(0.2)
 
 
 @contextlib.contextmanager

@@ -49,6 +49,7 @@ logger = logging.getLogger(__name__)
 
 COMMIT_S = 1.0
 RECEIPT_S = 10.0
+FIRST_RECEIPT_S = 2.0  # when workers of a cluster join one after another
 READY_BATCHES_PER_SLOT = 4
 RESULT_S = 10.0
 MAX_ACQUITTALS = 3
@@ -122,7 +123,7 @@ class Driver:
 
     def _loop(self) -> None:
         started = time.monotonic()
-        next_commit, next_receipt = started + COMMIT_S, started + RECEIPT_S
+        next_commit, next_receipt = started + COMMIT_S, started + FIRST_RECEIPT_S
         try:
             while True:
                 if self.trials and not self.draining:

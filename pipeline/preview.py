@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.batch import QueuedJob
 from pipeline.capacity import WorkerKind, bucket_bytes, guess_decode_bytes, usable_bytes, worker_memory_bytes
 from pipeline.changes import check_removals
 from pipeline.cluster import local_memory_bytes, local_processes
@@ -291,7 +292,7 @@ class StoreStatus:
         if self.submission:
             known = self.submission
             lines.append(f"handed to {known['kind']} as job {known['job_id']} on {known['submitted']}: {known['state']}")
-            lines += [f"  job {job['job_id']} ({job['name']}) {job['state']} {job['reason']}" for job in known["jobs"]]
+            lines += [f"  {QueuedJob(**job)}" for job in known["jobs"] if job["job_id"] != known["job_id"]]
         lines += [f"  {printable(item['path'])}  {printable(item['error'])}" for item in self.bad]
         n_more = self.counts["quarantined"] + self.counts["rejected"] - len(self.bad)
         if n_more:

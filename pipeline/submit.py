@@ -63,7 +63,8 @@ class Order:
         if not isinstance(spec, BatchSpec):
             raise UsageError(
                 f"cluster {self.job.cluster or 'local'!r} is of kind {spec.kind}, and only a batch system "
-                f"({', '.join(batch.SYSTEMS)}) can be handed a whole run: nothing was started; name one of its clusters with --cluster, or use `featuremaps run`"
+                f"({', '.join(batch.SYSTEMS)}) can be handed a whole run: nothing was started; name one of its "
+                "clusters with --cluster, or use `featuremaps run`"
             )
         return spec
 
@@ -271,7 +272,9 @@ def _come_back(order: Order, report: Callable[[Any], None], *, was_asked_to_end:
     if kind == "slurm":
         own = batch.queue(kind, [job_id]).get(job_id)
         if own is None or own.state != "RUNNING":
-            report(f"job {job_id} was taken back: nothing is lost; submit again to go on")
+            report(
+                f"Slurm is ending job {job_id}: nothing is lost; requeued it goes on by itself, cancelled it waits for another submit"
+            )
             return EXIT_RUN_AGAIN
         report(f"job {job_id} goes back into the queue")
         batch.requeue(job_id)
