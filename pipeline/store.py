@@ -126,7 +126,7 @@ class Store:
         return {name: np.asarray(_open_array(self.path / EXTRACTOR / name)[...]) for name in names}
 
     def receipts(self, n: int | None = None) -> list[dict[str, Any]]:
-        """The receipts of the last ``n`` runs, or of all, newest first, but for those that cannot be read: a power cut may leave one empty."""
+        """The receipts of the last ``n`` runs, or of all, newest first; but for those that a power cut left empty."""
         found = []
         for name in sorted(self._receipt_names(), reverse=True)[:n]:
             with contextlib.suppress(FeaturemapsError):

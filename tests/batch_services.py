@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
+
 from tests.services import free_port
 
 _SBIN = "/usr/local/sbin:/usr/sbin:/sbin"

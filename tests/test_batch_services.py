@@ -7,6 +7,7 @@ import sys
 
 import psutil
 import pytest
+
 from tests.batch_services import _environment_of, debian_program, slurm, sshd, wait_for
 
 pytestmark = pytest.mark.cluster

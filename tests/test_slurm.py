@@ -77,7 +77,7 @@ def slowly(folder: Path, groups=GROUPS) -> dict:
 
 def cluster_file(folder: Path, groups=None, **values) -> Path:
     entry = {"kind": "slurm", "interface": "lo", "start_timeout_s": 120, "groups": groups or GROUPS, **values}
-    (folder / "cluster.yaml").write_text(yaml.safe_dump({"clusters": {"slurm": entry}}))
+    (folder / "cluster.yaml").write_text(yaml.safe_dump({"clusters": {"slurm": entry}}, sort_keys=False))
     return folder / "cluster.yaml"
 
 
@@ -112,7 +112,7 @@ def test_a_submitted_run_whose_jobs_are_cancelled_and_which_is_requeued_makes_th
         time.sleep(3 * chance.random())
         victim = chance.choice(workers(service))
         service.cancel(victim.id)
-        wait_for("end of the cancelled job", lambda id=victim.id: service.job(id) is None or service.job(id).state != "RUNNING")
+        wait_for("end of the cancelled job", lambda: victim.id not in {job.id for job in workers(service)})  # noqa: B023 (called here)
         if i == 2:
             service.requeue(number)
             wait_for("requeued driver", lambda: (job := service.job(number)) is not None and job.restarts == 1)
@@ -154,7 +154,7 @@ def test_no_workers_in_time_is_said_with_the_state_of_the_queue(tmp_path, pictur
     done = attempt(tmp_path, pictures)
     assert done.returncode == 1
     assert "came within 4 s (read: 0 of 2 workers; extract: 0 of 2 workers; extract-0: job" in done.stderr
-    assert "PENDING: Resources" in done.stderr or "PENDING: Priority" in done.stderr
+    assert "PENDING: Resources" in done.stderr
     assert "waiting for workers (read: 0 of 2 workers" in done.stderr
     assert [job.name for job in queue.squeue() if job.state == "RUNNING"] == ["wrap"]
     queue.cancel()
@@ -170,13 +170,13 @@ def test_jobs_that_end_before_their_worker_is_there_are_said_so_with_the_end_of_
 
 def test_where_there_is_no_sbatch_nothing_is_started(tmp_path, pictures, monkeypatch):
     cluster_file(tmp_path)
-    monkeypatch.setenv("PATH", "/nowhere")
-    done = attempt(tmp_path, pictures)
-    assert done.returncode == 2
-    assert "there is no sbatch on this machine's PATH, so no job can be handed to Slurm: nothing was started" in done.stderr
-    hand_in_fails = featuremaps(tmp_path, "submit", write_job(tmp_path, source=str(pictures)))
-    assert hand_in_fails.returncode == 2
-    assert "there is no sbatch" in hand_in_fails.stderr
+    job_file = write_job(tmp_path, source=str(pictures))
+    with monkeypatch.context() as emptied:
+        emptied.setenv("PATH", "/nowhere")
+        tried = [attempt(tmp_path, pictures), featuremaps(tmp_path, "submit", job_file)]
+    for done in tried:
+        assert done.returncode == 2
+        assert "there is no sbatch on this machine's PATH, so no job can be handed to Slurm: nothing was started" in done.stderr
 
 
 def test_a_worker_that_was_to_have_a_gpu_and_sees_none_is_refused(tmp_path, pictures):
@@ -204,13 +204,13 @@ def test_workers_of_another_version_are_refused(tmp_path, pictures):
 
 
 def test_workers_that_retire_before_their_walltime_are_replaced(tmp_path, pictures, run, monkeypatch, queue):
-    monkeypatch.setattr(launch_batch, "lifetime", lambda _: ["--lifetime", "5s"])  # a walltime has whole minutes
+    monkeypatch.setattr(launch_batch, "lifetime", lambda _: ["--lifetime", "14s"])  # a walltime has whole minutes
     groups = slowly(tmp_path, {"all": {"workers": 2, "memory": "2 GiB"}})
     spec = load_cluster("slurm", cluster_file(tmp_path, groups))
-    run(pictures, tmp_path / "here.zarr", limit=300)
+    run(pictures, tmp_path / "here.zarr")
     with connect(spec) as client:
-        summary = run_job(make_job({"source": str(pictures), "store": str(tmp_path / "f.zarr"), "limit": 300}), client)
-    assert (summary.outcome, summary.n_done) == ("complete", 300)
+        summary = run_job(make_job({"source": str(pictures), "store": str(tmp_path / "f.zarr")}), client)
+    assert (summary.outcome, summary.n_done) == ("complete", 500)
     assert content(tmp_path / "f.zarr") == content(tmp_path / "here.zarr")
     numbers = {path.stem.rpartition("-")[2] for path in (tmp_path / "featuremaps-logs").glob("*.err")}
     assert len(numbers) > 2, "nobody was replaced"
