@@ -80,6 +80,15 @@ def _place(store: str) -> Place:
     return place(store)
 
 
+def _store_argument(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The store that a command is about, which a job file may name."""
+
+    def find(_context: click.Context, _parameter: click.Parameter, store: str) -> Place:
+        return _place(load_job(store).store if store.endswith(_JOB_SUFFIXES) else store)
+
+    return click.argument("store", callback=find, metavar="STORE | JOB.yaml")(command)
+
+
 def _make_job(what: tuple[str, ...], options: dict[str, Any]) -> Job:
     """Turn the command line into a job; options replace what a job file says."""
     values: dict[str, Any] = {}
@@ -144,7 +153,7 @@ def plan(what: tuple[str, ...], as_json: bool, verbose: int, **options: Any) -> 
 
 
 @cli.command()
-@click.argument("store", callback=lambda _context, _parameter, store: _place(store))
+@_store_argument
 @click.option("--json", "as_json", is_flag=True, help="Print the status as JSON.")
 @click.option("--quarantined", "n_listed", type=int, default=20, show_default=True, metavar="N", help="Bad images to list.")
 def status(store: Place, as_json: bool, n_listed: int) -> int:
@@ -157,7 +166,7 @@ def status(store: Place, as_json: bool, n_listed: int) -> int:
 
 
 @cli.command()
-@click.argument("store", callback=lambda _context, _parameter, store: _place(store))
+@_store_argument
 @click.argument("path")
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Figure to write: .png, .svg or .pdf.")
 def show(store: Place, path: str, output: Path) -> int:
@@ -170,7 +179,7 @@ def show(store: Place, path: str, output: Path) -> int:
 
 
 @cli.command()
-@click.argument("store", callback=lambda _context, _parameter, store: _place(store))
+@_store_argument
 @click.option(
     "--sample", "n_sample", type=click.IntRange(0), default=20, show_default=True, metavar="N", help="Images to recompute."
 )
@@ -190,7 +199,7 @@ def verify(store: Place, no_source: bool, as_json: bool, **options: Any) -> int:
 
 
 @cli.command()
-@click.argument("store", callback=lambda _context, _parameter, store: _place(store))
+@_store_argument
 @click.option("--dry-run", is_flag=True, help="Only say what would be freed.")
 @click.option("--sole-writer", is_flag=True, help="Vouch that nobody else writes to a bucket's store.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")

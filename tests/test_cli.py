@@ -119,7 +119,7 @@ def test_a_job_file_is_relative_to_itself_and_options_replace_what_it_says(jobs,
         (["plan", "none.yaml"], "featuremaps: job file none.yaml cannot be read"),
         (["nonsense"], "No such command 'nonsense'"),
         (["show", "a", "b"], "Missing option '-o' / '--output'"),
-        (["status"], "Missing argument 'STORE'"),
+        (["status"], "Missing argument 'STORE | JOB.yaml'"),
     ],
 )
 def test_a_command_line_that_makes_no_sense_ends_with_2_and_says_why(command, arguments, expected, monkeypatch, tmp_path):
@@ -245,6 +245,8 @@ def test_the_status_lists_bad_images_with_their_reasons(command, folder):
     assert "5 done, 0 quarantined, 0 removed, 0 superseded, 2 rejected" in out
     code, out, _ = command("status", folder / "f.zarr", "--quarantined", 1)
     assert ("bad.png" in out, "worse.jpg" in out, "and 1 more bad images" in out) == (True, False, True)
+    (folder / "job.yaml").write_text("{source: source, store: f.zarr}")
+    assert command("status", folder / "job.yaml")[1] == command("status", folder / "f.zarr")[1]
     status = json.loads(command("status", folder / "f.zarr", "--json")[1])
     assert [item["path"] for item in status["bad"]] == ["bad.png", "worse.jpg"]
     assert status["last_run"]["outcome"] == "complete"
