@@ -300,7 +300,7 @@ def _log_lines() -> Callable[[Progress], None]:
 
 def _describe(summary: Summary, job: Job) -> str:
     """The closing summary of a run."""
-    from pipeline.summary import printable
+    from pipeline.summary import describe_news, printable
 
     lines = [
         (
@@ -308,6 +308,7 @@ def _describe(summary: Summary, job: Job) -> str:
             f"{summary.n_rejected} rejected, {summary.n_pending} pending, {summary.n_removed} removed of {summary.n_listed} listed, "
             f"in {summary.elapsed_s:.1f} s"
         ),
+        *describe_news(summary),
     ]
     if summary.n_done:
         shares = ", ".join(f"{stage} {share:.0%}" for stage, share in summary.shares().items() if share >= 0.005)

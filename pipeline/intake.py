@@ -55,6 +55,7 @@ class Intake:
     ) -> None:
         self.listing, self.found, self.ledger, self.watch, self.channels = listing, found, ledger, watch, channels
         self.store, self.summary, self.progress = ledger.store, summary, progress
+        summary.n_changed = len(found.replaces)
         self.spec = extractor_spec(ledger.store.spec)
         self.decode_bytes = 0
         """The most that decoding one of the images probed so far takes."""
@@ -141,6 +142,8 @@ class Intake:
             appended[size] = list(zip(rows, (i for i, _ in items), strict=True))
         if rejected:
             self.ledger.append_rejected(rejected)
+            for _, p in rejected:
+                self.summary.note_bad(p.error)
             self.summary.n_rejected += len(rejected)
             self.progress.n_quarantined += len(rejected)
             self.progress.n_finished += len(rejected)

@@ -72,6 +72,8 @@ class Outcomes:
         n_done = 0
         for piece in result.pieces:
             n_done += int((piece.status == Status.DONE).sum())
+            for i in np.flatnonzero(piece.status == Status.QUARANTINED):
+                summary.note_bad(piece.error[i])
             n_quarantined = int((piece.status == Status.QUARANTINED).sum())
             summary.n_quarantined += n_quarantined
             self.progress.n_quarantined += n_quarantined

@@ -40,6 +40,8 @@ class Summary:
     n_listed: int = 0
     n_unchanged: int = 0
     n_new: int = 0
+    n_changed: int = 0
+    """Of these, images that have an entry already: their content is another, or they are tried again."""
     n_removed: int = 0
     n_returned: int = 0
     n_unreachable: int = 0
@@ -59,6 +61,8 @@ class Summary:
     n_quarantined: int = 0
     n_rejected: int = 0
     n_pending: int = 0
+    reasons: dict[str, int] = field(default_factory=dict)
+    """Images that this run has quarantined or rejected, per code."""
     n_bad_total: int = 0
     """Quarantined and rejected images of the whole store."""
     pixels: int = 0
@@ -82,6 +86,11 @@ class Summary:
     def megapixels_per_s(self) -> float:
         """Input pixels (10^6) per second of the same time."""
         return self.pixels / 1e6 / self.compute_s if self.compute_s else 0.0
+
+    def note_bad(self, error: str) -> None:
+        """Count the reason of one image that was quarantined or rejected."""
+        code = error.partition(":")[0]
+        self.reasons[code] = self.reasons.get(code, 0) + 1
 
     def shares(self) -> dict[str, float]:
         """Share of each stage, and of waiting, in the workers' time; they sum to 1 when anything ran."""
@@ -107,6 +116,25 @@ def printable(name: str) -> str:
     'café\\n.jpg'
     """
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in name)
+
+
+def describe_news(summary: Summary) -> list[str]:
+    """What was found to be other than at the last run, for a person; no lines where nothing was.
+
+    Examples
+    --------
+    >>> describe_news(Summary("r", n_new=7, n_changed=2, n_removed=1, reasons={"truncated": 2, "empty": 1}))
+    ['since the last run: 5 new, 2 changed or tried again, 1 removed', 'found bad by this run: 2 truncated, 1 empty']
+    """
+    n_of = {
+        "new": summary.n_new - summary.n_changed,
+        "changed or tried again": summary.n_changed,
+        "back": summary.n_returned,
+        "removed": summary.n_removed,
+    }
+    changes = ", ".join(f"{n} {name}" for name, n in n_of.items() if n)
+    reasons = ", ".join(f"{n} {code}" for code, n in sorted(summary.reasons.items(), key=lambda item: -item[1]))
+    return [f"since the last run: {changes}"] * bool(changes) + [f"found bad by this run: {reasons}"] * bool(reasons)
 
 
 def receipt(summary: Summary) -> dict[str, Any]:

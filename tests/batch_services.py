@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
-from services import free_port
+
+from tests.services import free_port
 
 _SBIN = "/usr/local/sbin:/usr/sbin:/sbin"
 _WAIT_S = 60.0

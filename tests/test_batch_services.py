@@ -7,7 +7,8 @@ import sys
 
 import psutil
 import pytest
-from batch_services import _environment_of, debian_program, slurm, sshd, wait_for
+
+from tests.batch_services import _environment_of, debian_program, slurm, sshd, wait_for
 
 pytestmark = pytest.mark.cluster
 

@@ -155,10 +155,12 @@ def test_the_json_of_a_run_is_its_receipt(command, tmp_path):
 def test_a_run_ends_with_a_summary_and_logs_to_stderr_only(command, folder, tmp_path):
     code, out, err = command("run", folder / "source", tmp_path / "f.zarr")
     assert code == 0
-    first, speed, shares, bad, last = out.splitlines()
+    first, changes, reasons, speed, shares, bad, last = out.splitlines()
     assert re.fullmatch(
         r"complete: 5 images done, 0 unchanged, 0 quarantined, 2 rejected, 0 pending, 0 removed of 7 listed, in \d+\.\d s", first
     )
+    assert changes == "since the last run: 7 new"
+    assert reasons == "found bad by this run: 1 empty, 1 not_an_image"
     assert re.fullmatch(r"[\d.]+ images/s, [\d.]+ megapixels/s on 2 slots; read [\d.]+ MB, wrote [\d.]+ MB", speed)
     assert re.fullmatch(r"time of the workers: .*; bottleneck: (read|decode|extract|write|waiting)", shares)
     assert bad == f"2 bad images in all: featuremaps status {tmp_path / 'f.zarr'} lists them with their reasons"

@@ -19,8 +19,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from batch_services import debian_program, slurm, wait_for
-from conftest import make_images
+
+from tests.batch_services import debian_program, slurm, wait_for
+from tests.conftest import make_images
 
 pytestmark = pytest.mark.cluster
 
@@ -157,6 +158,8 @@ def test_cron_runs_its_line_and_mails_what_was_said(site, tmp_path):
     assert "To: you@example.org" in text
     assert "complete, but TOO MANY BAD IMAGES" in text
     assert "6 images done" in text
+    assert "since the last run: 7 new\n" in text
+    assert re.search(r"^found bad by this run: 1 \w+$", text, re.MULTILINE), text
     assert re.search(r"^  broken\.png  \w+: ", text, re.MULTILINE), text
     assert "--retry-quarantined" in text
     assert "starting workers" not in text, "progress is for the log"
