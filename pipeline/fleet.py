@@ -33,6 +33,7 @@ class Fleet:
         self.client = client
         workers = worker_slots(client)
         self.addresses = set(workers)
+        self.n_workers = len(workers)
         self.slots = sum(worker.extract for worker in workers.values())
         """Batches that are extracted at once."""
         self.threads = max(worker.extract for worker in workers.values())
@@ -87,7 +88,7 @@ class Fleet:
             workers = worker_slots(self.client)
         except FeaturemapsError as error:
             return str(error)
-        self.slots = sum(worker.extract for worker in workers.values())
+        self.slots, self.n_workers = sum(worker.extract for worker in workers.values()), len(workers)
         if self.is_whole and not any(worker.extract and worker.is_whole for worker in workers.values()):
             return "those that are there share the roles among them, and batches were sent to workers that have all"
         return ""
