@@ -22,16 +22,21 @@ mkdir -p "$logs" || exit 1
 log=$logs/$(date +%Y-%m-%dT%H%M%S).$$
 find "$logs" -name '*.log' -mtime +90 -delete
 
-# A signal is passed on, so that the run drains; `wait` ends at the signal, and is called again for the rest.
-featuremaps run "$job" >"$log.txt" 2>"$log.log" &
-run=$!
-trap 'signalled=1; kill -TERM $run 2>/dev/null' TERM INT HUP
-signalled=1
-while [ $signalled = 1 ]; do
-    signalled=0
-    wait $run
-    code=$?
-done
+# Runs a command and passes signals on, so that the run drains; `wait` ends at the signal, and is called again for the rest.
+attend() {
+    "$@" >>"$log.txt" 2>>"$log.log" &
+    child=$!
+    signalled=1
+    while [ $signalled = 1 ]; do
+        signalled=0
+        wait $child
+        code=$?
+    done
+}
+child=
+was_stopped=
+trap 'signalled=1; was_stopped=1; [ -z "$child" ] || kill -TERM $child 2>/dev/null' TERM INT HUP
+attend featuremaps run "$job"
 
 verdict() {
     case $1 in
@@ -60,19 +65,17 @@ report() {
     echo "log: $log.log"
 }
 
-if [ $code -eq 0 ] && [ "$day" = "${VERIFY_ON:-}" ]; then
+if [ $code -eq 0 ] && [ -z "$was_stopped" ] && [ "$day" = "${VERIFY_ON:-}" ]; then
     sample=${VERIFY_SAMPLE:-20}
-    options="--sample $sample"
-    [ "$sample" -ne 0 ] || options="--no-source"
-    {
-        echo
-        echo "Tonight the store was audited, too:"
-        # shellcheck disable=SC2086 (two words)
-        featuremaps verify "$job" $options 2>>"$log.log"
-    } >>"$log.txt" || {
-        code=1
+    if [ "$sample" = 0 ]; then set -- --no-source; else set -- --sample "$sample"; fi
+    printf '\nTonight the store was audited, too:\n' >>"$log.txt"
+    attend featuremaps verify "$job" "$@"
+    if [ $code -ne 0 ] && [ -n "$was_stopped" ]; then
+        code=75
+        echo "The audit was stopped; the images are complete." >>"$log.txt"
+    elif [ $code -ne 0 ]; then
         echo "Have bad maps computed again with: featuremaps verify $job --repair, and another run" >>"$log.txt"
-    }
+    fi
 fi
 if [ $code -ne 0 ] || [ -z "${QUIET:-}" ]; then report; fi
 rm -f "$log.txt"
