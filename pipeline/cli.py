@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,8 @@ from pipeline.errors import (
 if TYPE_CHECKING:
     from pipeline.objects import Place
     from pipeline.summary import Progress, Summary
+
+logger = logging.getLogger(__name__)
 
 LOG_LINE_S = 10.0
 _JOB_SUFFIXES = (".yaml", ".yml")
@@ -66,7 +69,8 @@ def _job_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--durability", type=click.Choice(["process", "machine"]), help="What may die without loss (process)."),
         click.option("--sole-writer", is_flag=True, default=None, help="Vouch that nobody else writes to a bucket's store."),
         click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
-        click.option("-v", "--verbose", count=True, help="More log lines; twice for Dask's own."),
+        click.option("-v", "--verbose", count=True, help="More log lines, one per batch; twice for Dask's own."),
+        click.option("--log-format", type=click.Choice(["text", "json"]), default="text", help="One JSON object per log line."),
     ]
     for option in reversed(options):
         command = option(command)
@@ -77,6 +81,13 @@ def _place(store: str) -> Place:
     from pipeline.objects import place
 
     return place(store)
+
+
+_store_argument = click.argument(  # which a job file may name
+    "store",
+    callback=lambda _context, _parameter, store: _place(load_job(store).store if store.endswith(_JOB_SUFFIXES) else store),
+    metavar="STORE | JOB.yaml",
+)
 
 
 def _make_job(what: tuple[str, ...], options: dict[str, Any]) -> Job:
@@ -105,30 +116,41 @@ def _make_job(what: tuple[str, ...], options: dict[str, Any]) -> Job:
     return make_job({"source": what[0], "store": what[1], **values})
 
 
+def _begin(what: tuple[str, ...], options: dict[str, Any], verbose: int, log_format: str) -> Job:
+    """Start logging, and make the job."""
+    from pipeline import logs
+
+    _start_logging(verbose, as_json=log_format == "json")
+    job = _make_job(what, options)
+    logs.about(str(_place(job.store).absolute()))
+    return job
+
+
 @cli.command()
 @_job_options
-def run(what: tuple[str, ...], as_json: bool, verbose: int, **options: Any) -> int:
+@click.option("--metrics", metavar="HOST:PORT", help="Serve Prometheus metrics here while the run lasts; port 0 is any free one.")
+def run(what: tuple[str, ...], as_json: bool, verbose: int, log_format: str, metrics: str | None, **options: Any) -> int:
     """Bring STORE up to date with SOURCE: also resume, also tonight's new images.
 
     SOURCE is a folder, a glob pattern, or a .txt, .csv or .parquet list of paths.
     """
-    _start_logging(verbose)
-    job = _make_job(what, options)
+    job = _begin(what, options, verbose, log_format)
     from pipeline.run import run_job
-    from pipeline.summary import receipt
+    from pipeline.summary import describe, receipt
 
-    with _stop_on_signal() as stop, _show_progress(sys.stderr.isatty() and not as_json) as on_progress:
+    on_terminal = sys.stderr.isatty() and not as_json and log_format == "text"
+    with _serve_metrics(metrics), _stop_on_signal() as stop, _show_progress(on_terminal) as on_progress:
         summary = run_job(job, on_progress=on_progress, stop=stop)
-    click.echo(json.dumps(receipt(summary), indent=1) if as_json else _describe(summary, job))
+    _say_end(summary)
+    click.echo(json.dumps(receipt(summary), indent=1) if as_json else describe(summary, job.store))
     return summary.exit_code
 
 
 @cli.command()
 @_job_options
-def plan(what: tuple[str, ...], as_json: bool, verbose: int, **options: Any) -> int:
+def plan(what: tuple[str, ...], as_json: bool, verbose: int, log_format: str, **options: Any) -> int:
     """Say what run would do: images, classes, shards, bytes, memory, disk. Changes nothing."""
-    _start_logging(verbose)
-    job = _make_job(what, options)
+    job = _begin(what, options, verbose, log_format)
     from pipeline.preview import plan_job
 
     preview = plan_job(job)
@@ -137,7 +159,7 @@ def plan(what: tuple[str, ...], as_json: bool, verbose: int, **options: Any) -> 
 
 
 @cli.command()
-@click.argument("store", callback=lambda _context, _parameter, store: _place(store))
+@_store_argument
 @click.option("--json", "as_json", is_flag=True, help="Print the status as JSON.")
 @click.option("--quarantined", "n_listed", type=int, default=20, show_default=True, metavar="N", help="Bad images to list.")
 def status(store: Place, as_json: bool, n_listed: int) -> int:
@@ -150,7 +172,7 @@ def status(store: Place, as_json: bool, n_listed: int) -> int:
 
 
 @cli.command()
-@click.argument("store", callback=lambda _context, _parameter, store: _place(store))
+@_store_argument
 @click.argument("path")
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Figure to write: .png, .svg or .pdf.")
 def show(store: Place, path: str, output: Path) -> int:
@@ -163,7 +185,7 @@ def show(store: Place, path: str, output: Path) -> int:
 
 
 @cli.command()
-@click.argument("store", callback=lambda _context, _parameter, store: _place(store))
+@_store_argument
 @click.option(
     "--sample", "n_sample", type=click.IntRange(0), default=20, show_default=True, metavar="N", help="Images to recompute."
 )
@@ -183,7 +205,7 @@ def verify(store: Place, no_source: bool, as_json: bool, **options: Any) -> int:
 
 
 @cli.command()
-@click.argument("store", callback=lambda _context, _parameter, store: _place(store))
+@_store_argument
 @click.option("--dry-run", is_flag=True, help="Only say what would be freed.")
 @click.option("--sole-writer", is_flag=True, help="Vouch that nobody else writes to a bucket's store.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
@@ -209,13 +231,21 @@ def vacuum(store: Place, dry_run: bool, sole_writer: bool, as_json: bool) -> int
 @click.option("--dry-run", is_flag=True, help="Only print the job script.")
 @click.option("--attend", is_flag=True, hidden=True, help="What the driver's job calls.")
 @click.option("-v", "--verbose", count=True, help="More log lines; twice for Dask's own.")
+@click.option("--log-format", type=click.Choice(["text", "json"]), default="text", help="One JSON object per log line.")
 def submit(
-    job_file: Path, cluster: str | None, cluster_file: Path, dry_run: bool, attend: bool, verbose: int, **options: Any
+    job_file: Path,
+    cluster: str | None,
+    cluster_file: Path,
+    dry_run: bool,
+    attend: bool,
+    verbose: int,
+    log_format: str,
+    **options: Any,
 ) -> int:
     """Hand the whole run to a batch system: a driver's job that comes back until the store is complete, and then audits it."""
     from pipeline import submit as submitting
 
-    _start_logging(verbose)
+    _start_logging(verbose, as_json=log_format == "json")
     job = load_job(job_file, {"cluster": cluster} if cluster else {})
     order = submitting.Order(job, job_file, cluster_file, **options)
     if dry_run:
@@ -227,22 +257,58 @@ def submit(
         return EXIT_COMPLETE
 
     def report(what: Any) -> None:
-        from pipeline.summary import Summary
+        from pipeline.summary import Summary, describe
 
-        click.echo(_describe(what, job) if isinstance(what, Summary) else what if isinstance(what, str) else what.describe())
+        click.echo(describe(what, job.store) if isinstance(what, Summary) else what if isinstance(what, str) else what.describe())
 
     with _stop_on_signal() as stop:
         return submitting.attend(order, stop=stop, on_progress=_log_lines(), report=report)
 
 
-def _start_logging(verbose: int) -> None:
-    level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("pipeline").setLevel(level)
+def _start_logging(verbose: int, *, as_json: bool) -> None:
+    from pipeline import logs
+
+    logs.start(as_json=as_json, level=(logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)])
+    logger.setLevel(logging.INFO)  # what this module logs is what is shown without -v in text
     if verbose < 2:
         import dask  # before distributed, which sets its loggers up when it is imported
 
         dask.config.set({"logging": {"distributed": "critical", "distributed.client": "critical", "bokeh": "critical"}})
+
+
+def _is_json() -> bool:
+    """Whether log lines are JSON; logs are only imported where they were started."""
+    logs = sys.modules.get("pipeline.logs")
+    return logs is not None and bool(logs.is_json())
+
+
+def _say(text: str, level: int = logging.INFO, *, before: str = "", **extra: Any) -> None:
+    """Put a line on stderr whatever the verbosity."""
+    if _is_json():
+        logger.log(level, "%s", text, extra=extra)
+    else:
+        click.echo(f"{before}{text}", err=True)
+
+
+def _say_end(summary: Summary) -> None:
+    """Log how a run ended, with its receipt; text has that on stdout."""
+    from pipeline.summary import headline, receipt
+
+    if _is_json():
+        level = logging.INFO if summary.outcome == "complete" else logging.WARNING
+        _say(headline(summary), level, outcome=summary.outcome, receipt=receipt(summary))
+
+
+@contextmanager
+def _serve_metrics(address: str | None) -> Iterator[None]:
+    if address is None:
+        yield
+        return
+    from pipeline.metrics import served
+
+    with served(address) as url:
+        _say(f"metrics: {url}", url=url)
+        yield
 
 
 @contextmanager
@@ -254,7 +320,8 @@ def _stop_on_signal() -> Iterator[threading.Event]:
         if stop.is_set() and number == signal.SIGINT:
             raise KeyboardInterrupt
         stop.set()
-        click.echo(f"\n{signal.Signals(number).name}: finishing what is in flight; nothing is lost, run again to go on", err=True)
+        name = signal.Signals(number).name
+        _say(f"{name}: finishing what is in flight; nothing is lost, run again to go on", before="\n", signal=name)
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -302,73 +369,32 @@ def _show_progress(on_terminal: bool) -> Iterator[Callable[[Progress], None]]:
 def _log_lines() -> Callable[[Progress], None]:
     import time
 
-    last, began = 0.0, 0.0
+    last, began, stage = 0.0, 0.0, ""
 
     def update(progress: Progress) -> None:
-        nonlocal last, began
+        nonlocal last, began, stage
         now = time.monotonic()
+        is_news = progress.stage.partition(",")[0] != stage and _is_json()  # so that each stage has a line, with the run's id
+        stage = progress.stage.partition(",")[0]
         if progress.stage == "running" and not began:
             began = now
-        if not last or now - last >= LOG_LINE_S:
+        if not last or now - last >= LOG_LINE_S or is_news:
             last = now
             finished = progress.n_finished - progress.n_start
             left_s = (now - began) / finished * (progress.n_total - progress.n_finished) if began and finished else 0.0
             left = f", about {left_s:.0f} s left" if left_s else ""
             counts = f": {progress.n_finished} of {progress.n_total} images" if progress.n_total else ""
             bad = f", {progress.n_quarantined} bad" if progress.n_quarantined else ""
-            click.echo(f"{progress.stage}{counts}{bad}{left}", err=True)
+            _say(
+                f"{progress.stage}{counts}{bad}{left}",
+                stage=progress.stage,
+                n_finished=progress.n_finished,
+                n_total=progress.n_total,
+                n_bad=progress.n_quarantined,
+                left_s=round(left_s, 1) if left_s else None,
+            )
 
     return update
-
-
-def _describe(summary: Summary, job: Job) -> str:
-    """The closing summary of a run."""
-    from pipeline.summary import printable
-
-    lines = [
-        (
-            f"{summary.outcome}: {summary.n_done} images done, {summary.n_unchanged} unchanged, {summary.n_quarantined} quarantined, "
-            f"{summary.n_rejected} rejected, {summary.n_pending} pending, {summary.n_removed} removed of {summary.n_listed} listed, "
-            f"in {summary.elapsed_s:.1f} s"
-        ),
-    ]
-    if summary.n_done:
-        shares = ", ".join(f"{stage} {share:.0%}" for stage, share in summary.shares().items() if share >= 0.005)
-        lines += [
-            (
-                f"{summary.images_per_s:.1f} images/s, {summary.megapixels_per_s:.1f} megapixels/s on {summary.slots} slots; read "
-                f"{summary.bytes_read / 1e6:.1f} MB, wrote {summary.bytes_written / 1e6:.1f} MB"
-            ),
-            f"time of the workers: {shares}; bottleneck: {summary.bottleneck}",
-        ]
-    if summary.n_checked or summary.n_unchecked:
-        lines.append(
-            f"{summary.n_checked} images were read and compared with their digests, {summary.n_unchecked} could not be; "
-            f"{summary.n_touched} had a new time only"
-        )
-    if summary.faults:
-        faults = "; ".join(map(printable, summary.faults[:3]))
-        lines.append(f"faults that may pass: {faults}; run again to try these images again")
-    if summary.unreadable_folders:
-        lines.append(
-            "folders that could not be read, whose images keep what they have: "
-            + ", ".join(map(printable, summary.unreadable_folders[:5]))
-        )
-    if summary.n_unreachable:
-        lines.append(
-            f"{summary.n_unreachable} images could not be looked at and keep what they have: check links and permissions"
-        )
-    if summary.ignored:
-        suffixes = ", ".join(printable(suffix) or "none" for suffix in list(summary.ignored)[:8])
-        lines.append(f"{sum(summary.ignored.values())} other files were passed over, by their suffix: {suffixes}")
-    if summary.n_bad_total and not summary.n_done_total:
-        lines.append(
-            "the store holds no maps at all: look at the reasons; if the settings were wrong, delete it and run with others"
-        )
-    if summary.n_bad_total:
-        lines.append(f"{summary.n_bad_total} bad images in all: featuremaps status {job.store} lists them with their reasons")
-    lines.append(f"store {job.store}, receipt runs/{summary.run_id}.json")
-    return "\n".join(lines)
 
 
 def main() -> None:
@@ -379,20 +405,37 @@ def main() -> None:
     try:
         code = cli.main(standalone_mode=False)
     except FeaturemapsError as error:
-        paragraph = " ".join(line.strip() for line in str(error).splitlines())
-        click.echo(f"featuremaps: {paragraph}", err=True)
-        code = error.exit_code
+        code = _complain(error, " ".join(line.strip() for line in str(error).splitlines()), error.exit_code)
     except OSError as error:
-        click.echo(
-            f"featuremaps: the file system failed ({error}): what was committed stands; check the disk, its space and the "
-            "permissions, and run the same command again",
-            err=True,
+        code = _complain(
+            error,
+            f"the file system failed ({error}): what was committed stands; check the disk, its space and the permissions, and run the "
+            "same command again",
+            EXIT_FAILED,
         )
-        code = EXIT_FAILED
     except click.ClickException as error:
-        error.show()
+        if _asks_for_json(sys.argv):
+            _start_logging(0, as_json=True)  # click stopped before the command began
+            _complain(error, error.format_message(), error.exit_code)
+        else:
+            error.show()
         code = error.exit_code
-    except (KeyboardInterrupt, click.Abort):
-        click.echo("featuremaps: interrupted; what was committed stands, run again to go on", err=True)
-        code = EXIT_RUN_AGAIN
+    except (KeyboardInterrupt, click.Abort) as error:
+        code = _complain(error, "interrupted; what was committed stands, run again to go on", EXIT_RUN_AGAIN)
+    except Exception as error:
+        if not _is_json():
+            raise
+        logger.critical("featuremaps has a fault: %s", error, exc_info=error)  # a traceback of many lines is no log line
+        code = EXIT_FAILED
     sys.exit(code)
+
+
+def _complain(error: BaseException, paragraph: str, code: int) -> int:
+    """Say why the command ends; return its exit code."""
+    _say(f"featuremaps: {paragraph}", logging.ERROR, error=type(error).__name__, exit_code=code)
+    return code
+
+
+def _asks_for_json(arguments: list[str]) -> bool:
+    """Whether log lines were to be JSON, of a command line that click could not make sense of."""
+    return "--log-format=json" in arguments or ("--log-format", "json") in pairwise(arguments)

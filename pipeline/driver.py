@@ -27,7 +27,7 @@ from pipeline.intake import Intake
 from pipeline.ledger import Ledger
 from pipeline.listing import Listing
 from pipeline.lock import require_lock
-from pipeline.outcomes import Outcomes
+from pipeline.outcomes import Outcomes, note_batch
 from pipeline.plan import (
     BATCHES_IN_FLIGHT_PER_SLOT,
     Batch,
@@ -49,7 +49,6 @@ logger = logging.getLogger(__name__)
 
 COMMIT_S = 1.0
 RECEIPT_S = 10.0
-FIRST_RECEIPT_S = 2.0  # when workers of a cluster join one after another
 READY_BATCHES_PER_SLOT = 4
 RESULT_S = 10.0
 MAX_ACQUITTALS = 3
@@ -123,7 +122,7 @@ class Driver:
 
     def _loop(self) -> None:
         started = time.monotonic()
-        next_commit, next_receipt = started + COMMIT_S, started + FIRST_RECEIPT_S
+        next_commit = next_receipt = started + COMMIT_S  # the first receipt soon, for those who ask for the status
         try:
             while True:
                 if self.trials and not self.draining:
@@ -138,12 +137,13 @@ class Driver:
                 if self.is_lost or self.client.status != "running":
                     self._fail(scheduler_lost(None))
                     break
-                self.summary.compute_s = time.monotonic() - started
+                self.summary.count_time(time.monotonic() - started)
                 if time.monotonic() >= next_commit:
                     self._commit()
                     self.notify(self.progress)
                     next_commit = time.monotonic() + COMMIT_S
                 if time.monotonic() >= next_receipt:
+                    self.summary.touch()
                     self.store.write_receipt(self.summary.run_id, receipt(self.summary))
                     next_receipt = time.monotonic() + RECEIPT_S
                     self._check_workers()
@@ -152,7 +152,7 @@ class Driver:
                     break
         finally:
             self.flight.cancel()
-            self.summary.compute_s = time.monotonic() - started
+            self.summary.count_time(time.monotonic() - started)
 
     @property
     def draining(self) -> bool:
@@ -163,7 +163,7 @@ class Driver:
         """Look at the workers, give them the extractor, and take up the rows that are in the store already."""
         self.fleet = Fleet(self.client)
         self.flight.is_whole = self.fleet.is_whole
-        self.summary.slots = self.fleet.slots
+        self.summary.slots, self.summary.workers = self.fleet.slots, self.fleet.n_workers
         for size, shape_class in self.store.classes.items():
             rows = self.found.pending.get(shape_class.name, [])
             self.image_of[size] = dict(rows)
@@ -201,6 +201,7 @@ class Driver:
             elif kind == "trial":
                 self._judge(result, survived=True)
             else:
+                note_batch(future.key, what[0], result)
                 self._take_batch(result)
         elif future.status == "error":
             self._take_error(kind, what, future.exception())
@@ -225,10 +226,10 @@ class Driver:
     def _check_workers(self) -> None:
         try:
             self.fleet.check()
-            self.summary.slots = max(self.summary.slots, self.fleet.slots)
         except FeaturemapsError as failure:
             self._fail(failure)
             self.is_lost = True
+        self.summary.slots, self.summary.workers = self.fleet.slots, self.fleet.n_workers
 
     def _check_stalls(self) -> None:
         """Replace workers that wait for a storage that does not answer, and send what they had without the image; but not for ever."""

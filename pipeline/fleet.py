@@ -58,6 +58,7 @@ class Fleet:
         self._count(workers)
 
     def _count(self, workers: Mapping[str, WorkerSlots]) -> None:
+        self.n_workers = len(workers)
         self.slots = sum(worker.extract for worker in workers.values())
         """Batches that are extracted at once."""
         self._n_extractors = sum(worker.extract > 0 for worker in workers.values())

@@ -11,6 +11,7 @@ from pipeline.changes import Changes
 from pipeline.ledger import Ledger
 from pipeline.listing import UNREADABLE, Listing
 from pipeline.lock import require_lock
+from pipeline.logs import warn_of_image
 from pipeline.plan import ClassLayout, Size, assign_classes
 from pipeline.schema import REJECTED, RUNS
 from pipeline.settings import extractor_spec, layout_of
@@ -55,6 +56,7 @@ class Intake:
     ) -> None:
         self.listing, self.found, self.ledger, self.watch, self.channels = listing, found, ledger, watch, channels
         self.store, self.summary, self.progress = ledger.store, summary, progress
+        summary.n_changed = len(found.replaces)
         self.spec = extractor_spec(ledger.store.spec)
         self.decode_bytes = 0
         """The most that decoding one of the images probed so far takes."""
@@ -141,6 +143,9 @@ class Intake:
             appended[size] = list(zip(rows, (i for i, _ in items), strict=True))
         if rejected:
             self.ledger.append_rejected(rejected)
+            for n_before, (i, p) in enumerate(rejected, self.summary.n_rejected + self.summary.n_quarantined):
+                warn_of_image(self.listing.paths[i], p.error, n_before)
+                self.summary.note_bad(self.listing.paths[i], p.error)
             self.summary.n_rejected += len(rejected)
             self.progress.n_quarantined += len(rejected)
             self.progress.n_finished += len(rejected)

@@ -243,7 +243,7 @@ def require_lock(folder: Place, run_id: str) -> None:
 
 
 def current_holder(store: Place) -> dict[str, Any] | None:
-    """Who works on a store now, as far as can be seen from here."""
+    """Who works on a store now, as far as can be seen from here, and for how many seconds nothing was heard of it."""
     path = store / "runs" / _NAME
     try:
         if isinstance(path, Url):
@@ -254,4 +254,7 @@ def current_holder(store: Place) -> dict[str, Any] | None:
         holder = Holder.parse(content)
     except (OSError, ValueError, TypeError, AttributeError):
         return None
-    return None if holder is None or holder.is_dead() or time.time() - modified_s >= LOCK_TTL_S else asdict(holder)
+    silent_s = time.time() - modified_s
+    if holder is None or holder.is_dead() or silent_s >= LOCK_TTL_S:
+        return None
+    return asdict(holder) | {"silent_s": max(0.0, silent_s)}

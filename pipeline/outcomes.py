@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import logging
+import time
+from collections.abc import Sequence
+
 import numpy as np
 
 from pipeline import tasks
 from pipeline.changes import Changes, Entry, is_inaccessible
 from pipeline.ledger import Ledger, has_inaccessible
+from pipeline.logs import warn_of_image
 from pipeline.plan import class_name
 from pipeline.schema import Status
 from pipeline.source_watch import SourceWatch
-from pipeline.summary import Progress, Summary
+from pipeline.summary import Progress, Summary, count
+
+logger = logging.getLogger(__name__)
 
 
 class Outcomes:
@@ -64,6 +71,7 @@ class Outcomes:
         self._results = held
         pieces = [piece for result in results for piece in result.pieces]
         self.ledger.commit(pieces, source_failed=self.watch.failed)
+        self.progress.last_commit_s = time.time()
         for result in results:
             self._account(result)
 
@@ -72,7 +80,12 @@ class Outcomes:
         n_done = 0
         for piece in result.pieces:
             n_done += int((piece.status == Status.DONE).sum())
-            n_quarantined = int((piece.status == Status.QUARANTINED).sum())
+            bad = np.flatnonzero(piece.status == Status.QUARANTINED)
+            for n_before, i in enumerate(bad, summary.n_rejected + summary.n_quarantined):
+                if not (self.watch.failed and is_inaccessible(piece.error[i])):  # which the ledger does not believe
+                    warn_of_image(piece.paths[i], piece.error[i], n_before)
+                    summary.note_bad(piece.paths[i], piece.error[i])
+            n_quarantined = len(bad)
             summary.n_quarantined += n_quarantined
             self.progress.n_quarantined += n_quarantined
             self.progress.n_finished += n_quarantined
@@ -89,3 +102,34 @@ class Outcomes:
         summary.bytes_written += result.bytes_written
         for stage, seconds in result.stage_s.items():
             summary.stage_s[stage] += seconds
+
+
+def note_batch(key: str, pieces: Sequence[tasks.WorkPiece], result: tasks.BatchResult) -> None:
+    """Fill in what did not travel with the result of a batch, and tell of it; it is committed within a second or so."""
+    for outcome, piece in zip(result.pieces, pieces, strict=True):
+        outcome.paths = piece.paths
+    if not logger.isEnabledFor(logging.INFO):
+        return
+    n_images = sum(len(piece.rows) for piece in result.pieces)
+    n = {status: sum(int((piece.status == status).sum()) for piece in result.pieces) for status in Status}
+    found = [f"{n[Status.DONE]} of {count(n_images, 'image')} done"]
+    found += [f"{n[Status.QUARANTINED]} quarantined"] if n[Status.QUARANTINED] else []
+    found += [f"{n[Status.PENDING]} left to the next run"] if n[Status.PENDING] else []
+    found += [f"{stage} {seconds:.2f} s" for stage, seconds in result.stage_s.items()]
+    logger.info(
+        "batch %s on %s: %s",
+        key,
+        result.host,
+        ", ".join(found),
+        extra={
+            "batch": key,
+            "host": result.host,
+            "n_images": n_images,
+            "n_done": n[Status.DONE],
+            "n_quarantined": n[Status.QUARANTINED],
+            "n_pending": n[Status.PENDING],
+            "bytes_read": result.bytes_read,
+            "bytes_written": result.bytes_written,
+            "stage_s": {stage: round(seconds, 4) for stage, seconds in result.stage_s.items()},
+        },
+    )

@@ -37,7 +37,7 @@ from pipeline.schema import REJECTED, ShapeClass, Status
 from pipeline.settings import cost_s, layout_of, needed_size, scratch_bytes
 from pipeline.store import Store, is_store
 from pipeline.submission import last_submission
-from pipeline.summary import printable
+from pipeline.summary import count, describe_bottleneck, printable
 
 BLOCK = 2048
 INLINE = 4 * BLOCK
@@ -96,11 +96,11 @@ class Preview:
         listed = ", ".join(f"{name} ({n})" for name, n in largest[:5]) + (", ..." if len(largest) > 5 else "")
         lines = [
             (
-                f"{self.n_listed} images listed: {self.n_to_compute} to compute, {self.n_unchanged} unchanged, "
+                f"{count(self.n_listed, 'image')} listed: {self.n_to_compute} to compute, {self.n_unchanged} unchanged, "
                 f"{self.n_to_reject} to reject, {self.n_removed} to mark removed"
                 + (f", {self.n_returned} back" if self.n_returned else "")
             ),
-            f"{len(self.classes)} shape classes ({self.n_new_classes} new): {listed or 'none'}",
+            f"{count(len(self.classes), 'shape class', 'shape classes')} ({self.n_new_classes} new): {listed or 'none'}",
             f"shards: {self.n_shards}, batches: {self.n_batches}, workers: {self.workers}; roughly {max(1, self.work_s):.0f} s of one core",
             f"maps up to {self.maps_bytes / 1e6:,.0f} MB before compression, "
             + ("in a bucket" if self.free_bytes is None else f"{self.free_bytes / 1e6:,.0f} MB free")
@@ -110,15 +110,17 @@ class Preview:
             + (" -- DOES NOT FIT" if 0 < self.worker_limit_bytes < self.worker_memory_bytes else ""),
         ]
         if self.n_to_check:
-            lines.append(f"{self.n_to_check} images to read and compare with their digests; those that differ are computed too")
+            lines.append(
+                f"{count(self.n_to_check, 'image')} to read and compare with their digests; those that differ are computed too"
+            )
         if self.reasons:
             lines.append("to reject: " + ", ".join(f"{n} {code}" for code, n in self.reasons.items()))
         if self.ignored:
             lines.append(
-                f"{sum(self.ignored.values())} other files passed over, by their suffix: {', '.join(map(printable, self.ignored))}"
+                f"{count(sum(self.ignored.values()), 'other file')} passed over, by their suffix: {', '.join(map(printable, self.ignored))}"
             )
         if self.n_faults:
-            lines.append(f"{self.n_faults} images could not be reached just now and would be tried again")
+            lines.append(f"{count(self.n_faults, 'image')} could not be reached just now and would be tried again")
         return "\n".join(lines)
 
 
@@ -249,14 +251,15 @@ class StoreStatus:
     bad: list[dict[str, str]]
     """The first quarantined and rejected images: path and error."""
     holder: dict[str, Any] | None
-    """Who works on it now."""
+    """Who works on it now, and ``silent_s``, the seconds since its last heartbeat, of which there is one every 10 s."""
     last_run: dict[str, Any] | None
+    """The newest receipt; that of a run at work is written every 10 s."""
     submission: dict[str, Any] | None = None
     """What was handed to a batch system, with ``state`` in words and the ``jobs`` that work for the store."""
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""
-        return asdict(self)
+        return asdict(self) | {"is_at_work": self.holder is not None, "left_s": self.left_s}
 
     @property
     def left_s(self) -> float | None:
@@ -270,25 +273,32 @@ class StoreStatus:
     def describe(self) -> str:
         """For a person."""
         lines = [
-            f"{self.store}: {self.n_classes} shape classes of {self.dtype} maps from {self.source}",
+            f"{self.store}: {count(self.n_classes, 'shape class', 'shape classes')} of {self.dtype} maps from {self.source}",
             ", ".join(f"{n} {name}" for name, n in self.counts.items()),
         ]
         if self.holder:
             left = f", about {self.left_s:.0f} s left" if self.left_s is not None else ""
-            lines.append(f"run {self.holder['run_id']} works on it: process {self.holder['pid']} on {self.holder['host']}{left}")
+            job = f" (job {self.holder['job_id']})" if self.holder["job_id"] else ""
+            lines.append(
+                f"run {self.holder['run_id']} works on it: process {self.holder['pid']} on {self.holder['host']}{job}, last heard "
+                f"{self.holder['silent_s']:.0f} s ago{left}"
+            )
         if self.last_run:
             run = self.last_run
             is_dead = run["outcome"] == "running" and not self.holder
-            outcome = "died before its end; the same command goes on" if is_dead else f"{run['outcome']}, {run['n_done']} done"
+            did = any(run[f"n_{name}"] for name in ("new", "done", "quarantined", "rejected", "removed", "checked"))
+            done = f"{run['n_done']} done" if did or run["outcome"] != "complete" else "there was nothing to do"
+            outcome = "died before its end; the same command goes on" if is_dead else f"{run['outcome']}, {done}"
             lines.append(
                 f"last run {run['run_id']}: {outcome}"
                 + (f" at {run['images_per_s']:.1f} images/s" if run["n_done"] else "")
-                + (f", bottleneck {run['bottleneck']}" if run["bottleneck"] else "")
+                + (f" on {count(run['slots'], 'slot')}" if run["n_done"] else "")
+                + (f", bottleneck {describe_bottleneck(run['bottleneck'])}" if run["bottleneck"] else "")
                 + (f" -- {run['message']}" if run["message"] else "")
             )
             if run["outcome"] in {"incomplete", "stopped"} and run["n_pending"]:
                 faults = "; ".join(map(printable, run["faults"][:3]))
-                lines.append(f"it left {run['n_pending']} images to the next run" + (f": {faults}" if faults else ""))
+                lines.append(f"it left {count(run['n_pending'], 'image')} to the next run" + (f": {faults}" if faults else ""))
         if self.submission:
             known = self.submission
             lines.append(f"handed to {known['kind']} as job {known['job_id']} on {known['submitted']}: {known['state']}")
@@ -296,7 +306,7 @@ class StoreStatus:
         lines += [f"  {printable(item['path'])}  {printable(item['error'])}" for item in self.bad]
         n_more = self.counts["quarantined"] + self.counts["rejected"] - len(self.bad)
         if n_more:
-            lines.append(f"  and {n_more} more bad images: --quarantined N lists N")
+            lines.append(f"  and {count(n_more, 'more bad image')}: --quarantined N lists N")
         return "\n".join(lines)
 
 

@@ -359,6 +359,10 @@ def errors(where: str) -> Iterator[None]:
             raise FileNotFoundError(errno.ENOENT, "there is no such object", where) from None
         raise
     except Exception as error:
+        if isinstance(error, ValueError) and str(error).startswith(
+            "Could not parse path"
+        ):  # no error of its own, but of Python's
+            raise OSError(errno.EINVAL, "obstore cannot ask for an object of such a name", where) from None
         known: Any = sys.modules.get("obstore.exceptions")  # without which, on a disk, there are none of its errors
         if known is None or not isinstance(error, known.BaseError):
             raise

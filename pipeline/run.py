@@ -34,7 +34,7 @@ from pipeline.remote import Url
 from pipeline.schema import REJECTED, RUNS, Status, StoreSpec, difference
 from pipeline.settings import VERSION, needed_size, store_spec
 from pipeline.store import Store, is_store
-from pipeline.summary import Progress, Summary, receipt
+from pipeline.summary import Progress, Summary, receipt, working
 from pipeline.weights import load_weights
 
 logger = logging.getLogger(__name__)
@@ -92,7 +92,7 @@ def run_job(
     )
     summary.ignored = dict(listing.ignored)
     summary.unreadable_folders = list(listing.unreadable[:100])
-    with StoreLock(path / RUNS, summary.run_id, sole_writer=job.sole_writer) as lock:
+    with StoreLock(path / RUNS, summary.run_id, sole_writer=job.sole_writer) as lock, working(str(path), summary, progress):
         store = open_for(path, spec) or create_store(path, spec, weights, durable=durable)
         store.durable = durable
         store.fence = partial(require_lock, path / RUNS, summary.run_id)
@@ -142,13 +142,14 @@ def _work(
         from pipeline.cluster import with_client  # noqa: PLC0415 (no Dask and no cluster when there is nothing to do)
         from pipeline.digests import check_digests  # noqa: PLC0415 (as above)
         from pipeline.driver import Driver  # noqa: PLC0415 (as above)
+        from pipeline.metrics import beside_dask  # noqa: PLC0415 (as above)
         from pipeline.versions import check_workers  # noqa: PLC0415 (as above)
 
         def on_wait(text: str) -> None:
             progress.stage = f"waiting for workers ({text})"
             notify(progress)
 
-        with with_client(job, client, cluster_file, stop, on_wait) as connected:
+        with beside_dask(), with_client(job, client, cluster_file, stop, on_wait) as connected:
             check_workers(connected)
             all_checked = check_digests(store, listing, found, connected, summary, progress, notify, stop, job.deadline_s)
             _account(found, listing, summary, progress)

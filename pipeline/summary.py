@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from datetime import UTC, datetime
+from typing import Any, NamedTuple
 
 from pipeline.errors import EXIT_COMPLETE, EXIT_FAILED, EXIT_QUARANTINED, EXIT_RUN_AGAIN
 
 STAGES = ("read", "decode", "extract", "write")
+MAX_BAD = 20
+"""Bad images that a summary names."""
+WAITING = "waiting"
+"""Time in which a slot had no batch: what waits for storage is in the stages, but for headers, which are read before there are batches."""
 
 
 @dataclass(slots=True)
@@ -22,6 +29,8 @@ class Progress:
     """Of those, finished before this run."""
     n_quarantined: int = 0
     stage: str = "listing"
+    last_commit_s: float = 0.0
+    """When outcomes were last written to the ledger, in seconds since 1970; 0 for not yet."""
 
 
 @dataclass(slots=True)
@@ -33,6 +42,8 @@ class Summary:
     """running, complete, stopped, incomplete (passing faults left rows pending) or failed."""
     started: str = ""
     ended: str = ""
+    updated: str = ""
+    """When the receipt of a run at work was written."""
     elapsed_s: float = 0.0
     message: str = ""
     config: dict[str, Any] = field(default_factory=dict)
@@ -42,6 +53,8 @@ class Summary:
     n_listed: int = 0
     n_unchanged: int = 0
     n_new: int = 0
+    n_changed: int = 0
+    """Of these, images that have an entry already: their content is another, or they are tried again."""
     n_removed: int = 0
     n_returned: int = 0
     n_unreachable: int = 0
@@ -61,6 +74,10 @@ class Summary:
     n_quarantined: int = 0
     n_rejected: int = 0
     n_pending: int = 0
+    reasons: dict[str, int] = field(default_factory=dict)
+    """Images that this run has quarantined or rejected, per code."""
+    bad: list[dict[str, str]] = field(default_factory=list)
+    """The first of them: path and error."""
     n_bad_total: int = 0
     """Quarantined and rejected images of the whole store."""
     pixels: int = 0
@@ -71,6 +88,11 @@ class Summary:
     compute_s: float = 0.0
     """Wall time from the first task to the last."""
     slots: int = 0
+    """Batches that are extracted at once, when the run last looked."""
+    workers: int = 0
+    """Worker processes, when the run last looked."""
+    slot_s: float = 0.0
+    """Time that the slots had between the first task and the last: seconds times slots."""
     unreadable_folders: list[str] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
     """The first passing faults."""
@@ -85,13 +107,33 @@ class Summary:
         """Input pixels (10^6) per second of the same time."""
         return self.pixels / 1e6 / self.compute_s if self.compute_s else 0.0
 
+    def note_bad(self, path: str, error: str) -> None:
+        """Note one image that was quarantined or rejected."""
+        code = error.partition(":")[0]
+        self.reasons[code] = self.reasons.get(code, 0) + 1
+        if len(self.bad) < MAX_BAD:
+            self.bad.append({"path": path, "error": error})
+
+    def count_time(self, compute_s: float) -> None:
+        """Note how long it has been since the first task, with the slots there are."""
+        self.slot_s += (compute_s - self.compute_s) * self.slots
+        self.compute_s = compute_s
+
+    def touch(self) -> None:
+        """Note the time, before a receipt is written while the run is at work."""
+        now = datetime.now(UTC)
+        self.updated, self.elapsed_s = (
+            now.isoformat(timespec="seconds"),
+            (now - datetime.fromisoformat(self.started)).total_seconds(),
+        )
+
     def shares(self) -> dict[str, float]:
-        """Share of each stage, and of waiting, in the workers' time; they sum to 1 when anything ran."""
-        capacity = max(self.compute_s * self.slots, sum(self.stage_s.values()))
+        """Share of each stage, and of `WAITING`, in the workers' time; they sum to 1 when anything ran."""
+        capacity = max(self.slot_s, sum(self.stage_s.values()))
         if not capacity:
             return {}
         shares = {stage: seconds / capacity for stage, seconds in self.stage_s.items()}
-        return shares | {"waiting": max(0.0, 1 - sum(shares.values()))}
+        return shares | {WAITING: max(0.0, 1 - sum(shares.values()))}
 
     @property
     def bottleneck(self) -> str:
@@ -111,6 +153,48 @@ class Summary:
         return EXIT_QUARANTINED if too_many or (self.n_bad_total and not self.n_done_total) else EXIT_COMPLETE
 
 
+class Run(NamedTuple):
+    """A run at work, for those who look at it from the same process."""
+
+    store: str
+    summary: Summary
+    progress: Progress
+
+
+at_work: dict[str, Run] = {}
+"""The runs of this process that hold their store, by run id."""
+
+
+def describe_bottleneck(bottleneck: str) -> str:
+    """The bottleneck, with what it means where the word alone does not say it."""
+    means = (
+        "no batch at hand: while headers were read and entered, while the last batches ended or a worker was replaced, or because "
+        "the driver was behind"
+    )
+    return f"{WAITING} ({means})" if bottleneck == WAITING else bottleneck
+
+
+@contextmanager
+def working(store: str, summary: Summary, progress: Progress) -> Iterator[None]:
+    """Have a run be seen while it is at work."""
+    at_work[summary.run_id] = Run(store, summary, progress)
+    try:
+        yield
+    finally:
+        del at_work[summary.run_id]
+
+
+def count(n: int, noun: str, plural: str = "") -> str:
+    """A number of things.
+
+    Examples
+    --------
+    >>> count(1, "image"), count(0, "image"), count(2, "shape class", "shape classes")
+    ('1 image', '0 images', '2 shape classes')
+    """
+    return f"{n} {noun if n == 1 else plural or f'{noun}s'}"
+
+
 def printable(name: str) -> str:
     r"""A name on one line, without what a terminal would obey: unprintable characters as Python escapes them.
 
@@ -122,7 +206,93 @@ def printable(name: str) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in name)
 
 
+def describe_news(summary: Summary) -> list[str]:
+    r"""What was found to be other than at the last run, for a person; no lines where nothing was.
+
+    Examples
+    --------
+    >>> summary = Summary("r", n_new=7, n_changed=2, n_removed=1)
+    >>> for path in ("a.png", "b.png"):
+    ...     summary.note_bad(path, "empty: the file has 0 bytes")
+    >>> print("\n".join(describe_news(summary)))
+    since the last run: 5 new, 2 changed or tried again, 1 removed
+    found bad by this run: 2 empty
+      a.png  empty: the file has 0 bytes
+      b.png  empty: the file has 0 bytes
+    """
+    n_of = {
+        "new": summary.n_new - summary.n_changed,
+        "changed or tried again": summary.n_changed,
+        "back": summary.n_returned,
+        "removed": summary.n_removed,
+    }
+    changes = ", ".join(f"{n} {name}" for name, n in n_of.items() if n)
+    lines = [f"since the last run: {changes}"] if changes else []
+    if summary.reasons:
+        reasons = sorted(summary.reasons.items(), key=lambda item: -item[1])
+        lines.append("found bad by this run: " + ", ".join(f"{n} {code}" for code, n in reasons))
+        lines += [f"  {printable(item['path'])}  {printable(item['error'])}" for item in summary.bad]
+        n_more = sum(summary.reasons.values()) - len(summary.bad)
+        lines += [f"  and {n_more} more"] if n_more else []
+    return lines
+
+
 def receipt(summary: Summary) -> dict[str, Any]:
     """The summary with what follows from it, as JSON values."""
     derived = {"images_per_s": summary.images_per_s, "megapixels_per_s": summary.megapixels_per_s}
     return asdict(summary) | derived | {"shares": summary.shares(), "bottleneck": summary.bottleneck}
+
+
+def headline(summary: Summary) -> str:
+    """How a run ended, in a line."""
+    return (
+        f"{summary.outcome}: {count(summary.n_done, 'image')} done, {summary.n_unchanged} unchanged, {summary.n_quarantined} quarantined, "
+        f"{summary.n_rejected} rejected, {summary.n_pending} pending, {summary.n_removed} removed of {summary.n_listed} listed, "
+        f"in {summary.elapsed_s:.1f} s"
+    )
+
+
+def describe(summary: Summary, store: str) -> str:
+    """What a run did, for a person; names on one line each."""
+    lines = [headline(summary), *describe_news(summary)]
+    if summary.outcome == "complete" and summary.n_listed and summary.n_unchanged == summary.n_listed:
+        lines.append("there was nothing to do: the store has every image as it is listed")
+    if summary.n_done:
+        shares = ", ".join(f"{stage} {share:.0%}" for stage, share in summary.shares().items() if share >= 0.005)
+        lines += [
+            (
+                f"{summary.images_per_s:.1f} images/s, {summary.megapixels_per_s:.1f} megapixels/s on {count(summary.slots, 'slot')}; read "
+                f"{summary.bytes_read / 1e6:.1f} MB, wrote {summary.bytes_written / 1e6:.1f} MB"
+            ),
+            f"time of the workers: {shares}; bottleneck: {describe_bottleneck(summary.bottleneck)}",
+        ]
+    if summary.n_checked or summary.n_unchecked:
+        lines.append(
+            f"{count(summary.n_checked, 'image')} read and compared with their digests, {summary.n_unchecked} could not be; "
+            f"{summary.n_touched} had a new time only"
+        )
+    if summary.faults:
+        faults = "; ".join(map(printable, summary.faults[:3]))
+        lines.append(f"faults that may pass: {faults}; run again to try these images again")
+    if summary.unreadable_folders:
+        lines.append(
+            "folders that could not be read, whose images keep what they have: "
+            + ", ".join(map(printable, summary.unreadable_folders[:5]))
+        )
+    if summary.n_unreachable:
+        lines.append(
+            f"{count(summary.n_unreachable, 'image')} could not be looked at and keep what they have: check links and permissions"
+        )
+    if summary.ignored:
+        suffixes = ", ".join(printable(suffix) or "none" for suffix in list(summary.ignored)[:8])
+        lines.append(f"passed over by their suffix: {count(sum(summary.ignored.values()), 'other file')} ({suffixes})")
+    if summary.n_bad_total and not summary.n_done_total:
+        lines.append(
+            "the store holds no maps at all: look at the reasons; if the settings were wrong, delete it and run with others"
+        )
+    if summary.n_bad_total:
+        lines.append(
+            f"{count(summary.n_bad_total, 'bad image')} in all: featuremaps status {store} lists them with their reasons"
+        )
+    lines.append(f"store {store}, receipt runs/{summary.run_id}.json")
+    return "\n".join(lines)

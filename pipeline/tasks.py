@@ -73,6 +73,8 @@ class PieceResult:
     """Per layer (n, statistic, channel) float32, statistics in the order of `STATISTICS`."""
     kept: tuple[int, ...] = ()
     """As of the piece."""
+    paths: tuple[str, ...] = ()
+    """As of the piece; the driver, which knows them, fills them in."""
 
 
 @dataclass(slots=True)

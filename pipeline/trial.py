@@ -100,7 +100,10 @@ class Trial:
                 layer.name: np.full((1, len(STATISTICS), layer.channels), np.nan, np.float32) for layer in piece.layout.layers
             }
             rows = (piece.rows[i],)
-            results.append(PieceResult(piece.layout, piece.start, piece.stop, rows, status, [""], [""], [GUILTY], pooled))
+            paths = (piece.paths[i],)
+            results.append(
+                PieceResult(piece.layout, piece.start, piece.stop, rows, status, [""], [""], [GUILTY], pooled, paths=paths)
+            )
         return results
 
 

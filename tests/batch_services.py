@@ -54,6 +54,15 @@ def _environment_of(pid: int) -> list[str]:
     return []
 
 
+def runs(processes: list[psutil.Process], text: str) -> bool:
+    """Whether one of these processes, of which any may just have ended, has this in its command line."""
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            if text in " ".join(process.cmdline()):
+                return True
+    return False
+
+
 def _others() -> list[psutil.Process]:
     """All processes but this one and those that it runs in."""
     own = {os.getpid(), *(parent.pid for parent in psutil.Process().parents())}
@@ -123,8 +132,9 @@ class Slurm:
         return self.command("sbatch", "--parsable", *words).strip().partition(";")[0]
 
     def output(self, job_id: object) -> str:
-        """What a job has printed."""
-        return (self.folder / f"slurm-{job_id}.out").read_text()
+        """What a job has printed; nothing while Slurm calls it running and has not begun."""
+        path = self.folder / f"slurm-{job_id}.out"
+        return path.read_text() if path.exists() else ""
 
     def cancel(self, *job_ids: object) -> None:
         """Cancel jobs, as ``scancel`` does; all of them where none is named."""

@@ -119,7 +119,7 @@ def rclone(folder: Path) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def _serving(handler: type[http.server.BaseHTTPRequestHandler]) -> Iterator[str]:
+def serving(handler: type[http.server.BaseHTTPRequestHandler]) -> Iterator[str]:
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
@@ -142,7 +142,7 @@ def website(folder: Path) -> Iterator[str]:
         def log_message(self, *_: object) -> None:
             pass
 
-    with _serving(Handler) as endpoint:
+    with serving(Handler) as endpoint:
         yield endpoint
 
 
@@ -194,5 +194,5 @@ def faulty(endpoint: str, judge: Callable[[str, str], int]) -> Iterator[str]:
 
         do_GET = do_PUT = do_HEAD = do_DELETE = do_POST = forward  # noqa: N815 (the names that the base class looks for)
 
-    with _serving(Handler) as own:
+    with serving(Handler) as own:
         yield own

@@ -8,7 +8,7 @@ import sys
 import psutil
 import pytest
 
-from tests.batch_services import _environment_of, debian_program, slurm, sshd, wait_for
+from tests.batch_services import _environment_of, debian_program, runs, slurm, sshd, wait_for
 
 pytestmark = pytest.mark.cluster
 
@@ -43,7 +43,7 @@ def test_slurm_runs_jobs_on_its_gpus_requeues_preempts_and_leaves_nothing(tmp_pa
         assert (waiting.state, waiting.restarts) == ("PENDING", 1)
         batch.cancel(high)
         batch.wait_until(low, "RUNNING")
-        wait_for("process of the job", lambda: [process for process in batch.processes() if process.name() == "sleep"])
+        wait_for("process of the job", lambda: runs(batch.processes(), "sleep 1000"))
         steps = batch.processes()
     assert not batch.processes()
     assert not [process for process in steps if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
@@ -54,7 +54,7 @@ def test_ssh_server_is_known_is_killed_with_its_sessions_and_comes_back(tmp_path
         assert server.ssh("echo $SSH_CONNECTION; echo hello").stdout.splitlines()[1] == "hello"
 
         server.ssh(f"setsid {sys.executable} -c 'import time; time.sleep(1000)' >{tmp_path}/out 2>&1 </dev/null &")
-        wait_for("process of a session", lambda: [p for p in server.processes() if "time.sleep" in " ".join(p.cmdline())])
+        wait_for("process of a session", lambda: runs(server.processes(), "time.sleep"))
         server.kill()
         assert not server.processes()
         assert "Connection refused" in server.ssh("true").stderr

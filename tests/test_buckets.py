@@ -321,6 +321,10 @@ def test_a_list_of_web_addresses_on_several_hosts(workers, pictures, expected, t
     found = list(content(tmp_path / "features.zarr").values())
     for name in ("img00000.png", "img00001.png", "img00002.png"):
         assert expected[name] in found
+    (tmp_path / "odd.txt").write_text("https://host.invalid/a%0Ab.png\n")
+    with pytest.raises(OSError, match="obstore cannot ask for an object of such a name"):
+        Url.parse("https://host.invalid/a%0Ab.png").stat()
+    assert list_collection(str(tmp_path / "odd.txt")).fingerprint(0) == "unreadable"
     (tmp_path / "signed.txt").write_text("https://host/a.jpg?X-Amz-Signature=123\n")
     with pytest.raises(UsageError, match="carries a signature") as refused:
         list_collection(str(tmp_path / "signed.txt"))

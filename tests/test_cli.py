@@ -20,7 +20,7 @@ from pipeline.lock import StoreLock
 from pipeline.run import run_job
 from pipeline.schema import RUNS
 from pipeline.store import Store
-from pipeline.summary import Progress, Summary
+from pipeline.summary import Progress, Summary, describe
 from tests.conftest import make_images
 
 pytestmark = pytest.mark.cluster
@@ -119,7 +119,7 @@ def test_a_job_file_is_relative_to_itself_and_options_replace_what_it_says(jobs,
         (["plan", "none.yaml"], "featuremaps: job file none.yaml cannot be read"),
         (["nonsense"], "No such command 'nonsense'"),
         (["show", "a", "b"], "Missing option '-o' / '--output'"),
-        (["status"], "Missing argument 'STORE'"),
+        (["status"], "Missing argument 'STORE | JOB.yaml'"),
     ],
 )
 def test_a_command_line_that_makes_no_sense_ends_with_2_and_says_why(command, arguments, expected, monkeypatch, tmp_path):
@@ -155,12 +155,18 @@ def test_the_json_of_a_run_is_its_receipt(command, tmp_path):
 def test_a_run_ends_with_a_summary_and_logs_to_stderr_only(command, folder, tmp_path):
     code, out, err = command("run", folder / "source", tmp_path / "f.zarr")
     assert code == 0
-    first, speed, shares, bad, last = out.splitlines()
+    first, changes, reasons, empty, not_image, speed, shares, bad, last = out.splitlines()
     assert re.fullmatch(
         r"complete: 5 images done, 0 unchanged, 0 quarantined, 2 rejected, 0 pending, 0 removed of 7 listed, in \d+\.\d s", first
     )
+    assert changes == "since the last run: 7 new"
+    assert reasons == "found bad by this run: 1 empty, 1 not_an_image"
+    assert empty == "  bad.png  empty: the file has 0 bytes"
+    assert not_image.startswith("  worse.jpg  not_an_image: ")
     assert re.fullmatch(r"[\d.]+ images/s, [\d.]+ megapixels/s on 2 slots; read [\d.]+ MB, wrote [\d.]+ MB", speed)
-    assert re.fullmatch(r"time of the workers: .*; bottleneck: (read|decode|extract|write|waiting)", shares)
+    assert re.fullmatch(
+        r"time of the workers: .*; bottleneck: (read|decode|extract|write|waiting \(no batch at hand: .*\))", shares
+    )
     assert bad == f"2 bad images in all: featuremaps status {tmp_path / 'f.zarr'} lists them with their reasons"
     (receipt,) = Store(tmp_path / "f.zarr").receipts()
     assert last == f"store {tmp_path / 'f.zarr'}, receipt runs/{receipt['run_id']}.json"
@@ -169,16 +175,16 @@ def test_a_run_ends_with_a_summary_and_logs_to_stderr_only(command, folder, tmp_
 
 def test_a_summary_names_faults_and_unreadable_folders_on_one_line_each():
     summary = Summary("id", outcome="incomplete", faults=["a\nb.png: EIO"] * 5, unreadable_folders=["x\ny"], n_pending=5)
-    lines = cli._describe(summary, make_job({"source": "a", "store": "b"})).splitlines()
+    lines = describe(summary, "b").splitlines()
     assert lines[1] == "faults that may pass: " + "; ".join([r"a\nb.png: EIO"] * 3) + "; run again to try these images again"
     assert lines[2] == r"folders that could not be read, whose images keep what they have: x\ny"
 
 
 def test_a_summary_says_what_was_passed_over_and_that_nothing_came_of_it():
     summary = Summary("id", outcome="complete", ignored={".heic": 20, "": 1, ".x\ny": 1}, n_bad_total=3, n_unreachable=2)
-    lines = cli._describe(summary, make_job({"source": "a", "store": "b"})).splitlines()
+    lines = describe(summary, "b").splitlines()
     assert lines[1] == "2 images could not be looked at and keep what they have: check links and permissions"
-    assert lines[2] == r"22 other files were passed over, by their suffix: .heic, none, .x\ny"
+    assert lines[2] == r"passed over by their suffix: 22 other files (.heic, none, .x\ny)"
     assert lines[3].startswith("the store holds no maps at all")
 
 
@@ -244,7 +250,9 @@ def test_the_status_lists_bad_images_with_their_reasons(command, folder):
     assert "  worse.jpg  not_an_image: the content is none of" in out
     assert "5 done, 0 quarantined, 0 removed, 0 superseded, 2 rejected" in out
     code, out, _ = command("status", folder / "f.zarr", "--quarantined", 1)
-    assert ("bad.png" in out, "worse.jpg" in out, "and 1 more bad images" in out) == (True, False, True)
+    assert ("bad.png" in out, "worse.jpg" in out, "and 1 more bad image:" in out) == (True, False, True)
+    (folder / "job.yaml").write_text("{source: source, store: f.zarr}")
+    assert command("status", folder / "job.yaml")[1] == command("status", folder / "f.zarr")[1]
     status = json.loads(command("status", folder / "f.zarr", "--json")[1])
     assert [item["path"] for item in status["bad"]] == ["bad.png", "worse.jpg"]
     assert status["last_run"]["outcome"] == "complete"

@@ -148,7 +148,7 @@ def test_images_that_cannot_be_reached_just_now_are_said(source, tmp_path, monke
     monkeypatch.setattr(preview, "probe_block", lambda *args: [faulty, *real(*args)[1:]])
     planned = plan_job(job_of(source, tmp_path / "f.zarr"))
     assert planned.n_faults == 1
-    assert "1 images could not be reached just now and would be tried again" in planned.describe()
+    assert "1 image could not be reached just now and would be tried again" in planned.describe()
 
 
 def test_a_plan_says_what_does_not_fit(source, tmp_path, monkeypatch):
@@ -235,7 +235,7 @@ def test_while_a_run_works_the_status_says_who_and_how_long_it_takes(finished):
         assert status.holder["run_id"] == lock.run_id
         assert status.left_s == pytest.approx(58.0)
         assert (
-            f"run {lock.run_id} works on it: process {os.getpid()} on {socket.gethostname()}, about 58 s left"
+            f"run {lock.run_id} works on it: process {os.getpid()} on {socket.gethostname()}, last heard 0 s ago, about 58 s left"
             in status.describe()
         )
     status = store_status(finished)

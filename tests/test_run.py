@@ -22,6 +22,7 @@ from pipeline.preview import plan_job
 from pipeline.run import run_job
 from pipeline.schema import RUNS, Status, stack
 from pipeline.store import Store
+from pipeline.summary import describe_news
 from tests.conftest import TWELVE_SIZES, content, make_images
 
 pytestmark = pytest.mark.cluster
@@ -152,12 +153,14 @@ def test_changed_vanished_and_returning_images(run, tmp_path):
     shutil.copy(tmp_path / "other" / "img00000.png", source / "img00005.png")
     summary = run(source)
     assert (summary.n_removed, summary.n_done, summary.n_unchanged) == (1, 1, 28)
+    assert describe_news(summary) == ["since the last run: 1 changed or tried again, 1 removed"]
     assert gone.name not in content(tmp_path / "features.zarr")
     run(source, tmp_path / "whole.zarr")
     assert content(tmp_path / "features.zarr") == content(tmp_path / "whole.zarr")
     (tmp_path / "kept.png").rename(gone)
     summary = run(source)
     assert (summary.n_returned, summary.n_done) == (1, 0)
+    assert describe_news(summary) == ["since the last run: 1 back"]
     run(source, tmp_path / "again.zarr")
     assert content(tmp_path / "features.zarr") == content(tmp_path / "again.zarr")
 
@@ -359,6 +362,7 @@ def test_an_image_that_changes_after_it_was_listed_is_quarantined_and_done_by_th
 
     summary = run_job(job, client, on_progress=change)
     assert (summary.n_done, summary.n_quarantined + summary.n_rejected) == (1, 2)
+    assert summary.reasons == {"changed": 1, "missing": 1}
     time.sleep(0.01)
     summary = run_job(job.model_copy(update={"max_removed": 1.0}), client)
     assert (summary.n_done, summary.n_removed, summary.n_bad_total) == (1, 1, 0)

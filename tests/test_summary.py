@@ -8,13 +8,15 @@ from pipeline.summary import STAGES, Summary, printable, receipt
 
 
 def test_the_shares_of_the_stages_and_of_waiting_sum_to_one():
-    summary = Summary("r", compute_s=10.0, slots=2, stage_s={"read": 1.0, "decode": 3.0, "extract": 10.0, "write": 2.0})
+    summary = Summary(
+        "r", compute_s=10.0, slots=2, slot_s=20.0, stage_s={"read": 1.0, "decode": 3.0, "extract": 10.0, "write": 2.0}
+    )
     assert summary.shares() == pytest.approx({"read": 0.05, "decode": 0.15, "extract": 0.5, "write": 0.1, "waiting": 0.2})
     assert summary.bottleneck == "extract"
 
 
 def test_stages_that_overlap_still_sum_to_one():
-    summary = Summary("r", compute_s=1.0, slots=1, stage_s={"read": 3.0, "decode": 0.0, "extract": 1.0, "write": 0.0})
+    summary = Summary("r", compute_s=1.0, slots=1, slot_s=1.0, stage_s={"read": 3.0, "decode": 0.0, "extract": 1.0, "write": 0.0})
     assert summary.shares() == pytest.approx({"read": 0.75, "decode": 0.0, "extract": 0.25, "write": 0.0, "waiting": 0.0})
     assert summary.bottleneck == "read"
 
@@ -31,7 +33,7 @@ def test_rates_count_the_time_between_the_first_task_and_the_last():
 
 
 def test_a_receipt_is_json_and_holds_what_follows_from_the_numbers():
-    summary = Summary("r", n_done=30, compute_s=2.0, slots=1, hosts={"here": 30})
+    summary = Summary("r", n_done=30, compute_s=2.0, slots=1, slot_s=2.0, hosts={"here": 30})
     found = json.loads(json.dumps(receipt(summary)))
     assert (found["run_id"], found["images_per_s"], found["bottleneck"], found["hosts"]) == ("r", 15.0, "waiting", {"here": 30})
     assert found["shares"] == {"read": 0.0, "decode": 0.0, "extract": 0.0, "write": 0.0, "waiting": 1.0}

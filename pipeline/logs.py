@@ -1,0 +1,100 @@
+"""Log lines, for people or as JSON: one line per record, whatever a file's name holds."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import traceback
+from datetime import UTC, datetime
+from typing import Any, TextIO
+
+from pipeline.summary import at_work, count, printable
+
+MAX_WARNINGS = 20
+"""Bad images of a run that are warned of one by one."""
+_STANDARD = {*vars(logging.makeLogRecord({})), "message", "asctime", "taskName"}
+
+logger = logging.getLogger(__name__)
+
+
+class TextFormatter(logging.Formatter):
+    """Time, level, logger and message on one line, without what a terminal would obey; a traceback below."""
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 (logging's name)
+        """The line."""
+        record.message = printable(record.message)
+        return super().formatMessage(record)
+
+
+class JsonFormatter(logging.Formatter):
+    """A JSON object per record: time (UTC), level, logger, message, run_id, store, and whatever came with the record as ``extra``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.context: dict[str, Any] = {}
+        """The store, and of the run that was last seen at work its id: its final error comes when it no longer is."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The object, on one line, in ASCII."""
+        for run in list(at_work.values()):
+            self.context = {"run_id": run.summary.run_id, "store": run.store}
+        time = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+        found = {
+            "time": time.replace("+00:00", "Z"),
+            "level": record.levelname,
+            "logger": record.name,
+            "message": printable(record.getMessage()),
+            **self.context,
+            **{key: value for key, value in vars(record).items() if key not in _STANDARD},
+        }
+        if record.exc_info and record.exc_info[1]:
+            found["error"] = f"{type(record.exc_info[1]).__name__}: {record.exc_info[1]}"
+            found["traceback"] = "".join(traceback.format_exception(*record.exc_info))
+        return json.dumps(found, default=str)
+
+
+class _StderrHandler(logging.StreamHandler[TextIO]):
+    """Writes to what is stderr at the moment: a progress bar puts itself there, and lines go above it."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> TextIO:  # type: ignore[override]
+        return sys.stderr
+
+
+def start(*, as_json: bool, level: int) -> None:
+    """Log to stderr: this package from ``level`` on, all others warnings and worse."""
+    handler = _StderrHandler()
+    handler.setFormatter(JsonFormatter() if as_json else TextFormatter())
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    logging.captureWarnings(as_json)  # they would be lines of text
+    logging.getLogger("pipeline").setLevel(level)
+
+
+def about(store: str) -> None:
+    """Have JSON lines name the store from now on, also before a run holds it."""
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler.formatter, JsonFormatter):
+            handler.formatter.context = {"store": store}
+
+
+def is_json() -> bool:
+    """Whether log lines are JSON."""
+    return any(isinstance(handler.formatter, JsonFormatter) for handler in logging.getLogger().handlers)
+
+
+def warn_of_image(path: str, error: str, n_before: int) -> None:
+    """Tell of one image that was found bad; after the first of a run in a lower voice, because a collection may be full of them."""
+    level = logging.WARNING if n_before < MAX_WARNINGS else logging.INFO
+    logger.log(level, "bad image %s: %s", path, error, extra={"path": path, "error": error})
+    if n_before + 1 == MAX_WARNINGS:
+        logger.warning(
+            "%s so far: those that follow are logged at level INFO (-v), and status lists them all",
+            count(MAX_WARNINGS, "bad image"),
+        )
