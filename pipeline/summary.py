@@ -114,6 +114,13 @@ class Summary:
         if len(self.bad) < MAX_BAD:
             self.bad.append({"path": path, "error": error})
 
+    @property
+    def did_anything(self) -> bool:
+        """Whether there was something to do."""
+        return any(
+            (self.n_new, self.n_done, self.n_quarantined, self.n_rejected, self.n_removed, self.n_checked, self.n_unchecked)
+        )
+
     def count_time(self, compute_s: float) -> None:
         """Note how long it has been since the first task, with the slots there are."""
         self.slot_s += (compute_s - self.compute_s) * self.slots
@@ -255,7 +262,7 @@ def headline(summary: Summary) -> str:
 def describe(summary: Summary, store: str) -> str:
     """What a run did, for a person; names on one line each."""
     lines = [headline(summary), *describe_news(summary)]
-    if summary.outcome == "complete" and summary.n_listed and summary.n_unchanged == summary.n_listed:
+    if summary.outcome == "complete" and not summary.did_anything:
         lines.append("there was nothing to do: the store has every image as it is listed")
     if summary.n_done:
         shares = ", ".join(f"{stage} {share:.0%}" for stage, share in summary.shares().items() if share >= 0.005)
@@ -268,8 +275,8 @@ def describe(summary: Summary, store: str) -> str:
         ]
     if summary.n_checked or summary.n_unchecked:
         lines.append(
-            f"{count(summary.n_checked, 'image')} read and compared with their digests, {summary.n_unchecked} could not be; "
-            f"{summary.n_touched} had a new time only"
+            f"{count(summary.n_checked, 'image was', 'images were')} read and compared with their digests, "
+            f"{summary.n_unchecked} could not be; {summary.n_touched} had a new time only"
         )
     if summary.faults:
         faults = "; ".join(map(printable, summary.faults[:3]))

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
+import contextlib
 import json
 
 import pytest
 
-from pipeline.summary import STAGES, Summary, printable, receipt
+from pipeline.summary import STAGES, Progress, Summary, at_work, describe, describe_bottleneck, printable, receipt, working
 
 
 def test_the_shares_of_the_stages_and_of_waiting_sum_to_one():
@@ -37,6 +38,46 @@ def test_a_receipt_is_json_and_holds_what_follows_from_the_numbers():
     found = json.loads(json.dumps(receipt(summary)))
     assert (found["run_id"], found["images_per_s"], found["bottleneck"], found["hosts"]) == ("r", 15.0, "waiting", {"here": 30})
     assert found["shares"] == {"read": 0.0, "decode": 0.0, "extract": 0.0, "write": 0.0, "waiting": 1.0}
+
+
+def test_the_time_of_the_slots_counts_those_that_there_were():
+    summary = Summary("r", slots=2)
+    summary.count_time(10.0)
+    summary.slots = 5
+    summary.count_time(12.0)
+    assert (summary.compute_s, summary.slot_s) == (12.0, 30.0)
+
+
+def test_a_receipt_that_is_written_while_a_run_is_at_work_says_when_and_after_how_long():
+    summary = Summary("r", started="2026-01-01T00:00:00+00:00")
+    summary.touch()
+    assert summary.updated > summary.started
+    assert summary.elapsed_s > 0
+
+
+def test_a_run_is_at_work_until_it_ends_or_fails():
+    with contextlib.suppress(OSError), working("/s", Summary("r"), Progress()):
+        assert [run.store for run in at_work.values()] == ["/s"]
+        raise OSError("full")
+    assert at_work == {}
+
+
+def test_one_image_is_singular_and_a_run_that_did_nothing_says_so():
+    lines = describe(
+        Summary("r", outcome="complete", n_listed=1, n_unchanged=1, n_bad_total=1, n_done_total=1), "s.zarr"
+    ).splitlines()
+    assert lines[0].startswith("complete: 0 images done, 1 unchanged, ")
+    assert lines[1] == "there was nothing to do: the store has every image as it is listed"
+    assert lines[2] == "1 bad image in all: featuremaps status s.zarr lists them with their reasons"
+    lines = describe(
+        Summary("r", outcome="complete", n_done=1, slots=1, compute_s=2.0, slot_s=2.0, n_checked=1), "s.zarr"
+    ).splitlines()
+    assert lines[0].startswith("complete: 1 image done, ")
+    assert "0.5 images/s, 0.0 megapixels/s on 1 slot; read" in lines[1]
+    assert "bottleneck: waiting (no batch at hand: while headers were read" in lines[2]
+    assert lines[3].startswith("1 image was read and compared with their digests, 0 could not be")
+    assert "nothing to do" not in "".join(lines)
+    assert describe_bottleneck("read") == "read"
 
 
 @pytest.mark.parametrize(
