@@ -233,6 +233,16 @@ class KubernetesGroupSpec(GroupSpec):
     options: dict[str, Any] = {}
     """Merged into the pod's spec, for instance ``tolerations``."""
 
+    @model_validator(mode="after")
+    def _no_clash(self) -> KubernetesGroupSpec:
+        ours = {"containers", "nodeSelector", "serviceAccountName", "volumes"} & set(self.options)
+        if ours:
+            raise ValueError(
+                f"options has {', '.join(sorted(ours))}, which would replace what the other keys make: use image, node_selector, "
+                "service_account, volumes and volume_mounts"
+            )
+        return self
+
 
 class KubernetesSpec(_Groups):
     """Pods that the operator of dask-kubernetes starts."""
