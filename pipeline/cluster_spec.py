@@ -217,6 +217,19 @@ class BatchSpec(_Remote):
     """Scratch space of the workers on their machine."""
     driver: DriverSpec = DriverSpec()
 
+    @model_validator(mode="after")
+    def _condor(self) -> BatchSpec:
+        if self.kind != "htcondor":
+            return self
+        if self.queue is not None:
+            raise ValueError(
+                f"HTCondor has no queues, and queue is {self.queue!r}: say which machines in options (requirements = ...)"
+            )
+        for line in (*self.driver.options, *(line for group in self.groups.values() for line in group.options)):
+            if not re.fullmatch(r"\s*[+\w.]+\s*=.*", line):
+                raise ValueError(f"option {line!r} is no line of a submit file of HTCondor: write it as 'key = value'")
+        return self
+
 
 class SshSpec(_Remote):
     """Workers on machines that are reached by ssh."""
