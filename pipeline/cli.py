@@ -203,6 +203,37 @@ def vacuum(store: Place, dry_run: bool, sole_writer: bool, as_json: bool) -> int
     return EXIT_FAILED if result.n_damaged else EXIT_COMPLETE
 
 
+@cli.group()
+def cluster() -> None:
+    """Look at the clusters of cluster.yaml, without starting anything."""
+
+
+_cluster_file = click.option(
+    "--cluster-file", type=click.Path(path_type=Path), default="cluster.yaml", show_default=True, help="Where clusters are named."
+)
+
+
+@cluster.command("list")
+@_cluster_file
+def cluster_list(cluster_file: Path) -> int:
+    """Say which clusters there are, of what kind and groups, and which cannot be used from here."""
+    from pipeline.show_cluster import list_clusters
+
+    click.echo(list_clusters(cluster_file))
+    return EXIT_COMPLETE
+
+
+@cluster.command("show")
+@click.argument("name")
+@_cluster_file
+def cluster_show(name: str, cluster_file: Path) -> int:
+    """Print what `run --cluster NAME` would launch: job scripts, ssh commands, manifests or processes. Launches nothing."""
+    from pipeline.show_cluster import show_cluster
+
+    click.echo(show_cluster(name, cluster_file))
+    return EXIT_COMPLETE
+
+
 def _start_logging(verbose: int) -> None:
     level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
