@@ -203,6 +203,28 @@ def vacuum(store: Place, dry_run: bool, sole_writer: bool, as_json: bool) -> int
     return EXIT_FAILED if result.n_damaged else EXIT_COMPLETE
 
 
+@cli.command()
+@click.argument("what", required=False, metavar="[JOB.yaml | STORE]")
+@click.option("--cluster", metavar="NAME", help="A cluster of cluster.yaml (default: that of the job, or this machine).")
+@click.option(
+    "--cluster-file", type=click.Path(path_type=Path), default="cluster.yaml", show_default=True, help="Where clusters are named."
+)
+@click.option("--start", is_flag=True, help="Start the cluster, look at its workers, and stop it again.")
+@click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
+def doctor(what: str | None, as_json: bool, **options: Any) -> int:
+    """Say what stands between this installation and a run: versions, GPUs, limits, the cluster, the store's place, the source.
+
+    With JOB.yaml its source is listed and its headers are read, as by plan.
+    """
+    _start_logging(0)
+    from pipeline.doctor import diagnose
+
+    is_job = what is not None and what.endswith(_JOB_SUFFIXES)
+    diagnosis = diagnose(load_job(what, {}) if what and is_job else None, None if is_job else what, **options)
+    click.echo(json.dumps(diagnosis.to_dict(), indent=1) if as_json else diagnosis.describe())
+    return EXIT_COMPLETE if diagnosis.is_well else EXIT_FAILED
+
+
 @cli.group()
 def cluster() -> None:
     """Look at the clusters of cluster.yaml, without starting anything."""

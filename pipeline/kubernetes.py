@@ -352,12 +352,18 @@ def _within(timeout_s: float, start: Callable[[], Any]) -> Any:
     return result
 
 
+def cluster_kind() -> Any:
+    """What kr8s knows a DaskCluster by."""
+    from kr8s.objects import new_class  # noqa: PLC0415 (comes with the extra)
+
+    return new_class("DaskCluster", API_VERSION, asyncio=False)
+
+
 def _delete(name: str, namespace: str) -> None:
     """Delete a DaskCluster, if it is there, with all that it owns, and wait until it is gone."""
     import kr8s  # noqa: PLC0415 (comes with the extra)
-    from kr8s.objects import new_class  # noqa: PLC0415 (as above)
 
-    found = new_class("DaskCluster", API_VERSION, asyncio=False)({"metadata": {"name": name, "namespace": namespace}})
+    found = cluster_kind()({"metadata": {"name": name, "namespace": namespace}})
     try:
         found.delete(propagation_policy="Foreground")
     except kr8s.NotFoundError:

@@ -31,7 +31,7 @@ class Operator:
         self.n_deleted = 0
         self.processes: list[subprocess.Popen] = []
         self.ports = {"tcp-comm": free_port(), "http-dashboard": free_port()}
-        self.has_operator, self.has_room, self.is_allowed = True, True, True
+        self.has_operator, self.has_room, self.is_allowed, self.lacks_operator_kinds = True, True, True, False
 
     def create(self, kind: str, document: dict) -> None:
         self.posted.append(document)
@@ -115,6 +115,8 @@ class Operator:
             return 200, {"versions": ["v1"], "resources": resources}
         if path == ["apis"]:
             return 200, {"groups": []}
+        if self.lacks_operator_kinds and path[1] == "kubernetes.dask.org":
+            return 404, {"message": "404 page not found"}
         kind, name = path[path.index("namespaces") + 2], path[path.index("namespaces") + 3 :]
         if method == "POST":
             self.create(kind, json.loads(body))

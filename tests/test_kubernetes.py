@@ -22,7 +22,6 @@ from pipeline.fleet import Fleet
 from pipeline.kubernetes import PodCluster, kubernetes_cluster, manifests, pod_reasons
 from pipeline.run import run_job
 from tests.conftest import content, make_images
-from tests.kubernetes_stand_in import kubernetes_api
 
 GOLDEN = Path(__file__).parent / "golden" / "manifests"
 GROUPS = {
@@ -153,20 +152,12 @@ def test_a_pod_that_runs_gives_no_reasons():
 # -- the stand-in ----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def api(tmp_path_factory):
-    with kubernetes_api(tmp_path_factory.mktemp("kubernetes")) as (operator, config), pytest.MonkeyPatch.context() as patch:
-        patch.setenv("KUBECONFIG", str(config))
-        yield operator
-
-
 @pytest.fixture
-def operator(api, monkeypatch):
+def operator(kubernetes_operator, monkeypatch):
     monkeypatch.setattr(kubernetes, "DELETE_TIMEOUT_S", 5.0)
-    yield api
-    api.has_operator = api.has_room = api.is_allowed = True
-    assert not api.processes, "everything was deleted"
-    api.posted.clear()
+    yield kubernetes_operator
+    assert not kubernetes_operator.processes, "everything was deleted"
+    kubernetes_operator.posted.clear()
 
 
 def spec(**changes):
