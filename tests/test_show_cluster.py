@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -10,7 +11,19 @@ import yaml
 from distributed.core import Status
 
 from pipeline import show_cluster
-from pipeline.cluster_spec import load_cluster
+from pipeline.cluster_spec import (
+    AddressSpec,
+    BatchGroupSpec,
+    BatchSpec,
+    CudaSpec,
+    DriverSpec,
+    KubernetesGroupSpec,
+    KubernetesSpec,
+    LocalSpec,
+    SshGroupSpec,
+    SshSpec,
+    load_cluster,
+)
 from pipeline.errors import UsageError
 from pipeline.kubernetes import manifests
 from pipeline.launch_batch import job_script
@@ -149,6 +162,23 @@ def test_a_file_without_clusters_is_refused(tmp_path, text, expected):
     (tmp_path / "cluster.yaml").write_text(text)
     with pytest.raises(UsageError, match=f"(?s){expected}"):
         list_clusters(tmp_path / "cluster.yaml")
+
+
+def test_the_documentation_names_every_key():
+    named = set(re.findall(r"`(\w+)`", (REPOSITORY_FILE.parent / "docs" / "clusters.md").read_text()))
+    specs = (
+        LocalSpec,
+        CudaSpec,
+        AddressSpec,
+        BatchSpec,
+        SshSpec,
+        KubernetesSpec,
+        BatchGroupSpec,
+        SshGroupSpec,
+        KubernetesGroupSpec,
+        DriverSpec,
+    )
+    assert not {key for spec in specs for key in spec.model_fields} - named - {"kind"}
 
 
 def test_the_commands_print_them(tmp_path, monkeypatch, capfd):
