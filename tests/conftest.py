@@ -136,3 +136,5 @@ def kubernetes_operator(_kubernetes, monkeypatch):
     monkeypatch.setenv("KUBECONFIG", str(config))
     yield operator
     operator.has_operator = operator.has_room = operator.is_allowed = True
+    operator.lacks_operator_kinds = operator.is_stuck = False
+    operator.objects["daskclusters"].clear()

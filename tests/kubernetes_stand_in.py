@@ -32,6 +32,7 @@ class Operator:
         self.processes: list[subprocess.Popen] = []
         self.ports = {"tcp-comm": free_port(), "http-dashboard": free_port()}
         self.has_operator, self.has_room, self.is_allowed, self.lacks_operator_kinds = True, True, True, False
+        self.is_stuck = False
 
     def create(self, kind: str, document: dict) -> None:
         self.posted.append(document)
@@ -88,8 +89,11 @@ class Operator:
         self.processes.append(subprocess.Popen(command, env=environment, start_new_session=True))
 
     def delete(self, kind: str, name: str) -> bool:
-        if self.objects[kind].pop(name, None) is None:
+        if name not in self.objects[kind]:
             return False
+        if self.is_stuck:
+            return True
+        del self.objects[kind][name]
         self.n_deleted += 1
         self.clear()
         for others in self.objects.values():

@@ -6,6 +6,7 @@ import re
 import sys
 from importlib.resources import files
 from pathlib import Path
+from types import SimpleNamespace
 
 import jsonschema
 import kubernetes_validate
@@ -235,3 +236,26 @@ def test_who_may_not_create_clusters_is_told_what_to_check(operator):
         connect(spec(), name="x"),
     ):
         pass
+
+
+def test_a_cluster_that_cannot_be_deleted_is_said_with_the_command_that_does(operator, monkeypatch, caplog):
+    monkeypatch.setattr(kubernetes, "DELETE_TIMEOUT_S", 0.1)
+    operator.objects["daskclusters"]["x"] = {"metadata": {"name": "x", "namespace": "default"}}
+    operator.is_stuck = True
+    with (
+        pytest.raises(FeaturemapsError, match=r"did not start the Dask cluster x .*TimeoutError: it is still there 0 s later"),
+        kubernetes_cluster(spec(), name="x"),
+    ):
+        pass
+    assert "DaskCluster x in namespace default was not deleted" in caplog.text
+    assert "kubectl -n default delete daskcluster x" in caplog.text
+
+
+def test_workers_are_not_there_while_the_scheduler_does_not_answer(operator):
+    def sync(*_, **__):
+        raise ConnectionRefusedError
+
+    cluster = SimpleNamespace(sync=sync, scheduler_comm=SimpleNamespace(identity=None))
+    pods = PodCluster(cluster, spec(), "x")
+    assert pods.describe() == "extract: 0 of 1 workers; read: 0 of 1 workers"
+    assert not pods.is_hopeless(99, everybody=False)
