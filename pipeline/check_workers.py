@@ -83,7 +83,7 @@ def _worker_versions(client: Client) -> Iterator[Finding]:
 
 
 def _worker_gpus(client: Client) -> Iterator[Finding]:
-    asked = [address for address, worker in worker_slots(client).items() if worker.has_gpu]
+    asked = [address for address, worker in scheduler_workers(client).items() if worker["resources"].get("gpu")]
     if not asked:
         return
 

@@ -69,8 +69,9 @@ def diagnose(
     about_cluster = look(f"cluster {name}", _load, name, cluster_file, specs)
     for spec in specs:
         about_cluster += look("open files", check_installation.open_files, _n_workers(spec, job))
-        about_cluster += look(f"cluster {name or 'local'}", check_cluster.entry, name, spec)
-        about_cluster += [] if _failed(about_cluster) else look("cluster", check_cluster.can_be_reached, spec)
+        entry = look(f"cluster {name or 'local'}", check_cluster.entry, name, spec)
+        about_cluster += entry
+        about_cluster += [] if _failed(entry[:1]) else look("cluster", check_cluster.can_be_reached, spec)
     findings += about_cluster
     if wanted is not None:
         findings += _look_at_storage(wanted, job, cluster_file)

@@ -28,10 +28,13 @@ class Finding:
 
 def look(what: str, check: Callable[..., Iterable[Finding]], *arguments: Any) -> list[Finding]:
     """Do a check; what it raises is what it found."""
+    findings: list[Finding] = []
     try:
-        return list(check(*arguments))
+        for finding in check(*arguments):
+            findings.append(finding)  # noqa: PERF402 (what was found before it raised is kept)
     except FeaturemapsError as error:  # whose message has the remedy
-        return [Finding("FAIL", what, str(error))]
+        findings.append(Finding("FAIL", what, str(error)))
     except Exception as error:  # noqa: BLE001 (the point of it)
         text = " ".join(str(error).split()) or "no more is known"
-        return [Finding("FAIL", what, f"{type(error).__name__}: {text}", "mend what it says, and look again")]
+        findings.append(Finding("FAIL", what, f"{type(error).__name__}: {text}", "mend what it says, and look again"))
+    return findings

@@ -20,6 +20,7 @@ from distributed import LocalCluster
 from pipeline import check_cluster, check_installation, check_storage, check_workers, cli, kernel
 from pipeline.cluster_spec import AddressSpec, load_cluster
 from pipeline.doctor import diagnose
+from pipeline.errors import UsageError
 from pipeline.findings import Finding, look
 from pipeline.lock import StoreLock
 from pipeline.objects import place
@@ -49,6 +50,12 @@ def test_a_check_that_raises_is_a_finding():
     assert only(look("x", lambda: 1 / 0)) == Finding(
         "FAIL", "x", "ZeroDivisionError: division by zero", "mend what it says, and look again"
     )
+
+    def half():
+        yield Finding("ok", "x", "fine")
+        raise UsageError("no more")
+
+    assert look("x", half) == [Finding("ok", "x", "fine"), Finding("FAIL", "x", "no more")]
     assert str(Finding("ok", "x", "fine")) == "ok    x: fine"
     assert str(Finding("FAIL", "x", "bad", "mend it")) == "FAIL  x: bad -> mend it"
 
@@ -432,7 +439,7 @@ def test_workers_that_lack_roles_gpus_or_versions_are_found(running, monkeypatch
         "GPUs of workers": "FAIL",
     }
     found = list(check_workers.started(running(read=1), None))
-    assert levels(found)["roles"] == "FAIL"
+    assert levels(found) == {"workers": "ok", "roles": "FAIL", "versions of 1 workers": "FAIL"}
     found = list(check_workers.started(running(n_workers=0), None))
     assert levels(found)["workers"] == "FAIL"
 
@@ -506,6 +513,13 @@ def test_what_fails_makes_the_exit_code_1_and_hides_nothing_else(doctor, tmp_pat
     assert code == 1
     assert [line for line in lines if line.startswith("FAIL")] == [line for line in lines if "cluster x: cluster 'x'" in line]
     assert any(line.startswith("ok    store: ") for line in lines)
+
+
+def test_a_batch_system_is_asked_although_the_interface_is_wrong(spec, commands, tmp_path):
+    spec(kind="slurm", queue="gpu", interface="none0", groups={"all": {"memory": 1}})
+    commands(sbatch="", scancel="", squeue="", sinfo="echo short")
+    found = diagnose(cluster="x", cluster_file=tmp_path / "cluster.yaml", start=True).findings
+    assert [finding.what for finding in found if finding.level == "FAIL"] == ["interface", "queue"]  # and nothing was started
 
 
 def test_a_source_that_is_not_there_is_a_failure(tmp_path):
