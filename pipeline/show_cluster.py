@@ -25,10 +25,10 @@ from pipeline.cluster_spec import (
 )
 from pipeline.config import read_yaml
 from pipeline.errors import UsageError
-from pipeline.kubernetes import manifests
 from pipeline.launch import local_launches, resources_text
 from pipeline.launch_batch import job_script
 from pipeline.launch_ssh import ssh_options
+from pipeline.manifests import manifests
 
 JOB_NAME = "featuremaps-12345678"
 """As an example: the digits follow from the store."""

@@ -21,7 +21,8 @@ from pipeline.cluster_spec import KubernetesSpec, load_cluster
 from pipeline.config import make_job
 from pipeline.errors import FeaturemapsError, UsageError
 from pipeline.fleet import Fleet
-from pipeline.kubernetes import PodCluster, kubernetes_cluster, manifests, pod_reasons
+from pipeline.kubernetes import PodCluster, kubernetes_cluster, pod_reasons
+from pipeline.manifests import manifests
 from pipeline.run import run_job
 from tests.conftest import content, make_images
 

@@ -25,9 +25,9 @@ from pipeline.cluster_spec import (
     load_cluster,
 )
 from pipeline.errors import UsageError
-from pipeline.kubernetes import manifests
 from pipeline.launch_batch import job_script
 from pipeline.launch_ssh import ssh_launches
+from pipeline.manifests import manifests
 from pipeline.show_cluster import JOB_NAME, list_clusters
 
 REPOSITORY_FILE = Path(__file__).parents[1] / "cluster.yaml"
