@@ -265,6 +265,59 @@ def submit(
         return submitting.attend(order, stop=stop, on_progress=_log_lines(), report=report)
 
 
+@cli.command()
+@click.argument("what", required=False, metavar="[JOB.yaml | STORE]")
+@click.option("--cluster", metavar="NAME", help="A cluster of cluster.yaml (default: that of the job, or this machine).")
+@click.option(
+    "--cluster-file", type=click.Path(path_type=Path), default="cluster.yaml", show_default=True, help="Where clusters are named."
+)
+@click.option("--start", is_flag=True, help="Start the cluster, look at its workers, and stop it again.")
+@click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
+def doctor(what: str | None, as_json: bool, **options: Any) -> int:
+    """Say what stands between this installation and a run: versions, GPUs, limits, the cluster, the store's place, the source.
+
+    With JOB.yaml its source is listed and its headers are read, as by plan.
+    """
+    _start_logging(0, as_json=False)
+    from pipeline.doctor import diagnose
+
+    is_job = what is not None and what.endswith(_JOB_SUFFIXES)
+    diagnosis = diagnose(load_job(what, {}) if what and is_job else None, None if is_job else what, **options)
+    click.echo(json.dumps(diagnosis.to_dict(), indent=1) if as_json else diagnosis.describe())
+    return EXIT_COMPLETE if diagnosis.is_well else EXIT_FAILED
+
+
+@cli.group()
+def cluster() -> None:
+    """Look at the clusters of cluster.yaml, without starting anything."""
+
+
+_cluster_file = click.option(
+    "--cluster-file", type=click.Path(path_type=Path), default="cluster.yaml", show_default=True, help="Where clusters are named."
+)
+
+
+@cluster.command("list")
+@_cluster_file
+def cluster_list(cluster_file: Path) -> int:
+    """Say which clusters there are, of what kind and groups, and which cannot be used from here."""
+    from pipeline.show_cluster import list_clusters
+
+    click.echo(list_clusters(cluster_file))
+    return EXIT_COMPLETE
+
+
+@cluster.command("show")
+@click.argument("name")
+@_cluster_file
+def cluster_show(name: str, cluster_file: Path) -> int:
+    """Print what `run --cluster NAME` would launch: job scripts, ssh commands, manifests or processes. Launches nothing."""
+    from pipeline.show_cluster import show_cluster
+
+    click.echo(show_cluster(name, cluster_file))
+    return EXIT_COMPLETE
+
+
 def _start_logging(verbose: int, *, as_json: bool) -> None:
     from pipeline import logs
 

@@ -36,6 +36,7 @@ from pipeline.cluster_spec import (
 from pipeline.config import Job
 from pipeline.dask_settings import DASK_SETTINGS
 from pipeline.errors import FeaturemapsError, StoppedError, UsageError
+from pipeline.kubernetes import PodCluster, kubernetes_cluster
 from pipeline.launch import MAX_FALSE_STARTS, GroupCluster, Launch, local_launches
 from pipeline.launch_batch import batch_launches
 from pipeline.launch_ssh import ssh_launches
@@ -139,10 +140,10 @@ def connect(
                 yield client
             return
         if isinstance(spec, KubernetesSpec):
-            from pipeline.kubernetes import kubernetes_cluster  # noqa: PLC0415 (an extra)
-
-            with kubernetes_cluster(spec, name) as cluster, Client(cluster) as client:
-                yield client
+            with _quiet_dask(), kubernetes_cluster(spec, name) as pods:
+                _wait_for_workers(pods, spec.start_timeout_s, stop, on_wait, everybody=False)
+                with Client(pods) as client:
+                    yield client
             return
         groups, launches, patience_s = _launches(spec, name)
         settings: dict[str, Any] = {"distributed.scheduler.no-workers-timeout": f"{patience_s}s"}
@@ -229,7 +230,7 @@ def job_name(store: str) -> str:
 
 
 def _wait_for_workers(
-    cluster: GroupCluster,
+    cluster: GroupCluster | PodCluster,
     patience_s: float,
     stop: threading.Event | None,
     on_wait: Callable[[str], None],
@@ -371,7 +372,7 @@ def worker_slots(client: Client) -> dict[str, WorkerSlots]:
     return {address: _slots(worker["resources"], worker["memory_limit"]) for address, worker in workers.items()}
 
 
-def wanted_slots(cluster: GroupCluster) -> list[WorkerSlots]:
+def wanted_slots(cluster: GroupCluster | PodCluster) -> list[WorkerSlots]:
     """What each of the wanted workers offers, whether it is there or not."""
     groups = [cluster.groups[launch.group] for launch in cluster.launches.values()]
     return [_slots(group.resources, group.memory) for group in groups]

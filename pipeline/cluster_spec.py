@@ -217,6 +217,19 @@ class BatchSpec(_Remote):
     """Scratch space of the workers on their machine."""
     driver: DriverSpec = DriverSpec()
 
+    @model_validator(mode="after")
+    def _condor(self) -> BatchSpec:
+        if self.kind != "htcondor":
+            return self
+        if self.queue is not None:
+            raise ValueError(
+                f"HTCondor has no queues, and queue is {self.queue!r}: say which machines in options (requirements = ...)"
+            )
+        for line in (*self.driver.options, *(line for group in self.groups.values() for line in group.options)):
+            if not re.fullmatch(r"\s*[+\w.]+\s*=.*", line):
+                raise ValueError(f"option {line!r} is no line of a submit file of HTCondor: write it as 'key = value'")
+        return self
+
 
 class SshSpec(_Remote):
     """Workers on machines that are reached by ssh."""
@@ -232,6 +245,16 @@ class KubernetesGroupSpec(GroupSpec):
     node_selector: dict[str, str] = {}
     options: dict[str, Any] = {}
     """Merged into the pod's spec, for instance ``tolerations``."""
+
+    @model_validator(mode="after")
+    def _no_clash(self) -> KubernetesGroupSpec:
+        ours = {"containers", "nodeSelector", "serviceAccountName", "volumes"} & set(self.options)
+        if ours:
+            raise ValueError(
+                f"options has {', '.join(sorted(ours))}, which would replace what the other keys make: use image, node_selector, "
+                "service_account, volumes and volume_mounts"
+            )
+        return self
 
 
 class KubernetesSpec(_Groups):

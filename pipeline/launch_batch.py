@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import shlex
 import subprocess
 import sys
+import tempfile
 from collections import deque
 from collections.abc import Mapping
 from typing import Any
@@ -99,11 +101,10 @@ def _end_of_log(job: Any) -> str:
 def batch_options(spec: BatchSpec, group: GroupSpec, job_name: str) -> dict[str, Any]:
     """Options of `dask_jobqueue`'s jobs."""
     arguments = ["--resources", shlex.quote(resources_text(group)), "--no-dashboard", *lifetime(spec.walltime)]
-    environment = worker_environment() | group.environment
+    environment = worker_environment() | ({} if group.gpus else {"CUDA_VISIBLE_DEVICES": ""}) | group.environment
     exports = [f"export {key}={shlex.quote(value)}" for key, value in environment.items()]
     options: dict[str, Any] = {
         "job_name": job_name,
-        "account": spec.account,
         "cores": group.threads,
         "memory": f"{int(group.memory or 0)} B",
         "processes": 1,
@@ -117,25 +118,73 @@ def batch_options(spec: BatchSpec, group: GroupSpec, job_name: str) -> dict[str,
         "worker_extra_args": arguments,
         "job_script_prologue": [*spec.prologue, *exports],
     }
-    extra = list(getattr(group, "options", ()))
-    walltime = clock(spec.walltime)
-    if spec.kind == "slurm":
-        gres = [f"--gres=gpu:{group.gpus}"] if group.gpus else []
-        return options | {"queue": spec.queue, "walltime": walltime, "job_extra_directives": [*gres, *extra]}
-    if spec.kind == "pbs":
-        memory = int(group.memory or 0) // 2**20
-        select = f"select=1:ncpus={group.threads}:mem={memory}mb" + (f":ngpus={group.gpus}" if group.gpus else "")
-        return options | {"queue": spec.queue, "walltime": walltime, "resource_spec": select, "job_extra_directives": extra}
-    if spec.kind == "sge":
-        gpus = [f"-l gpu={group.gpus}"] if group.gpus else []
-        del options["account"]
-        named = {"queue": spec.queue, "project": spec.account, "walltime": walltime}
-        return options | named | {"job_extra_directives": [*gpus, *extra]}
-    directives = dict(line.split("=", 1) for line in extra)
-    directives |= {"request_gpus": str(group.gpus)} if group.gpus else {}
+    own = {"slurm": _slurm, "pbs": _pbs, "sge": _sge, "htcondor": _htcondor}[spec.kind]
+    return options | own(spec, group, options)
+
+
+def _slurm(spec: BatchSpec, group: GroupSpec, _: dict[str, Any]) -> dict[str, Any]:
+    gres = [f"--gres=gpu:{group.gpus}"] if group.gpus else []
+    return {"account": spec.account} | _queued(spec, [*gres, *_lines(group)])
+
+
+def _pbs(spec: BatchSpec, group: GroupSpec, _: dict[str, Any]) -> dict[str, Any]:
+    mebibytes = -(-int(group.memory or 0) // 2**20)
+    select = f"select=1:ncpus={group.threads}:mem={mebibytes}mb" + (f":ngpus={group.gpus}" if group.gpus else "")
+    return {"account": spec.account, "resource_spec": select} | _queued(spec, _lines(group))
+
+
+def _sge(spec: BatchSpec, group: GroupSpec, _: dict[str, Any]) -> dict[str, Any]:
+    """Grid Engine, where each site names its resources: the usual names, unless the options have others."""
+    lines = _lines(group)
+
+    def unless(*words: str, line: str) -> list[str]:
+        return [] if any(word in given for given in lines for word in words) else [line]
+
+    usual = unless("-S ", line="-S /bin/bash")  # the script's first line counts for nothing, and a queue's shell may be csh
+    usual += unless("-pe ", line=f"-pe smp {group.threads}") if group.threads > 1 else []
+    mebibytes = -(-int(group.memory or 0) // 2**20)
+    usual += unless("mem", "virtual_free", line=f"-l mem_free={mebibytes}M")
+    usual += unless("gpu", line=f"-l gpu={group.gpus}") if group.gpus else []
+    return {"project": spec.account} | _queued(spec, [*usual, *lines])
+
+
+def _htcondor(spec: BatchSpec, group: GroupSpec, options: dict[str, Any]) -> dict[str, Any]:
+    """HTCondor, where all is ``key = value``, and a dollar before a parenthesis is its own unless it is said otherwise."""
+    directives = {"batch_name": options["job_name"]}
     directives |= {"accounting_group": spec.account} if spec.account else {}
-    del options["account"]
-    return options | {"disk": "1 GB", "job_extra_directives": {key.strip(): value.strip() for key, value in directives.items()}}
+    directives |= {"request_gpus": str(group.gpus)} if group.gpus else {}
+    directives["periodic_remove"] = f"(JobStatus == 2) && (time() - EnteredCurrentStatus > {spec.walltime})"
+    given = (line.split("=", 1) for line in _lines(group))
+    directives |= {key.strip(): value.strip() for key, value in given}
+    prologue = [re.sub(r"\$(?=\w*\()", "$(DOLLAR)", line) for line in options["job_script_prologue"]]
+    return {"disk": "1 GB", "job_extra_directives": directives, "job_script_prologue": prologue}
+
+
+def _lines(group: GroupSpec) -> list[str]:
+    return list(getattr(group, "options", ()))
+
+
+def _queued(spec: BatchSpec, lines: list[str]) -> dict[str, Any]:
+    return {"queue": spec.queue, "walltime": clock(spec.walltime), "job_extra_directives": lines}
+
+
+def job_script(spec: BatchSpec, group_name: str, job_name: str) -> str:
+    """What would be handed in for a group's first worker; the address of the scheduler is known when there is one.
+
+    Raises
+    ------
+    UsageError
+        When dask-jobqueue is not installed.
+    """
+    job_class = batch_job_class(spec.kind)
+    with tempfile.TemporaryDirectory() as folder:  # which a job makes, and here nothing is to be left
+        options = batch_options(
+            spec.model_copy(update={"log_folder": folder}), spec.groups[group_name], f"{job_name}-{group_name}"
+        )
+        script: str = job_class(
+            "tls://DRIVER:PORT" if spec.tls else "tcp://DRIVER:PORT", f"{group_name}-0", **options
+        ).job_script()
+    return script.replace(folder, spec.log_folder)
 
 
 def lifetime(walltime_s: int) -> list[str]:

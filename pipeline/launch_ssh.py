@@ -111,12 +111,17 @@ def ssh_launches(spec: SshSpec) -> dict[str, Launch]:
         raise UsageError(
             "a cluster of kind ssh needs asyncssh, which is not installed: nothing was started; pip install 'featuremaps[ssh]'"
         ) from error
-    launches: dict[str, Launch] = {}
+    return {name: Launch(group, SshWorker, options) for name, (group, options) in ssh_options(spec).items()}
+
+
+def ssh_options(spec: SshSpec) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Group and options of every wanted worker, by name."""
+    found: dict[str, tuple[str, dict[str, Any]]] = {}
     for group_name, group in spec.groups.items():
         for number, (host, i) in enumerate((host, i) for host in group.hosts for i in range(group.workers)):
             options = {"host": host, "connection": _connection(group)} | ssh_command(spec, group, i)
-            launches[f"{group_name}-{number}"] = Launch(group_name, SshWorker, options)
-    return launches
+            found[f"{group_name}-{number}"] = group_name, options
+    return found
 
 
 def _connection(group: SshGroupSpec) -> dict[str, Any]:

@@ -212,6 +212,17 @@ class _ObjectLock:
         self._put(self.condition)
 
 
+def server_clock_s(store: Url) -> float:
+    """Time by the clock of the server that holds a bucket, in seconds since 1970; what is written for it is deleted again.
+
+    Raises
+    ------
+    UsageError
+        When the server ignores conditional puts.
+    """
+    return _ObjectLock(store / _NAME, sole_writer=False)._check_server()
+
+
 def _conflicts(url: Url, condition: Any) -> bool:
     try:
         url.put(b"3", only=condition)

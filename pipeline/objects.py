@@ -218,7 +218,11 @@ def free_bytes(path: Place) -> int | None:
     """Free space of the file system that a store is or will be on; None where nothing says."""
     if isinstance(path, Url):
         return None
-    while not path.exists():
-        path = path.parent
-    status = os.statvfs(path)
+    status = os.statvfs(nearest_folder(path))
     return status.f_bavail * status.f_frsize
+
+
+def nearest_folder(path: Path) -> Path:
+    """A folder, or the deepest that is there of those that it would be made in."""
+    path = path.absolute()
+    return next(folder for folder in (path, *path.parents) if folder.is_dir())

@@ -19,6 +19,7 @@ from pipeline.config import make_job
 from pipeline.run import run_job
 from pipeline.schema import REJECTED, Status
 from pipeline.store import Store
+from tests.kubernetes_stand_in import kubernetes_api
 
 TWELVE_SIZES = [(40 + 7 * k, 60 + 5 * k) for k in range(12)]
 
@@ -120,3 +121,20 @@ def small_disk(tmp_path):
 
     yield mount
     subprocess.run(["umount", "-l", folder], capture_output=True, check=False)
+
+
+@pytest.fixture(scope="session")
+def _kubernetes(tmp_path_factory):
+    with kubernetes_api(tmp_path_factory.mktemp("kubernetes")) as found:
+        yield found
+
+
+@pytest.fixture
+def kubernetes_operator(_kubernetes, monkeypatch):
+    """What stands for Kubernetes; one for all tests, because kr8s keeps its first connection."""
+    operator, config = _kubernetes
+    monkeypatch.setenv("KUBECONFIG", str(config))
+    yield operator
+    operator.has_operator = operator.has_room = operator.is_allowed = True
+    operator.lacks_operator_kinds = operator.is_stuck = False
+    operator.objects["daskclusters"].clear()

@@ -44,6 +44,8 @@ def test_every_cluster_of_the_repositorys_file_can_be_used():
     assert load_cluster("two-workers", path) == LocalSpec(workers=2, memory=4 * 2**30)
     assert load_cluster("shared-machine", path) == LocalSpec(dashboard=None)
     assert load_cluster("running", path) == AddressSpec(kind="address", address="tcp://127.0.0.1:8786")
+    kinds = {load_cluster(name, path).kind for name in yaml.safe_load(path.read_text())["clusters"]}
+    assert kinds == {"local", "cuda", "address", "ssh", "slurm", "pbs", "sge", "htcondor", "kubernetes"}
 
 
 def test_without_a_name_it_is_this_machine_and_no_file_is_read(tmp_path):

@@ -1,0 +1,106 @@
+"""Checks of this machine: packages, the compiled kernel, GPUs, limits."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+
+from packaging.requirements import Requirement
+
+from pipeline import kernel
+from pipeline.findings import Finding
+
+EXTRAS = {
+    "batch": "clusters of kind slurm, pbs, sge and htcondor",
+    "cloud": "buckets and web addresses",
+    "fast": "JPEGs in half the time",
+    "figures": "featuremaps show",
+    "kubernetes": "clusters of kind kubernetes",
+    "metrics": "metrics for Prometheus",
+    "parquet": "lists in .parquet",
+    "ssh": "clusters of kind ssh",
+}
+"""What the optional extras are for."""
+FILES_BASE, FILES_PER_WORKER = 128, 10
+"""Open files of a driver: measured are 16, and 9 for each worker of this machine, whose nanny is in the driver."""
+
+
+def packages() -> Iterator[Finding]:
+    """Versions of Python and what is required, and what optional packages are there."""
+    required = [Requirement(text) for text in requires("featuremaps") or []]
+    wrong = list(filter(None, (_wrong(found) for found in required if found.marker is None)))
+    shown = ", ".join(f"{name} {_version(name)}" for name in ("featuremaps", "dask", "distributed", "torch", "zarr", "pillow"))
+    if wrong:
+        yield Finding("FAIL", "packages", "; ".join(wrong), "install featuremaps again: pip install -c constraints.txt .")
+    else:
+        yield Finding("ok", "packages", f"python {platform.python_version()}, {shown}")
+    for extra, purpose in EXTRAS.items():
+        wanted = [found for found in required if found.marker is not None and found.marker.evaluate({"extra": extra})]
+        wrong = list(filter(None, map(_wrong, wanted)))
+        if wrong:
+            yield Finding(
+                "note", f"extra {extra}", f"{'; '.join(wrong)}; it is for {purpose}", f"pip install 'featuremaps[{extra}]'"
+            )
+        else:
+            yield Finding("ok", f"extra {extra}", ", ".join(f"{found.name} {_version(found.name)}" for found in wanted))
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "missing"
+
+
+def _wrong(wanted: Requirement) -> str:
+    found = _version(wanted.name)
+    if found == "missing":
+        return f"{wanted.name} is not installed"
+    return (
+        "" if wanted.specifier.contains(found, prereleases=True) else f"{wanted.name} is {found} and has to be {wanted.specifier}"
+    )
+
+
+def compiled_kernel() -> Iterator[Finding]:
+    """What computes the first layer on processors."""
+    name = kernel.version()
+    if name == "torch":
+        remedy = "install a C compiler (cc), then featuremaps again"
+        yield Finding("note", "first layer", "not compiled: PyTorch computes it, in 1.6 to 3 times the time", remedy)
+    else:
+        yield Finding("ok", "first layer", f"compiled, {name}")
+
+
+def gpus(devices: Path = Path("/dev")) -> Iterator[Finding]:
+    """Device files of NVIDIA's driver, and what torch sees of them."""
+    n_devices = len(list(devices.glob("nvidia[0-9]*")))
+    if not n_devices:
+        yield Finding("ok", "GPUs", "no device files of NVIDIA's driver: processors compute")
+        return
+    from pipeline.device import n_gpus  # noqa: PLC0415 (torch only where there may be a GPU)
+
+    n, named = n_gpus(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    found = f"{n_devices} device files, and torch {_version('torch')} sees {n}"
+    if n >= n_devices:
+        yield Finding("ok", "GPUs", found)
+    elif named is not None:
+        yield Finding("note", "GPUs", f"{found}, with CUDA_VISIBLE_DEVICES={named!r}", "unset it to use all")
+    else:
+        remedy = "check the driver (nvidia-smi), permissions of /dev/nvidia*, and that torch was installed with CUDA"
+        yield Finding("FAIL", "GPUs", found, remedy)
+
+
+def open_files(workers: int) -> Iterator[Finding]:
+    """The limit of open files of a driver with so many workers."""
+    limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = FILES_BASE + FILES_PER_WORKER * workers
+    found = f"{'no limit' if limit == resource.RLIM_INFINITY else limit}, and a driver of {workers} workers wants {wanted}"
+    if limit == resource.RLIM_INFINITY or limit >= wanted:
+        yield Finding("ok", "open files", found)
+    else:
+        hard = "unlimited" if most == resource.RLIM_INFINITY else most
+        yield Finding("FAIL", "open files", found, f"ulimit -n {wanted} (the hard limit is {hard}), or fewer workers")

@@ -1,0 +1,134 @@
+"""Checks of a cluster by starting it, or connecting to the one that runs, and looking at its workers."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from distributed import Client
+
+from pipeline.check_cluster import compare_versions
+from pipeline.cluster import connect, scheduler_workers, worker_slots
+from pipeline.cluster_spec import AddressSpec, ClusterSpec, CudaSpec, LocalSpec
+from pipeline.errors import FeaturemapsError
+from pipeline.findings import Finding
+from pipeline.objects import Place, delete, nearest_folder, put
+from pipeline.remote import Url
+
+
+def started(spec: ClusterSpec, store: Place | None) -> Iterator[Finding]:
+    """Start the cluster, or connect to the one that runs, and look at its workers.
+
+    Parameters
+    ----------
+    spec : ClusterSpec
+    store : Place, optional
+        Where a store is or will be, which all workers have to reach.
+    """
+    what = "scheduler" if isinstance(spec, AddressSpec) else "starting"
+    try:
+        with connect(spec, name="featuremaps-doctor") as client:
+            yield from _workers(client, spec)
+            yield from _roles(client)
+            yield from _worker_versions(client)
+            yield from _worker_gpus(client)
+            if store is not None:
+                yield from _worker_places(client, store)
+    except FeaturemapsError as error:
+        yield Finding("FAIL", what, str(error), "mend what it says")
+
+
+def _workers(client: Client, spec: ClusterSpec) -> Iterator[Finding]:
+    if isinstance(spec, AddressSpec):
+        n = len(scheduler_workers(client))
+        yield Finding("ok" if n else "FAIL", "workers", f"{n} at {spec.address}", "" if n else "start some: dask worker")
+        return
+    for group, (n, wanted) in client.cluster.counts().items():
+        if n == wanted:
+            yield Finding("ok", f"group {group}", f"all of {wanted} workers are there")
+        else:
+            remedy = (
+                "" if isinstance(spec, LocalSpec | CudaSpec) else "a run starts with one, and takes the others when they come"
+            )
+            yield Finding("note" if n else "FAIL", f"group {group}", f"{n} of {wanted} workers are there yet", remedy)
+
+
+def _roles(client: Client) -> Iterator[Finding]:
+    try:
+        slots = worker_slots(client).values()
+    except FeaturemapsError as error:
+        yield Finding("FAIL", "roles", str(error), "start the workers with these resources, or correct the roles of the groups")
+        return
+    text = f"{sum(worker.read for worker in slots)} batches are read at once, {sum(worker.extract for worker in slots)} extracted"
+    yield Finding("ok", "roles", text)
+
+
+def _worker_versions(client: Client) -> Iterator[Finding]:
+    def ask() -> tuple[str, str, str]:  # nested, so that it travels by value: they may have another featuremaps, or none
+        import platform  # noqa: PLC0415 (as it travels)
+        from importlib.metadata import PackageNotFoundError, version  # noqa: PLC0415 (as above)
+
+        def found(name: str) -> str:
+            try:
+                return version(name)
+            except PackageNotFoundError:
+                return "missing"
+
+        return platform.python_version(), found("featuremaps"), found("distributed")
+
+    answers = _by_answer(client.run(ask))
+    for versions, workers in answers.items():
+        yield compare_versions(f"versions of {len(workers)} workers", versions)
+
+
+def _worker_gpus(client: Client) -> Iterator[Finding]:
+    asked = [address for address, worker in scheduler_workers(client).items() if worker["resources"].get("gpu")]
+    if not asked:
+        return
+
+    def ask() -> int:
+        from pipeline.device import n_gpus  # noqa: PLC0415 (as it travels, and torch only there)
+
+        return n_gpus()
+
+    for n, workers in _by_answer(client.run(ask, workers=asked)).items():
+        found = f"{len(workers)} workers that say they have one see {n}"
+        if n:
+            yield Finding("ok", "GPUs of workers", found)
+        else:
+            remedy = "check the driver there, that the batch system gives the GPU (gpus, options), and that torch there has CUDA"
+            yield Finding("FAIL", "GPUs of workers", f"{found}: {', '.join(workers[:3])}", remedy)
+
+
+def _worker_places(client: Client, store: Place) -> Iterator[Finding]:
+    """Have all workers read what the driver writes beside the store: another disk of the same name would not hold it."""
+    token = uuid.uuid4().hex
+    folder = store if isinstance(store, Url) else nearest_folder(store)
+    probe = folder / f"doctor.{token}.partial"
+    put(probe, token.encode())
+
+    def ask() -> str:
+        try:
+            return "it" if probe.read_bytes() == token.encode() else "something else"
+        except OSError as error:
+            return str(error.strerror or error)
+
+    try:
+        answers = _by_answer(client.run(ask))
+    finally:
+        delete(probe)
+    for answer, workers in answers.items():
+        if answer == "it":
+            yield Finding("ok", "store from workers", f"{len(workers)} workers read what was written at {folder}")
+        else:
+            remedy = "mount the same file system there, or export the bucket's credentials there"
+            yield Finding("FAIL", "store from workers", f"{', '.join(workers[:3])} do not see {folder} ({answer})", remedy)
+
+
+def _by_answer(answers: Mapping[str, Any]) -> dict[Any, list[str]]:
+    """Addresses of workers by what they answered."""
+    found: dict[Any, list[str]] = {}
+    for address, answer in answers.items():
+        found.setdefault(tuple(answer) if isinstance(answer, list) else answer, []).append(address)
+    return found

@@ -1,0 +1,117 @@
+"""What stands between this installation and a run, each with a remedy; changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline import check_cluster, check_installation, check_storage, check_workers
+from pipeline.cluster import local_workers
+from pipeline.cluster_spec import AddressSpec, ClusterSpec, CudaSpec, KubernetesSpec, SshSpec, load_cluster
+from pipeline.config import Job
+from pipeline.findings import Finding, look
+from pipeline.objects import Place, place
+from pipeline.preview import Preview, plan_job
+
+
+@dataclass(slots=True)
+class Diagnosis:
+    """All findings."""
+
+    findings: list[Finding]
+
+    @property
+    def is_well(self) -> bool:
+        """Whether nothing failed."""
+        return not _failed(self.findings)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {"is_well": self.is_well, "findings": [asdict(finding) for finding in self.findings]}
+
+    def describe(self) -> str:
+        """For a person: a line per finding."""
+        return "\n".join(map(str, self.findings))
+
+
+def diagnose(
+    job: Job | None = None,
+    store: str | None = None,
+    *,
+    cluster: str | None = None,
+    cluster_file: Path = Path("cluster.yaml"),
+    start: bool = False,
+) -> Diagnosis:
+    """Look at the installation, and at what is given: a job or a store, and a cluster.
+
+    Parameters
+    ----------
+    job : Job, optional
+        Its source is listed and its headers are read, as ``plan`` does.
+    store : str, optional
+        Without a job.
+    cluster : str, optional
+        None is that of the job, or this machine.
+    cluster_file : Path
+    start : bool
+        Start the cluster and look at its workers; without it a cluster is only asked what it answers as it is.
+    """
+    wanted = place(store) if store is not None else place(job.store) if job is not None else None
+    name = cluster or (job.cluster if job is not None else None)
+    findings = [
+        *look("packages", check_installation.packages),
+        *look("first layer", check_installation.compiled_kernel),
+        *look("GPUs", check_installation.gpus),
+    ]
+    specs: list[ClusterSpec] = []
+    about_cluster = look(f"cluster {name}", _load, name, cluster_file, specs)
+    for spec in specs:
+        about_cluster += look("open files", check_installation.open_files, _n_workers(spec, job))
+        entry = look(f"cluster {name or 'local'}", check_cluster.entry, name, spec)
+        about_cluster += entry
+        about_cluster += [] if _failed(entry[:1]) else look("cluster", check_cluster.can_be_reached, spec)
+    findings += about_cluster
+    if wanted is not None:
+        findings += _look_at_storage(wanted, job, cluster_file)
+    for spec in specs:
+        if (start or isinstance(spec, AddressSpec)) and not _failed(about_cluster):
+            findings += look("workers", check_workers.started, spec, wanted)
+    return Diagnosis(findings)
+
+
+def _failed(findings: list[Finding]) -> bool:
+    return any(finding.level == "FAIL" for finding in findings)
+
+
+def _load(name: str | None, path: Path, specs: list[ClusterSpec]) -> Iterator[Finding]:
+    """Leave the entry in ``specs``, or say what is wrong with it."""
+    specs.append(load_cluster(name, path))
+    return iter(())
+
+
+def _look_at_storage(store: Place, job: Job | None, cluster_file: Path) -> list[Finding]:
+    findings = look("store", check_storage.stored, store) + look("writing", check_storage.writing, store)
+    plans: list[Preview] = []
+    if job is None:
+        findings += look("source", check_storage.source_of_store, store)
+    else:
+        findings += look("source", _plan, job, cluster_file, plans)
+    return findings + look("space", check_storage.space, store, plans[0] if plans else None)
+
+
+def _plan(job: Job, cluster_file: Path, plans: list[Preview]) -> Iterator[Finding]:
+    plans.append(plan_job(job, cluster_file))
+    return check_storage.planned(plans[0])
+
+
+def _n_workers(spec: ClusterSpec, job: Job | None) -> int:
+    """Workers that the driver is connected to."""
+    if isinstance(spec, SshSpec):
+        return sum(group.workers * len(group.hosts) for group in spec.groups.values())
+    if isinstance(spec, AddressSpec | KubernetesSpec):
+        return 0  # they are the scheduler's, which is another process
+    if isinstance(spec, CudaSpec) or not spec.groups:
+        return local_workers(job.workers if job is not None and job.workers else getattr(spec, "workers", None))
+    return sum(group.workers for group in spec.groups.values())
