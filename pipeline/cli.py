@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import io
 import json
-import logging
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from itertools import pairwise
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from pipeline import __version__
-from pipeline.config import Job, LayerSpec, load_job, make_job
+from pipeline.cli_clusters import cluster, doctor, submit
+from pipeline.config import JOB_SUFFIXES, Job, LayerSpec, load_job, make_job
 from pipeline.errors import (
     EXIT_COMPLETE,
     EXIT_FAILED,
@@ -25,15 +21,20 @@ from pipeline.errors import (
     FeaturemapsError,
     UsageError,
 )
+from pipeline.terminal import (
+    asks_for_json,
+    complain,
+    is_json,
+    logger,
+    say_end,
+    serve_metrics,
+    show_progress,
+    start_logging,
+    stop_on_signal,
+)
 
 if TYPE_CHECKING:
     from pipeline.objects import Place
-    from pipeline.summary import Progress, Summary
-
-logger = logging.getLogger(__name__)
-
-LOG_LINE_S = 10.0
-_JOB_SUFFIXES = (".yaml", ".yml")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -85,7 +86,7 @@ def _place(store: str) -> Place:
 
 _store_argument = click.argument(  # which a job file may name
     "store",
-    callback=lambda _context, _parameter, store: _place(load_job(store).store if store.endswith(_JOB_SUFFIXES) else store),
+    callback=lambda _context, _parameter, store: _place(load_job(store).store if store.endswith(JOB_SUFFIXES) else store),
     metavar="STORE | JOB.yaml",
 )
 
@@ -106,7 +107,7 @@ def _make_job(what: tuple[str, ...], options: dict[str, Any]) -> Job:
     if options["layers"]:
         extractor["layers"] = [LayerSpec.parse(text).model_dump() for text in options["layers"]]
     values |= {key: value for key, value in (("decode", decode), ("extractor", extractor)) if value}
-    if len(what) == 1 and what[0].endswith(_JOB_SUFFIXES):
+    if len(what) == 1 and what[0].endswith(JOB_SUFFIXES):
         return load_job(what[0], values)
     if len(what) != 2:
         raise UsageError(
@@ -120,7 +121,7 @@ def _begin(what: tuple[str, ...], options: dict[str, Any], verbose: int, log_for
     """Start logging, and make the job."""
     from pipeline import logs
 
-    _start_logging(verbose, as_json=log_format == "json")
+    start_logging(verbose, as_json=log_format == "json")
     job = _make_job(what, options)
     logs.about(str(_place(job.store).absolute()))
     return job
@@ -139,9 +140,9 @@ def run(what: tuple[str, ...], as_json: bool, verbose: int, log_format: str, met
     from pipeline.summary import describe, receipt
 
     on_terminal = sys.stderr.isatty() and not as_json and log_format == "text"
-    with _serve_metrics(metrics), _stop_on_signal() as stop, _show_progress(on_terminal) as on_progress:
+    with serve_metrics(metrics), stop_on_signal() as stop, show_progress(on_terminal) as on_progress:
         summary = run_job(job, on_progress=on_progress, stop=stop)
-    _say_end(summary)
+    say_end(summary)
     click.echo(json.dumps(receipt(summary), indent=1) if as_json else describe(summary, job.store))
     return summary.exit_code
 
@@ -218,236 +219,8 @@ def vacuum(store: Place, dry_run: bool, sole_writer: bool, as_json: bool) -> int
     return EXIT_FAILED if result.n_damaged else EXIT_COMPLETE
 
 
-@cli.command()
-@click.argument("job_file", metavar="JOB.yaml", type=click.Path(path_type=Path, dir_okay=False))
-@click.option("--cluster", metavar="NAME", help="A cluster of a batch system (default: the one that the job names).")
-@click.option("--cluster-file", type=click.Path(path_type=Path), default=Path("cluster.yaml"), show_default=True)
-@click.option(
-    "--attempts", type=click.IntRange(1), default=5, show_default=True, metavar="N", help="Give up after N without progress."
-)
-@click.option(
-    "--sample", "n_sample", type=click.IntRange(0), default=20, show_default=True, metavar="N", help="Images to recompute."
-)
-@click.option("--dry-run", is_flag=True, help="Only print the job script.")
-@click.option("--attend", is_flag=True, hidden=True, help="What the driver's job calls.")
-@click.option("-v", "--verbose", count=True, help="More log lines; twice for Dask's own.")
-@click.option("--log-format", type=click.Choice(["text", "json"]), default="text", help="One JSON object per log line.")
-def submit(
-    job_file: Path,
-    cluster: str | None,
-    cluster_file: Path,
-    dry_run: bool,
-    attend: bool,
-    verbose: int,
-    log_format: str,
-    **options: Any,
-) -> int:
-    """Hand the whole run to a batch system: a driver's job that comes back until the store is complete, and then audits it."""
-    from pipeline import submit as submitting
-
-    _start_logging(verbose, as_json=log_format == "json")
-    job = load_job(job_file, {"cluster": cluster} if cluster else {})
-    order = submitting.Order(job, job_file, cluster_file, **options)
-    if dry_run:
-        click.echo(submitting.driver_script(order), nl=False)
-        return EXIT_COMPLETE
-    if not attend:
-        submission = submitting.submit(order)
-        click.echo(f"job {submission.job_id} was handed in; featuremaps status {job.store} tells how far it is")
-        return EXIT_COMPLETE
-
-    def report(what: Any) -> None:
-        from pipeline.summary import Summary, describe
-
-        click.echo(describe(what, job.store) if isinstance(what, Summary) else what if isinstance(what, str) else what.describe())
-
-    with _stop_on_signal() as stop:
-        return submitting.attend(order, stop=stop, on_progress=_log_lines(), report=report)
-
-
-@cli.command()
-@click.argument("what", required=False, metavar="[JOB.yaml | STORE]")
-@click.option("--cluster", metavar="NAME", help="A cluster of cluster.yaml (default: that of the job, or this machine).")
-@click.option(
-    "--cluster-file", type=click.Path(path_type=Path), default="cluster.yaml", show_default=True, help="Where clusters are named."
-)
-@click.option("--start", is_flag=True, help="Start the cluster, look at its workers, and stop it again.")
-@click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
-def doctor(what: str | None, as_json: bool, **options: Any) -> int:
-    """Say what stands between this installation and a run: versions, GPUs, limits, the cluster, the store's place, the source.
-
-    With JOB.yaml its source is listed and its headers are read, as by plan.
-    """
-    _start_logging(0, as_json=False)
-    from pipeline.doctor import diagnose
-
-    is_job = what is not None and what.endswith(_JOB_SUFFIXES)
-    diagnosis = diagnose(load_job(what, {}) if what and is_job else None, None if is_job else what, **options)
-    click.echo(json.dumps(diagnosis.to_dict(), indent=1) if as_json else diagnosis.describe())
-    return EXIT_COMPLETE if diagnosis.is_well else EXIT_FAILED
-
-
-@cli.group()
-def cluster() -> None:
-    """Look at the clusters of cluster.yaml, without starting anything."""
-
-
-_cluster_file = click.option(
-    "--cluster-file", type=click.Path(path_type=Path), default="cluster.yaml", show_default=True, help="Where clusters are named."
-)
-
-
-@cluster.command("list")
-@_cluster_file
-def cluster_list(cluster_file: Path) -> int:
-    """Say which clusters there are, of what kind and groups, and which cannot be used from here."""
-    from pipeline.show_cluster import list_clusters
-
-    click.echo(list_clusters(cluster_file))
-    return EXIT_COMPLETE
-
-
-@cluster.command("show")
-@click.argument("name")
-@_cluster_file
-def cluster_show(name: str, cluster_file: Path) -> int:
-    """Print what `run --cluster NAME` would launch: job scripts, ssh commands, manifests or processes. Launches nothing."""
-    from pipeline.show_cluster import show_cluster
-
-    click.echo(show_cluster(name, cluster_file))
-    return EXIT_COMPLETE
-
-
-def _start_logging(verbose: int, *, as_json: bool) -> None:
-    from pipeline import logs
-
-    logs.start(as_json=as_json, level=(logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)])
-    logger.setLevel(logging.INFO)  # what this module logs is what is shown without -v in text
-    if verbose < 2:
-        import dask  # before distributed, which sets its loggers up when it is imported
-
-        dask.config.set({"logging": {"distributed": "critical", "distributed.client": "critical", "bokeh": "critical"}})
-
-
-def _is_json() -> bool:
-    """Whether log lines are JSON; logs are only imported where they were started."""
-    logs = sys.modules.get("pipeline.logs")
-    return logs is not None and bool(logs.is_json())
-
-
-def _say(text: str, level: int = logging.INFO, *, before: str = "", **extra: Any) -> None:
-    """Put a line on stderr whatever the verbosity."""
-    if _is_json():
-        logger.log(level, "%s", text, extra=extra)
-    else:
-        click.echo(f"{before}{text}", err=True)
-
-
-def _say_end(summary: Summary) -> None:
-    """Log how a run ended, with its receipt; text has that on stdout."""
-    from pipeline.summary import headline, receipt
-
-    if _is_json():
-        level = logging.INFO if summary.outcome == "complete" else logging.WARNING
-        _say(headline(summary), level, outcome=summary.outcome, receipt=receipt(summary))
-
-
-@contextmanager
-def _serve_metrics(address: str | None) -> Iterator[None]:
-    if address is None:
-        yield
-        return
-    from pipeline.metrics import served
-
-    with served(address) as url:
-        _say(f"metrics: {url}", url=url)
-        yield
-
-
-@contextmanager
-def _stop_on_signal() -> Iterator[threading.Event]:
-    """The first SIGINT or SIGTERM asks for a drain, a second SIGINT ends at once."""
-    stop = threading.Event()
-
-    def ask(number: int, _frame: Any) -> None:
-        if stop.is_set() and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        stop.set()
-        name = signal.Signals(number).name
-        _say(f"{name}: finishing what is in flight; nothing is lost, run again to go on", before="\n", signal=name)
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@contextmanager
-def _show_progress(on_terminal: bool) -> Iterator[Callable[[Progress], None]]:
-    """A bar with the time left on a terminal, a line at intervals elsewhere."""
-    if not on_terminal:
-        yield _log_lines()
-        return
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        SpinnerColumn,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = [SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
-    with Progress(
-        *columns,
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        transient=True,
-        speed_estimate_period=600,
-    ) as bar:
-        task = bar.add_task("listing", total=None)
-
-        def update(progress: Any) -> None:
-            text = f"{progress.stage}{f', {progress.n_quarantined} bad' if progress.n_quarantined else ''}"
-            bar.update(task, description=text, total=progress.n_total or None, completed=progress.n_finished)
-
-        yield update
-
-
-def _log_lines() -> Callable[[Progress], None]:
-    import time
-
-    last, began, stage = 0.0, 0.0, ""
-
-    def update(progress: Progress) -> None:
-        nonlocal last, began, stage
-        now = time.monotonic()
-        is_news = progress.stage.partition(",")[0] != stage and _is_json()  # so that each stage has a line, with the run's id
-        stage = progress.stage.partition(",")[0]
-        if progress.stage == "running" and not began:
-            began = now
-        if not last or now - last >= LOG_LINE_S or is_news:
-            last = now
-            finished = progress.n_finished - progress.n_start
-            left_s = (now - began) / finished * (progress.n_total - progress.n_finished) if began and finished else 0.0
-            left = f", about {left_s:.0f} s left" if left_s else ""
-            counts = f": {progress.n_finished} of {progress.n_total} images" if progress.n_total else ""
-            bad = f", {progress.n_quarantined} bad" if progress.n_quarantined else ""
-            _say(
-                f"{progress.stage}{counts}{bad}{left}",
-                stage=progress.stage,
-                n_finished=progress.n_finished,
-                n_total=progress.n_total,
-                n_bad=progress.n_quarantined,
-                left_s=round(left_s, 1) if left_s else None,
-            )
-
-    return update
+for _command in (submit, doctor, cluster):
+    cli.add_command(_command)
 
 
 def main() -> None:
@@ -458,37 +231,26 @@ def main() -> None:
     try:
         code = cli.main(standalone_mode=False)
     except FeaturemapsError as error:
-        code = _complain(error, " ".join(line.strip() for line in str(error).splitlines()), error.exit_code)
+        code = complain(error, " ".join(line.strip() for line in str(error).splitlines()), error.exit_code)
     except OSError as error:
-        code = _complain(
+        code = complain(
             error,
             f"the file system failed ({error}): what was committed stands; check the disk, its space and the permissions, and run the "
             "same command again",
             EXIT_FAILED,
         )
     except click.ClickException as error:
-        if _asks_for_json(sys.argv):
-            _start_logging(0, as_json=True)  # click stopped before the command began
-            _complain(error, error.format_message(), error.exit_code)
+        if asks_for_json(sys.argv):
+            start_logging(0, as_json=True)  # click stopped before the command began
+            complain(error, error.format_message(), error.exit_code)
         else:
             error.show()
         code = error.exit_code
     except (KeyboardInterrupt, click.Abort) as error:
-        code = _complain(error, "interrupted; what was committed stands, run again to go on", EXIT_RUN_AGAIN)
+        code = complain(error, "interrupted; what was committed stands, run again to go on", EXIT_RUN_AGAIN)
     except Exception as error:
-        if not _is_json():
+        if not is_json():
             raise
         logger.critical("featuremaps has a fault: %s", error, exc_info=error)  # a traceback of many lines is no log line
         code = EXIT_FAILED
     sys.exit(code)
-
-
-def _complain(error: BaseException, paragraph: str, code: int) -> int:
-    """Say why the command ends; return its exit code."""
-    _say(f"featuremaps: {paragraph}", logging.ERROR, error=type(error).__name__, exit_code=code)
-    return code
-
-
-def _asks_for_json(arguments: list[str]) -> bool:
-    """Whether log lines were to be JSON, of a command line that click could not make sense of."""
-    return "--log-format=json" in arguments or ("--log-format", "json") in pairwise(arguments)

@@ -21,6 +21,8 @@ ImageFormat = Literal["AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP"
 Positive = Annotated[int, Field(gt=0)]
 Byte = Annotated[int, Field(ge=0, le=255)]
 
+JOB_SUFFIXES = (".yaml", ".yml")
+"""By which an argument of the command is taken for a job file."""
 DEFAULT_PIXEL_LIMIT = 178_956_970
 
 

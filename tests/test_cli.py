@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import __version__, cli
+from pipeline import __version__, cli, terminal
 from pipeline.config import LayerSpec, make_job
 from pipeline.errors import FeaturemapsError, StoreBusyError
 from pipeline.lock import StoreLock
@@ -286,7 +286,7 @@ def test_show_says_what_it_wrote(command, folder, tmp_path):
 def test_without_a_terminal_a_line_at_intervals_says_how_far_it_is_and_how_long_it_takes(monkeypatch, capsys):
     clock = [100.0]
     monkeypatch.setattr("time.monotonic", lambda: clock[0])
-    update = cli._log_lines()
+    update = terminal.log_lines()
     update(Progress())
     for n_finished, after_s in ((100, 1), (100, 14), (150, 5), (200, 5), (1000, 10)):
         clock[0] += after_s
@@ -378,7 +378,7 @@ def test_an_interrupt_drains_and_ends_with_75(many, tmp_path):
 
 def test_a_second_interrupt_ends_at_once():
     before = signal.getsignal(signal.SIGTERM)
-    with cli._stop_on_signal() as stop:
+    with terminal.stop_on_signal() as stop:
         assert not stop.is_set()
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.wait(5)

@@ -1,0 +1,113 @@
+"""The commands about clusters: handing a run in, looking at what would be launched, and at what stands in the way."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pipeline.config import JOB_SUFFIXES, load_job
+from pipeline.errors import EXIT_COMPLETE, EXIT_FAILED
+from pipeline.terminal import log_lines, start_logging, stop_on_signal
+
+
+@click.command()
+@click.argument("job_file", metavar="JOB.yaml", type=click.Path(path_type=Path, dir_okay=False))
+@click.option("--cluster", metavar="NAME", help="A cluster of a batch system (default: the one that the job names).")
+@click.option("--cluster-file", type=click.Path(path_type=Path), default=Path("cluster.yaml"), show_default=True)
+@click.option(
+    "--attempts", type=click.IntRange(1), default=5, show_default=True, metavar="N", help="Give up after N without progress."
+)
+@click.option(
+    "--sample", "n_sample", type=click.IntRange(0), default=20, show_default=True, metavar="N", help="Images to recompute."
+)
+@click.option("--dry-run", is_flag=True, help="Only print the job script.")
+@click.option("--attend", is_flag=True, hidden=True, help="What the driver's job calls.")
+@click.option("-v", "--verbose", count=True, help="More log lines; twice for Dask's own.")
+@click.option("--log-format", type=click.Choice(["text", "json"]), default="text", help="One JSON object per log line.")
+def submit(
+    job_file: Path,
+    cluster: str | None,
+    cluster_file: Path,
+    dry_run: bool,
+    attend: bool,
+    verbose: int,
+    log_format: str,
+    **options: Any,
+) -> int:
+    """Hand the whole run to a batch system: a driver's job that comes back until the store is complete, and then audits it."""
+    from pipeline import submit as submitting
+
+    start_logging(verbose, as_json=log_format == "json")
+    job = load_job(job_file, {"cluster": cluster} if cluster else {})
+    order = submitting.Order(job, job_file, cluster_file, **options)
+    if dry_run:
+        click.echo(submitting.driver_script(order), nl=False)
+        return EXIT_COMPLETE
+    if not attend:
+        submission = submitting.submit(order)
+        click.echo(f"job {submission.job_id} was handed in; featuremaps status {job.store} tells how far it is")
+        return EXIT_COMPLETE
+
+    def report(what: Any) -> None:
+        from pipeline.summary import Summary, describe
+
+        click.echo(describe(what, job.store) if isinstance(what, Summary) else what if isinstance(what, str) else what.describe())
+
+    with stop_on_signal() as stop:
+        return submitting.attend(order, stop=stop, on_progress=log_lines(), report=report)
+
+
+@click.command()
+@click.argument("what", required=False, metavar="[JOB.yaml | STORE]")
+@click.option("--cluster", metavar="NAME", help="A cluster of cluster.yaml (default: that of the job, or this machine).")
+@click.option(
+    "--cluster-file", type=click.Path(path_type=Path), default="cluster.yaml", show_default=True, help="Where clusters are named."
+)
+@click.option("--start", is_flag=True, help="Start the cluster, look at its workers, and stop it again.")
+@click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
+def doctor(what: str | None, as_json: bool, **options: Any) -> int:
+    """Say what stands between this installation and a run: versions, GPUs, limits, the cluster, the store's place, the source.
+
+    With JOB.yaml its source is listed and its headers are read, as by plan.
+    """
+    start_logging(0, as_json=False)
+    from pipeline.doctor import diagnose
+
+    is_job = what is not None and what.endswith(JOB_SUFFIXES)
+    diagnosis = diagnose(load_job(what, {}) if what and is_job else None, None if is_job else what, **options)
+    click.echo(json.dumps(diagnosis.to_dict(), indent=1) if as_json else diagnosis.describe())
+    return EXIT_COMPLETE if diagnosis.is_well else EXIT_FAILED
+
+
+@click.group()
+def cluster() -> None:
+    """Look at the clusters of cluster.yaml, without starting anything."""
+
+
+_cluster_file = click.option(
+    "--cluster-file", type=click.Path(path_type=Path), default="cluster.yaml", show_default=True, help="Where clusters are named."
+)
+
+
+@cluster.command("list")
+@_cluster_file
+def cluster_list(cluster_file: Path) -> int:
+    """Say which clusters there are, of what kind and groups, and which cannot be used from here."""
+    from pipeline.show_cluster import list_clusters
+
+    click.echo(list_clusters(cluster_file))
+    return EXIT_COMPLETE
+
+
+@cluster.command("show")
+@click.argument("name")
+@_cluster_file
+def cluster_show(name: str, cluster_file: Path) -> int:
+    """Print what `run --cluster NAME` would launch: job scripts, ssh commands, manifests or processes. Launches nothing."""
+    from pipeline.show_cluster import show_cluster
+
+    click.echo(show_cluster(name, cluster_file))
+    return EXIT_COMPLETE

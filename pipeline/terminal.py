@@ -1,0 +1,166 @@
+"""The command's side of a terminal, or of a log: progress, signals, and what is said on stderr."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from pipeline.summary import Progress, Summary
+
+logger = logging.getLogger(__name__)
+
+LOG_LINE_S = 10.0
+
+
+def start_logging(verbose: int, *, as_json: bool) -> None:
+    """Begin; Dask's own lines are for those who ask twice."""
+    from pipeline import logs
+
+    logs.start(as_json=as_json, level=(logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)])
+    logger.setLevel(logging.INFO)  # what this module logs is what is shown without -v in text
+    if verbose < 2:
+        import dask  # before distributed, which sets its loggers up when it is imported
+
+        dask.config.set({"logging": {"distributed": "critical", "distributed.client": "critical", "bokeh": "critical"}})
+
+
+def is_json() -> bool:
+    """Whether log lines are JSON; logs are only imported where they were started."""
+    logs = sys.modules.get("pipeline.logs")
+    return logs is not None and bool(logs.is_json())
+
+
+def say(text: str, level: int = logging.INFO, *, before: str = "", **extra: Any) -> None:
+    """Put a line on stderr whatever the verbosity."""
+    if is_json():
+        logger.log(level, "%s", text, extra=extra)
+    else:
+        click.echo(f"{before}{text}", err=True)
+
+
+def say_end(summary: Summary) -> None:
+    """Log how a run ended, with its receipt; text has that on stdout."""
+    from pipeline.summary import headline, receipt
+
+    if is_json():
+        level = logging.INFO if summary.outcome == "complete" else logging.WARNING
+        say(headline(summary), level, outcome=summary.outcome, receipt=receipt(summary))
+
+
+@contextmanager
+def serve_metrics(address: str | None) -> Iterator[None]:
+    """Serve metrics where an address is given."""
+    if address is None:
+        yield
+        return
+    from pipeline.metrics import served
+
+    with served(address) as url:
+        say(f"metrics: {url}", url=url)
+        yield
+
+
+@contextmanager
+def stop_on_signal() -> Iterator[threading.Event]:
+    """The first SIGINT or SIGTERM asks for a drain, a second SIGINT ends at once."""
+    stop = threading.Event()
+
+    def ask(number: int, _frame: Any) -> None:
+        if stop.is_set() and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        stop.set()
+        name = signal.Signals(number).name
+        say(f"{name}: finishing what is in flight; nothing is lost, run again to go on", before="\n", signal=name)
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def show_progress(on_terminal: bool) -> Iterator[Callable[[Progress], None]]:
+    """A bar with the time left on a terminal, a line at intervals elsewhere."""
+    if not on_terminal:
+        yield log_lines()
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        SpinnerColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = [SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
+    with Progress(
+        *columns,
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+        speed_estimate_period=600,
+    ) as bar:
+        task = bar.add_task("listing", total=None)
+
+        def update(progress: Any) -> None:
+            text = f"{progress.stage}{f', {progress.n_quarantined} bad' if progress.n_quarantined else ''}"
+            bar.update(task, description=text, total=progress.n_total or None, completed=progress.n_finished)
+
+        yield update
+
+
+def log_lines() -> Callable[[Progress], None]:
+    """A line at intervals."""
+    last, began, stage = 0.0, 0.0, ""
+
+    def update(progress: Progress) -> None:
+        nonlocal last, began, stage
+        now = time.monotonic()
+        is_news = progress.stage.partition(",")[0] != stage and is_json()  # so that each stage has a line, with the run's id
+        stage = progress.stage.partition(",")[0]
+        if progress.stage == "running" and not began:
+            began = now
+        if not last or now - last >= LOG_LINE_S or is_news:
+            last = now
+            finished = progress.n_finished - progress.n_start
+            left_s = (now - began) / finished * (progress.n_total - progress.n_finished) if began and finished else 0.0
+            left = f", about {left_s:.0f} s left" if left_s else ""
+            counts = f": {progress.n_finished} of {progress.n_total} images" if progress.n_total else ""
+            bad = f", {progress.n_quarantined} bad" if progress.n_quarantined else ""
+            say(
+                f"{progress.stage}{counts}{bad}{left}",
+                stage=progress.stage,
+                n_finished=progress.n_finished,
+                n_total=progress.n_total,
+                n_bad=progress.n_quarantined,
+                left_s=round(left_s, 1) if left_s else None,
+            )
+
+    return update
+
+
+def complain(error: BaseException, paragraph: str, code: int) -> int:
+    """Say why the command ends; return its exit code."""
+    say(f"featuremaps: {paragraph}", logging.ERROR, error=type(error).__name__, exit_code=code)
+    return code
+
+
+def asks_for_json(arguments: list[str]) -> bool:
+    """Whether log lines were to be JSON, of a command line that click could not make sense of."""
+    return "--log-format=json" in arguments or ("--log-format", "json") in pairwise(arguments)
