@@ -311,9 +311,11 @@ def _without_interrupts() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _connect_address(spec: AddressSpec) -> Iterator[Client]:
+    client = Client.__new__(Client)  # in two steps, for what could not connect has to be closed
     try:
-        client = Client(spec.address, timeout=CONNECT_TIMEOUT_S, security=spec.tls and spec.tls.security())
+        client.__init__(spec.address, timeout=CONNECT_TIMEOUT_S, security=spec.tls and spec.tls.security())
     except (OSError, TimeoutError, ValueError, TypeError, AssertionError) as error:
+        _close_unconnected(client)
         # Of a type when tls:// is asked for without certificates; an assertion when Dask's own thread did not start within 10 s.
         raise FeaturemapsError(
             f"no Dask scheduler answers at {spec.address} ({error}): nothing was started; check the address, that `dask scheduler` runs, "
@@ -321,6 +323,17 @@ def _connect_address(spec: AddressSpec) -> Iterator[Client]:
         ) from error
     with client:
         yield client
+
+
+def _close_unconnected(client: Client) -> None:
+    """Close a client that could not connect, and end its thread.
+
+    Dask does neither. Python's collector of garbage would close it some time, maybe in the thread that is to run the event loop of the next
+    client, which would then wait for a lock of the one that starts it: 10 s, and an AssertionError.
+    """
+    with contextlib.suppress(Exception):
+        client.close()
+    client._loop_runner.stop()
 
 
 class WorkerSlots(NamedTuple):

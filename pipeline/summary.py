@@ -262,7 +262,7 @@ def headline(summary: Summary) -> str:
 def describe(summary: Summary, store: str) -> str:
     """What a run did, for a person; names on one line each."""
     lines = [headline(summary), *describe_news(summary)]
-    if summary.outcome == "complete" and not summary.did_anything:
+    if summary.outcome == "complete" and not summary.did_anything and not summary.n_unreachable:
         lines.append("there was nothing to do: the store has every image as it is listed")
     if summary.n_done:
         shares = ", ".join(f"{stage} {share:.0%}" for stage, share in summary.shares().items() if share >= 0.005)

@@ -22,8 +22,9 @@ from pipeline.capacity import (
     wanted_limit_bytes,
     worker_memory_bytes,
 )
-from pipeline.cluster import _DASK_CONFIG, ROLES
+from pipeline.cluster import ROLES
 from pipeline.config import ExtractorSpec, make_job
+from pipeline.dask_settings import DASK_SETTINGS
 from pipeline.errors import UsageError
 from pipeline.preview import plan_job
 from pipeline.run import run_job
@@ -131,7 +132,7 @@ def test_the_projection_is_at_least_the_peak_of_a_real_worker_and_at_most_half_a
     options = {"host": "127.0.0.1", "dashboard_address": "127.0.0.1:0", "memory_limit": "6GiB", "silence_logs": False}
     resources = dict.fromkeys(ROLES, threads)
     with (
-        dask.config.set(_DASK_CONFIG),
+        dask.config.set(DASK_SETTINGS),
         LocalCluster(n_workers=1, threads_per_worker=threads, resources=resources, **options) as cluster,
         Client(cluster) as client,
     ):

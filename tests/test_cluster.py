@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import ipaddress
 import os
 import re
@@ -10,6 +11,7 @@ from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import urlopen
 
+import distributed.utils
 import psutil
 import pytest
 import yaml
@@ -118,6 +120,31 @@ def test_an_address_of_no_known_form_is_named(monkeypatch):
         connect(AddressSpec(kind="address", address="quic://here")),
     ):
         pass
+
+
+@pytest.mark.parametrize("address", ["tls://127.0.0.1:1", "tcp://127.0.0.1:1", "quic://here"])
+def test_a_client_that_could_not_connect_leaves_no_thread_and_does_not_keep_the_next_from_starting(address, monkeypatch):
+    """Left to the garbage collector, it may be closed in the thread of the next one, and both wait for each other."""
+    monkeypatch.setattr(cluster, "CONNECT_TIMEOUT_S", 0.2)
+    before = set(threading.enumerate())
+    with (
+        pytest.raises(FeaturemapsError, match="no Dask scheduler answers"),
+        connect(AddressSpec(kind="address", address=address)),
+    ):
+        pass
+    assert not [thread for thread in set(threading.enumerate()) - before if thread.name == "IO loop"]
+    collected = []
+    real = distributed.utils.asyncio_run
+
+    def collect_first(*arguments, **options):
+        collected.append(gc.collect())
+        return real(*arguments, **options)
+
+    monkeypatch.setattr("distributed.utils.asyncio_run", collect_first)
+    with pytest.raises(FeaturemapsError) as failure, connect(AddressSpec(kind="address", address="tcp://127.0.0.1:1")):
+        pass
+    assert not isinstance(failure.value.__cause__, AssertionError)  # Dask's, of a thread that did not start within 10 s
+    assert collected
 
 
 @pytest.fixture

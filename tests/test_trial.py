@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from distributed import WorkerPlugin
 
-from pipeline import decode
+from pipeline import dask_settings, decode
 from pipeline.cluster import connect
 from pipeline.cluster_spec import LocalSpec
 from pipeline.config import make_job
@@ -94,7 +94,10 @@ def test_headers_are_tried_one_by_one():
 
 @pytest.mark.cluster
 @pytest.mark.kill
-def test_a_header_that_kills_its_worker_costs_itself_only(tmp_path):
+def test_a_header_that_kills_its_worker_costs_itself_only(tmp_path, monkeypatch):
+    monkeypatch.setitem(
+        dask_settings.DASK_SETTINGS, "distributed.scheduler.allowed-failures", 1
+    )  # each death is a worker to start
     source = make_images(tmp_path / "source", 6, [(40, 50)])
     shutil.copy(source / "img00000.png", source / "poison.png")
     with connect(LocalSpec(workers=2)) as client:
@@ -106,20 +109,19 @@ def test_a_header_that_kills_its_worker_costs_itself_only(tmp_path):
 
 @pytest.mark.cluster
 @pytest.mark.kill
-def test_an_image_that_kills_its_worker_costs_itself_only(tmp_path):
+def test_an_image_that_kills_its_worker_costs_itself_only(client, tmp_path):
     from PIL import Image
 
     source = make_images(tmp_path / "source", 24, [(40, 50), (60, 50)])
     Image.new("RGB", (50, 40), (128, 128, 128)).save(source / "poison.png")
     job = make_job({"source": str(source), "store": str(tmp_path / "f.zarr")})
-    with connect(LocalSpec(workers=2)) as client:
-        client.register_plugin(Poison())
-        summary = run_job(job, client)
+    with connect(LocalSpec(workers=2)) as own:
+        own.register_plugin(Poison())
+        summary = run_job(job, own)
     assert (summary.outcome, summary.n_done, summary.n_quarantined, summary.n_pending) == ("complete", 24, 1, 0)
     found = content(tmp_path / "f.zarr")
     assert [name for name, row in found.items() if row[0] != "DONE"] == ["poison.png"]
     (tmp_path / "source" / "poison.png").unlink()
     clean = make_job({"source": str(source), "store": str(tmp_path / "clean.zarr")})
-    with connect(LocalSpec(workers=2)) as client:
-        run_job(clean, client)
+    run_job(clean, client)
     assert {name: row for name, row in found.items() if name != "poison.png"} == content(tmp_path / "clean.zarr")
