@@ -132,8 +132,10 @@ def log_lines() -> Callable[[Progress], None]:
     def update(progress: Progress) -> None:
         nonlocal last, began, stage
         now = time.monotonic()
-        is_news = progress.stage.partition(",")[0] != stage and is_json()  # so that each stage has a line, with the run's id
-        stage = progress.stage.partition(",")[0]
+        before, stage = stage, progress.stage.replace(" (", ",").partition(",")[0]
+        is_news = stage != before and (
+            is_json() or stage.startswith("waiting")
+        )  # in JSON each stage has a line, with the run's id
         if progress.stage == "running" and not began:
             began = now
         if not last or now - last >= LOG_LINE_S or is_news:

@@ -300,7 +300,7 @@ def test_without_a_terminal_a_line_at_intervals_says_how_far_it_is_and_how_long_
 
 
 def test_the_lines_of_a_real_run_go_to_stderr(command, monkeypatch, tmp_path):
-    monkeypatch.setattr(cli, "LOG_LINE_S", 0.0)
+    monkeypatch.setattr(terminal, "LOG_LINE_S", 0.0)
     monkeypatch.setattr("pipeline.driver.COMMIT_S", 0.05)
     source = make_images(tmp_path / "source", 60, [(300, 400)], suffix=".jpg")
     code, out, err = command("run", source, tmp_path / "f.zarr", "--json")

@@ -104,11 +104,12 @@ def test_what_the_scripts_run_gets_its_arguments_and_variables_whole(tmp_path, k
     assert environment["DASK_DISTRIBUTED__WORKER__MEMORY__PAUSE"] == "0.85"
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_without_a_walltime_none_is_asked_for(kind):
+def test_without_a_walltime_an_hour_is_asked_for_and_the_worker_retires_before():
     """Dask-jobqueue would ask for half an hour, at whose end the worker would be killed at its work."""
-    script = job_script(spec(kind, walltime=None), "read", "x")
-    assert not [word for word in ("00:30:00", "-t ", "walltime", "h_rt", "periodic_remove", "--lifetime") if word in script]
+    values = spec("slurm").model_dump(exclude={"walltime", "kind"})
+    script = job_script(BatchSpec(kind="slurm", **values), "read", "x")
+    assert "#SBATCH -t 01:00:00\n" in script
+    assert "--lifetime 3000s --lifetime-stagger 200s" in script
 
 
 def test_a_script_leaves_no_folder_behind(tmp_path):

@@ -33,7 +33,7 @@ if decode.decode.__name__ == "decode":  # Dask may load this twice
     at_once = decode.decode
 
     def decode_slowly(*arguments):
-        time.sleep(0.06)
+        time.sleep(DELAY_S)
         return at_once(*arguments)
 
     decode.decode = decode_slowly
@@ -68,9 +68,9 @@ def pictures(tmp_path_factory):
     return make_images(tmp_path_factory.mktemp("source") / "pictures", 500, sizes, suffix=".jpg")
 
 
-def slowly(folder: Path, groups=GROUPS) -> dict:
-    """The groups, with workers that take their time."""
-    (folder / "slow.py").write_text(SLOW)
+def slowly(folder: Path, groups=GROUPS, delay_s: float = 0.06) -> dict:
+    """The groups, with workers that take their time over each image."""
+    (folder / "slow.py").write_text(SLOW.replace("DELAY_S", str(delay_s)))
     environment = {"DASK_DISTRIBUTED__WORKER__PRELOAD": f"['{folder}/slow.py']"}
     return {name: group | {"environment": environment} for name, group in groups.items()}
 
@@ -155,7 +155,7 @@ def test_no_workers_in_time_is_said_with_the_state_of_the_queue(tmp_path, pictur
     assert done.returncode == 1
     assert "came within 4 s (read: 0 of 2 workers; extract: 0 of 2 workers; extract-0: job" in done.stderr
     assert "PENDING: Resources" in done.stderr
-    assert "waiting for workers (read: 0 of 2 workers" in done.stderr
+    assert "\nwaiting for workers (read: 0 of 2 workers" in done.stderr
     assert [job.name for job in queue.squeue() if job.state == "RUNNING"] == ["wrap"]
     queue.cancel()
 
@@ -204,11 +204,12 @@ def test_workers_of_another_version_are_refused(tmp_path, pictures):
 
 
 def test_workers_that_retire_before_their_walltime_are_replaced(tmp_path, pictures, run, monkeypatch, queue):
-    monkeypatch.setattr(launch_batch, "lifetime", lambda _: ["--lifetime", "14s"])  # a walltime has whole minutes
-    groups = slowly(tmp_path, {"all": {"workers": 2, "memory": "2 GiB"}})
+    monkeypatch.setattr(launch_batch, "lifetime", lambda _: ["--lifetime", "12s"])  # a walltime has whole minutes
+    groups = slowly(tmp_path, {"all": {"workers": 2, "memory": "2 GiB"}}, delay_s=0.03)
     spec = load_cluster("slurm", cluster_file(tmp_path, groups))
     run(pictures, tmp_path / "here.zarr")
     with connect(spec) as client:
+        time.sleep(6)  # so that they retire soon after the run began
         summary = run_job(make_job({"source": str(pictures), "store": str(tmp_path / "f.zarr")}), client)
     assert (summary.outcome, summary.n_done) == ("complete", 500)
     assert content(tmp_path / "f.zarr") == content(tmp_path / "here.zarr")
