@@ -205,9 +205,11 @@ class Driver:
                 self._take_batch(result)
         elif future.status == "error":
             self._take_error(kind, what, future.exception())
-        else:
+        elif future.status == "cancelled":
             self._fail(scheduler_lost(None))
             self.is_lost = True
+        else:
+            self.flight.follow(sent)  # the worker that held the result died since, and it is computed once more
 
     def _take_error(self, kind: str, what: Any, error: BaseException | None) -> None:
         is_killed = isinstance(error, KilledWorker | MemoryError)  # either may be one image's doing
@@ -267,8 +269,9 @@ class Driver:
     # -- probing and appending -------------------------------------------------------------------------------------------------
 
     def _send_probes(self) -> None:
-        limit = BATCHES_IN_FLIGHT_PER_SLOT * self.fleet.slots
-        while self.flight.count("probe") < limit and len(self.ready) < READY_BATCHES_PER_SLOT * self.fleet.slots:
+        slots = max(1, self.fleet.slots)  # workers that are lost come back
+        limit = BATCHES_IN_FLIGHT_PER_SLOT * slots
+        while self.flight.count("probe") < limit and len(self.ready) < READY_BATCHES_PER_SLOT * slots:
             block = self.intake.next_block()
             if block is None:
                 return
@@ -313,7 +316,7 @@ class Driver:
                 shape_class.layout, rows, shape_class.length, image_s, self.channels, complete=complete
             )
             pieces += cut
-        self.ready.extend(pack_batches(pieces, self.fleet.slots, is_whole=self.fleet.is_whole, complete=complete))
+        self.ready.extend(pack_batches(pieces, max(1, self.fleet.slots), is_whole=self.fleet.is_whole, complete=complete))
 
     def _send_batches(self) -> None:
         n_sent = self.flight.count("batch")

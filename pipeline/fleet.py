@@ -66,7 +66,9 @@ class Fleet:
     @property
     def window(self) -> int:
         """Batches in flight: enough that nobody waits for the driver, and where others read, enough for all of them."""
-        return BATCHES_IN_FLIGHT_PER_SLOT * self.slots + self._read_ahead * self._n_extractors
+        return max(
+            1, BATCHES_IN_FLIGHT_PER_SLOT * self.slots + self._read_ahead * self._n_extractors
+        )  # also while nobody is there
 
     def register(self, plugin: Any) -> None:
         """Give every worker a plugin; a worker that dies meanwhile makes the whole call fail, and gets it when it is back."""

@@ -60,11 +60,12 @@ class SshWorker(ProcessInterface):  # type: ignore[misc]
                 f"ssh to {self.host} failed ({reason}), so no worker was started there; check that `ssh {self.host}` works without a "
                 "password, and host, port, user, key_file and known_hosts_file in cluster.yaml"
             ) from error
+        self.lost = asyncssh.Error
         self._reading = asyncio.create_task(self._read())
         await super().start()
 
     async def _read(self) -> None:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, self.lost):
             async for line in self.process.stdout:
                 self.lines.append(line.strip())
 

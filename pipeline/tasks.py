@@ -99,6 +99,10 @@ class Decoded:
     images: list[list[Array | None]]
     result: BatchResult
 
+    def __sizeof__(self) -> int:
+        """Bytes, for Dask, which weighs what it moves and keeps by this."""
+        return sum(image.nbytes for piece in self.images for image in piece if image is not None)
+
 
 @dataclass(slots=True)
 class Extracted:
@@ -106,6 +110,10 @@ class Extracted:
 
     blocks: list[dict[str, Array]]
     result: BatchResult
+
+    def __sizeof__(self) -> int:
+        """As of `Decoded`."""
+        return sum(block.nbytes for piece in self.blocks for block in piece.values())
 
 
 # -- on every worker -------------------------------------------------------------------------------------------------------------

@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 from pipeline import fleet
 from pipeline.capacity import WorkerKind
 from pipeline.cluster import WorkerSlots
+from pipeline.driver import Driver
 from pipeline.errors import FeaturemapsError
 from pipeline.fleet import Fleet
+from pipeline.flight import Sent
 
 GIB = 2**30
 WHOLE = WorkerSlots(2, 2, 2 * GIB, False, True)
@@ -66,3 +70,21 @@ def test_workers_that_share_the_roles_cannot_take_over_from_whole_ones(workers, 
     workers["d"] = WHOLE
     found.check()
     assert found.slots == 4
+
+
+def test_while_nobody_is_there_one_batch_may_still_be_sent_for_those_who_come_back(workers):
+    workers["a"] = WHOLE
+    found = Fleet(None)
+    workers.clear()
+    found.check()
+    assert (found.slots, found.window) == (0, 1)
+
+
+@pytest.mark.parametrize("status", ["lost", "pending"])
+def test_a_result_that_was_lost_with_its_worker_is_waited_for_again(status):
+    """Stands for a worker that dies between the end of its task and the driver's look at it."""
+    followed = []
+    driver = SimpleNamespace(flight=SimpleNamespace(follow=followed.append))
+    sent = Sent("batch", None, SimpleNamespace(status=status))
+    Driver._take(driver, sent)
+    assert followed == [sent]
