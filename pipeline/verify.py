@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 from collections import Counter, deque
@@ -219,29 +220,29 @@ def verify_store(
         for group, row in _choose(done, n_sample, seed):
             samples.append(Sample(group, row, str(columns[group]["path"][row]), str(columns[group]["digest"][row])))
     bad: list[Finding] = []
-    n_processes = local_workers(workers)
-    for findings in _map(check_shard, jobs, n_processes):
-        bad += findings
-    if read_source:
-        parts_of = (originals(store.spec.source_root, group, rows, columns[group]) for group, rows in done.items())
-        audit.add(_compare_originals(chain.from_iterable(parts_of), audit, n_processes))
-    parts = [(path, samples[start : start + 8]) for start in range(0, len(samples), 8)]
-    for recomputed in _map(recompute, parts, n_processes):
-        audit.n_recomputed += recomputed.n_done
-        audit.n_not_reachable += recomputed.n_not_reachable
-        if recomputed.n_done:
-            audit.largest_difference = max(audit.largest_difference or 0.0, recomputed.largest_difference)
-        bad += recomputed.findings
+    with _processes(local_workers(workers)) as processes:
+        for findings in processes.map(check_shard, jobs):
+            bad += findings
+        if read_source:
+            parts_of = (originals(store.spec.source_root, group, rows, columns[group]) for group, rows in done.items())
+            audit.add(_compare_originals(chain.from_iterable(parts_of), audit, processes))
+        parts = [(path, samples[start : start + 8]) for start in range(0, len(samples), 8)]
+        for recomputed in processes.map(recompute, parts):
+            audit.n_recomputed += recomputed.n_done
+            audit.n_not_reachable += recomputed.n_not_reachable
+            if recomputed.n_done:
+                audit.largest_difference = max(audit.largest_difference or 0.0, recomputed.largest_difference)
+            bad += recomputed.findings
     audit.add(bad)
     if repair and bad:
         audit.n_repaired = _repair(store, bad, sole_writer)
     return audit
 
 
-def _compare_originals(parts: Iterable[Originals], audit: Audit, n_processes: int) -> Iterator[Finding]:
+def _compare_originals(parts: Iterable[Originals], audit: Audit, processes: _Processes) -> Iterator[Finding]:
     """Read the source until all is compared, or most of it cannot be read."""
     watch, reasons, n_done = SourceWatch(""), Counter[str](), audit.n_done
-    for compared in _map(check_originals, parts, n_processes):
+    for compared in processes.map(check_originals, parts):
         audit.n_compared += compared.n_compared
         reasons.update(compared.reasons)
         yield from compared.findings
@@ -262,20 +263,34 @@ def _choose(rows: dict[str, Array], n: int, seed: int | None) -> Iterator[tuple[
         chosen = chosen - len(members)
 
 
-def _map(function: Callable[[T], R], jobs: Iterable[T], n_processes: int) -> Iterator[R]:
-    """`map` in some processes, or for one in this one, with few jobs taken up ahead of what is returned."""
-    if n_processes == 1:
-        yield from map(function, jobs)
-        return
-    environment = dict(os.environ)  # as it is now: the server that forks keeps that of its own start
-    with ProcessPoolExecutor(n_processes, get_context("forkserver"), _take_environment, (environment,)) as pool:
+class _Processes:
+    """Processes for all steps of an audit, because each takes seconds to import what it needs; none where there is to be one only."""
+
+    def __init__(self, pool: ProcessPoolExecutor | None, n: int) -> None:
+        self.pool, self.n = pool, n
+
+    def map(self, function: Callable[[T], R], jobs: Iterable[T]) -> Iterator[R]:
+        """`map` in the processes, or in this one, with few jobs taken up ahead of what is returned."""
+        if self.pool is None:
+            yield from map(function, jobs)
+            return
         waiting: deque[Future[R]] = deque()
         for job in jobs:
-            waiting.append(pool.submit(function, job))
-            if len(waiting) > AHEAD * n_processes:
+            waiting.append(self.pool.submit(function, job))
+            if len(waiting) > AHEAD * self.n:
                 yield waiting.popleft().result()
         for future in waiting:
             yield future.result()
+
+
+@contextlib.contextmanager
+def _processes(n: int) -> Iterator[_Processes]:
+    if n == 1:
+        yield _Processes(None, 1)
+        return
+    environment = dict(os.environ)  # as it is now: the server that forks keeps that of its own start
+    with ProcessPoolExecutor(n, get_context("forkserver"), _take_environment, (environment,)) as pool:
+        yield _Processes(pool, n)
 
 
 def _take_environment(environment: dict[str, str]) -> None:

@@ -22,7 +22,7 @@ from pipeline.config import make_job
 from pipeline.errors import FeaturemapsError
 from pipeline.run import run_job
 from tests.conftest import content, make_images
-from tests.kill_rounds import done_rows, litter
+from tests.kill_rounds import done_rows, litter, wait_until
 
 pytestmark = [pytest.mark.kill, pytest.mark.cluster]
 
@@ -85,6 +85,12 @@ def sh(*arguments) -> None:
     subprocess.run(arguments, check=True)
 
 
+def make_read_only(disk: Path) -> None:
+    """The kernel refuses while a file is open for writing, so this waits for a moment between two."""
+    command = ["mount", "-o", "remount,ro", disk]
+    assert wait_until(lambda: subprocess.run(command, capture_output=True, check=False).returncode == 0, 10, 0.002)
+
+
 def test_a_disk_that_others_fill_stops_the_run_before_it_is_full(client, images, expected, disturbed, small_disk):
     disk = small_disk("size=200m")
     job = make_job({"source": str(images), "store": str(disk / "f.zarr")})
@@ -125,7 +131,7 @@ def test_a_disk_that_is_full_at_once_is_said_and_the_next_run_finishes(client, i
 def test_a_store_that_becomes_read_only_is_said_and_the_next_run_finishes(client, images, expected, disturbed, small_disk):
     disk = small_disk("size=200m")
     job = make_job({"source": str(images), "store": str(disk / "f.zarr")})
-    failure = disturbed(job, lambda: sh("mount", "-o", "remount,ro", disk))
+    failure = disturbed(job, lambda: make_read_only(disk))
     assert isinstance(failure, FeaturemapsError)
     assert "cannot be written any more (" in str(failure)
     assert "Read-only file system" in str(failure)
