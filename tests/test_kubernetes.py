@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from importlib.resources import files
 from pathlib import Path
@@ -94,16 +93,6 @@ def test_manifests_are_valid_and_those_that_were_looked_at():
         check(manifest)
     text = yaml.safe_dump_all(made, sort_keys=False)
     assert text == (GOLDEN / "kubernetes.yaml").read_text()
-
-
-def test_the_nightly_run_of_the_documentation_is_valid():
-    text = (Path(__file__).parents[1] / "docs" / "clusters.md").read_text()
-    (block,) = re.findall(r"```yaml\n(apiVersion.*?)```", text, re.DOTALL)
-    documents = list(yaml.safe_load_all(block))
-    assert [document["kind"] for document in documents] == ["ServiceAccount", "Role", "RoleBinding", "CronJob"]
-    for document in documents:
-        for version in ("1.27", "1.33"):
-            kubernetes_validate.validate(document, version, strict=True)
 
 
 def test_the_schemas_find_what_is_wrong():
