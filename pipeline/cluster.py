@@ -165,8 +165,7 @@ def connect(
         ):
             _wait_for_workers(cluster, patience_s, stop, on_wait, everybody=is_here)
             with Client(cluster) as client:
-                if spec.dashboard:
-                    logger.info("Dask's dashboard: %s", client.dashboard_link)
+                cluster.dashboard = client.dashboard_link if spec.dashboard else ""
                 yield client
 
 

@@ -218,6 +218,12 @@ class BatchSpec(_Remote):
     driver: DriverSpec = DriverSpec()
 
     @model_validator(mode="after")
+    def _names_apart(self) -> BatchSpec:
+        if "driver" in self.groups:
+            raise ValueError("a group cannot be called 'driver', as the job that submit hands in is: give it another name")
+        return self
+
+    @model_validator(mode="after")
     def _condor(self) -> BatchSpec:
         if self.kind != "htcondor":
             return self

@@ -232,6 +232,7 @@ class Driver:
             self._fail(failure)
             self.is_lost = True
         self.summary.slots, self.summary.workers = self.fleet.slots, self.fleet.n_workers
+        self.summary.n_workers_lost = self.fleet.n_lost
 
     def _check_stalls(self) -> None:
         """Replace workers that wait for a storage that does not answer, and send what they had without the image; but not for ever."""

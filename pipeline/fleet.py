@@ -38,7 +38,6 @@ class Fleet:
         self.cluster = cluster if isinstance(cluster, GroupCluster) else None
         """What starts the workers; None where others do."""
         workers = worker_slots(client)
-        self.addresses = set(workers)
         wanted = list(workers.values()) if self.cluster is None else [*workers.values(), *wanted_slots(self.cluster)]
         self.threads = max(worker.extract for worker in wanted)
         """Of one worker that extracts."""
@@ -54,7 +53,9 @@ class Fleet:
         self.kind = WorkerKind(self.threads, waiting, any(worker.has_gpu for worker in wanted))
         """What the memory of a worker that extracts is judged by."""
         self._alone_since: float | None = None
-        self._known = set(workers)
+        self._known = self._present = set(workers)  # those that ever were, and that are there
+        self.n_lost = 0
+        """Workers that went, as far as was seen; others may have taken their places."""
         self._count(workers)
 
     def _count(self, workers: Mapping[str, WorkerSlots]) -> None:
@@ -66,9 +67,8 @@ class Fleet:
     @property
     def window(self) -> int:
         """Batches in flight: enough that nobody waits for the driver, and where others read, enough for all of them."""
-        return max(
-            1, BATCHES_IN_FLIGHT_PER_SLOT * self.slots + self._read_ahead * self._n_extractors
-        )  # also while nobody is there
+        wanted = BATCHES_IN_FLIGHT_PER_SLOT * self.slots + self._read_ahead * self._n_extractors
+        return max(1, wanted)  # also while nobody is there: those who are lost are replaced
 
     def register(self, plugin: Any) -> None:
         """Give every worker a plugin; a worker that dies meanwhile makes the whole call fail, and gets it when it is back."""
@@ -106,22 +106,25 @@ class Fleet:
             workers = worker_slots(self.client)
         except FeaturemapsError as error:
             self._count({})
+            self._compare(set())
             return str(error)
         self._count(workers)
-        self._check_new(set(workers))
+        self._compare(set(workers))
         if self.is_whole and not any(worker.extract and worker.is_whole for worker in workers.values()):
             return "those that are there share the roles among them, and batches were sent to workers that have all"
         return ""
 
-    def _check_new(self, addresses: set[str]) -> None:
-        """Look at workers that have joined."""
-        new, self._known = addresses - self._known, self._known | addresses
+    def _compare(self, present: set[str]) -> None:
+        """Count those that went, and look at those that joined."""
+        self.n_lost += len(self._present - present)
+        new = present - self._known
+        self._known, self._present = self._known | present, present
         if new:
             check_workers(self.client, new)
 
     def has_lost_workers(self) -> bool:
-        """Whether a worker of the start is gone."""
+        """Whether a worker that was seen is gone."""
         try:
-            return not self.addresses <= set(worker_slots(self.client))
+            return not self._known <= set(worker_slots(self.client))
         except (OSError, FeaturemapsError):
             return True

@@ -61,6 +61,8 @@ class GroupCluster(SpecCluster):  # type: ignore[misc]
         security: Any = None,
     ) -> None:
         self.launches, self.groups, self.patience_s = launches, groups, patience_s
+        self.dashboard = ""
+        """Its address, where it is meant to be seen."""
         self.troubles: dict[str, str] = {}
         """Why workers did not come up, by name; only of those whose last try failed."""
         self._n_tries: dict[str, int] = {}  # since a worker of the name was last seen
@@ -158,6 +160,9 @@ class GroupCluster(SpecCluster):  # type: ignore[misc]
                 await worker.close()
             worker.status = Status.closed
         else:
+            if self.status != Status.running:  # the cluster was closed meanwhile, and has forgotten all it knew
+                await worker.close()
+                return
             self.workers[name] = worker
             self.worker_spec[name] = {"cls": launch.cls, "options": launch.options}
 

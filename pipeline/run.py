@@ -150,6 +150,7 @@ def _work(
             notify(progress)
 
         with beside_dask(), with_client(job, client, cluster_file, stop, on_wait) as connected:
+            progress.dashboard = getattr(connected.cluster, "dashboard", "")
             check_workers(connected)
             all_checked = check_digests(store, listing, found, connected, summary, progress, notify, stop, job.deadline_s)
             _account(found, listing, summary, progress)

@@ -270,7 +270,7 @@ def _come_back(order: Order, report: Callable[[Any], None], *, was_asked_to_end:
         return EXIT_FAILED
     job_id = os.environ.get(_JOB_IDS[kind], "")
     if kind == "slurm":
-        own = batch.queue(kind, [job_id]).get(job_id)
+        own = _ask(kind, job_id)
         if own is None or own.state != "RUNNING":
             report(
                 f"Slurm is ending job {job_id}: nothing is lost; requeued it goes on by itself, cancelled it waits for another submit"

@@ -29,6 +29,8 @@ class Progress:
     """Of those, finished before this run."""
     n_quarantined: int = 0
     stage: str = "listing"
+    dashboard: str = ""
+    """Address of Dask's dashboard, where there is one."""
     last_commit_s: float = 0.0
     """When outcomes were last written to the ledger, in seconds since 1970; 0 for not yet."""
 
@@ -91,6 +93,8 @@ class Summary:
     """Batches that are extracted at once, when the run last looked."""
     workers: int = 0
     """Worker processes, when the run last looked."""
+    n_workers_lost: int = 0
+    """Worker processes that went while the run lasted, as far as it saw; their batches were done by others."""
     slot_s: float = 0.0
     """Time that the slots had between the first task and the last: seconds times slots."""
     unreadable_folders: list[str] = field(default_factory=list)
@@ -273,6 +277,8 @@ def describe(summary: Summary, store: str) -> str:
             ),
             f"time of the workers: {shares}; bottleneck: {describe_bottleneck(summary.bottleneck)}",
         ]
+    if summary.n_workers_lost:
+        lines.append(f"{count(summary.n_workers_lost, 'worker was', 'workers were')} lost on the way; others did their work")
     if summary.n_checked or summary.n_unchecked:
         lines.append(
             f"{count(summary.n_checked, 'image was', 'images were')} read and compared with their digests, "

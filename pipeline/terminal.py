@@ -94,7 +94,7 @@ def stop_on_signal() -> Iterator[threading.Event]:
 def show_progress(on_terminal: bool) -> Iterator[Callable[[Progress], None]]:
     """A bar with the time left on a terminal, a line at intervals elsewhere."""
     if not on_terminal:
-        yield log_lines()
+        yield _with_dashboard(log_lines())
         return
     from rich.console import Console
     from rich.progress import (
@@ -122,7 +122,21 @@ def show_progress(on_terminal: bool) -> Iterator[Callable[[Progress], None]]:
             text = f"{progress.stage}{f', {progress.n_quarantined} bad' if progress.n_quarantined else ''}"
             bar.update(task, description=text, total=progress.n_total or None, completed=progress.n_finished)
 
-        yield update
+        yield _with_dashboard(update)
+
+
+def _with_dashboard(show: Callable[[Progress], None]) -> Callable[[Progress], None]:
+    """Say where Dask's dashboard is, once there is one."""
+    is_said = False
+
+    def update(progress: Progress) -> None:
+        nonlocal is_said
+        if progress.dashboard and not is_said:
+            is_said = True
+            say(f"Dask's dashboard: {progress.dashboard}", url=progress.dashboard)
+        show(progress)
+
+    return update
 
 
 def log_lines() -> Callable[[Progress], None]:

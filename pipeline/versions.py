@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import logging
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from distributed import Client
@@ -10,6 +11,9 @@ from distributed import Client
 from pipeline.cluster import scheduler_workers
 from pipeline.errors import FeaturemapsError
 
+logger = logging.getLogger(__name__)
+
+ANSWER_S = 30.0
 PACKAGES = ("featuremaps", "dask", "distributed", "numpy", "pillow", "torch", "zarr")
 
 
@@ -45,7 +49,7 @@ def check_workers(client: Client, addresses: Iterable[str] | None = None) -> Non
         return
     ours = own_versions()
     differing: dict[str, list[str]] = {}
-    for address, theirs in client.run(_look(PACKAGES), workers=chosen, on_error="ignore").items():
+    for address, theirs in _ask(client, _look(PACKAGES), chosen).items():
         lines = [f"{name} {theirs[name]} instead of {ours[name]}" for name in ours if theirs[name] != ours[name]]
         if lines:
             differing.setdefault(", ".join(lines), []).append(str(workers[address]["name"]))
@@ -56,13 +60,25 @@ def check_workers(client: Client, addresses: Iterable[str] | None = None) -> Non
             "install the same versions there (constraints.txt), or start the workers with this Python (the cluster's key python)"
         )
     gpus = [address for address in chosen if workers[address]["resources"].get("gpu")]
-    blind = [address for address, n in client.run(_n_gpus, workers=gpus, on_error="ignore").items() if not n] if gpus else []
+    blind = [address for address, n in _ask(client, _n_gpus, gpus).items() if not n] if gpus else []
     if blind:
         raise FeaturemapsError(
             f"{_some([str(workers[address]['name']) for address in blind])} were to have a GPU, and torch sees none there: no batch was "
             "sent to them; check the group's gpus and options in cluster.yaml, nvidia-smi on that machine and that torch was installed "
             "with CUDA, or set gpus to 0"
         )
+
+
+def _ask(client: Client, function: Callable[[], Any], workers: list[str]) -> dict[str, Any]:
+    """What a function returns on each worker that answers; one that hangs must not keep the run from its work."""
+    try:
+        answers: dict[str, Any] = client.sync(
+            client._run, function, workers=workers, on_error="ignore", callback_timeout=ANSWER_S
+        )
+    except TimeoutError:
+        logger.warning("the workers did not say within %.0f s what versions they have: they are taken as they are", ANSWER_S)
+        return {}
+    return answers
 
 
 def _some(names: list[str]) -> str:

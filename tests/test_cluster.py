@@ -31,7 +31,7 @@ from pipeline.cluster import (
     with_client,
     worker_slots,
 )
-from pipeline.cluster_spec import AddressSpec, LocalSpec, TlsSpec, load_cluster
+from pipeline.cluster_spec import AddressSpec, CudaSpec, LocalSpec, TlsSpec, load_cluster
 from pipeline.config import make_job
 from pipeline.errors import FeaturemapsError, UsageError
 from pipeline.run import run_job
@@ -79,12 +79,79 @@ def test_without_a_name_it_is_this_machine_and_no_file_is_read(tmp_path):
         ("clusters: {x: {kind: local, tls: {ca_file: a, cert: b}}}", r"key 'clusters\.x\.tls\.key' is missing: add it"),
         ("clusters: {x: {kind: local, dashboard: everywhere}}", r"clusters\.x\.dashboard: String should match pattern"),
         ("clusters: {x: {kind: local, workers: 0}}", r"clusters\.x\.workers: Input should be greater than 0, not 0"),
+        ("clusters: {x: {kind: local, memory: much}}", r"clusters\.x\.memory: could not parse value and unit from byte string"),
+        (
+            "clusters: {x: {kind: local, groups: {a: {roles: [read]}}}}",
+            r"clusters\.x: no group has the role 'extract', so its tasks would wait for ever: add it to the roles of a group",
+        ),
+        (
+            "clusters: {x: {kind: local, workers: 2, groups: {a: {}}}}",
+            r"clusters\.x: workers, gpus and memory are those of each group where there are groups: move them there",
+        ),
+        (
+            "clusters: {x: {kind: local, groups: {a: {role: [read]}}}}",
+            r"unknown key 'clusters\.x\.groups\.a\.role': did you mean 'roles'\?",
+        ),
+        ("clusters: {x: {kind: slurm, groups: {a: {}}}}", r"key 'clusters\.x\.groups\.a\.memory' is missing: add it"),
+        (
+            "clusters: {x: {kind: slurm, walltime: soon, groups: {a: {memory: 1}}}}",
+            r"clusters\.x\.walltime: Input should be a valid integer",
+        ),
+        ("clusters: {x: {kind: slurm, groups: {driver: {memory: 1}}}}", r"clusters\.x: a group cannot be called 'driver'"),
+        ("clusters: {x: {kind: ssh, groups: {a: {memory: 1}}}}", r"key 'clusters\.x\.groups\.a\.hosts' is missing: add it"),
+        (
+            "clusters: {x: {kind: address, address: '${NO_SUCH_VARIABLE}'}}",
+            r"cluster 'x' of .*cluster\.yaml uses \$\{NO_SUCH_VARIABLE\}, and the environment has no 'NO_SUCH_VARIABLE'",
+        ),
     ],
 )
 def test_a_cluster_that_cannot_be_used_is_refused(tmp_path, text, expected):
     (tmp_path / "cluster.yaml").write_text(text)
     with pytest.raises(UsageError, match=expected):
         load_cluster("x", tmp_path / "cluster.yaml")
+
+
+def test_variables_of_the_environment_stand_in_every_text(tmp_path, monkeypatch):
+    monkeypatch.setenv("WHERE", "there")
+    monkeypatch.setenv("N_MACHINES", "3")
+    (tmp_path / "cluster.yaml").write_text(
+        "clusters: {x: {kind: ssh, interface: '${WHERE}0', groups: {a: {hosts: ['${WHERE}-1', b], workers: '${N_MACHINES}'}}}}"
+    )
+    spec = load_cluster("x", tmp_path / "cluster.yaml")
+    assert (spec.interface, spec.groups["a"].hosts, spec.groups["a"].workers) == ("there0", ("there-1", "b"), 3)
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("8:00:00", 28_800), ("'08:00:00'", 28_800), ("1-00:30:00", 88_200), ("90", 90)])
+def test_a_walltime_is_read_as_batch_systems_write_it(tmp_path, text, seconds):
+    (tmp_path / "cluster.yaml").write_text(
+        f"clusters: {{x: {{kind: slurm, walltime: {text}, groups: {{a: {{memory: 1.5 GiB, threads: 2}}}}}}}}"
+    )
+    spec = load_cluster("x", tmp_path / "cluster.yaml")
+    assert spec.walltime == seconds
+    assert spec.groups["a"].memory == 1.5 * 2**30
+    assert spec.groups["a"].resources == {"read": 2, "extract": 2, "write": 2}
+    assert spec.log_folder == str(tmp_path / "featuremaps-logs")
+
+
+def test_a_job_gives_no_workers_to_a_cluster_whose_groups_have_their_own(tmp_path):
+    (tmp_path / "cluster.yaml").write_text("clusters: {x: {kind: local, groups: {a: {}}}}")
+    job = make_job({"source": "a", "store": "b", "cluster": "x", "workers": 3, "gpus": 0})
+    with (
+        pytest.raises(
+            UsageError, match=r"cluster 'x' has groups .* and workers, gpus were given for the run: nothing was started"
+        ),
+        with_client(job, None, tmp_path / "cluster.yaml"),
+    ):
+        pass
+
+
+def test_a_cluster_of_gpus_without_any_is_refused(monkeypatch):
+    monkeypatch.setattr("pipeline.device.n_gpus", lambda: 0)
+    with (
+        pytest.raises(UsageError, match="1 GPUs were asked for, and this installation of torch sees 0"),
+        connect(CudaSpec(kind="cuda")),
+    ):
+        pass
 
 
 def test_a_missing_file_is_refused_with_the_place_to_run_from(tmp_path):
