@@ -36,7 +36,7 @@ from pipeline.run import check_job, compare_with_store, count_statuses, open_for
 from pipeline.schema import REJECTED, ShapeClass, Status
 from pipeline.settings import cost_s, layout_of, needed_size, scratch_bytes
 from pipeline.store import Store, is_store
-from pipeline.submission import last_submission
+from pipeline.submission import GONE, last_submission
 from pipeline.summary import count, describe_bottleneck, printable
 
 BLOCK = 2048
@@ -320,9 +320,16 @@ def store_status(path: Place, n_bad: int = 20) -> StoreStatus:
     """
     submission = last_submission(path)
     if submission is not None and not is_store(path):
+        state, _ = submission.look()
+        remedy = (
+            f"It ended before there was anything to show; {submission.job_name}-driver*, in log_folder of the cluster, says why: mend "
+            "that and submit again"
+            if state == GONE
+            else "Wait until it has begun"
+        )
         raise UsageError(
             f"store {path} does not exist yet; its run was handed to {submission.kind} as job {submission.job_id} on "
-            f"{submission.submitted}: {submission.look()[0]}. Wait until it has begun"
+            f"{submission.submitted}: {state}. {remedy}"
         )
     state, jobs = ("", []) if submission is None else submission.look()
     store = Store(path)
