@@ -293,7 +293,11 @@ class StoreStatus:
                 f"last run {run['run_id']}: {outcome}"
                 + (f" at {run['images_per_s']:.1f} images/s" if run["n_done"] else "")
                 + (f" on {count(run['slots'], 'slot')}" if run["n_done"] else "")
-                + (f", bottleneck {describe_bottleneck(run['bottleneck'])}" if run["bottleneck"] else "")
+                + (
+                    f", bottleneck {describe_bottleneck(run['bottleneck'])}"
+                    if run["bottleneck"] and (run["n_done"] or run["n_checked"])
+                    else ""
+                )
                 + (f" -- {run['message']}" if run["message"] else "")
             )
             if run["outcome"] in {"incomplete", "stopped"} and run["n_pending"]:
