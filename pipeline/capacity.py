@@ -123,8 +123,8 @@ def require_memory(
             f"images of {largest[0]} x {largest[1]} pixels need up to {needed / 2**20:.0f} MiB per worker, and a worker of "
             f"{limit_bytes / 2**20:.0f} MiB may use {usable_bytes(limit_bytes) / 2**20:.0f} MiB: it would be paused or killed, so its "
             f"images were not started; run with fewer workers of at least {wanted_limit_bytes(needed) / 2**20:.0f} MiB each (--workers, "
-            "--memory-limit), or into a new store with --resize, --dtype uint8 or a job file whose decode.pixel_limit rejects the largest "
-            "images"
+            "--memory-limit; of a cluster `memory` of all its groups in cluster.yaml), or into a new store with --resize, --dtype uint8 or "
+            "a job file whose decode.pixel_limit rejects the largest images"
         )
 
 

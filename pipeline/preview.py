@@ -36,7 +36,7 @@ from pipeline.run import check_job, compare_with_store, count_statuses, open_for
 from pipeline.schema import REJECTED, ShapeClass, Status
 from pipeline.settings import cost_s, layout_of, needed_size, scratch_bytes
 from pipeline.store import Store, is_store
-from pipeline.submission import last_submission
+from pipeline.submission import GONE, last_submission
 from pipeline.summary import count, describe_bottleneck, printable
 
 BLOCK = 2048
@@ -293,7 +293,11 @@ class StoreStatus:
                 f"last run {run['run_id']}: {outcome}"
                 + (f" at {run['images_per_s']:.1f} images/s" if run["n_done"] else "")
                 + (f" on {count(run['slots'], 'slot')}" if run["n_done"] else "")
-                + (f", bottleneck {describe_bottleneck(run['bottleneck'])}" if run["bottleneck"] else "")
+                + (
+                    f", bottleneck {describe_bottleneck(run['bottleneck'])}"
+                    if run["bottleneck"] and (run["n_done"] or run["n_checked"])
+                    else ""
+                )
                 + (f" -- {run['message']}" if run["message"] else "")
             )
             if run["outcome"] in {"incomplete", "stopped"} and run["n_pending"]:
@@ -320,9 +324,16 @@ def store_status(path: Place, n_bad: int = 20) -> StoreStatus:
     """
     submission = last_submission(path)
     if submission is not None and not is_store(path):
+        state, _ = submission.look()
+        remedy = (
+            f"It ended before there was anything to show; {submission.job_name}-driver*, in log_folder of the cluster, says why: mend "
+            "that and submit again"
+            if state == GONE
+            else "Wait until it has begun"
+        )
         raise UsageError(
             f"store {path} does not exist yet; its run was handed to {submission.kind} as job {submission.job_id} on "
-            f"{submission.submitted}: {submission.look()[0]}. Wait until it has begun"
+            f"{submission.submitted}: {state}. {remedy}"
         )
     state, jobs = ("", []) if submission is None else submission.look()
     store = Store(path)

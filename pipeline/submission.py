@@ -12,6 +12,7 @@ from pipeline.objects import Place, put_json, read_json
 from pipeline.schema import RUNS
 
 _NAME = "submitted.json"
+GONE = "not in the queue any more"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +42,7 @@ class Submission:
             jobs = batch.jobs_named(self.kind, self.job_name)
         except (OSError, subprocess.SubprocessError) as error:
             return f"{batch.SYSTEMS[self.kind].name} does not answer: {batch.said(error)}", []
-        return ("not in the queue any more" if own is None else str(own)), [job._asdict() for job in jobs]
+        return (GONE if own is None else str(own)), [job._asdict() for job in jobs]
 
 
 def last_submission(store: Place) -> Submission | None:

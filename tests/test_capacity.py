@@ -77,7 +77,10 @@ def test_a_worker_just_large_enough_by_the_projection_finishes_and_is_never_paus
     source = make_photos(tmp_path / "source", 40, (516, 639), ".jpg")
     values = {"source": str(source), "store": str(tmp_path / "f.zarr"), "workers": 1}
     limit = wanted_limit_bytes(plan_job(make_job(values)).worker_memory_bytes)
-    with pytest.raises(UsageError, match=rf"workers of at least {limit // 2**20} MiB each"):
+    with pytest.raises(
+        UsageError,
+        match=rf"workers of at least {limit // 2**20} MiB each .*; of a cluster `memory` of all its groups in cluster.yaml\)",
+    ):
         run_job(make_job({**values, "memory_limit_bytes": limit - 2**20}))
     assert run_job(make_job({**values, "memory_limit_bytes": limit})).n_done == 40
 

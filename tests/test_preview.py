@@ -249,7 +249,7 @@ def test_the_time_left_of_a_limited_run_is_not_negative(finished):
 
 
 def test_a_run_that_failed_says_why_and_one_that_did_nothing_claims_no_pace(finished):
-    receipt_of(Store(finished), "20990101T000000Z-new", outcome="failed", n_done=0, bottleneck="", message="OSError: no")
+    receipt_of(Store(finished), "20990101T000000Z-new", outcome="failed", n_done=0, bottleneck="waiting", message="OSError: no")
     described = store_status(finished).describe()
     assert "last run 20990101T000000Z-new: failed, 0 done -- OSError: no" in described
 

@@ -1,4 +1,4 @@
-"""Job scripts of every batch system: as they were read by a person, and what they run, run by a shell."""
+"""Job scripts of every batch system: as they were when they were looked at, and what they run, run by a shell."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def spec(kind: str, **changes) -> BatchSpec:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("group", ["read", "extract"])
-def test_scripts_are_those_that_were_read_with_the_documentation_at_hand(kind, group):
+def test_scripts_are_those_that_were_looked_at(kind, group):
     assert job_script(spec(kind), group, "featuremaps-12345678") == (GOLDEN / f"{kind}-{group}.txt").read_text()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import subprocess
 import sys
 import time
@@ -268,6 +269,24 @@ def test_a_preempted_run_goes_on_when_it_may(tmp_path, pictures, queue, run):
     assert "nothing is wrong" in log_of(tmp_path)
     run(pictures, tmp_path / "here.zarr", limit=200, dtype="uint8")
     assert content(tmp_path / "f.zarr") == content(tmp_path / "here.zarr")
+
+
+def test_of_a_run_that_has_no_store_yet_it_is_said_whether_it_waits_or_is_over(tmp_path, queue):
+    (tmp_path / "none").mkdir()
+    cluster_file(tmp_path)
+    number = hand_in(tmp_path, source=str(tmp_path / "none"))
+    wait_for("end of the driver", lambda: queue.job(number) is None)
+    over = featuremaps(tmp_path, "status", "f.zarr")
+    assert over.returncode == 2
+    assert f"as job {number} on " in over.stderr
+    assert "not in the queue any more. It ended before there was anything to show; featuremaps-" in over.stderr
+    assert "is empty (no files at any depth)" in log_of(tmp_path)
+    queue.submit("--cpus-per-task=8", "--mem=1G", script="sleep 300")
+    number = hand_in(tmp_path, source=str(tmp_path / "none"))
+    assert re.search(
+        rf"job {number} \(.*\) PENDING.*\. Wait until it has begun", featuremaps(tmp_path, "status", "f.zarr").stderr
+    )
+    queue.cancel()
 
 
 def test_what_is_no_batch_system_takes_no_whole_run(tmp_path, pictures):
