@@ -23,6 +23,7 @@ from pipeline.terminal import log_lines, start_logging, stop_on_signal
 @click.option(
     "--sample", "n_sample", type=click.IntRange(0), default=20, show_default=True, metavar="N", help="Images to recompute."
 )
+@click.option("--verify/--no-verify", default=True, show_default=True, help="Audit the store at the end.")
 @click.option("--dry-run", is_flag=True, help="Only print the job script.")
 @click.option("--attend", is_flag=True, hidden=True, help="What the driver's job calls.")
 @click.option("-v", "--verbose", count=True, help="More log lines; twice for Dask's own.")

@@ -189,8 +189,13 @@ def job_script(spec: BatchSpec, group_name: str, job_name: str) -> str:
 
 def lifetime(walltime_s: int) -> list[str]:
     """Options by which a worker retires before its walltime; not all at once, so that the run does not stand still."""
-    margin = min(600.0, max(20.0, walltime_s / 4))
+    margin = margin_s(walltime_s)
     return ["--lifetime", f"{walltime_s - margin:.0f}s", "--lifetime-stagger", f"{margin / 3:.0f}s"]
+
+
+def margin_s(walltime_s: int) -> float:
+    """Seconds before its walltime at which a job begins to come to its end."""
+    return min(600.0, max(20.0, walltime_s / 4))
 
 
 def clock(seconds: int) -> str:

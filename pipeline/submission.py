@@ -28,6 +28,8 @@ class Submission:
     """Where it was handed in."""
     submitted: str
     """When, UTC."""
+    since: str
+    """When a person asked for it; jobs that the driver hands in after itself have this from the first."""
 
     def write(self, store: Place) -> None:
         """Leave it in the store."""

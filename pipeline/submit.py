@@ -22,7 +22,7 @@ from pipeline.cluster_spec import BatchSpec, load_cluster
 from pipeline.config import Job
 from pipeline.creation import prepare_folder
 from pipeline.errors import EXIT_FAILED, EXIT_RUN_AGAIN, FeaturemapsError, StoreBusyError, UsageError
-from pipeline.launch_batch import clock
+from pipeline.launch_batch import clock, margin_s
 from pipeline.objects import place
 from pipeline.run import run_job
 from pipeline.store import Store, is_store
@@ -49,6 +49,8 @@ class Order:
     """Attempts in a row that may end without one image more."""
     n_sample: int = 20
     """Images that are computed anew at the end."""
+    verify: bool = True
+    """Whether the store is audited at the end, within the time that the job has left."""
 
     @property
     def spec(self) -> BatchSpec:
@@ -149,7 +151,8 @@ def attend_command(order: Order) -> list[str]:
     """What runs in the driver's job."""
     command = [order.spec.python or sys.executable, "-m", "pipeline", "submit", str(order.job_file.absolute())]
     command += ["--cluster", str(order.job.cluster), "--cluster-file", str(order.cluster_file.absolute())]
-    return [*command, "--attempts", str(order.attempts), "--sample", str(order.n_sample), "--attend"]
+    audit = ["--sample", str(order.n_sample), "--verify" if order.verify else "--no-verify"]
+    return [*command, "--attempts", str(order.attempts), *audit, "--attend"]
 
 
 def submit(order: Order) -> Submission:
@@ -179,11 +182,12 @@ def submit(order: Order) -> Submission:
     return _hand_in(order)
 
 
-def _hand_in(order: Order) -> Submission:
+def _hand_in(order: Order, since: str = "") -> Submission:
     kind, store = order.spec.kind, order.job.store
     job_id = batch.submit(kind, driver_script(order))
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    submission = Submission(kind, str(order.job.cluster), job_id, job_name(store), socket.gethostname(), now)
+    host = socket.gethostname()
+    submission = Submission(kind, str(order.job.cluster), job_id, job_name(store), host, now, since or now)
     submission.write(place(store))
     return submission
 
@@ -217,38 +221,42 @@ def attend(order: Order, *, stop: threading.Event, on_progress: Callable[[Progre
     int
         Exit code of the job.
     """
-    spec = order.spec
     is_late = threading.Event()
 
     def end_in_time() -> None:
         is_late.set()
         stop.set()
 
-    timer = threading.Timer(_work_s(spec), end_in_time)
-    timer.daemon = True
-    timer.start()
+    walltime_s = order.spec.driver.walltime or order.spec.walltime
+    timers = [
+        threading.Timer(walltime_s - margin_s(walltime_s), end_in_time),
+        # A drain may take longer, where a storage hangs: then the batch system ends this process.
+        threading.Timer(walltime_s - margin_s(walltime_s) / 4, lambda: _come_back(order, report, was_asked_to_end=False)),
+    ]
+    for timer in timers:
+        timer.daemon = True
+        timer.start()
     try:
         summary = run_job(order.job, on_progress=on_progress, stop=stop, cluster_file=order.cluster_file)
         report(summary)
-        if summary.outcome == "complete":
-            return _finish(order, summary, report)
+        is_complete = summary.outcome == "complete"
     except UsageError:
         raise
     except (FeaturemapsError, OSError) as error:
         report(str(error))
+        is_complete = False
     finally:
-        timer.cancel()
+        for timer in timers:
+            timer.cancel()
+    if is_complete:
+        return _finish(order, summary, report)
     return _come_back(order, report, was_asked_to_end=stop.is_set() and not is_late.is_set())
 
 
-def _work_s(spec: BatchSpec) -> float:
-    """Seconds after which the driver drains, so that it has come to its end before its walltime."""
-    walltime_s = spec.driver.walltime or spec.walltime
-    return walltime_s - min(600.0, max(20.0, walltime_s / 4))
-
-
 def _finish(order: Order, summary: Summary, report: Callable[[Any], None]) -> int:
-    """Audit the store."""
+    """Audit the store, if that is wanted."""
+    if not order.verify:
+        return summary.exit_code
     from pipeline.verify import verify_store  # noqa: PLC0415 (only at the end)
 
     audit = verify_store(place(order.job.store), n_sample=order.n_sample, workers=order.spec.driver.threads)
@@ -282,7 +290,8 @@ def _come_back(order: Order, report: Callable[[Any], None], *, was_asked_to_end:
     elif was_asked_to_end:
         report("the job was asked to end: nothing is lost; submit again to go on")
     else:
-        report(f"another attempt was handed in as job {_hand_in(order).job_id}")
+        known = last_submission(place(order.job.store))
+        report(f"another attempt was handed in as job {_hand_in(order, known.since if known else '').job_id}")
     return EXIT_RUN_AGAIN
 
 
@@ -291,8 +300,10 @@ def attempts_without_progress(order: Order) -> int:
     store = place(order.job.store)
     if not is_store(store):
         return int(os.environ.get("SLURM_RESTART_COUNT", "0")) + 1
-    n = 0
+    n, submission = 0, last_submission(store)
     for known in Store(store).receipts(order.attempts):
+        if submission is not None and known["started"] < submission.since:
+            break
         if known["outcome"] == "complete" or sum(known[key] for key in ("n_done", "n_quarantined", "n_rejected", "n_checked")):
             break
         n += 1
