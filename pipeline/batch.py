@@ -133,8 +133,9 @@ def submit(kind: str, script: str, *arguments: str) -> str:
 def refused(kind: str, words: str) -> str:
     """The message about a job that was not taken."""
     system = SYSTEMS[kind]
+    words = words.removeprefix(f"{system.submit}: ")
     return (
-        f"{system.name} did not take the job ({system.submit}: {words.removeprefix(f'{system.submit}: ')}): no worker of it was started; correct the entry in cluster.yaml "
+        f"{system.name} did not take the job ({system.submit}: {words}): no worker of it was started; correct the entry in cluster.yaml "
         "(queue, account, walltime, memory, gpus, options)"
     )
 

@@ -28,7 +28,7 @@ def started(spec: ClusterSpec, store: Place | None) -> Iterator[Finding]:
     """
     what = "scheduler" if isinstance(spec, AddressSpec) else "starting"
     try:
-        with connect(spec, name="featuremaps-doctor") as client:
+        with connect(spec) as client:
             yield from _workers(client, spec)
             yield from _roles(client)
             yield from _worker_versions(client)

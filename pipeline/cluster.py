@@ -7,6 +7,7 @@ import hashlib
 import logging
 import multiprocessing
 import os
+import secrets
 import signal
 import subprocess
 import threading
@@ -40,6 +41,7 @@ from pipeline.kubernetes import PodCluster, kubernetes_cluster
 from pipeline.launch import MAX_FALSE_STARTS, GroupCluster, Launch, local_launches
 from pipeline.launch_batch import batch_launches
 from pipeline.launch_ssh import ssh_launches
+from pipeline.objects import place
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +111,7 @@ def local_groups(spec: LocalSpec | CudaSpec) -> dict[str, GroupSpec]:
 def connect(
     spec: ClusterSpec,
     *,
-    name: str = "featuremaps",
+    name: str = "",
     stop: threading.Event | None = None,
     on_wait: Callable[[str], None] = lambda _: None,
 ) -> Iterator[Client]:
@@ -119,7 +121,7 @@ def connect(
     ----------
     spec : ClusterSpec
     name : str
-        What jobs are called; those of this name that a dead run left in the queue are taken back.
+        What jobs are called; those of this name that a dead run left in the queue are taken back. None is a new one.
     stop : threading.Event, optional
         Ends the waiting.
     on_wait : callable
@@ -134,6 +136,7 @@ def connect(
     StoppedError
         When ``stop`` was set before workers were there.
     """
+    name = name or f"featuremaps-{secrets.token_hex(4)}"
     with dask.config.set(DASK_SETTINGS):
         if isinstance(spec, AddressSpec):
             with _connect_address(spec) as client:
@@ -146,6 +149,13 @@ def connect(
                     yield client
             return
         groups, launches, patience_s = _launches(spec, name)
+
+        def sweep() -> None:
+            """Take back jobs that were handed in without our hearing of it, as when the batch system was slow to answer."""
+            if isinstance(spec, BatchSpec):
+                with contextlib.suppress(FeaturemapsError):
+                    _take_back(spec.kind, {f"{name}-{group}" for group in groups})
+
         settings: dict[str, Any] = {"distributed.scheduler.no-workers-timeout": f"{patience_s}s"}
         if not spec.dashboard:  # without one there are no pages about workers and tasks either, which are another part of Dask
             settings["distributed.scheduler.http.routes"] = ["distributed.http.health"]
@@ -161,7 +171,9 @@ def connect(
         with (
             dask.config.set(settings),
             _quiet_dask(),
-            _stopped(lambda: GroupCluster(launches, groups, options, patience_s, spec.tls and spec.tls.security())) as cluster,
+            _stopped(
+                lambda: GroupCluster(launches, groups, options, patience_s, spec.tls and spec.tls.security()), sweep
+            ) as cluster,
         ):
             _wait_for_workers(cluster, patience_s, stop, on_wait, everybody=is_here)
             with Client(cluster) as client:
@@ -224,8 +236,9 @@ def with_client(
 
 
 def job_name(store: str) -> str:
-    """What the jobs that work for a store are called in a batch system."""
-    return f"featuremaps-{hashlib.sha256(store.encode(errors='surrogateescape')).hexdigest()[:8]}"
+    """What the jobs that work for a store are called in a batch system; the same however its place is spelt."""
+    place_ = str(place(store).absolute())
+    return f"featuremaps-{hashlib.sha256(place_.encode(errors='surrogateescape')).hexdigest()[:8]}"
 
 
 def _wait_for_workers(
@@ -258,15 +271,20 @@ def _wait_for_workers(
             on_wait(cluster.describe())
         if everybody or waited_s < QUICK_S:  # later its own clock looks, as a queue may be asked for hours
             cluster.start()
-        time.sleep(0.2)
+        time.sleep(0.05 if waited_s < QUICK_S else 0.5)
 
 
 @contextlib.contextmanager
-def _stopped(start: Callable[[], GroupCluster]) -> Iterator[GroupCluster]:
+def _stopped(start: Callable[[], GroupCluster], sweep: Callable[[], None]) -> Iterator[GroupCluster]:
     """Start the cluster and stop it; a process that is stuck in the kernel cannot be stopped, and must not keep this one from ending."""
     others = set(multiprocessing.active_children())
-    with _without_interrupts():
-        cluster = start()
+    try:
+        with _without_interrupts():
+            cluster = start()
+    except RuntimeError as error:
+        raise UsageError(
+            f"the scheduler could not be started ({error}): nothing was started; check interface, dashboard and tls of the cluster"
+        ) from error
     try:
         yield cluster
     finally:
@@ -274,14 +292,29 @@ def _stopped(start: Callable[[], GroupCluster]) -> Iterator[GroupCluster]:
         level = tornado.level
         try:
             tornado.setLevel(logging.CRITICAL)
-            cluster.close()
-        except TimeoutError as error:
-            logger.info("the cluster did not stop: %s", error)
+            with _deaf():
+                cluster.close()
+        except (TimeoutError, AssertionError) as error:
+            logger.warning("the cluster did not stop as it should: %s", error)
         finally:
             tornado.setLevel(level)
-        for left in set(multiprocessing.active_children()) - others:
-            left.kill()
-            multiprocessing.process._children.discard(left)  # type: ignore[attr-defined]
+            sweep()
+            for left in set(multiprocessing.active_children()) - others:
+                left.kill()
+                multiprocessing.process._children.discard(left)  # type: ignore[attr-defined]
+
+
+@contextlib.contextmanager
+def _deaf() -> Iterator[None]:
+    """Let no Ctrl-C cut short what takes jobs and processes back; it takes a minute at most."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @contextlib.contextmanager

@@ -27,6 +27,8 @@ DEATH_TIMEOUT_S = 60
 MAX_PAUSE_S = 300.0
 """The longest pause between two tries to start a worker that does not come up."""
 MAX_FALSE_STARTS = 3
+LAUNCH_S = 60.0
+"""How long handing in a job, connecting or starting a process may take."""
 
 
 class Launch(NamedTuple):
@@ -65,6 +67,7 @@ class GroupCluster(SpecCluster):  # type: ignore[misc]
         """Its address, where it is meant to be seen."""
         self.troubles: dict[str, str] = {}
         """Why workers did not come up, by name; only of those whose last try failed."""
+        self._tending = asyncio.Lock()
         self._n_tries: dict[str, int] = {}  # since a worker of the name was last seen
         self._next_try: dict[str, float] = {}
         super().__init__(scheduler={"cls": Scheduler, "options": scheduler}, workers={}, security=security, silence_logs=False)
@@ -109,10 +112,12 @@ class GroupCluster(SpecCluster):  # type: ignore[misc]
     # -- what is done about it -----------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Start all workers; what went wrong with which is in `troubles`."""
-        self.sync(self._tend)
+        """Begin to start the workers that are missing; what goes wrong with which is in `troubles`."""
+        self.loop.add_callback(self._tend_again)
 
     async def _tend_again(self) -> None:
+        if self._tending.locked():
+            return
         try:
             await self._tend()
         except Exception:
@@ -120,7 +125,7 @@ class GroupCluster(SpecCluster):  # type: ignore[misc]
 
     async def _tend(self) -> None:
         """Take note of who is lost, and start the missing."""
-        async with self._lock:
+        async with self._tending:
             if self.status != Status.running:
                 return
             present = self.present
@@ -131,6 +136,13 @@ class GroupCluster(SpecCluster):  # type: ignore[misc]
             now = time.monotonic()
             missing = [n for n in self.launches if n not in self.workers and self._next_try.get(n, 0.0) <= now]
             await asyncio.gather(*(self._launch(name) for name in missing))
+
+    async def _close(self) -> None:
+        """Close what there is, once nothing more is being started: the base class does not know of what comes meanwhile."""
+        if self.status == Status.running:
+            self.periodic_callbacks["featuremaps-tend"].stop()
+        async with self._tending:
+            await super()._close()
 
     async def _forget_lost(self, absent: dict[str, Any]) -> None:
         classes = {type(worker) for worker in absent.values()}
@@ -147,22 +159,21 @@ class GroupCluster(SpecCluster):  # type: ignore[misc]
     async def _launch(self, name: str) -> None:
         launch = self.launches[name]
         n_tries = self._n_tries[name] = self._n_tries.get(name, 0) + 1
-        pause_s = min(MAX_PAUSE_S, LOOK_S * 2.0 ** (n_tries - MAX_FALSE_STARTS)) if n_tries >= MAX_FALSE_STARTS else 0.0
+        pause_s = min(MAX_PAUSE_S, LOOK_S * 2.0 ** min(10, n_tries - MAX_FALSE_STARTS)) if n_tries >= MAX_FALSE_STARTS else 0.0
         self._next_try[name] = time.monotonic() + pause_s
-        worker = launch.cls(self.scheduler.contact_address or self.scheduler.address, name=name, **launch.options)
-        self._created.add(worker)
+        self.troubles.pop(name, None)
+        worker = None
         try:
-            await worker
+            worker = launch.cls(self.scheduler.contact_address or self.scheduler.address, name=name, **launch.options)
+            await asyncio.wait_for(worker, LAUNCH_S)
         except Exception as error:  # noqa: BLE001 (of whatever library starts it)
-            self.troubles[name] = launch.cls.explain(error)
+            slow = f"it was not started within {LAUNCH_S:.0f} s"
+            self.troubles[name] = slow if isinstance(error, TimeoutError) else launch.cls.explain(error)
             logger.info("worker %s was not started: %s", name, self.troubles[name])
-            with contextlib.suppress(Exception):
-                await worker.close()
-            worker.status = Status.closed
+            if worker is not None:
+                with contextlib.suppress(Exception):
+                    await worker.close()
         else:
-            if self.status != Status.running:  # the cluster was closed meanwhile, and has forgotten all it knew
-                await worker.close()
-                return
             self.workers[name] = worker
             self.worker_spec[name] = {"cls": launch.cls, "options": launch.options}
 

@@ -6,9 +6,11 @@ import asyncio
 import logging
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections import deque
 from collections.abc import Mapping
 from typing import Any
@@ -42,6 +44,7 @@ def batch_launches(spec: BatchSpec, job_name: str) -> dict[str, Launch]:
 
 def batch_job_class(kind: str) -> Any:
     """`dask_jobqueue`'s job of a batch system, which also tells whether it is still there."""
+    on_interrupt = signal.getsignal(signal.SIGINT)
     try:
         from dask_jobqueue.htcondor import HTCondorJob  # noqa: PLC0415 (an extra)
         from dask_jobqueue.pbs import PBSJob  # noqa: PLC0415 (as above)
@@ -51,6 +54,9 @@ def batch_job_class(kind: str) -> Any:
         raise UsageError(
             f"a cluster of kind {kind} needs dask-jobqueue, which is not installed: nothing was started; pip install 'featuremaps[batch]'"
         ) from error
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, on_interrupt)  # which dask_jobqueue replaces as it is imported
     base = {"slurm": SLURMJob, "pbs": PBSJob, "sge": SGEJob, "htcondor": HTCondorJob}[kind]
     return type(f"Tended{base.__name__}", (_BatchJob, base), {"kind": kind})
 
@@ -77,6 +83,13 @@ class _BatchJob:
             if job.job_id not in found:
                 gone[name] = f"job {job.job_id} has left the queue{_end_of_log(job)}"
         return gone
+
+    async def close(self) -> None:
+        """Take the job back; a batch system that does not answer must not keep the run from ending."""
+        try:
+            await asyncio.wait_for(super().close(), batch.COMMAND_TIMEOUT_S)  # type: ignore[misc]
+        except TimeoutError:
+            logger.warning("job %s may be left in the queue: the batch system does not answer", self.job_id)
 
     @classmethod
     def explain(cls, error: Exception) -> str:

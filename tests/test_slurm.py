@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -41,7 +42,7 @@ if decode.decode.__name__ == "decode":  # Dask may load this twice
 """
 """What workers load first, so that a run of small pictures lasts long enough to be disturbed: stands for slow storage."""
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.cluster, pytest.mark.kill, pytest.mark.timeout(300)]
 
 
 @pytest.fixture(scope="module")
@@ -297,3 +298,37 @@ def test_what_is_no_batch_system_takes_no_whole_run(tmp_path, pictures):
         "cluster 'here' is of kind local, and only a batch system (slurm, pbs, sge, htcondor) can be handed a whole run"
         in done.stderr
     )
+
+
+def test_two_interrupts_leave_no_job_and_the_first_one_drains(tmp_path, pictures, queue):
+    cluster_file(tmp_path, slowly(tmp_path))
+    command = [sys.executable, "-m", "pipeline", "run", str(pictures), str(tmp_path / "f.zarr"), "--cluster", "slurm"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for("rows", lambda: is_store(tmp_path / "f.zarr") and Store(tmp_path / "f.zarr").classes)
+    process.send_signal(signal.SIGINT)
+    time.sleep(1.0)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=90)
+    assert process.returncode == 75, err
+    assert "SIGINT: finishing what is in flight" in err
+    assert not workers(queue)
+
+
+def test_jobs_that_are_replaced_as_the_run_ends_are_taken_back_too(tmp_path, queue):
+    """Cancelled all at once, and the cluster closed while others are handed in for them."""
+    spec = load_cluster("slurm", cluster_file(tmp_path))
+    with connect(spec) as client:
+        wait_for("workers", lambda: len(workers(queue)) == 4)
+        queue.cancel(*(job.id for job in workers(queue)))
+        wait_for("the loss", lambda: not client.cluster.present)
+        client.cluster.start()
+        time.sleep(0.05)
+    wait_for("end of the jobs", lambda: not [job for job in queue.squeue() if job.state != "COMPLETING"], 10)
+
+
+def test_the_scheduler_needs_an_interface_that_is_there(tmp_path, pictures):
+    cluster_file(tmp_path, interface="none7")
+    done = attempt(tmp_path, pictures)
+    assert done.returncode == 2
+    assert "the scheduler could not be started" in done.stderr
+    assert "'none7' is not a valid network interface" in done.stderr

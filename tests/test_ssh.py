@@ -24,7 +24,7 @@ from tests.services import free_port
 LONG = {"extractor": {"layers": [{"filters": 16, "kernel": 9}]}}
 """Work enough to be disturbed at it."""
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.cluster, pytest.mark.kill, pytest.mark.timeout(240)]
 
 
 @pytest.fixture(scope="module")
