@@ -221,6 +221,19 @@ def with_client(
     if client is not None:
         yield client
         return
+    spec = cluster_of(job, cluster_file)
+    with connect(spec, name=job_name(job.store), stop=stop, on_wait=on_wait) as connected:
+        yield connected
+
+
+def cluster_of(job: Job, cluster_file: Path) -> ClusterSpec:
+    """The cluster that a job names, with what the job itself says of workers.
+
+    Raises
+    ------
+    UsageError
+        As `load_cluster`, or when both say how many workers there are to be.
+    """
     spec = load_cluster(job.cluster, cluster_file)
     if isinstance(spec, LocalSpec):
         wanted = {"workers": job.workers, "memory": job.memory_limit_bytes, "gpus": job.gpus}
@@ -231,8 +244,7 @@ def with_client(
                 "the run: nothing was started; leave them away, or write them into the groups"
             )
         spec = spec.model_copy(update=given)
-    with connect(spec, name=job_name(job.store), stop=stop, on_wait=on_wait) as connected:
-        yield connected
+    return spec
 
 
 def job_name(store: str) -> str:
@@ -259,12 +271,17 @@ def _wait_for_workers(
         if stop is not None and stop.is_set():
             raise StoppedError("stopped while waiting for workers: nothing was computed, nothing is lost; run again to go on")
         waited_s = time.monotonic() - started
-        if cluster.is_hopeless(MAX_FALSE_STARTS, everybody=everybody) or waited_s > patience_s:
+        if cluster.is_hopeless(MAX_FALSE_STARTS, everybody=everybody):
+            raise FeaturemapsError(
+                f"workers could not be started, in {MAX_FALSE_STARTS} tries each ({cluster.describe_troubles()}): nothing was computed, "
+                "what was started was stopped, and what was committed stands; mend what is said there, or ask for less in cluster.yaml, "
+                "and run again"
+            )
+        if waited_s > patience_s:
             absent = ", ".join(repr(group) for group, (n, wanted) in counts.items() if n < (wanted if everybody else 1))
             raise FeaturemapsError(
                 f"no worker of group {absent} came within {waited_s:.0f} s ({cluster.describe()}): nothing was computed, what was started "
-                "was stopped, and what was committed stands; mend what is said there, ask for less in cluster.yaml, or wait longer "
-                "(start_timeout_s), and run again"
+                "was stopped, and what was committed stands; ask for less in cluster.yaml, or wait longer (start_timeout_s), and run again"
             )
         if time.monotonic() >= next_line:
             next_line = time.monotonic() + WAIT_LINE_S
@@ -421,6 +438,25 @@ def wanted_slots(cluster: GroupCluster | PodCluster) -> list[WorkerSlots]:
     """What each of the wanted workers offers, whether it is there or not."""
     groups = [cluster.groups[launch.group] for launch in cluster.launches.values()]
     return [_slots(group.resources, group.memory) for group in groups]
+
+
+def planned_slots(spec: ClusterSpec) -> list[WorkerSlots]:
+    """What the workers of a cluster would offer; empty for a scheduler of its own, whose workers nobody knows before.
+
+    Raises
+    ------
+    UsageError
+        When GPUs are asked for that this machine has not.
+    """
+    if isinstance(spec, AddressSpec):
+        return []
+    if isinstance(spec, LocalSpec | CudaSpec):
+        groups: Mapping[str, GroupSpec] = local_groups(spec)
+        share = local_memory_bytes(sum(group.workers for group in groups.values()), None)
+    else:
+        groups, share = spec.groups, 0
+    counts = {name: group.workers * len(getattr(group, "hosts", (1,))) for name, group in groups.items()}
+    return [_slots(group.resources, group.memory or share) for name, group in groups.items() for _ in range(counts[name])]
 
 
 def _slots(resources: Mapping[str, float], memory_limit_bytes: int | None) -> WorkerSlots:

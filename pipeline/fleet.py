@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from distributed import Client
 
 from pipeline.capacity import WorkerKind
 from pipeline.cluster import WorkerSlots, wanted_slots, worker_slots
 from pipeline.errors import FeaturemapsError
+from pipeline.kubernetes import PodCluster
 from pipeline.launch import GroupCluster
 from pipeline.plan import BATCHES_IN_FLIGHT_PER_SLOT
 from pipeline.versions import check_workers
@@ -20,6 +21,33 @@ logger = logging.getLogger(__name__)
 
 NO_WORKERS_S = 120.0
 REGISTER_TRIES = 5
+
+
+class Needs(NamedTuple):
+    """What follows from what workers offer."""
+
+    memory_limit_bytes: int
+    """Of the smallest worker; 0 for none."""
+    is_whole: bool
+    """Whether one task may do all of a batch."""
+    read_ahead: int
+    """Batches that others read for each worker that extracts."""
+    kind: WorkerKind
+    """What the memory of a worker that extracts is judged by."""
+
+
+def judge(present: list[WorkerSlots], wanted: list[WorkerSlots] | None = None) -> Needs:
+    """Judge the workers that are there together with those that are to come."""
+    everybody = present + (wanted or [])
+    threads = max(worker.extract for worker in everybody)
+    memory_limit_bytes = min((worker.memory_limit_bytes for worker in everybody if worker.memory_limit_bytes), default=0)
+    has_readers = any(worker.read and not worker.extract for worker in everybody)
+    is_whole = not has_readers and all(worker.is_whole for worker in everybody if worker.extract)
+    share = wanted or present
+    n_readers = 0 if is_whole else sum(worker.read for worker in share)
+    read_ahead = -(-n_readers // sum(worker.extract > 0 for worker in share))
+    waiting = 0 if is_whole else BATCHES_IN_FLIGHT_PER_SLOT * threads + read_ahead
+    return Needs(memory_limit_bytes, is_whole, read_ahead, WorkerKind(threads, waiting, any(w.has_gpu for w in everybody)))
 
 
 class Fleet:
@@ -35,23 +63,12 @@ class Fleet:
     def __init__(self, client: Client) -> None:
         self.client = client
         cluster = getattr(client, "cluster", None)
-        self.cluster = cluster if isinstance(cluster, GroupCluster) else None
+        self.cluster = cluster if isinstance(cluster, GroupCluster | PodCluster) else None
         """What starts the workers; None where others do."""
         workers = worker_slots(client)
-        wanted = list(workers.values()) if self.cluster is None else [*workers.values(), *wanted_slots(self.cluster)]
-        self.threads = max(worker.extract for worker in wanted)
-        """Of one worker that extracts."""
-        self.memory_limit_bytes = min((w.memory_limit_bytes for w in wanted if w.memory_limit_bytes), default=0)
-        """Of the smallest worker; 0 for none."""
-        has_readers = any(worker.read and not worker.extract for worker in wanted)
-        self.is_whole = not has_readers and all(worker.is_whole for worker in wanted if worker.extract)
-        """Whether one task may do all of a batch."""
-        share = wanted if self.cluster is None else wanted[len(workers) :]
-        n_readers = 0 if self.is_whole else sum(worker.read for worker in share)
-        self._read_ahead = -(-n_readers // sum(worker.extract > 0 for worker in share))  # batches of each that extracts
-        waiting = 0 if self.is_whole else BATCHES_IN_FLIGHT_PER_SLOT * self.threads + self._read_ahead
-        self.kind = WorkerKind(self.threads, waiting, any(worker.has_gpu for worker in wanted))
-        """What the memory of a worker that extracts is judged by."""
+        needs = judge(list(workers.values()), None if self.cluster is None else wanted_slots(self.cluster))
+        self.memory_limit_bytes, self.is_whole, self.kind = needs.memory_limit_bytes, needs.is_whole, needs.kind
+        self._read_ahead = needs.read_ahead
         self._alone_since: float | None = None
         self._known = self._present = set(workers)  # those that ever were, and that are there
         self.n_lost = 0

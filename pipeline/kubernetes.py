@@ -83,6 +83,10 @@ class PodCluster:
             for group, pattern in self._patterns.items()
         }
 
+    def describe_troubles(self) -> str:
+        """As `describe`, as there are none that are known."""
+        return self.describe()
+
     def describe(self) -> str:
         """What there is of each group, and what Kubernetes says of pods that do not run."""
         lines = [f"{group}: {n} of {wanted} workers" for group, (n, wanted) in self.counts().items()]

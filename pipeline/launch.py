@@ -97,6 +97,13 @@ class GroupCluster(SpecCluster):  # type: ignore[misc]
                 return True
         return False
 
+    def describe_troubles(self) -> str:
+        """Why workers could not be started, each reason once."""
+        by_reason: dict[str, list[str]] = {}
+        for name, reason in sorted(self.troubles.items()):
+            by_reason.setdefault(reason, []).append(name)
+        return "; ".join(f"{', '.join(names[:4])}{', ...' if names[4:] else ''}: {reason}" for reason, names in by_reason.items())
+
     def describe(self) -> str:
         """What there is of each group, and what is known of those that are not there."""
         lines = [f"{group}: {n} of {wanted} workers" for group, (n, wanted) in self.counts().items()]

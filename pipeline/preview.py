@@ -15,11 +15,11 @@ import numpy as np
 from pipeline.batch import QueuedJob
 from pipeline.capacity import WorkerKind, bucket_bytes, guess_decode_bytes, usable_bytes, worker_memory_bytes
 from pipeline.changes import check_removals
-from pipeline.cluster import local_memory_bytes, local_processes
-from pipeline.cluster_spec import LocalSpec
+from pipeline.cluster import cluster_of, local_workers, planned_slots
 from pipeline.collection import list_collection
 from pipeline.config import Job
 from pipeline.errors import UsageError
+from pipeline.fleet import judge
 from pipeline.listing import Listing
 from pipeline.lock import current_holder
 from pipeline.objects import Place, free_bytes, place
@@ -139,12 +139,13 @@ def plan_job(job: Job, cluster_file: Path = Path("cluster.yaml")) -> Preview:
     store = open_for(place(job.store), spec)
     found = compare_with_store(job, store, listing)
     check_removals(found, job.max_removed)
-    processes, threads, gpus = local_processes(LocalSpec(workers=job.workers, gpus=job.gpus))
-    workers = processes * threads
+    slots = planned_slots(cluster_of(job, cluster_file))
+    needs = judge(slots) if slots else None
+    workers = sum(worker.extract for worker in slots) or local_workers(job.workers)
     preview = Preview(len(listing), found.n_unchanged, n_removed=found.n_removed, workers=workers)
     preview.ignored = dict(listing.ignored)
-    if job.cluster is None:
-        preview.worker_limit_bytes = usable_bytes(local_memory_bytes(processes, job.memory_limit_bytes))
+    if needs is not None:
+        preview.worker_limit_bytes = usable_bytes(needs.memory_limit_bytes)
     n_pending = found.n_pending
     if store is not None:
         settle_returned(store, found)
@@ -164,7 +165,7 @@ def plan_job(job: Job, cluster_file: Path = Path("cluster.yaml")) -> Preview:
         default=0,
     )
     reasons: Counter[str] = Counter()
-    for p in _probe_all(job, listing, found.new, workers):
+    for p in _probe_all(job, listing, found.new, local_workers(None)):
         if p.error:
             reasons[p.error.split(":", 1)[0]] += 1
         elif p.fault:
@@ -174,7 +175,8 @@ def plan_job(job: Job, cluster_file: Path = Path("cluster.yaml")) -> Preview:
             decode_bytes = max(decode_bytes, p.decode_bytes)
     new = Counter(assign_classes(sizes, existing))
     pending = {size: rows for size, rows in pending.items() if rows}
-    kind = WorkerKind(threads, has_gpu=gpus > 0, bucket_bytes=bucket_bytes(listing.root, place(job.store)))
+    kind = WorkerKind(1) if needs is None else needs.kind
+    kind = kind._replace(bucket_bytes=bucket_bytes(listing.root, place(job.store)))
     _fill(
         preview,
         job,

@@ -100,7 +100,7 @@ def run_job(
             store.repair()
         try:
             _work(job, store, listing, summary, progress, notify, client, stop or threading.Event(), cluster_file)
-        except (KeyboardInterrupt, StoppedError):
+        except KeyboardInterrupt:
             summary.outcome = "stopped"
             raise
         except BaseException as error:
@@ -149,13 +149,17 @@ def _work(
             progress.stage = f"waiting for workers ({text})"
             notify(progress)
 
-        with beside_dask(), with_client(job, client, cluster_file, stop, on_wait) as connected:
-            progress.dashboard = getattr(connected.cluster, "dashboard", "")
-            check_workers(connected)
-            all_checked = check_digests(store, listing, found, connected, summary, progress, notify, stop, job.deadline_s)
-            _account(found, listing, summary, progress)
-            if found.new or found.n_pending:
-                Driver(job, store, listing, found, connected, summary, progress, notify, stop).run()
+        try:
+            with beside_dask(), with_client(job, client, cluster_file, stop, on_wait) as connected:
+                progress.dashboard = getattr(connected.cluster, "dashboard", "")
+                check_workers(connected)
+                all_checked = check_digests(store, listing, found, connected, summary, progress, notify, stop, job.deadline_s)
+                _account(found, listing, summary, progress)
+                if found.new or found.n_pending:
+                    Driver(job, store, listing, found, connected, summary, progress, notify, stop).run()
+        except StoppedError as error:
+            logger.warning("%s", error)
+            summary.outcome, summary.n_pending = "stopped", len(found.new) + found.n_pending
     if summary.outcome in {"running", "complete"}:
         summary.outcome = "complete" if all_checked else "stopped" if stop.is_set() else "incomplete"
     counts = count_statuses(store)

@@ -454,7 +454,7 @@ def test_workers_that_never_start_are_said_so(dying):
     with (
         pytest.raises(
             FeaturemapsError,
-            match=r"no worker of group 'local' came within .*Nanny failed to start.*what was started was stopped",
+            match=r"workers could not be started, in 3 tries each \(local-0: .*Nanny failed to start.*what was started was stopped",
         ),
         connect(LocalSpec(workers=1)),
     ):

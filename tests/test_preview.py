@@ -266,3 +266,18 @@ def test_there_is_no_status_without_a_store(tmp_path):
     with pytest.raises(UsageError, match=r"there is no store at .*none: check the path"):
         store_status(tmp_path / "none")
     assert not (tmp_path / "none").exists()
+
+
+def test_a_plan_for_a_cluster_of_groups_judges_their_memory_and_counts_their_slots(tmp_path):
+    source = make_images(tmp_path / "source", 4, [(1000, 1500)])
+    groups = "{read: {roles: [read], memory: 600 MiB}, extract: {roles: [extract], workers: 2, threads: 3, memory: MEMORY}}"
+    shown = {}
+    for memory in ("600 MiB", "8 GiB"):
+        (tmp_path / "cluster.yaml").write_text(
+            f"clusters: {{two: {{kind: local, groups: {groups.replace('MEMORY', memory).replace('600 MiB', memory)}}}}}"
+        )
+        shown[memory] = plan_job(job_of(source, tmp_path / "f.zarr", cluster="two"), tmp_path / "cluster.yaml")
+    assert [preview.workers for preview in shown.values()] == [6, 6]
+    assert [preview.fits for preview in shown.values()] == [False, True]
+    alone = plan_job(job_of(source, tmp_path / "f.zarr", workers=2))
+    assert shown["8 GiB"].worker_memory_bytes > alone.worker_memory_bytes  # three threads, and images that wait

@@ -238,7 +238,7 @@ def test_attempts_that_lead_nowhere_come_to_an_end(tmp_path, pictures, queue):
     number = hand_in(tmp_path, "--attempts", 2, source=str(pictures))
     wait_for("end of the attempts", lambda: queue.job(number) is None, 120, lambda: log_of(tmp_path))
     log = log_of(tmp_path)
-    assert log.count("no worker of group 'read', 'extract' came") == 2, log
+    assert log.count("workers could not be started, in 3 tries each") == 2, log
     assert "2 attempts in a row ended without one image more, so there is no further one" in log
 
 

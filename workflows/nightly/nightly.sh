@@ -52,7 +52,7 @@ report() {
     echo "featuremaps, $job on $(uname -n), $(date +%Y-%m-%d): $(verdict $code)"
     echo
     cat "$log.txt"
-    if [ $code -ne 0 ]; then
+    if [ $code -ne 0 ] && [ $code -ne 3 ]; then
         if grep -q '^featuremaps: ' "$log.log"; then grep '^featuremaps: ' "$log.log"; else tail -n 20 "$log.log"; fi
     fi
     if [ $code -eq 3 ]; then
