@@ -276,7 +276,9 @@ def test_a_plan_for_a_cluster_of_groups_judges_their_memory_and_counts_their_slo
         (tmp_path / "cluster.yaml").write_text(
             f"clusters: {{two: {{kind: local, groups: {groups.replace('MEMORY', memory).replace('600 MiB', memory)}}}}}"
         )
-        shown[memory] = plan_job(job_of(source, tmp_path / "f.zarr", cluster="two"), tmp_path / "cluster.yaml")
+        shown[memory] = plan_job(
+            make_job({"source": str(source), "store": str(tmp_path / "f.zarr"), "cluster": "two"}), tmp_path / "cluster.yaml"
+        )
     assert [preview.workers for preview in shown.values()] == [6, 6]
     assert [preview.fits for preview in shown.values()] == [False, True]
     alone = plan_job(job_of(source, tmp_path / "f.zarr", workers=2))
