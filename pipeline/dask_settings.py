@@ -32,7 +32,7 @@ DASK_SETTINGS: dict[str, Any] = {
         "OMP_NUM_THREADS": "1",
         "MKL_NUM_THREADS": "1",
         "OPENBLAS_NUM_THREADS": "1",
-        "DASK_LOGGING__DISTRIBUTED": "error",
+        "DASK_LOGGING__DISTRIBUTED": "critical",  # what a run has to know of its workers it is told otherwise
     },
 }
 
