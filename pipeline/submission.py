@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import uuid
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,8 @@ class Submission:
     """The most rows of the ledger that were not pending at the end of an attempt."""
     n_checked: int = 0
     """The most images that one attempt compared with their digests."""
+    claim: str = ""
+    """Tells two apart who hand in at the same second, as long as there is no number."""
 
     def write(self, store: Place) -> None:
         """Leave it in the store."""
@@ -124,7 +126,7 @@ class Claim:
         StoreBusyError
             When somebody else was faster.
         """
-        content = json.dumps(asdict(submission), indent=1).encode()
+        content = json.dumps(asdict(replace(submission, claim=uuid.uuid4().hex)), indent=1).encode()
         try:
             if isinstance(self._path, Url):
                 put(self._path, content, only=self._condition)
