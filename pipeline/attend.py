@@ -246,7 +246,7 @@ class Attempt:
 
     def _count(self) -> None:
         store = place(self.order.job.store)
-        before = last_submission(store) or self.known or replace(new_submission(self.order), n_settled=0)
+        before = last_submission(store) or self.known or new_submission(self.order)
         n, n_checked = n_settled(store), self._n_checked()
         has_progress = n > before.n_settled or n_checked > before.n_checked
         known = replace(

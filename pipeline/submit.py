@@ -48,20 +48,23 @@ def submit(order: Order) -> Submission:
             f"mix, so nothing was handed in; wait for it, or take it back with {batch.SYSTEMS[spec.kind].cancel} {queued.job_id}"
         )
     claim.require_no_other()
-    new = new_submission(order)
+    new = replace(new_submission(order), n_settled=_n_settled_before(store))
     claim.take(new)
     return hand_in(order, new, claim)
 
 
 def new_submission(order: Order) -> Submission:
     """What is known before there is a number, with attempts to be counted from now on."""
-    now, kind = _now(), order.spec.kind
-    host, n = socket.gethostname(), 0
+    now = _now()
+    return Submission(order.spec.kind, str(order.job.cluster), "", job_name(order.job.store), socket.gethostname(), now, now)
+
+
+def _n_settled_before(store: Place) -> int:
     try:
-        n = n_settled(place(order.job.store))
+        return n_settled(store)
     except (OSError, FeaturemapsError) as error:
         logger.info("the store's ledger cannot be read, which the driver will say: %s", error)
-    return Submission(kind, str(order.job.cluster), "", job_name(order.job.store), host, now, now, n_settled=n)
+        return 0
 
 
 def n_settled(store: Place) -> int:

@@ -25,6 +25,7 @@ from pipeline.errors import EXIT_FAILED, EXIT_RUN_AGAIN, FeaturemapsError, Store
 from pipeline.run import run_job
 from pipeline.submission import last_submission
 from pipeline.submit import adopt, submit
+from pipeline.terminal import stop_on_signal
 from tests.conftest import make_images
 from tests.test_scripts import condor_arguments
 
@@ -212,6 +213,21 @@ def test_a_user_who_takes_the_job_back_while_it_drains_at_its_end_is_obeyed(comm
     assert tried.come_back() == EXIT_RUN_AGAIN
     assert not commands.lines("submitted")
     assert "the job was asked to end" in tried.said[-1]
+
+
+def test_time_that_is_up_is_no_signal():
+    with stop_on_signal() as stop:
+        stop.set()
+        assert not stop.signalled.is_set()
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.signalled.is_set()
+
+
+def test_a_damaged_store_is_the_drivers_to_refuse(commands, order):
+    store = Path(order().job.store)
+    prepare_folder(store)
+    (store / "zarr.json").write_text("torn")
+    assert submit(order("p")).n_settled == 0
 
 
 def test_another_attempt_is_asked_for_once(commands, order, attempt):
