@@ -39,18 +39,22 @@ def submit(
     **options: Any,
 ) -> int:
     """Hand the whole run to a batch system: a driver's job that comes back until the store is complete, and then audits it."""
-    from pipeline import submit as submitting
+    from pipeline.driver_job import Order, driver_script
 
     start_logging(verbose, as_json=log_format == "json")
     job = load_job(job_file, {"cluster": cluster} if cluster else {})
-    order = submitting.Order(job, job_file, cluster_file, **options)
+    order = Order(job, job_file, cluster_file, **options)
     if dry_run:
-        click.echo(submitting.driver_script(order), nl=False)
+        click.echo(driver_script(order), nl=False)
         return EXIT_COMPLETE
     if not attend:
-        submission = submitting.submit(order)
+        from pipeline.submit import submit as hand_in
+
+        submission = hand_in(order)
         click.echo(f"job {submission.job_id} was handed in; featuremaps status {job.store} tells how far it is")
         return EXIT_COMPLETE
+
+    from pipeline.attend import attend as attend_run
 
     def report(what: Any) -> None:
         from pipeline.summary import Summary, describe
@@ -58,7 +62,7 @@ def submit(
         click.echo(describe(what, job.store) if isinstance(what, Summary) else what if isinstance(what, str) else what.describe())
 
     with stop_on_signal() as stop:
-        return submitting.attend(order, stop=stop, on_progress=log_lines(), report=report)
+        return attend_run(order, stop=stop, signalled=stop.signalled, on_progress=log_lines(), report=report)
 
 
 @click.command()

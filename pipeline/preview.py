@@ -307,7 +307,7 @@ class StoreStatus:
                 lines.append(f"it left {count(run['n_pending'], 'image')} to the next run" + (f": {faults}" if faults else ""))
         if self.submission:
             known = self.submission
-            lines.append(f"handed to {known['kind']} as job {known['job_id']} on {known['submitted']}: {known['state']}")
+            lines.append(f"handed to {known['kind']} as job {known['job_id'] or '?'} on {known['submitted']}: {known['state']}")
             lines += [f"  {QueuedJob(**job)}" for job in known["jobs"] if job["job_id"] != known["job_id"]]
         lines += [f"  {printable(item['path'])}  {printable(item['error'])}" for item in self.bad]
         n_more = self.counts["quarantined"] + self.counts["rejected"] - len(self.bad)
@@ -334,7 +334,7 @@ def store_status(path: Place, n_bad: int = 20) -> StoreStatus:
             else "Wait until it has begun"
         )
         raise UsageError(
-            f"store {path} does not exist yet; its run was handed to {submission.kind} as job {submission.job_id} on "
+            f"store {path} does not exist yet; its run was handed to {submission.kind} as job {submission.job_id or '?'} on "
             f"{submission.submitted}: {state}. {remedy}"
         )
     state, jobs = ("", []) if submission is None else submission.look()

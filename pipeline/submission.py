@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
 import subprocess
-from dataclasses import asdict, dataclass
+import uuid
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from pipeline import batch
-from pipeline.errors import FeaturemapsError
-from pipeline.objects import Place, put_json, read_json
+from pipeline.errors import StaleWriterError, StoreBusyError
+from pipeline.objects import Place, delete, fetch, put, put_json
+from pipeline.remote import Url
 from pipeline.schema import RUNS
 
 _NAME = "submitted.json"
 GONE = "not in the queue any more"
+CLAIM_S = 600.0
+"""How long somebody may take to hand a job in; after that he is taken for dead."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +32,7 @@ class Submission:
     """Of the batch system."""
     cluster: str
     job_id: str
+    """Empty from just before the job is handed in until its number is known."""
     job_name: str
     host: str
     """Where it was handed in."""
@@ -30,6 +40,14 @@ class Submission:
     """When, UTC."""
     since: str
     """When a person asked for it; jobs that the driver hands in after itself have this from the first."""
+    n_vain: int = 0
+    """Attempts in a row, since a person asked for it, that ended without progress."""
+    n_settled: int = 0
+    """The most rows of the ledger that were not pending at the end of an attempt."""
+    n_checked: int = 0
+    """The most images that one attempt compared with their digests."""
+    claim: str = ""
+    """Tells two apart who hand in at the same second, as long as there is no number."""
 
     def write(self, store: Place) -> None:
         """Leave it in the store."""
@@ -37,6 +55,11 @@ class Submission:
 
     def look(self) -> tuple[str, list[dict[str, str]]]:
         """In words how the job stands, and all jobs that work for the store, as far as can be seen from here."""
+        if not self.job_id:
+            return (
+                "its number is not known: it is being handed in just now, or that broke off; the job itself says it when it begins",
+                [],
+            )
         if not batch.has_commands(self.kind):
             return f"{batch.SYSTEMS[self.kind].name} cannot be asked from this machine", []
         try:
@@ -50,7 +73,90 @@ class Submission:
 def last_submission(store: Place) -> Submission | None:
     """What was handed in last; None where nothing was, or what is there cannot be understood."""
     try:
-        values: dict[str, Any] = read_json(store / RUNS / _NAME)
-        return Submission(**values)
-    except (FeaturemapsError, TypeError):
+        return _parse(fetch(store / RUNS / _NAME)[0])
+    except OSError:
         return None
+
+
+def _parse(content: bytes | None) -> Submission | None:
+    try:
+        values: dict[str, Any] = json.loads(content or b"")
+        return Submission(**values)
+    except (ValueError, TypeError):
+        return None
+
+
+class Claim:
+    """The right to hand in a job for a store: ``submitted.json`` as it was when it was looked at, to be replaced by one only.
+
+    Parameters
+    ----------
+    store : Place
+        Which has its folder ``runs``.
+    """
+
+    def __init__(self, store: Place) -> None:
+        self._store, self._path = store, store / RUNS / _NAME
+        self._before, self._condition = fetch(self._path)
+        self.known = _parse(self._before)
+
+    def require_no_other(self) -> None:
+        """Refuse while somebody else is handing a job in.
+
+        Raises
+        ------
+        StoreBusyError
+        """
+        known = self.known
+        if known is None or known.job_id:
+            return
+        age_s = (datetime.now(UTC) - datetime.fromisoformat(known.submitted)).total_seconds()
+        if age_s < CLAIM_S:
+            raise StoreBusyError(
+                f"a job for store {self._store} is being handed in on {known.host} since {known.submitted}, or that broke off: two runs on "
+                f"one store never mix, so nothing was handed in; look at `featuremaps status {self._store}`, and submit again when "
+                f"{CLAIM_S / 60:.0f} minutes are over"
+            )
+
+    def take(self, submission: Submission) -> None:
+        """Put a submission without a number in the place of what was looked at.
+
+        Raises
+        ------
+        StoreBusyError
+            When somebody else was faster.
+        """
+        content = json.dumps(asdict(replace(submission, claim=uuid.uuid4().hex)), indent=1).encode()
+        try:
+            if isinstance(self._path, Url):
+                put(self._path, content, only=self._condition)
+            else:
+                self._replace(self._path, content)
+        except (StaleWriterError, FileExistsError, FileNotFoundError):
+            raise StoreBusyError(
+                f"a job for store {self._store} was handed in by somebody else just now: two runs on one store never mix, so nothing was "
+                f"handed in; featuremaps status {self._store} tells how it stands"
+            ) from None
+
+    def _replace(self, path: Path, content: bytes) -> None:
+        """Compare and swap by a rename and a hard link, of which each succeeds for one only, also on a network's file system."""
+        temporary, aside = (path.with_name(f"{_NAME}.{uuid.uuid4().hex}.partial") for _ in range(2))
+        temporary.write_bytes(content)
+        try:
+            if self._before is not None:
+                path.rename(aside)
+                if aside.read_bytes() != self._before:  # somebody else's claim
+                    with contextlib.suppress(FileExistsError):
+                        os.link(aside, path)
+                    raise FileExistsError(path)
+            os.link(temporary, path)
+        finally:
+            temporary.unlink()
+            aside.unlink(missing_ok=True)
+
+    def give_back(self) -> None:
+        """Nothing was handed in: put there what was there before."""
+        if self._before is None:
+            delete(self._path)
+        else:
+            put(self._path, self._before)

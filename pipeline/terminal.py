@@ -70,14 +70,23 @@ def serve_metrics(address: str | None) -> Iterator[None]:
         yield
 
 
+class Stop(threading.Event):
+    """Asks for a drain; others may set it, too, so that it knows of signals by themselves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.signalled = threading.Event()
+
+
 @contextmanager
-def stop_on_signal() -> Iterator[threading.Event]:
+def stop_on_signal() -> Iterator[Stop]:
     """The first SIGINT or SIGTERM asks for a drain, a second SIGINT ends at once."""
-    stop = threading.Event()
+    stop = Stop()
 
     def ask(number: int, _frame: Any) -> None:
         if stop.is_set() and number == signal.SIGINT:
             raise KeyboardInterrupt
+        stop.signalled.set()
         stop.set()
         name = signal.Signals(number).name
         say(f"{name}: finishing what is in flight; nothing is lost, run again to go on", before="\n", signal=name)

@@ -31,6 +31,7 @@ from pipeline.remote import connect as connect_bucket
 from pipeline.run import run_job
 from pipeline.schema import RUNS
 from pipeline.store import Store
+from pipeline.submission import Claim, Submission, last_submission
 from pipeline.vacuum import vacuum_store
 from pipeline.verify import verify_store
 from tests.conftest import content, make_images
@@ -579,3 +580,17 @@ def test_metadata_that_is_missing_in_a_bucket_is_an_error_for_people(workers, pi
         read_json(bucket / "features.zarr" / "40x60" / "status" / "zarr.json")
     with pytest.raises(FeaturemapsError, match="cannot be read"):
         Store(bucket / "features.zarr")
+
+
+def test_of_two_who_submit_for_a_bucket_in_the_same_second_one_may(bucket):
+    new = Submission("slurm", "x", "", "featuremaps-1", "node", "2026-01-01T00:00:00+00:00", "2026-01-01T00:00:00+00:00")
+    for _ in range(2):  # without and with a submission of before
+        first, second = Claim(bucket), Claim(bucket)
+        first.take(new)
+        with pytest.raises(StoreBusyError, match="was handed in by somebody else just now"):
+            second.take(new)
+        new.write(bucket)
+    first = Claim(bucket)
+    first.take(new)
+    first.give_back()
+    assert last_submission(bucket) == new
