@@ -78,7 +78,15 @@ def doctor(what: str | None, as_json: bool, **options: Any) -> int:
     from pipeline.doctor import diagnose
 
     is_job = what is not None and what.endswith(JOB_SUFFIXES)
-    diagnosis = diagnose(load_job(what, {}) if what and is_job else None, None if is_job else what, **options)
+    job = load_job(what, {}) if what and is_job else None
+    with stop_on_signal() as stop:
+        diagnosis = diagnose(
+            job,
+            None if is_job else what,
+            stop=stop,
+            on_wait=lambda text: click.echo(f"waiting for workers ({text})", err=True),
+            **options,
+        )
     click.echo(json.dumps(diagnosis.to_dict(), indent=1) if as_json else diagnosis.describe())
     return EXIT_COMPLETE if diagnosis.is_well else EXIT_FAILED
 

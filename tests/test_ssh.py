@@ -104,7 +104,7 @@ def test_a_host_that_lets_nobody_in_is_named_with_the_reason(servers, tmp_path, 
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", tmp_path / "other"], check=True)
     spec = load_cluster("machines", cluster_file(tmp_path, {"all": group(servers[0]) | change}))
     with pytest.raises(
-        FeaturemapsError, match=rf"(?s)ssh to 127\.0\.0\.1 failed \(.*{reason}.*no worker was started there; check that"
+        FeaturemapsError, match=rf"(?s)ssh to 127\.0\.0\.1 failed \(.*{reason}.*no worker was started there; make `ssh"
     ):
         run_with(spec, job_of(pictures, tmp_path / "f.zarr"))
 
