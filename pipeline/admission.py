@@ -115,7 +115,7 @@ def ask(client: Client, function: Callable[[], Any], workers: Iterable[str]) -> 
     try:
         answers: dict[str, Any] = client.sync(client._run, function, workers=chosen, on_error="ignore", callback_timeout=ANSWER_S)
     except TimeoutError:
-        logger.warning("the workers did not say within %.0f s what they have: they are taken as they are", ANSWER_S)
+        logger.warning("not all workers said within %.0f s what they have: they are taken as they are", ANSWER_S)
         return {}
     return answers
 

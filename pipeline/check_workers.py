@@ -86,7 +86,7 @@ def _worker_versions(client: Client) -> Iterator[Finding]:
         yield compare_versions(f"versions of {len(workers)} workers", dict(versions))
     silent = set(everybody) - set(answers)
     if silent:
-        found = f"{len(silent)} workers do not answer, of {len(everybody)}: {', '.join(sorted(silent)[:3])}"
+        found = f"{len(silent)} of {len(everybody)} workers gave no answer; one that hangs keeps all back: {', '.join(sorted(silent)[:3])}"
         yield Finding("FAIL", "answers of workers", found, "look at their logs, and start them again")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ def doctor(what: str | None, as_json: bool, **options: Any) -> int:
 
     is_job = what is not None and what.endswith(JOB_SUFFIXES)
     job = load_job(what, {}) if what and is_job else None
-    with stop_on_signal() as stop:
+    with stop_on_signal() if options["start"] else nullcontext() as stop:  # only what was started has to be stopped
         diagnosis = diagnose(
             job,
             None if is_job else what,
