@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
+from distributed import Client
 
 from pipeline.cluster import connect
 from pipeline.cluster_spec import GroupSpec, LocalSpec, load_cluster
@@ -164,6 +165,8 @@ class Scheduler:
         ]
         self._begin("scheduler", "--host", "127.0.0.1", "--port", str(self.port), "--no-dashboard")
         self._begin("worker", f"tcp://127.0.0.1:{self.port}", *options)
+        with Client(f"tcp://127.0.0.1:{self.port}") as client:  # a run does not wait for workers that others start
+            client.wait_for_workers(1, timeout=60)
 
     def _begin(self, what: str, *arguments: str) -> None:
         with (self.folder / f"{what}.log").open("ab") as log:
