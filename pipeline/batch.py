@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
 import logging
 import re
 import shutil
@@ -16,6 +15,9 @@ logger = logging.getLogger(__name__)
 
 COMMAND_TIMEOUT_S = 60.0
 _ENDING = {"COMPLETING", "COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"}
+_PBS_GONE = re.compile(r"Unknown Job Id|has finished", re.IGNORECASE)
+_PBS_GONE_CODES = {35, 153}  # of PBS Professional; Torque has the second
+_HTCONDOR = {"1": "idle", "2": "running", "3": "removed", "4": "completed", "5": "held"}
 
 
 class BatchSystem(NamedTuple):
@@ -44,9 +46,12 @@ class QueuedJob(NamedTuple):
     state: str
     reason: str
     """Why it waits, where the batch system says so."""
+    is_over: bool = False
+    """Whether it will not run any more, although it is still listed."""
 
     def __str__(self) -> str:
-        return f"job {self.job_id} ({self.name}) {self.state}" + (f": {self.reason}" if self.reason not in {"", "None"} else "")
+        name = f" ({self.name})" if self.name else ""
+        return f"job {self.job_id}{name} {self.state}" + (f": {self.reason}" if self.reason not in {"", "None"} else "")
 
 
 def require_commands(kind: str, where: str) -> None:
@@ -77,24 +82,60 @@ def queue(kind: str, job_ids: Iterable[str]) -> dict[str, QueuedJob]:
     OSError, subprocess.SubprocessError
         When the batch system does not answer: then nothing is known.
     """
-    wanted = set(job_ids)
+    return {job_id: job for job_id, job in look(kind, job_ids).items() if not job.is_over}
+
+
+def look(kind: str, job_ids: Iterable[str]) -> dict[str, QueuedJob]:
+    """Those of some jobs that the batch system knows, also those that will never run, by id; asked for with one command.
+
+    Raises as `queue` does.
+    """
+    wanted = sorted(set(job_ids))
     if not wanted:
         return {}
     if kind == "slurm":
         return {job.job_id: job for job in _slurm_jobs() if job.job_id in wanted}
-    found = (_look(kind, job_id) for job_id in wanted)
-    return {job.job_id: job for job in found if job is not None}
+    return {"pbs": _pbs_jobs, "sge": _sge_jobs, "htcondor": _htcondor_jobs}[kind](wanted)
 
 
-def _look(kind: str, job_id: str) -> QueuedJob | None:
-    """One job of a batch system that is asked for one at a time; its words are its own."""
-    if kind == "htcondor":
-        state = _call(["condor_q", job_id, "-autoformat", "JobStatus"]).strip()
-        return QueuedJob(job_id, "", f"JobStatus {state}", "") if state else None
-    command = ["qstat", job_id] if kind == "pbs" else ["qstat", "-j", job_id]
+def _pbs_jobs(wanted: list[str]) -> dict[str, QueuedJob]:
+    """Of the table that ``qstat`` prints, which cuts long ids: the number is what tells jobs apart."""
+    command = ["qstat", *wanted]
     done = _run(command, check=False)
-    lines = done.stdout.strip().splitlines()
-    return QueuedJob(job_id, "", " ".join(lines[-1].split()), "") if done.returncode == 0 and lines else None
+    said = [line for line in done.stderr.splitlines() if line.strip()]
+    is_known = all(_PBS_GONE.search(line) for line in said) if said else done.returncode in _PBS_GONE_CODES
+    if done.returncode and not is_known:
+        raise subprocess.CalledProcessError(done.returncode, command, done.stdout, done.stderr)
+    rows = {row[0].partition(".")[0]: row for row in map(str.split, done.stdout.splitlines()) if len(row) >= 5}
+    found = {job_id: rows[number] for job_id in wanted if (number := job_id.partition(".")[0]) in rows}
+    return {job_id: QueuedJob(job_id, row[1], row[-2], "", row[-2] in {"C", "F"}) for job_id, row in found.items()}
+
+
+def _sge_jobs(wanted: list[str]) -> dict[str, QueuedJob]:
+    """All but those that Grid Engine says it does not have."""
+    command = ["qstat", "-j", ",".join(wanted)]
+    done = _run(command, check=False)
+    _, words, gone = (done.stderr + done.stdout).partition("do not exist")
+    if done.returncode and not words:
+        raise subprocess.CalledProcessError(done.returncode, command, done.stdout, done.stderr)
+    unknown = set(re.findall(r"^[\s,]*(\d+)[\s,]*$", gone, re.MULTILINE)) if words else set()
+    states = {}
+    for block in re.split(r"^job_number:", done.stdout, flags=re.MULTILINE)[1:]:
+        state = re.search(r"^job_state\s+\d+:\s*(\S+)", block, re.MULTILINE)  # which not all of them print
+        states[block.split()[0]] = state[1] if state else ""
+    return {job_id: QueuedJob(job_id, "", states.get(job_id, ""), "") for job_id in wanted if job_id not in unknown}
+
+
+def _htcondor_jobs(wanted: list[str]) -> dict[str, QueuedJob]:
+    """What ``condor_q`` has; of a job that is held somebody would have to mend something, and it is as good as gone."""
+    lines = _call(["condor_q", *wanted, "-autoformat", "ClusterId", "ProcId", "JobStatus", "HoldReason"]).splitlines()
+    found: dict[str, QueuedJob] = {}
+    for cluster, process, status, *words in (line.split(maxsplit=3) for line in lines if len(line.split()) >= 3):
+        job_id = next((known for known in (f"{cluster}.{process}", cluster) if known in wanted), "")
+        reason = "".join(words) if status == "5" else ""
+        if job_id:
+            found[job_id] = QueuedJob(job_id, "", _HTCONDOR.get(status, f"JobStatus {status}"), reason, status in {"3", "4", "5"})
+    return found
 
 
 def jobs_named(kind: str, prefix: str) -> list[QueuedJob]:
@@ -106,8 +147,9 @@ def jobs_named(kind: str, prefix: str) -> list[QueuedJob]:
 
 
 def _slurm_jobs() -> list[QueuedJob]:
-    lines = _call(["squeue", "--noheader", f"--user={getpass.getuser()}", "--format=%i|%j|%T|%r"]).splitlines()
-    jobs = [QueuedJob(*line.strip().split("|", 3)) for line in lines if line.count("|") >= 3]
+    lines = _call(["squeue", "--noheader", "--me", "--format=%i|%j|%T|%r"]).splitlines()
+    rows = (line.strip().split("|", 3) for line in lines if line.count("|") >= 3)
+    jobs = [QueuedJob(job_id, name, state, reason) for job_id, name, state, reason in rows]
     return [job for job in jobs if job.state not in _ENDING]
 
 
@@ -135,8 +177,8 @@ def refused(kind: str, words: str) -> str:
     system = SYSTEMS[kind]
     words = words.removeprefix(f"{system.submit}: ")
     return (
-        f"{system.name} did not take the job ({system.submit}: {words}): no worker of it was started; correct the entry in cluster.yaml "
-        "(queue, account, walltime, memory, gpus, options)"
+        f"{system.name} did not take the job ({system.submit}: {words}): it was not started; correct the entry in cluster.yaml (queue, "
+        "account, walltime, memory, gpus, options)"
     )
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
-import platform
 import shlex
 import shutil
 import socket
 import subprocess
-from collections.abc import Iterator
-from importlib.metadata import version
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +18,11 @@ import psutil
 from pipeline import batch
 from pipeline.cluster_spec import BatchSpec, ClusterSpec, KubernetesSpec, SshSpec
 from pipeline.findings import Finding
-from pipeline.launch_ssh import ssh_options
+from pipeline.launch_ssh import SSH_TIMEOUT_S, ssh_options, ssh_reason, ssh_remedy
 from pipeline.objects import nearest_folder
 from pipeline.show_cluster import groups_text, unusable
+from pipeline.versions import differences, own_versions, versions_script
 
-SSH_TIMEOUT_S = 20.0
 QUERIES = {
     "slurm": ["squeue", "--noheader", "--me"],
     "pbs": ["qstat"],
@@ -31,15 +30,6 @@ QUERIES = {
     "htcondor": ["condor_q", "-totals"],
 }
 """What only a batch system that works answers."""
-_VERSIONS = (
-    "import platform; from importlib.metadata import version; "
-    "print(platform.python_version(), *(version(name) for name in ('featuremaps', 'distributed')))"
-)
-
-
-def own_versions() -> tuple[str, str, str]:
-    """Of Python, featuremaps and distributed: what a driver and its workers have to have in common."""
-    return platform.python_version(), version("featuremaps"), version("distributed")
 
 
 def entry(name: str | None, spec: ClusterSpec) -> Iterator[Finding]:
@@ -96,9 +86,13 @@ def batch_system(spec: BatchSpec) -> Iterator[Finding]:
     if spec.kind == "slurm" and spec.queue is not None:
         done = _run(["sinfo", "--noheader", "--format=%R"])
         known = sorted(set(done.stdout.split()))
-        if spec.queue in known or done.returncode:
-            return
-        yield Finding("FAIL", "queue", f"Slurm has no partition {spec.queue}", f"set queue to one of {', '.join(known)}")
+        unknown = [
+            queue for queue in spec.queue.split(",") if queue not in known
+        ]  # of several Slurm takes the first that is free
+        if unknown and not done.returncode:
+            yield Finding(
+                "FAIL", "queue", f"Slurm has no partition {', '.join(unknown)}", f"set queue to one of {', '.join(known)}"
+            )
 
 
 def _said(command: list[str]) -> str | None:
@@ -131,26 +125,22 @@ async def _ask(host: str, options: dict[str, Any]) -> Finding:
     python = options["command"][options["command"].index("-m") - 1]
     try:
         async with asyncio.timeout(SSH_TIMEOUT_S), asyncssh.connect(host, **options["connection"]) as connection:
-            done = await connection.run(shlex.join([python, "-c", _VERSIONS]), errors="replace")
-    except (OSError, asyncssh.Error, TimeoutError) as error:
-        reason = f"no answer within {SSH_TIMEOUT_S:.0f} s" if isinstance(error, TimeoutError) else str(error)
-        remedy = f"make `ssh {host}` work without a password, and check host, port, user, key_file and known_hosts_file"
-        return Finding("FAIL", what, reason, remedy)
-    words = tuple(str(done.stdout).split())
-    if done.returncode != 0 or len(words) != 3:
+            done = await connection.run(shlex.join([python, "-c", versions_script()]), errors="replace")
+    except (OSError, asyncssh.Error) as error:
+        return Finding("FAIL", what, ssh_reason(error), ssh_remedy(host))
+    lines = str(done.stdout).strip().splitlines()
+    if done.returncode != 0 or not lines or not lines[-1].startswith("{"):  # what the shell there prints at its start comes first
         said = " ".join(str(done.stderr).split()[-30:])
         return Finding("FAIL", what, f"{python} does not run featuremaps there ({said})", "install it there, or set python")
-    return compare_versions(what, words)
+    return compare_versions(what, json.loads(lines[-1]))
 
 
-def compare_versions(what: str, theirs: tuple[str, ...]) -> Finding:
-    """Versions of somebody else, as `own_versions` has them, with those of this process."""
-    names, ours = ("python", "featuremaps", "distributed"), own_versions()
-    shown = ", ".join(f"{name} {found}" for name, found in zip(names, theirs, strict=True))
-    if theirs == ours:
-        return Finding("ok", what, shown)
-    here = ", ".join(f"{name} {found}" for name, found, other in zip(names, ours, theirs, strict=True) if found != other)
-    return Finding("FAIL", what, f"{shown}, and here it is {here}", "install the same versions (constraints.txt) on both sides")
+def compare_versions(what: str, theirs: Mapping[str, str]) -> Finding:
+    """Versions of somebody else, as `own_versions` has them, with those of this process: as a run does."""
+    differing = differences(theirs, own_versions())
+    if not differing:
+        return Finding("ok", what, ", ".join(f"{name} {found}" for name, found in theirs.items()))
+    return Finding("FAIL", what, ", ".join(differing), "install the same versions (constraints.txt) on both sides")
 
 
 def kubernetes_api(spec: KubernetesSpec) -> Iterator[Finding]:

@@ -13,6 +13,7 @@ from packaging.requirements import Requirement
 
 from pipeline import kernel
 from pipeline.findings import Finding
+from pipeline.versions import PACKAGES
 
 EXTRAS = {
     "batch": "clusters of kind slurm, pbs, sge and htcondor",
@@ -33,7 +34,7 @@ def packages() -> Iterator[Finding]:
     """Versions of Python and what is required, and what optional packages are there."""
     required = [Requirement(text) for text in requires("featuremaps") or []]
     wrong = list(filter(None, (_wrong(found) for found in required if found.marker is None)))
-    shown = ", ".join(f"{name} {_version(name)}" for name in ("featuremaps", "dask", "distributed", "torch", "zarr", "pillow"))
+    shown = ", ".join(f"{name} {_version(name)}" for name in PACKAGES)
     if wrong:
         yield Finding("FAIL", "packages", "; ".join(wrong), "install featuremaps again: pip install -c constraints.txt .")
     else:

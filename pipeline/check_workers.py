@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+import threading
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from distributed import Client
 
+from pipeline.admission import ask, having_gpus
 from pipeline.check_cluster import compare_versions
 from pipeline.cluster import connect, scheduler_workers, worker_slots
-from pipeline.cluster_spec import AddressSpec, ClusterSpec, CudaSpec, LocalSpec
+from pipeline.cluster_spec import AddressSpec, BatchSpec, ClusterSpec, CudaSpec, KubernetesSpec, LocalSpec, SshSpec
 from pipeline.errors import FeaturemapsError
 from pipeline.findings import Finding
 from pipeline.objects import Place, delete, nearest_folder, put
 from pipeline.remote import Url
+from pipeline.versions import asking_for_versions, n_gpus_there
+
+MAX_WAIT_S = 120.0
+"""The longest wait for workers: a queue in which they wait for longer says so, and nobody looks at a terminal for an hour."""
 
 
-def started(spec: ClusterSpec, store: Place | None) -> Iterator[Finding]:
+def started(
+    spec: ClusterSpec,
+    store: Place | None,
+    stop: threading.Event | None = None,
+    on_wait: Callable[[str], None] = lambda _: None,
+) -> Iterator[Finding]:
     """Start the cluster, or connect to the one that runs, and look at its workers.
 
     Parameters
@@ -25,10 +36,14 @@ def started(spec: ClusterSpec, store: Place | None) -> Iterator[Finding]:
     spec : ClusterSpec
     store : Place, optional
         Where a store is or will be, which all workers have to reach.
+    stop, on_wait
+        As of `cluster.connect`.
     """
     what = "scheduler" if isinstance(spec, AddressSpec) else "starting"
+    if isinstance(spec, BatchSpec | SshSpec | KubernetesSpec):
+        spec = spec.model_copy(update={"start_timeout_s": min(spec.start_timeout_s, MAX_WAIT_S)})
     try:
-        with connect(spec) as client:
+        with connect(spec, stop=stop, on_wait=on_wait) as client:
             yield from _workers(client, spec)
             yield from _roles(client)
             yield from _worker_versions(client)
@@ -65,34 +80,18 @@ def _roles(client: Client) -> Iterator[Finding]:
 
 
 def _worker_versions(client: Client) -> Iterator[Finding]:
-    def ask() -> tuple[str, str, str]:  # nested, so that it travels by value: they may have another featuremaps, or none
-        import platform  # noqa: PLC0415 (as it travels)
-        from importlib.metadata import PackageNotFoundError, version  # noqa: PLC0415 (as above)
-
-        def found(name: str) -> str:
-            try:
-                return version(name)
-            except PackageNotFoundError:
-                return "missing"
-
-        return platform.python_version(), found("featuremaps"), found("distributed")
-
-    answers = _by_answer(client.run(ask))
-    for versions, workers in answers.items():
-        yield compare_versions(f"versions of {len(workers)} workers", versions)
+    everybody = scheduler_workers(client)
+    answers = ask(client, asking_for_versions(), everybody)
+    for versions, workers in _by_answer({address: tuple(found.items()) for address, found in answers.items()}).items():
+        yield compare_versions(f"versions of {len(workers)} workers", dict(versions))
+    silent = set(everybody) - set(answers)
+    if silent:
+        found = f"{len(silent)} of {len(everybody)} workers gave no answer; one that hangs keeps all back: {', '.join(sorted(silent)[:3])}"
+        yield Finding("FAIL", "answers of workers", found, "look at their logs, and start them again")
 
 
 def _worker_gpus(client: Client) -> Iterator[Finding]:
-    asked = [address for address, worker in scheduler_workers(client).items() if worker["resources"].get("gpu")]
-    if not asked:
-        return
-
-    def ask() -> int:
-        from pipeline.device import n_gpus  # noqa: PLC0415 (as it travels, and torch only there)
-
-        return n_gpus()
-
-    for n, workers in _by_answer(client.run(ask, workers=asked)).items():
+    for n, workers in _by_answer(ask(client, n_gpus_there, having_gpus(scheduler_workers(client)))).items():
         found = f"{len(workers)} workers that say they have one see {n}"
         if n:
             yield Finding("ok", "GPUs of workers", found)
@@ -108,14 +107,14 @@ def _worker_places(client: Client, store: Place) -> Iterator[Finding]:
     probe = folder / f"doctor.{token}.partial"
     put(probe, token.encode())
 
-    def ask() -> str:
+    def read() -> str:
         try:
             return "it" if probe.read_bytes() == token.encode() else "something else"
         except OSError as error:
             return str(error.strerror or error)
 
     try:
-        answers = _by_answer(client.run(ask))
+        answers = _by_answer(ask(client, read, scheduler_workers(client)))
     finally:
         delete(probe)
     for answer, workers in answers.items():
@@ -130,5 +129,5 @@ def _by_answer(answers: Mapping[str, Any]) -> dict[Any, list[str]]:
     """Addresses of workers by what they answered."""
     found: dict[Any, list[str]] = {}
     for address, answer in answers.items():
-        found.setdefault(tuple(answer) if isinstance(answer, list) else answer, []).append(address)
+        found.setdefault(answer, []).append(address)
     return found

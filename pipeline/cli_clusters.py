@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,15 @@ def doctor(what: str | None, as_json: bool, **options: Any) -> int:
     from pipeline.doctor import diagnose
 
     is_job = what is not None and what.endswith(JOB_SUFFIXES)
-    diagnosis = diagnose(load_job(what, {}) if what and is_job else None, None if is_job else what, **options)
+    job = load_job(what, {}) if what and is_job else None
+    with stop_on_signal() if options["start"] else nullcontext() as stop:  # only what was started has to be stopped
+        diagnosis = diagnose(
+            job,
+            None if is_job else what,
+            stop=stop,
+            on_wait=lambda text: click.echo(f"waiting for workers ({text})", err=True),
+            **options,
+        )
     click.echo(json.dumps(diagnosis.to_dict(), indent=1) if as_json else diagnosis.describe())
     return EXIT_COMPLETE if diagnosis.is_well else EXIT_FAILED
 

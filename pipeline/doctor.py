@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,8 @@ def diagnose(
     cluster: str | None = None,
     cluster_file: Path = Path("cluster.yaml"),
     start: bool = False,
+    stop: threading.Event | None = None,
+    on_wait: Callable[[str], None] = lambda _: None,
 ) -> Diagnosis:
     """Look at the installation, and at what is given: a job or a store, and a cluster.
 
@@ -57,6 +60,8 @@ def diagnose(
     cluster_file : Path
     start : bool
         Start the cluster and look at its workers; without it a cluster is only asked what it answers as it is.
+    stop, on_wait
+        As of `cluster.connect`: what ends the waiting for workers, and what is called meanwhile.
     """
     wanted = place(store) if store is not None else place(job.store) if job is not None else None
     name = cluster or (job.cluster if job is not None else None)
@@ -77,7 +82,7 @@ def diagnose(
         findings += _look_at_storage(wanted, job, cluster_file)
     for spec in specs:
         if (start or isinstance(spec, AddressSpec)) and not _failed(about_cluster):
-            findings += look("workers", check_workers.started, spec, wanted)
+            findings += look("workers", check_workers.started, spec, wanted, stop, on_wait)
     return Diagnosis(findings)
 
 

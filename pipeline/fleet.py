@@ -15,7 +15,6 @@ from pipeline.errors import FeaturemapsError
 from pipeline.kubernetes import PodCluster
 from pipeline.launch import GroupCluster
 from pipeline.plan import BATCHES_IN_FLIGHT_PER_SLOT
-from pipeline.versions import check_workers
 
 logger = logging.getLogger(__name__)
 
@@ -132,12 +131,9 @@ class Fleet:
         return ""
 
     def _compare(self, present: set[str]) -> None:
-        """Count those that went, and look at those that joined."""
+        """Count those that went; whether those that joined fit is for `versions.VersionsPlugin`, before they work."""
         self.n_lost += len(self._present - present)
-        new = present - self._known
         self._known, self._present = self._known | present, present
-        if new:
-            check_workers(self.client, new)
 
     def has_lost_workers(self) -> bool:
         """Whether a worker that was seen is gone."""

@@ -73,15 +73,16 @@ class _BatchJob:
         """Which of some jobs are no longer in the queue, and what their output ended with."""
         ids = [job.job_id for job in jobs.values() if job.job_id]
         try:
-            found = await asyncio.to_thread(batch.queue, cls.kind, ids)
+            found = await asyncio.to_thread(batch.look, cls.kind, ids)
         except (OSError, subprocess.SubprocessError) as error:
             logger.info("the queue cannot be seen: %s", batch.said(error))
             return {}
         gone = {}
         for name, job in jobs.items():
-            job.state = str(found.get(job.job_id, ""))
-            if job.job_id not in found:
-                gone[name] = f"job {job.job_id} has left the queue{_end_of_log(job)}"
+            known = found.get(job.job_id)
+            job.state = str(known) if known else ""
+            if known is None or known.is_over:
+                gone[name] = f"{known or f'job {job.job_id} has left the queue'}{_end_of_log(job)}"
         return gone
 
     async def close(self) -> None:
@@ -150,14 +151,14 @@ def _sge(spec: BatchSpec, group: GroupSpec, _: dict[str, Any]) -> dict[str, Any]
     """Grid Engine, where each site names its resources: the usual names, unless the options have others."""
     lines = _lines(group)
 
-    def unless(*words: str, line: str) -> list[str]:
-        return [] if any(word in given for given in lines for word in words) else [line]
+    def unless(pattern: str, line: str) -> list[str]:
+        return [] if any(re.search(rf"(?:^|\s){pattern}", given) for given in lines) else [line]
 
-    usual = unless("-S ", line="-S /bin/bash")  # the script's first line counts for nothing, and a queue's shell may be csh
-    usual += unless("-pe ", line=f"-pe smp {group.threads}") if group.threads > 1 else []
+    usual = unless("-S ", "-S /bin/bash")  # the script's first line counts for nothing, and a queue's shell may be csh
+    usual += unless("-pe ", f"-pe smp {group.threads}") if group.threads > 1 else []
     mebibytes = -(-int(group.memory or 0) // 2**20)
-    usual += unless("mem", "virtual_free", line=f"-l mem_free={mebibytes}M")
-    usual += unless("gpu", line=f"-l gpu={group.gpus}") if group.gpus else []
+    usual += unless(r"-l\s+\S*(?:mem|virtual_free)", f"-l mem_free={mebibytes}M")
+    usual += unless(r"-l\s+\S*gpu", f"-l gpu={group.gpus}") if group.gpus else []
     return {"project": spec.account} | _queued(spec, [*usual, *lines])
 
 

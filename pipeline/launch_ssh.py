@@ -6,8 +6,8 @@ import asyncio
 import contextlib
 import shlex
 import sys
-from collections import deque
-from collections.abc import Mapping
+from collections import Counter, deque
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from distributed.deploy.spec import ProcessInterface
@@ -19,6 +19,16 @@ from pipeline.launch import DEATH_TIMEOUT_S, Launch, resources_text
 
 SSH_TIMEOUT_S = 20.0
 LOG_LINES = 5
+
+
+def ssh_reason(error: Exception) -> str:
+    """Why a host let nobody in."""
+    return f"no answer within {SSH_TIMEOUT_S:.0f} s" if isinstance(error, TimeoutError) else str(error)
+
+
+def ssh_remedy(host: str) -> str:
+    """What to do about it."""
+    return f"make `ssh {host}` work without a password, and check host, port, user, key_file and known_hosts_file in cluster.yaml"
 
 
 class SshWorker(ProcessInterface):  # type: ignore[misc]
@@ -52,13 +62,14 @@ class SshWorker(ProcessInterface):  # type: ignore[misc]
         import asyncssh  # noqa: PLC0415 (an extra)
 
         try:
-            self.connection = await asyncio.wait_for(asyncssh.connect(self.host, **self.options), SSH_TIMEOUT_S)
-            self.process = await self.connection.create_process(f"exec {self.command}", stderr=asyncssh.STDOUT, errors="replace")
-        except (OSError, asyncssh.Error, TimeoutError) as error:
-            reason = f"no answer within {SSH_TIMEOUT_S:.0f} s" if isinstance(error, TimeoutError) else str(error)
+            async with asyncio.timeout(SSH_TIMEOUT_S):
+                self.connection = await asyncssh.connect(self.host, **self.options)
+                self.process = await self.connection.create_process(
+                    f"exec {self.command}", stderr=asyncssh.STDOUT, errors="replace"
+                )
+        except (OSError, asyncssh.Error) as error:  # TimeoutError is one of the first
             raise FeaturemapsError(
-                f"ssh to {self.host} failed ({reason}), so no worker was started there; check that `ssh {self.host}` works without a "
-                "password, and host, port, user, key_file and known_hosts_file in cluster.yaml"
+                f"ssh to {self.host} failed ({ssh_reason(error)}), so no worker was started there; {ssh_remedy(self.host)}"
             ) from error
         self.lost = asyncssh.Error
         self._reading = asyncio.create_task(self._read())
@@ -118,9 +129,13 @@ def ssh_launches(spec: SshSpec) -> dict[str, Launch]:
 def ssh_options(spec: SshSpec) -> dict[str, tuple[str, dict[str, Any]]]:
     """Group and options of every wanted worker, by name."""
     found: dict[str, tuple[str, dict[str, Any]]] = {}
+    n_given: Counter[tuple[str, int | None]] = Counter()  # GPUs of each machine, of which several groups may have some
     for group_name, group in spec.groups.items():
-        for number, (host, i) in enumerate((host, i) for host in group.hosts for i in range(group.workers)):
-            options = {"host": host, "connection": _connection(group)} | ssh_command(spec, group, i)
+        for number, host in enumerate(host for host in group.hosts for _ in range(group.workers)):
+            machine = host, group.port
+            gpus = range(n_given[machine], n_given[machine] + group.gpus)
+            n_given[machine] += group.gpus
+            options = {"host": host, "connection": _connection(group)} | ssh_command(spec, group, gpus)
             found[f"{group_name}-{number}"] = group_name, options
     return found
 
@@ -131,10 +146,9 @@ def _connection(group: SshGroupSpec) -> dict[str, Any]:
     return options | ({"client_keys": [group.key_file]} if group.key_file else {}) | {"keepalive_interval": 15}
 
 
-def ssh_command(spec: SshSpec, group: SshGroupSpec, i: int) -> dict[str, list[str]]:
-    """What is run on a host for its ``i``-th worker."""
-    gpus = ",".join(map(str, range(i * group.gpus, (i + 1) * group.gpus)))
-    environment = worker_environment() | {"CUDA_VISIBLE_DEVICES": gpus} | group.environment
+def ssh_command(spec: SshSpec, group: SshGroupSpec, gpus: Iterable[int]) -> dict[str, list[str]]:
+    """What is run on a host for a worker that is to have these of its GPUs."""
+    environment = worker_environment() | {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus))} | group.environment
     command = ["env", *(f"{key}={value}" for key, value in environment.items())]
     arguments = [
         "--nthreads",

@@ -139,11 +139,11 @@ def _work(
     all_checked = True
     if found.new or found.n_pending or found.to_check:
         store.touch_version(VERSION)
+        from pipeline.admission import only_like_this  # noqa: PLC0415 (as below)
         from pipeline.cluster import with_client  # noqa: PLC0415 (no Dask and no cluster when there is nothing to do)
         from pipeline.digests import check_digests  # noqa: PLC0415 (as above)
         from pipeline.driver import Driver  # noqa: PLC0415 (as above)
         from pipeline.metrics import beside_dask  # noqa: PLC0415 (as above)
-        from pipeline.versions import check_workers  # noqa: PLC0415 (as above)
 
         def on_wait(text: str) -> None:
             progress.stage = f"waiting for workers ({text})"
@@ -152,11 +152,11 @@ def _work(
         try:
             with beside_dask(), with_client(job, client, cluster_file, stop, on_wait) as connected:
                 progress.dashboard = getattr(connected.cluster, "dashboard", "")
-                check_workers(connected)
-                all_checked = check_digests(store, listing, found, connected, summary, progress, notify, stop, job.deadline_s)
-                _account(found, listing, summary, progress)
-                if found.new or found.n_pending:
-                    Driver(job, store, listing, found, connected, summary, progress, notify, stop).run()
+                with only_like_this(connected):
+                    all_checked = check_digests(store, listing, found, connected, summary, progress, notify, stop, job.deadline_s)
+                    _account(found, listing, summary, progress)
+                    if found.new or found.n_pending:
+                        Driver(job, store, listing, found, connected, summary, progress, notify, stop).run()
         except StoppedError as error:
             logger.warning("%s", error)
             summary.outcome, summary.n_pending = "stopped", len(found.new) + found.n_pending

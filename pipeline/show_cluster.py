@@ -29,6 +29,7 @@ from pipeline.launch import local_launches, resources_text
 from pipeline.launch_batch import job_script
 from pipeline.launch_ssh import ssh_options
 from pipeline.manifests import manifests
+from pipeline.summary import count
 
 JOB_NAME = "featuremaps-12345678"
 """As an example: the digits follow from the store."""
@@ -76,7 +77,7 @@ def _local_lines(spec: LocalSpec | CudaSpec) -> list[str]:
         options = launch.options
         gpus = options["env"]["CUDA_VISIBLE_DEVICES"]
         lines.append(
-            f"{name}: {_count(options['nthreads'], 'thread')}, {options['memory_limit'] / 2**30:.1f} GiB of memory, "
+            f"{name}: {count(options['nthreads'], 'thread')}, {options['memory_limit'] / 2**30:.1f} GiB of memory, "
             f"{f'GPU {gpus}' if gpus else 'no GPU'}, resources {resources_text(groups[launch.group])}"
         )
     return lines
@@ -179,10 +180,6 @@ def groups_text(spec: ClusterSpec) -> str:
 
 
 def _group_text(group: GroupSpec) -> str:
-    where = f" on each of {_count(len(group.hosts), 'host')}" if hasattr(group, "hosts") else ""
-    gpus = f", {_count(group.gpus, 'GPU')} each" if group.gpus else ""
-    return f"{_count(group.workers, 'worker')}{where}, {_count(group.threads, 'thread')} each{gpus}, {' and '.join(group.roles)}"
-
-
-def _count(n: int, noun: str) -> str:
-    return f"{n} {noun}{'' if n == 1 else 's'}"
+    where = f" on each of {count(len(group.hosts), 'host')}" if hasattr(group, "hosts") else ""
+    gpus = f", {count(group.gpus, 'GPU')} each" if group.gpus else ""
+    return f"{count(group.workers, 'worker')}{where}, {count(group.threads, 'thread')} each{gpus}, {' and '.join(group.roles)}"

@@ -17,7 +17,7 @@ import pytest
 import yaml
 from distributed import LocalCluster
 
-from pipeline import check_cluster, check_installation, check_storage, check_workers, cli, kernel
+from pipeline import admission, check_cluster, check_installation, check_storage, check_workers, cli, kernel
 from pipeline.cluster_spec import AddressSpec, load_cluster
 from pipeline.doctor import diagnose
 from pipeline.errors import UsageError
@@ -26,6 +26,7 @@ from pipeline.lock import StoreLock
 from pipeline.objects import place
 from pipeline.preview import Preview
 from pipeline.remote import connect as connect_bucket
+from pipeline.versions import own_versions
 from tests.conftest import make_images
 from tests.services import BUCKET, environment, free_port, rclone, seaweedfs
 
@@ -316,8 +317,12 @@ def test_a_batch_system_is_asked_for_its_queue(spec, commands):
     answers, queue = check_cluster.can_be_reached(jobs)
     assert (answers.level, answers.found) == ("ok", "squeue answers")
     assert (queue.level, queue.remedy) == ("FAIL", "set queue to one of long, short")
-    commands(sinfo="echo gpu")
+    commands(sinfo="echo gpu; echo cpu")
     assert only(check_cluster.batch_system(jobs)).level == "ok"
+    several = jobs.model_copy(update={"queue": "gpu,cpu"})
+    assert only(check_cluster.batch_system(several)).level == "ok"
+    _, queue = check_cluster.batch_system(several.model_copy(update={"queue": "gpu,none"}))
+    assert queue.found == "Slurm has no partition none"
     commands(condor_submit="", condor_rm="", condor_q="exit 3")
     found = only(check_cluster.batch_system(spec(kind="htcondor", groups={"all": {"memory": 1}})))
     assert found.found == "condor_q: exit code 3"
@@ -365,11 +370,14 @@ def test_hosts_are_asked_who_they_are(ssh_server, spec, tmp_path):
     assert ask().level == "ok"
     assert ask().found.startswith("python 3.")
     old = tmp_path / "old-python"
-    old.write_text("#!/bin/sh\necho 3.9.1 0.0.1 2020.1.0")
+    old.write_text(
+        f"#!/bin/sh\necho 'Welcome!'\necho '{json.dumps(own_versions() | {'python': '3.9', 'distributed': '2020.1.0'})}'"
+    )
     old.chmod(0o755)
     found = ask(old)
     assert found.level == "FAIL"
-    assert found.found.startswith("python 3.9.1, featuremaps 0.0.1, distributed 2020.1.0, and here it is python 3.")
+    assert found.found.startswith("python 3.9 instead of 3.")
+    assert "distributed 2020.1.0 instead of 20" in found.found
     found = ask(tmp_path / "none")
     assert found.level == "FAIL"
     assert "does not run featuremaps there" in found.found
@@ -431,7 +439,7 @@ def test_a_scheduler_that_runs_is_asked_for_its_workers(running, tmp_path):
 
 def test_workers_that_lack_roles_gpus_or_versions_are_found(running, monkeypatch):
     monkeypatch.setattr("pipeline.device.n_gpus", lambda: 0)
-    monkeypatch.setattr(check_cluster, "own_versions", lambda: ("3.11.0", "9.9", "2020.1.0"))
+    monkeypatch.setattr(check_cluster, "own_versions", lambda: own_versions() | {"zarr": "9.9"})
     assert levels(check_workers.started(running(**ALL, gpu=1), None)) == {
         "workers": "ok",
         "roles": "ok",
@@ -442,6 +450,61 @@ def test_workers_that_lack_roles_gpus_or_versions_are_found(running, monkeypatch
     assert levels(found) == {"workers": "ok", "roles": "FAIL", "versions of 1 workers": "FAIL"}
     found = list(check_workers.started(running(n_workers=0), None))
     assert levels(found)["workers"] == "FAIL"
+
+
+def test_a_worker_that_hangs_is_found_and_not_waited_for(running, monkeypatch):
+    """In one process a worker hangs whatever it is asked; `ask` is given less patience, and the rest is real."""
+    monkeypatch.setattr(admission, "ANSWER_S", 0.5)
+    monkeypatch.setattr(check_workers, "asking_for_versions", lambda: lambda: time.sleep(3))
+    found = {finding.what: finding for finding in check_workers.started(running(**ALL), None)}
+    assert found["answers of workers"].level == "FAIL"
+    assert found["answers of workers"].found.startswith("1 of 1 workers gave no answer; ")
+
+
+@pytest.fixture
+def waiting_jobs(commands, tmp_path, monkeypatch):
+    """Scripts stand for a Slurm whose jobs wait for ever; what was taken back is in a file."""
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+    taken_back = tmp_path / "taken back"
+    commands(
+        sbatch="echo Submitted batch job 7", scancel=f"echo $@ >>'{taken_back}'", squeue="echo '7|x|PENDING|Resources'", sinfo=""
+    )
+    return taken_back
+
+
+def test_workers_that_do_not_come_are_waited_for_two_minutes_at_most(waiting_jobs, spec, monkeypatch):
+    assert check_workers.MAX_WAIT_S == 120
+    monkeypatch.setattr(check_workers, "MAX_WAIT_S", 1.0)
+    lines = []
+    jobs = spec(kind="slurm", interface="lo", start_timeout_s=3600, groups={"all": {"memory": "1 GiB"}})
+    found = only(check_workers.started(jobs, None, on_wait=lines.append))
+    assert "no worker of group 'all' came within 1 s" in found.found
+    assert "all: 0 of 1 workers" in lines[0]
+    assert waiting_jobs.read_text().split()[-1] == "7"
+
+
+def test_a_doctor_that_is_asked_to_end_takes_its_jobs_back(waiting_jobs, spec, tmp_path):
+    spec(kind="slurm", interface="lo", groups={"all": {"memory": "1 GiB"}})
+    command = [
+        sys.executable,
+        "-m",
+        "pipeline",
+        "doctor",
+        "--cluster",
+        "x",
+        "--start",
+        "--cluster-file",
+        tmp_path / "cluster.yaml",
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stderr:
+        if "waiting for workers (all: 0 of 1 workers; all-0: job 7 (x) PENDING: Resources" in line:
+            break
+    process.terminate()
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "FAIL  starting: stopped while waiting for workers" in out
+    assert waiting_jobs.read_text().split()[-1] == "7"
 
 
 def test_a_scheduler_that_does_not_answer_is_a_failure(monkeypatch):

@@ -29,7 +29,6 @@ def workers(monkeypatch):
         return dict(found)
 
     monkeypatch.setattr(fleet, "worker_slots", slots)
-    monkeypatch.setattr(fleet, "check_workers", lambda *_: None)
     return found
 
 
@@ -78,6 +77,22 @@ def test_while_nobody_is_there_one_batch_may_still_be_sent_for_those_who_come_ba
     workers.clear()
     found.check()
     assert (found.slots, found.window) == (0, 1)
+
+
+def test_workers_that_went_are_counted_once_and_again_when_they_went_again(workers):
+    workers |= {"a": WHOLE, "b": WHOLE}
+    found = Fleet(None)
+    del workers["b"]
+    for _ in range(2):
+        found.check()
+        assert (found.n_lost, found.n_workers) == (1, 1)
+    workers["c"] = WHOLE
+    found.check()
+    assert (found.n_lost, found.n_workers) == (1, 2)
+    assert found.has_lost_workers()  # b is, although another came
+    workers.clear()
+    found.check()
+    assert found.n_lost == 3
 
 
 @pytest.mark.parametrize("status", ["lost", "pending"])

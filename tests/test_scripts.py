@@ -125,6 +125,12 @@ def test_resources_that_options_name_are_not_asked_for_twice():
     assert not [line for line in directives if "smp" in line or "mem_free" in line or "bash" in line]
 
 
+def test_a_queue_whose_name_has_gpu_or_mem_in_it_asks_for_neither():
+    groups = {"all": {"memory": "4 GiB", "gpus": 1, "options": ["-q gpu.q@himem"]}}
+    directives = job_script(spec("sge", groups=groups), "all", "x").splitlines()
+    assert {"#$ -l mem_free=4096M", "#$ -l gpu=1", "#$ -q gpu.q@himem"} <= set(directives)
+
+
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [

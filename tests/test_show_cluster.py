@@ -110,6 +110,14 @@ def test_ssh_commands_run_what_the_driver_would(show, tmp_path):
     assert worker.status is Status.created, "not started"
 
 
+def test_groups_that_share_a_host_have_gpus_of_their_own(show):
+    own = {"hosts": ["x", "y"], "memory": "1 GiB"}
+    groups = {"a": own | {"gpus": 1, "workers": 2}, "b": own | {"gpus": 2}, "c": own | {"gpus": 1, "port": 2222}, "d": own}
+    lines = show(kind="ssh", groups=groups).splitlines()[1:]
+    given = [word.removeprefix("CUDA_VISIBLE_DEVICES=") for line in lines for word in line.split() if "CUDA_VIS" in word]
+    assert given == ["0", "1", "0", "1", "2,3", "2,3", "0", "0", "", ""]  # another port is another machine
+
+
 def test_the_list_says_kind_and_groups_and_what_cannot_be_used(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr("pipeline.device.n_gpus", lambda: 0)

@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
+from distributed import Client
 
 from pipeline.cluster import connect
 from pipeline.cluster_spec import GroupSpec, LocalSpec, load_cluster
@@ -104,7 +105,7 @@ def test_a_host_that_lets_nobody_in_is_named_with_the_reason(servers, tmp_path, 
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", tmp_path / "other"], check=True)
     spec = load_cluster("machines", cluster_file(tmp_path, {"all": group(servers[0]) | change}))
     with pytest.raises(
-        FeaturemapsError, match=rf"(?s)ssh to 127\.0\.0\.1 failed \(.*{reason}.*no worker was started there; check that"
+        FeaturemapsError, match=rf"(?s)ssh to 127\.0\.0\.1 failed \(.*{reason}.*no worker was started there; make `ssh"
     ):
         run_with(spec, job_of(pictures, tmp_path / "f.zarr"))
 
@@ -164,6 +165,8 @@ class Scheduler:
         ]
         self._begin("scheduler", "--host", "127.0.0.1", "--port", str(self.port), "--no-dashboard")
         self._begin("worker", f"tcp://127.0.0.1:{self.port}", *options)
+        with Client(f"tcp://127.0.0.1:{self.port}") as client:  # a run does not wait for workers that others start
+            client.wait_for_workers(1, timeout=60)
 
     def _begin(self, what: str, *arguments: str) -> None:
         with (self.folder / f"{what}.log").open("ab") as log:

@@ -1,0 +1,124 @@
+"""Who may work for a run: workers that run what the driver runs, at its start and as they join."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from distributed import Client
+from distributed.protocol.pickle import dumps
+
+from pipeline.cluster import scheduler_workers
+from pipeline.errors import FeaturemapsError
+from pipeline.versions import TOPIC, VersionsPlugin, asking_for_versions, differences, n_gpus_there, own_versions
+
+logger = logging.getLogger(__name__)
+
+ANSWER_S = 30.0
+
+
+@contextlib.contextmanager
+def only_like_this(client: Client) -> Iterator[None]:
+    """Refuse to begin with workers that would compute something else, and have those that join later and differ leave again.
+
+    Raises as `check_workers` does.
+    """
+    check_workers(client)
+    plugin, said = VersionsPlugin(client.id), set[str]()
+
+    def warn(event: Any) -> None:
+        _, refused = event
+        line = f"worker {refused['name']} joined and was sent away: {refused['reason']}"
+        if refused["client"] == client.id and line not in said:
+            said.add(line)
+            logger.warning(
+                "%s; the run goes on without it; install the same versions there (constraints.txt), or start it with this Python",
+                line,
+            )
+
+    client.subscribe_topic(TOPIC, warn)
+    with _whoever_is_lost():  # by then the scheduler has it for those that join, and these were looked at
+        client.sync(
+            client.scheduler.register_worker_plugin,
+            plugin=dumps(plugin),
+            name=plugin.name,
+            idempotent=False,
+            callback_timeout=ANSWER_S,
+        )
+    try:
+        yield
+    finally:
+        if client.status == "running":
+            with _whoever_is_lost():
+                client.unsubscribe_topic(TOPIC)
+                client.sync(client.scheduler.unregister_worker_plugin, name=plugin.name, callback_timeout=ANSWER_S)
+
+
+@contextlib.contextmanager
+def _whoever_is_lost() -> Iterator[None]:
+    """A worker that dies or hangs makes a call to all of them fail; what the scheduler itself was told stands."""
+    try:
+        yield
+    except (OSError, TimeoutError, ValueError) as error:
+        logger.info("not all workers answered: %s", error)
+
+
+def check_workers(client: Client) -> None:
+    """Refuse workers that would compute something else, or on something else.
+
+    Raises
+    ------
+    FeaturemapsError
+        Naming the workers and what differs.
+    """
+    workers = scheduler_workers(client)
+    if not workers:
+        return
+    ours = own_versions()
+    differing: dict[str, list[str]] = {}
+    for address, theirs in ask(client, asking_for_versions(), workers).items():
+        text = ", ".join(differences(theirs, ours))
+        if text:
+            differing.setdefault(text, []).append(str(workers[address]["name"]))
+    if differing:
+        listed = "; ".join(f"{text} on {_some(names)}" for text, names in differing.items())
+        raise FeaturemapsError(
+            f"workers do not run the versions of this process, and would not compute the same: {listed}. No batch was sent to them; "
+            "install the same versions there (constraints.txt), or start the workers with this Python (the cluster's key python)"
+        )
+    blind = blind_workers(client, workers)
+    if blind:
+        raise FeaturemapsError(
+            f"{_some([str(workers[address]['name']) for address in blind])} were to have a GPU, and torch sees none there: no batch was "
+            "sent to them; check the group's gpus and options in cluster.yaml, nvidia-smi on that machine and that torch was installed "
+            "with CUDA, or set gpus to 0"
+        )
+
+
+def blind_workers(client: Client, workers: dict[str, Any]) -> list[str]:
+    """Addresses of workers that say they have a GPU and see none."""
+    return [address for address, n in ask(client, n_gpus_there, having_gpus(workers)).items() if not n]
+
+
+def having_gpus(workers: dict[str, Any]) -> list[str]:
+    """Addresses of those of the scheduler's workers that say they have a GPU."""
+    return [address for address, worker in workers.items() if worker["resources"].get("gpu")]
+
+
+def ask(client: Client, function: Callable[[], Any], workers: Iterable[str]) -> dict[str, Any]:
+    """What a function returns on each worker that answers; one that hangs must not keep the run from its work."""
+    chosen = list(workers)
+    if not chosen:
+        return {}
+    try:
+        answers: dict[str, Any] = client.sync(client._run, function, workers=chosen, on_error="ignore", callback_timeout=ANSWER_S)
+    except TimeoutError:
+        logger.warning("not all workers said within %.0f s what they have: they are taken as they are", ANSWER_S)
+        return {}
+    return answers
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(sorted(names)[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
