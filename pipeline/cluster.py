@@ -262,7 +262,8 @@ def _wait_for_workers(
     everybody: bool,
 ) -> None:
     """Start the workers, and wait for one of each group, or for all."""
-    started = next_line = time.monotonic()
+    started = time.monotonic()
+    next_line = started + (WAIT_LINE_S if everybody else 0.0)  # processes of this machine are there at once
     cluster.start()
     while True:
         counts = cluster.counts()

@@ -143,6 +143,7 @@ def _work(
         from pipeline.cluster import with_client  # noqa: PLC0415 (no Dask and no cluster when there is nothing to do)
         from pipeline.digests import check_digests  # noqa: PLC0415 (as above)
         from pipeline.driver import Driver  # noqa: PLC0415 (as above)
+        from pipeline.faults import scheduler_lost  # noqa: PLC0415 (as above)
         from pipeline.metrics import beside_dask  # noqa: PLC0415 (as above)
 
         def on_wait(text: str) -> None:
@@ -157,6 +158,8 @@ def _work(
                     _account(found, listing, summary, progress)
                     if found.new or found.n_pending:
                         Driver(job, store, listing, found, connected, summary, progress, notify, stop).run()
+        except ConnectionError as error:
+            raise scheduler_lost(error) from error
         except StoppedError as error:
             logger.warning("%s", error)
             summary.outcome, summary.n_pending = "stopped", len(found.new) + found.n_pending

@@ -6,6 +6,8 @@ import asyncio
 import inspect
 import logging
 from collections.abc import Callable, Mapping
+from functools import partial
+from types import FunctionType
 from typing import Any
 
 from distributed import WorkerPlugin
@@ -44,16 +46,8 @@ def own_versions() -> dict[str, str]:
 
 
 def asking_for_versions() -> Callable[[], dict[str, str]]:
-    """A function that is sent whole, so that a worker without featuremaps can answer, too."""
-    source, packages = inspect.getsource(find_versions), PACKAGES
-
-    def ask() -> dict[str, str]:
-        names: dict[str, Any] = {}
-        exec("from __future__ import annotations\n" + source, names)  # noqa: S102 (the text of the function above)
-        found: dict[str, str] = names["find_versions"](packages)
-        return found
-
-    return ask
+    """A function that is sent whole, and not by its name, so that a worker without featuremaps can answer, too."""
+    return partial(FunctionType(find_versions.__code__, {}, find_versions.__name__), PACKAGES)
 
 
 def versions_script() -> str:

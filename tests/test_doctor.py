@@ -557,7 +557,7 @@ def doctor(monkeypatch, capfd):
 @pytest.mark.cluster
 def test_a_job_on_this_machine_is_looked_at_from_source_to_workers(doctor, tmp_path, monkeypatch):
     make_images(tmp_path / "photos", 4, [(40, 50)])
-    (tmp_path / "job.yaml").write_text("{source: photos, store: features.zarr, workers: 1, cluster: two}")
+    (tmp_path / "job.yaml").write_text("{source: photos, store: features.zarr, cluster: two}")
     (tmp_path / "cluster.yaml").write_text("clusters: {two: {kind: local, groups: {all: {workers: 2, memory: 2 GiB}}}}")
     code, out = doctor(tmp_path / "job.yaml", "--cluster-file", tmp_path / "cluster.yaml", "--start", "--json")
     document = json.loads(out)

@@ -40,7 +40,10 @@ echo Submitted batch job $$""",
     "scancel": ": > queue",
     "scontrol": 'echo "$@" >> requeued',
     "qsub": "cat > /dev/null; echo $$ >> submitted; echo $$.server",
-    "qstat": "exit 1",
+    "qstat": """
+if [ "$1" = -j ]; then echo "Following jobs do not exist:"; echo "$2"; exit 1; fi
+for job in "$@"; do case $job in -*) ;; *) echo "qstat: Unknown Job Id $job" >&2 ;; esac; done
+exit 153""",
     "qdel": ":",
 }
 
