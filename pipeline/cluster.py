@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import dask
 import psutil
 from distributed import Client
+from pydantic import ByteSize
 
 from pipeline import batch
 from pipeline.cluster_spec import (
@@ -93,7 +94,7 @@ def local_memory_bytes(workers: int, wanted: int | None) -> int:
 
 
 def local_groups(spec: LocalSpec | CudaSpec) -> dict[str, GroupSpec]:
-    """The worker groups of this machine; without any in the file it is one that does everything.
+    """The worker groups of this machine, each with its memory; without any in the file it is one that does everything.
 
     Raises
     ------
@@ -101,10 +102,14 @@ def local_groups(spec: LocalSpec | CudaSpec) -> dict[str, GroupSpec]:
         When GPUs are asked for that are not there.
     """
     if isinstance(spec, LocalSpec) and spec.groups:
-        local_gpus(sum(group.workers * group.gpus for group in spec.groups.values()) or 0)
-        return dict(spec.groups)
-    processes, threads, gpus = local_processes(spec)
-    return {"local": GroupSpec(workers=processes, threads=threads, gpus=1 if gpus else 0, memory=spec.memory)}
+        local_gpus(sum(group.workers * group.gpus for group in spec.groups.values()))
+        groups = dict(spec.groups)
+    else:
+        processes, threads, gpus = local_processes(spec)
+        groups = {"local": GroupSpec(workers=processes, threads=threads, gpus=1 if gpus else 0, memory=spec.memory)}
+    n_workers = sum(group.workers for group in groups.values())
+    memory = {name: ByteSize(local_memory_bytes(n_workers, group.memory)) for name, group in groups.items()}
+    return {name: group.model_copy(update={"memory": memory[name]}) for name, group in groups.items()}
 
 
 @contextlib.contextmanager
@@ -121,7 +126,7 @@ def connect(
     ----------
     spec : ClusterSpec
     name : str
-        What jobs are called; those of this name that a dead run left in the queue are taken back. None is a new one.
+        What jobs are called; those of this name that a dead run left in the queue are taken back. Empty is a new one.
     stop : threading.Event, optional
         Ends the waiting.
     on_wait : callable
@@ -167,7 +172,7 @@ def connect(
             "dashboard_address": spec.dashboard or LOOPBACK,  # with no address Dask would take a fixed port
             "dashboard": spec.dashboard is not None,
         }
-        options |= {"host": "127.0.0.1"} if isinstance(spec, LocalSpec | CudaSpec) else {"interface": spec.interface}
+        options |= {"interface": spec.interface} if isinstance(spec, BatchSpec | SshSpec) else {"host": "127.0.0.1"}
         with (
             dask.config.set(settings),
             _quiet_dask(),
@@ -451,13 +456,9 @@ def planned_slots(spec: ClusterSpec) -> list[WorkerSlots]:
     """
     if isinstance(spec, AddressSpec):
         return []
-    if isinstance(spec, LocalSpec | CudaSpec):
-        groups: Mapping[str, GroupSpec] = local_groups(spec)
-        share = local_memory_bytes(sum(group.workers for group in groups.values()), None)
-    else:
-        groups, share = spec.groups, 0
+    groups: Mapping[str, GroupSpec] = local_groups(spec) if isinstance(spec, LocalSpec | CudaSpec) else spec.groups
     counts = {name: group.workers * len(getattr(group, "hosts", (1,))) for name, group in groups.items()}
-    return [_slots(group.resources, group.memory or share) for name, group in groups.items() for _ in range(counts[name])]
+    return [_slots(group.resources, group.memory) for name, group in groups.items() for _ in range(counts[name])]
 
 
 def _slots(resources: Mapping[str, float], memory_limit_bytes: int | None) -> WorkerSlots:

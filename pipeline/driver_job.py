@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 import sys
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from pipeline.cluster import job_name
 from pipeline.cluster_spec import BatchSpec, load_cluster
 from pipeline.config import Job
 from pipeline.errors import UsageError
-from pipeline.launch_batch import clock
+from pipeline.launch_batch import clock, condor_text
 
 DEFAULT_ATTEMPTS = 5
 WARNING_S = 60
@@ -63,9 +62,7 @@ def driver_script(order: Order) -> str:
         return _condor_description(order, name)
     directives, prefix = {"slurm": (_slurm, "#SBATCH"), "pbs": (_pbs, "#PBS"), "sge": (_sge, "#$")}[spec.kind]
     lines = [f"{prefix} {line}" for line in (*directives(spec, name), *spec.driver.options)]
-    if (
-        spec.kind == "pbs"
-    ):  # PBS itself keeps the output to itself until the job ends, and not every PBS puts the id into the name
+    if spec.kind == "pbs":  # which keeps the output to itself until the job ends, and may not put the id into its name
         lines.append(f'exec >>{shlex.quote(f"{spec.log_folder}/{name}-")}"$PBS_JOBID".log 2>&1')
     return "\n".join(["#!/usr/bin/env bash", *lines, *_shell(order)]) + "\n"
 
@@ -162,8 +159,7 @@ def _condor_arguments(script: list[str]) -> str:
     text = "\n".join(script).replace("\\", "\\\\").replace("\n", "\\n")
     words = ["-c", 'eval "$(printf %b "$1")"', "driver", text]
     quoted = " ".join("'" + word.replace("'", "''") + "'" for word in words)
-    quoted = re.sub(r"\$(?=\w*\()", "$(DOLLAR)", quoted)
-    return '"' + quoted.replace('"', '""') + '"'
+    return '"' + condor_text(quoted).replace('"', '""') + '"'
 
 
 def attend_command(order: Order) -> list[str]:

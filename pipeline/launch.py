@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-import psutil
 from distributed import Nanny, Scheduler
 from distributed.core import Status
 from distributed.deploy.spec import SpecCluster
@@ -203,8 +202,7 @@ class LocalWorker(Nanny):  # type: ignore[misc]
 
 
 def local_launches(groups: Mapping[str, GroupSpec], *, security: Any) -> dict[str, Launch]:
-    """The wanted processes of this machine; each sees its own GPUs only."""
-    share = int(0.9 * psutil.virtual_memory().total / sum(group.workers for group in groups.values()))
+    """The wanted processes of this machine, of groups whose memory is known; each sees its own GPUs only."""
     gpus = visible_gpus(sum(group.workers * group.gpus for group in groups.values()))
     launches: dict[str, Launch] = {}
     for group_name, group in groups.items():
@@ -212,7 +210,7 @@ def local_launches(groups: Mapping[str, GroupSpec], *, security: Any) -> dict[st
             own = [next(gpus) for _ in range(group.gpus)]
             options = {
                 "nthreads": group.threads,
-                "memory_limit": int(group.memory or share),
+                "memory_limit": int(group.memory or 0),
                 "resources": group.resources,
                 "env": {"CUDA_VISIBLE_DEVICES": ",".join(own), **group.environment},
                 "host": "127.0.0.1",

@@ -170,8 +170,19 @@ def _htcondor(spec: BatchSpec, group: GroupSpec, options: dict[str, Any]) -> dic
     directives["periodic_remove"] = f"(JobStatus == 2) && (time() - EnteredCurrentStatus > {spec.walltime})"
     given = (line.split("=", 1) for line in _lines(group))
     directives |= {key.strip(): value.strip() for key, value in given}
-    prologue = [re.sub(r"\$(?=\w*\()", "$(DOLLAR)", line) for line in options["job_script_prologue"]]
+    prologue = [condor_text(line) for line in options["job_script_prologue"]]
     return {"disk": "1 GB", "job_extra_directives": directives, "job_script_prologue": prologue}
+
+
+def condor_text(text: str) -> str:
+    """Text in which a dollar before a parenthesis is the shell's, and not HTCondor's own.
+
+    Examples
+    --------
+    >>> condor_text("echo $(hostname) $HOME")
+    'echo $(DOLLAR)(hostname) $HOME'
+    """
+    return re.sub(r"\$(?=\w*\()", "$(DOLLAR)", text)
 
 
 def _lines(group: GroupSpec) -> list[str]:

@@ -23,6 +23,7 @@ from typing import Any
 import pytest
 
 from pipeline.store import Store
+from tests.batch_services import debian_program
 from tests.conftest import make_images
 from tests.services import free_port, serving
 
@@ -74,10 +75,8 @@ def until(look: Any, process: Any = None) -> Any:
 
 @pytest.fixture(scope="module")
 def prometheus():
-    """Start the real server; its absence is only passed over where nobody tests for others."""
-    found = Path("/usr/bin/prometheus")
-    if not found.exists():
-        (pytest.fail if os.environ.get("CI") else pytest.skip)("prometheus is not installed: apt-get install prometheus")
+    """Start the real server; its absence is an error, never a skip."""
+    found = debian_program("prometheus", "prometheus")
 
     @contextlib.contextmanager
     def start(folder: Path, *targets: str):
