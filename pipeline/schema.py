@@ -69,6 +69,8 @@ class StoredLayer:
     """NaN for floats, 0 for integers; data never take it."""
     error_bound: float
     """Largest difference between a decoded value and the float32 value that was computed."""
+    has_maps: bool = True
+    """False where only the pooled values of the layer are kept."""
 
     def attributes(self) -> dict[str, Any]:
         """CF attributes of the array."""
