@@ -88,7 +88,9 @@ def _class_memory_bytes(layout: ClassLayout, channels: int, worker: WorkerKind, 
         scratch += GPU_STAGES * n * (image + layout.row_bytes) + (GPU_STAGES + 1) * n * image
     decoding = decode_bytes + (image if layout.shard_rows > 1 else 0)
     scratch += worker.bucket_bytes
-    per_thread = n_images * layout.row_bytes + scratch + max(decoding, *(_encode_bytes(layout, layer) for layer in layout.layers))
+    per_thread = (
+        n_images * layout.row_bytes + scratch + max([decoding, *(_encode_bytes(layout, layer) for layer in layout.layers)])
+    )
     return worker.window * n_images * image + worker.threads * per_thread
 
 

@@ -28,6 +28,7 @@ from pipeline.schema import (
     STATISTICS,
     ShapeClass,
     Status,
+    StoredLayer,
     StoreSpec,
     column_document,
     group_document,
@@ -103,10 +104,11 @@ def check_documents(store: Store) -> Iterator[Finding]:
     for c in store.classes.values():
         for name, dtype in LEDGER_COLUMNS.items():
             yield from _compare_documents(store, c.name, name, c.length, column_document(name, dtype, 0))
-        for layer, stored in zip(c.layout.layers, store.spec.layers, strict=True):
+        for layer, stored in zip(c.layout.layers, store.spec.map_layers, strict=True):
             yield from _compare_documents(store, c.name, layer.name, c.length, maps_document(c.layout, layer, stored, 0))
+        for stored in store.spec.layers:
             for statistic in STATISTICS:
-                yield from _compare_documents(store, c.name, f"{layer.name}_{statistic}", c.length, pooled_document(stored, 0))
+                yield from _compare_documents(store, c.name, f"{stored.name}_{statistic}", c.length, pooled_document(stored, 0))
 
 
 def _compare_documents(store: Store, group: str, name: str, length: int | None, document: dict[str, Any]) -> Iterator[Finding]:
@@ -185,6 +187,8 @@ class Shard(NamedTuple):
     paths: tuple[str, ...]
     sizes: tuple[tuple[int, int], ...]
     digests: tuple[str, ...]
+    pooled: dict[str, Array]
+    """Of layers without maps: (row, statistic, channel) float32."""
 
 
 def shards(store: Store, shape_class: ShapeClass, rows: Array, digests: Array, columns: dict[str, Array]) -> Iterator[Shard]:
@@ -193,7 +197,15 @@ def shards(store: Store, shape_class: ShapeClass, rows: Array, digests: Array, c
     for _, members in group_by_shard(rows.tolist(), layout.shard_rows):
         paths, expected = (tuple(str(column[row]) for row in members) for column in (columns["path"], digests))
         sizes = tuple((int(columns["input_height"][row]), int(columns["input_width"][row])) for row in members)
-        yield Shard(store.path, store.spec, layout, tuple(members), paths, sizes, expected)
+        pooled = {layer.name: _pooled(layer, members, columns) for layer in store.spec.layers if not layer.has_maps}
+        yield Shard(store.path, store.spec, layout, tuple(members), paths, sizes, expected, pooled)
+
+
+def _pooled(layer: StoredLayer, rows: list[int], columns: dict[str, Array]) -> Array:
+    """Pooled values of some rows; NaN where a column cannot be read, which is a finding of its own."""
+    missing = np.full((len(rows), layer.channels), np.nan, np.float32)
+    found = (columns.get(f"{layer.name}_{statistic}") for statistic in STATISTICS)
+    return np.stack([missing if values is None else values[rows] for values in found], axis=1)
 
 
 def check_shard(shard: Shard) -> list[Finding]:
@@ -204,7 +216,7 @@ def check_shard(shard: Shard) -> list[Finding]:
     with contextlib.suppress(FeaturemapsError, OSError):
         blocks = _read(shard, start, stop)
     findings = []
-    for row, path, size, expected in zip(shard.rows, shard.paths, shard.sizes, shard.digests, strict=True):
+    for i, (row, path, size, expected) in enumerate(zip(shard.rows, shard.paths, shard.sizes, shard.digests, strict=True)):
         try:
             maps = [b[row - start] for b in blocks] if blocks else [b[0] for b in _read(shard, row, row + 1)]
         except (FeaturemapsError, OSError) as error:
@@ -212,26 +224,32 @@ def check_shard(shard: Shard) -> list[Finding]:
             if not expected:
                 text += "; nobody needs them, and featuremaps vacuum frees them, but whole classes cannot be read"
         else:
-            text = expected and _judge(
-                maps, shard.spec, dict(zip(layer_names(layers), output_sizes(layers, *size), strict=True)), expected
-            )
+            pooled = {name: values[i] for name, values in shard.pooled.items()}
+            extents = dict(zip(layer_names(layers), output_sizes(layers, *size), strict=True))
+            text = expected and _judge(maps, pooled, shard.spec, extents, expected)
         if text:
-            findings.append(Finding("maps", group, row, path, f"the maps in {_objects(shard, row)} {text}"))
+            what = f"maps in {_objects(shard, row)}" if shard.layout.layers else "pooled values"
+            findings.append(Finding("maps", group, row, path, f"the {what} {text}"))
     return findings
 
 
 def _read(shard: Shard, start: int, stop: int) -> list[Array]:
-    return [read_maps(shard.store, shard.layout, layer.name, start, stop) for layer in shard.spec.layers]
+    return [read_maps(shard.store, shard.layout, layer.name, start, stop) for layer in shard.layout.layers]
 
 
-def _judge(maps: Sequence[Array], spec: StoreSpec, sizes: dict[str, tuple[int, int]], expected: str) -> str:
-    """What is wrong with one row's maps, of which the image takes these sizes."""
-    extents = (sizes[layer.name] for layer in spec.layers)
-    valid = [values[:, :height, :width] for values, (height, width) in zip(maps, extents, strict=True)]
-    if maps_digest(valid) == expected:
+def _judge(
+    maps: Sequence[Array], pooled: dict[str, Array], spec: StoreSpec, extents: dict[str, tuple[int, int]], expected: str
+) -> str:
+    """What is wrong with one row's maps, of which the image takes these extents, and with the pooled values of layers without."""
+    valid = dict(pooled)
+    for layer, values in zip(spec.map_layers, maps, strict=True):
+        height, width = extents[layer.name]
+        valid[layer.name] = values[:, :height, :width]
+    if maps_digest(valid[layer.name] for layer in spec.layers) == expected:
         return ""
     is_missing = any(
-        np.array_equal(v, np.full_like(v, s.fill_value), equal_nan=True) for v, s in zip(valid, spec.layers, strict=True)
+        np.array_equal(v, np.full_like(v, layer.fill_value), equal_nan=True)
+        for layer, v in ((layer, valid[layer.name]) for layer in spec.layers)
     )
     return "are missing" if is_missing else "are not those that the ledger speaks of"
 
@@ -335,28 +353,29 @@ def recompute(job: tuple[Place, Sequence[Sample]]) -> Recomputed:
         result.n_done += 1
         shape_class = next(c for c in store.classes.values() if c.name == sample.group)
         for stored in store.spec.layers:
-            text, difference = _compare(store, shape_class, sample.row, stored.name, expected[stored.name])
+            text, difference = _compare(store, shape_class, sample.row, stored, expected[stored.name])
             result.largest_difference = max(result.largest_difference, difference)
             if text:
                 result.findings.append(Finding("recomputation", sample.group, sample.row, sample.path, f"{stored.name}: {text}"))
     return result
 
 
-def _compare(store: Store, shape_class: ShapeClass, row: int, name: str, expected: Array) -> tuple[str, float]:
+def _compare(store: Store, shape_class: ShapeClass, row: int, stored: StoredLayer, expected: Array) -> tuple[str, float]:
     """What is wrong with a row's maps or pooled values, and how far they are off beyond rounding for storage."""
     is_tf32 = extractor_spec(store.spec).tf32
-    stored = next(layer for layer in store.spec.layers if layer.name == name)
-    try:
-        maps = dequantise(np.asarray(store.array(shape_class.name, name)[row]), stored)
-    except (OSError, ValueError, RuntimeError) as error:
-        return f"the maps cannot be read: {error}", 0.0
-    _, height, width = expected.shape
-    off = np.abs(maps[:, :height, :width].astype(np.float64) - expected)
-    difference = float(np.nan_to_num(off, nan=np.inf).max()) - stored.error_bound
     bound = (TF32_ROUNDING if is_tf32 else ROUNDING) * max(1.0, float(np.abs(expected).max()))
-    if difference > bound:
-        return f"stored and recomputed maps differ by {off.max():.3g}, more than {stored.error_bound + bound:.3g}", difference
-    pooled = [store.array(shape_class.name, f"{name}_{statistic}")[row] for statistic in STATISTICS]
+    difference = 0.0
+    if stored.has_maps:
+        try:
+            maps = dequantise(np.asarray(store.array(shape_class.name, stored.name)[row]), stored)
+        except (OSError, ValueError, RuntimeError) as error:
+            return f"the maps cannot be read: {error}", 0.0
+        _, height, width = expected.shape
+        off = np.abs(maps[:, :height, :width].astype(np.float64) - expected)
+        difference = float(np.nan_to_num(off, nan=np.inf).max()) - stored.error_bound
+        if difference > bound:
+            return f"stored and recomputed maps differ by {off.max():.3g}, more than {stored.error_bound + bound:.3g}", difference
+    pooled = [store.array(shape_class.name, f"{stored.name}_{statistic}")[row] for statistic in STATISTICS]
     exact = [expected.mean((1, 2)), expected.std((1, 2)), expected.min((1, 2)), expected.max((1, 2))]
     for statistic, a, b in zip(STATISTICS, pooled, exact, strict=True):
         if not np.abs(np.asarray(a) - b).max() <= bound:

@@ -63,7 +63,10 @@ def _checksum(body: bytes) -> bytes:
 
 
 def maps_digest(maps: Iterable[Array]) -> str:
-    """XXH3-128 of one image's maps as stored: per layer its valid extent (channel, y, x), C order, little-endian; 32 hex digits."""
+    """XXH3-128 of one image's maps as stored: per layer its valid extent (channel, y, x), or, of one without maps, its pooled values.
+
+    In C order, little-endian; 32 hex digits.
+    """
     digest = xxhash.xxh3_128()
     for values in maps:
         digest.update(np.ascontiguousarray(values).data)

@@ -53,6 +53,9 @@ def _job_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--layers", multiple=True, metavar="FxHxW[:ACT][:poolN]", help="A layer of the extractor; repeat for a stack."
         ),
+        click.option(
+            "--outputs", multiple=True, metavar="NAME", help="conv1, ... to keep maps (default: the last); pooled for none."
+        ),
         click.option("--weights", metavar="FILE.safetensors", help="Weights of the layers, instead of seeded ones."),
         click.option("--seed", type=int, help="Seed of the weights (default 23455)."),
         click.option("--limit", type=int, metavar="N", help="Only the first N images of the listing."),
@@ -106,6 +109,8 @@ def _make_job(what: tuple[str, ...], options: dict[str, Any]) -> Job:
     extractor = {key: options[key] for key in ("weights", "seed") if options[key] is not None}
     if options["layers"]:
         extractor["layers"] = [LayerSpec.parse(text).model_dump() for text in options["layers"]]
+    if options["outputs"]:
+        extractor["outputs"] = options["outputs"]
     values |= {key: value for key, value in (("decode", decode), ("extractor", extractor)) if value}
     if len(what) == 1 and what[0].endswith(JOB_SUFFIXES):
         return load_job(what[0], values)

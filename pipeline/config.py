@@ -24,6 +24,8 @@ Byte = Annotated[int, Field(ge=0, le=255)]
 JOB_SUFFIXES = (".yaml", ".yml")
 """By which an argument of the command is taken for a job file."""
 DEFAULT_PIXEL_LIMIT = 178_956_970
+POOLED = "pooled"
+"""The output that keeps the pooled values of every layer, and no maps."""
 
 
 M = TypeVar("M", bound=BaseModel)
@@ -114,25 +116,39 @@ class ExtractorSpec(StrictModel):
     weights: str | None = None
     """A safetensors file with ``convN.weight`` and ``convN.bias`` for N = 1, 2, ... in PyTorch's orientation."""
     outputs: tuple[str, ...] = ()
-    """Names of the layers whose maps are stored; empty means the last one."""
+    """What is stored: the names of layers, for their maps and pooled values, and ``pooled``, for the pooled values of every layer.
+
+    Empty means the last layer; ``pooled`` alone keeps no maps at all.
+    """
     tf32: bool = False
     """On GPUs, multiply in TF32: faster, but weights and inputs are rounded to 11 bits (see docs/gpu.md)."""
 
     @model_validator(mode="after")
     def _known_outputs(self) -> ExtractorSpec:
-        names = [f"conv{i + 1}" for i in range(len(self.layers))]
-        unknown = [name for name in self.outputs if name not in names]
+        unknown = [name for name in self.outputs if name not in {*self._layer_names, POOLED}]
         if unknown:
-            raise ValueError(f"outputs {unknown} are not layers of this extractor; it has {names}")
+            raise ValueError(
+                f"outputs {unknown} are not layers of this extractor; it has {self._layer_names}, and {POOLED!r} keeps the pooled "
+                "values of all of them"
+            )
         if len(set(self.outputs)) != len(self.outputs):
             raise ValueError(f"outputs {list(self.outputs)} name a layer twice")
         return self
 
     @property
+    def _layer_names(self) -> list[str]:
+        return [f"conv{i + 1}" for i in range(len(self.layers))]
+
+    @property
+    def map_names(self) -> tuple[str, ...]:
+        """Names of the layers whose maps are stored, first layer first."""
+        stored = self.outputs or self._layer_names[-1:]
+        return tuple(name for name in self._layer_names if name in stored)
+
+    @property
     def output_names(self) -> tuple[str, ...]:
-        """Names of the stored layers, first layer first."""
-        stored = self.outputs or (f"conv{len(self.layers)}",)
-        return tuple(sorted(stored, key=lambda name: int(name.removeprefix("conv"))))
+        """Names of the layers of which anything is stored, pooled values at least, first layer first."""
+        return tuple(self._layer_names) if POOLED in self.outputs else self.map_names
 
 
 class Job(StrictModel):

@@ -201,6 +201,7 @@ class _Stage:
                 (n, sizes[name][0].filters, *sizes[name][1]), dtype=_TRANSPORT[stored.dtype], pin_memory=self.is_gpu
             )
             for name, stored in extractor.stored.items()
+            if name in extractor.spec.map_names
         }
         self.statistics = {name: torch.empty((n, 4, sizes[name][0].filters), pin_memory=self.is_gpu) for name in extractor.stored}
         self.stream = torch.cuda.Stream(extractor.device) if self.is_gpu else None  # type: ignore[no-untyped-call]
@@ -220,8 +221,9 @@ class _Stage:
             x = self.pixels.to(self.extractor.device, non_blocking=True).permute(0, 3, 1, 2).float() / 256
             for name, layer in zip(self.extractor.names, self.extractor.layers, strict=True):
                 x = layer(x)
-                if name in self.maps:
+                if name in self.statistics:
                     self._measure(name, x)
+                if name in self.maps:
                     self.maps[name].copy_(_storable(quantise(x, self.extractor.stored[name])), non_blocking=True)
 
     @contextmanager
@@ -250,10 +252,11 @@ class _Stage:
             self.stream.synchronize()
         for i, (_, out) in enumerate(self.items):
             pooled: dict[str, Pooled] = {}
-            for name, values in out.items():
-                stored = self.extractor.stored[name]
+            for name, stored in self.extractor.stored.items():
                 pooled[name] = Pooled(*self.statistics[name][i].numpy().copy())
                 check_range(name, pooled[name], stored)
+            for name, values in out.items():
+                stored = self.extractor.stored[name]
                 _, height, width = values.shape
                 values[...] = self.maps[name][i].numpy().view(np.dtype(stored.dtype))[:, :height, :width]
             yield pooled

@@ -304,12 +304,12 @@ class Extractor(nn.Module):
         image : (y, x, channel) uint8
             A read-only or strided array is copied first.
         out : mapping of str to (channel, y, x)
-            Per output, where its maps go: the image's valid extent, of any strides, in the dtype it is stored as.
+            Per output whose maps are kept, where they go: the image's valid extent, of any strides, in the dtype it is stored as.
 
         Returns
         -------
         dict of str to Pooled
-            Statistics of each layer in ``out``, of the float32 values before they are rounded for storage.
+            Statistics of every output, of the float32 values before they are rounded for storage.
 
         Raises
         ------
@@ -319,18 +319,20 @@ class Extractor(nn.Module):
             When a map holds NaN, infinity or values beyond what its dtype was chosen for.
         """
         self.check(image, out)
-        if len(self.layers) == 1 and self._is_compiled(out["conv1"], self.stored["conv1"]):
-            pooled = {"conv1": self._first_layer(image, self.stored["conv1"], out["conv1"])}
-            check_range("conv1", pooled["conv1"], self.stored["conv1"])
-            return pooled
+        if len(self.layers) == 1:
+            only = out["conv1"] if "conv1" in out else _buffer("maps0", *self._shapes(*image.shape)["conv1"]).numpy()
+            if self._is_compiled(only, self.stored["conv1"]):
+                pooled = {"conv1": self._first_layer(image, self.stored["conv1"], only)}
+                check_range("conv1", pooled["conv1"], self.stored["conv1"])
+                return pooled
         direct = {name: torch.from_numpy(values) for name, values in out.items() if self.stored[name].dtype == "float32"}
         pooled = {}
         for name, values in self._maps(pixels(image), direct):
-            if name in out:
+            if name in self.stored:
                 maps = values.float().cpu()  # themselves, where they are that
                 pooled[name] = Pooled(*pool(maps).numpy())
                 check_range(name, pooled[name], self.stored[name])
-                if maps is not direct.get(name):
+                if name in out and maps is not direct.get(name):
                     quantise_into(maps, self.stored[name], out[name])
         return pooled
 

@@ -12,7 +12,7 @@ from pipeline.chunks import Array
 from pipeline.listing import Listing
 from pipeline.plan import ClassLayout, Size, class_name
 from pipeline.reading import Probed
-from pipeline.schema import REJECTED, STATISTICS, Status, stack
+from pipeline.schema import REJECTED, STATISTICS, Status, StoredLayer, stack
 from pipeline.store import Store
 from pipeline.tasks import PieceResult
 
@@ -106,7 +106,14 @@ class Ledger:
             "error": stack(errors),  # also where there is none: an earlier try may have left one
         }
         for layer in self.store.spec.layers:
-            pooled = np.concatenate([piece.pooled[layer.name] for piece in pieces])
+            pooled = np.concatenate([_pooled(piece, layer) for piece in pieces])
             columns |= {f"{layer.name}_{name}": pooled[:, i] for i, name in enumerate(STATISTICS)}
         columns["status"] = status
         self.store.commit(group, rows[keep], {name: values[keep] for name, values in columns.items()})
+
+
+def _pooled(piece: PieceResult, layer: StoredLayer) -> Array:
+    """Pooled values of a piece's rows (n, statistic, channel); NaN where nothing was computed."""
+    if layer.name in piece.pooled:
+        return piece.pooled[layer.name]
+    return np.full((len(piece.rows), len(STATISTICS), layer.channels), np.nan, np.float32)

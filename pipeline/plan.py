@@ -146,7 +146,7 @@ def class_layout(size: Size, layers: Sequence[tuple[str, int, Size]], itemsize: 
     size : (int, int)
         Input height and width of the class, pixels.
     layers : sequence of (name, channels, (height, width))
-        The stored layers and the size of their maps for an image of the class's full size.
+        The layers whose maps are stored, maybe none, and the size of their maps for an image of the class's full size.
     itemsize : int
         Bytes per stored value.
     channels : int
@@ -167,9 +167,10 @@ def class_layout(size: Size, layers: Sequence[tuple[str, int, Size]], itemsize: 
     chunk_rows = [1 << max(0, math.ceil(math.log2(MIN_CHUNK_BYTES / b))) for b in row_bytes]
     cut = any(b > MAX_MAP_BYTES for b in row_bytes)
     by_input = MAX_SHARD_INPUT_BYTES // (size[0] * size[1] * channels)
-    wanted = max(1, min(SHARD_BYTES // sum(row_bytes), by_input, MAX_SHARD_ROWS))
+    by_maps = SHARD_BYTES // max(1, sum(row_bytes))
+    wanted = max(1, min(by_maps, by_input, MAX_SHARD_ROWS))
     chunk_rows = [1 if cut else min(c, 1 << (wanted.bit_length() - 1)) for c in chunk_rows]
-    step = max(chunk_rows)
+    step = max(chunk_rows, default=1)
     shard_rows = 1 if cut else wanted // step * step
     return ClassLayout(
         size,

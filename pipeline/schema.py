@@ -98,6 +98,11 @@ class StoreSpec:
     written_version: str
     format: int = FORMAT
 
+    @property
+    def map_layers(self) -> tuple[StoredLayer, ...]:
+        """The layers whose maps are stored; their order is that of `ClassLayout.layers`."""
+        return tuple(layer for layer in self.layers if layer.has_maps)
+
 
 @dataclass(frozen=True, slots=True)
 class ShapeClass:

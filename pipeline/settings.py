@@ -12,7 +12,7 @@ from typing import Any
 from pipeline import kernel
 from pipeline.chunks import Array
 from pipeline.collection import absolute_source
-from pipeline.config import DecodeSpec, ExtractorSpec, Job
+from pipeline.config import POOLED, DecodeSpec, ExtractorSpec, Job
 from pipeline.layers import layer_names, output_bounds, output_sizes, receptive_field
 from pipeline.plan import ClassLayout, Size, class_layout, image_cost_s
 from pipeline.schema import StoredLayer, StoreSpec, with_digest
@@ -50,8 +50,12 @@ def _stored_layers(spec: ExtractorSpec, dtype: str, weights: dict[str, Array]) -
     filters = dict(zip(names, (layer.filters for layer in spec.layers), strict=True))
     layers = []
     for name in spec.output_names:
-        q = quantisation(bounds[name], dtype, TF32_MARGIN if spec.tf32 else RANGE_MARGIN)
-        layers.append(StoredLayer(name, filters[name], dtype, q.scale_factor, q.add_offset, q.fill_value, q.error_bound))
+        has_maps = name in spec.map_names
+        stored_dtype = dtype if has_maps else "float32"  # what is pooled are the values as computed
+        q = quantisation(bounds[name], stored_dtype, TF32_MARGIN if spec.tf32 else RANGE_MARGIN)
+        layers.append(
+            StoredLayer(name, filters[name], q.dtype, q.scale_factor, q.add_offset, q.fill_value, q.error_bound, has_maps)
+        )
     return tuple(layers)
 
 
@@ -72,7 +76,7 @@ def _extractor_content(spec: ExtractorSpec, channels: int, weights: dict[str, Ar
     content = with_digest(
         {
             "layers": [layer.model_dump(mode="json") for layer in spec.layers],
-            "outputs": list(spec.output_names),
+            "outputs": [*spec.map_names, *([POOLED] if POOLED in spec.outputs else [])],
             "channels": channels,
             "weights_sha256": weights_digest(weights),
             **({"tf32": True} if spec.tf32 else {}),
@@ -104,7 +108,7 @@ def layout_of(size: Size, job_spec: ExtractorSpec, dtype_bytes: int, channels: i
     names = layer_names(job_spec.layers)
     sizes = dict(zip(names, output_sizes(job_spec.layers, *size), strict=True))
     filters = dict(zip(names, (layer.filters for layer in job_spec.layers), strict=True))
-    layers = [(name, filters[name], sizes[name]) for name in job_spec.output_names]
+    layers = [(name, filters[name], sizes[name]) for name in job_spec.map_names]
     return class_layout(size, layers, dtype_bytes, channels)
 
 
@@ -120,12 +124,12 @@ def scratch_bytes(spec: ExtractorSpec, dtype: str, size: Size, channels: int) ->
     """
     first = spec.layers[0]
     is_compiled = kernel.version(channels, first.kernel[1]) != "torch" and dtype in kernel.DTYPES
-    if len(spec.layers) == 1 and first.pool == (1, 1) and is_compiled:
+    if len(spec.layers) == 1 and first.pool == (1, 1) and is_compiled and spec.map_names:
         return 0
     sizes = output_sizes(spec.layers, *size)
     maps = [4 * layer.filters * math.prod(out) for layer, out in zip(spec.layers, sizes, strict=True)]
-    stored = [maps[layer_names(spec.layers).index(name)] for name in spec.output_names]
-    return max(a + b for a, b in pairwise([0, *maps])) + max(stored)
+    stored = [maps[layer_names(spec.layers).index(name)] for name in spec.map_names]
+    return max(a + b for a, b in pairwise([0, *maps])) + max(stored, default=0)
 
 
 def torch_values(spec: ExtractorSpec, size: Size) -> int:

@@ -99,7 +99,7 @@ class Store:
             shape = attributes["shape_class"]
             size = (int(shape["height"]), int(shape["width"]))
             length = int(read_json(folder / "status" / "zarr.json")["shape"][0])
-            layers = tuple(_read_layout(folder, layer) for layer in self.spec.layers)
+            layers = tuple(_read_layout(folder, layer) for layer in self.spec.map_layers)
             shard_rows = int(shape["shard_rows"])
             return ShapeClass(size, length, ClassLayout(size, shard_rows, layers), str(shape["kind"]), attributes)
 
@@ -163,10 +163,10 @@ class Store:
         _remove_unfinished(group)
         length = len(columns["path"])
         documents = {name: column_document(name, dtype, length) for name, dtype in LEDGER_COLUMNS.items()}
-        for layer, stored in zip(layout.layers, self.spec.layers, strict=True):
+        for layer, stored in zip(layout.layers, self.spec.map_layers, strict=True):
             documents[layer.name] = maps_document(layout, layer, stored, length)
-            for statistic in STATISTICS:
-                documents[f"{layer.name}_{statistic}"] = pooled_document(stored, length)
+        for stored in self.spec.layers:
+            documents |= {f"{stored.name}_{statistic}": pooled_document(stored, length) for statistic in STATISTICS}
         each(lambda item: self._create_array(group / item[0], item[1]), documents.items(), group)
         self._write_columns(group.name, np.arange(length), columns)
         height, width = layout.size

@@ -70,7 +70,7 @@ class PieceResult:
     maps_digest: list[str]
     error: list[str]
     pooled: dict[str, Array] = field(default_factory=dict)
-    """Per layer (n, statistic, channel) float32, statistics in the order of `STATISTICS`."""
+    """Per layer (n, statistic, channel) float32, statistics in the order of `STATISTICS`; none where nothing was computed."""
     kept: tuple[int, ...] = ()
     """As of the piece."""
     paths: tuple[str, ...] = ()
@@ -146,6 +146,7 @@ class ExtractorPlugin(WorkerPlugin):  # type: ignore[misc]
         self.spec = spec
         self.weights = weights
         self.layers = layers
+        self.map_layers = tuple(layer for layer in layers if layer.has_maps)
 
     def setup(self, worker: Worker) -> None:
         """Prepare the process; a Ctrl-C at the terminal is for the driver alone, which drains."""
@@ -278,10 +279,11 @@ def _extract_piece(
     layout, n = outcome.layout, len(outcome.rows)
     fills = {layer.name: layer.fill_value for layer in plugin.layers}
     blocks: dict[str, Array] = {}
-    for layer, stored in zip(layout.layers, plugin.layers, strict=True):
+    for layer, stored in zip(layout.layers, plugin.map_layers, strict=True):
         shape = (outcome.stop - outcome.start, layer.channels, layer.height, layer.width)
         blocks[layer.name] = np.empty(shape, stored.dtype)
-        outcome.pooled[layer.name] = np.full((n, len(STATISTICS), layer.channels), np.nan, np.float32)
+    for stored in plugin.layers:
+        outcome.pooled[stored.name] = np.full((n, len(STATISTICS), stored.channels), np.nan, np.float32)
     missing = np.ones(outcome.stop - outcome.start, bool)
     sent: deque[tuple[int, dict[str, Array]]] = deque()
 
@@ -297,7 +299,7 @@ def _extract_piece(
         i, valid = sent.popleft()
         for name, statistics in pooled.items():
             outcome.pooled[name][i] = statistics
-        outcome.maps_digest[i] = maps_digest(valid.values())
+        outcome.maps_digest[i] = maps_digest(valid.get(layer.name, outcome.pooled[layer.name][i]) for layer in plugin.layers)
         outcome.status[i] = Status.DONE
     for name, block in blocks.items():
         block[missing] = fills[name]
@@ -344,7 +346,7 @@ def _write_piece(target: Target, outcome: PieceResult, blocks: dict[str, Array],
     if not (outcome.status == Status.DONE).any():
         return
     started = time.perf_counter()
-    for layer, stored in zip(outcome.layout.layers, _plugin(target).layers, strict=True):
+    for layer, stored in zip(outcome.layout.layers, _plugin(target).map_layers, strict=True):
         activity.note(activity.STORE)
         _keep_others(target, outcome, layer, blocks[layer.name], stored.fill_value)
         activity.require_lease(get_worker())

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from pipeline.reading import Probed
-from pipeline.schema import STATISTICS, Status
+from pipeline.schema import Status
 from pipeline.tasks import PieceResult, WorkPiece
 
 GUILTY = (
@@ -96,14 +96,9 @@ class Trial:
         results = []
         for piece, i in self._guilty:
             status = np.array([Status.QUARANTINED], np.uint8)
-            pooled = {
-                layer.name: np.full((1, len(STATISTICS), layer.channels), np.nan, np.float32) for layer in piece.layout.layers
-            }
             rows = (piece.rows[i],)
             paths = (piece.paths[i],)
-            results.append(
-                PieceResult(piece.layout, piece.start, piece.stop, rows, status, [""], [""], [GUILTY], pooled, paths=paths)
-            )
+            results.append(PieceResult(piece.layout, piece.start, piece.stop, rows, status, [""], [""], [GUILTY], paths=paths))
         return results
 
 

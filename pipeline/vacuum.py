@@ -111,7 +111,7 @@ def _free_shard(store: Store, run_id: str, shape_class: ShapeClass, shard: int, 
     layout = shape_class.layout
     start = shard * layout.shard_rows
     needed = status[start : start + layout.shard_rows] == Status.DONE
-    for layer, stored in zip(layout.layers, store.spec.layers, strict=True):
+    for layer, stored in zip(layout.layers, store.spec.map_layers, strict=True):
         folder = store.path / shape_class.name / layer.name
         paths = [folder / key for key in object_keys(layout, layer, start)]
         before = sum(map(size_bytes, paths))

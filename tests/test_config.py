@@ -81,7 +81,10 @@ def test_an_unknown_key_is_refused_with_the_nearest_known_one(values, expected):
         ({"extractor": {"layers": [{"kernel": 0}]}}, "extractor.layers.0.kernel.0: Input should be greater than 0, not 0"),
         (
             {"extractor": {"outputs": ["conv1", "conv7"]}},
-            "extractor: outputs ['conv7'] are not layers of this extractor; it has ['conv1']",
+            (
+                "extractor: outputs ['conv7'] are not layers of this extractor; it has ['conv1'], and 'pooled' keeps the pooled values of all "
+                "of them"
+            ),
         ),
         ({"extractor": {"outputs": ["conv1", "conv1"]}}, "extractor: outputs ['conv1', 'conv1'] name a layer twice"),
     ],
@@ -148,6 +151,12 @@ def test_outputs_come_first_layer_first_whatever_their_order():
     spec = ExtractorSpec(layers=(LayerSpec(),) * 11, outputs=("conv10", "conv2"))
     assert spec.output_names == ("conv2", "conv10")
     assert ExtractorSpec(layers=(LayerSpec(),) * 3).output_names == ("conv3",)
+
+
+def test_pooled_outputs_are_of_every_layer_and_have_no_maps():
+    spec = ExtractorSpec(layers=(LayerSpec(),) * 3, outputs=("pooled", "conv2"))
+    assert (spec.map_names, spec.output_names) == (("conv2",), ("conv1", "conv2", "conv3"))
+    assert ExtractorSpec(outputs=("pooled",)).map_names == ()
 
 
 # -- job files -------------------------------------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ import shutil
 import signal
 import time
 
-import numpy as np
 import pytest
 from distributed import WorkerPlugin
 
@@ -41,7 +40,7 @@ def test_every_image_is_tried_alone_and_only_the_guilty_are_recorded():
     assert (rest.start, rest.stop, rest.rows, rest.paths, rest.fingerprints) == (4, 8, (5, 7), ("5.png", "7.png"), ("f5", "f7"))
     verdicts = trial.verdicts()
     assert [(v.rows, v.error, v.status.tolist()) for v in verdicts] == [((r,), [GUILTY], [Status.QUARANTINED]) for r in (0, 2, 6)]
-    assert np.isnan(verdicts[0].pooled["conv1"]).all()
+    assert verdicts[0].pooled == {}
 
 
 class Poison(WorkerPlugin):
