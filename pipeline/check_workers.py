@@ -11,12 +11,13 @@ from distributed import Client
 
 from pipeline.admission import ask, having_gpus
 from pipeline.check_cluster import compare_versions
-from pipeline.cluster import connect, scheduler_workers, worker_slots
+from pipeline.cluster import connect
 from pipeline.cluster_spec import AddressSpec, BatchSpec, ClusterSpec, CudaSpec, KubernetesSpec, LocalSpec, SshSpec
 from pipeline.errors import FeaturemapsError
 from pipeline.findings import Finding
 from pipeline.objects import Place, delete, nearest_folder, put
 from pipeline.remote import Url
+from pipeline.slots import scheduler_workers, worker_slots
 from pipeline.versions import asking_for_versions, n_gpus_there
 
 MAX_WAIT_S = 120.0

@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import logging
 import multiprocessing
-import os
 import secrets
 import signal
 import subprocess
@@ -15,12 +14,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from multiprocessing import resource_tracker
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import dask
-import psutil
 from distributed import Client
-from pydantic import ByteSize
 
 from pipeline import batch
 from pipeline.cluster_spec import (
@@ -42,74 +39,15 @@ from pipeline.kubernetes import PodCluster, kubernetes_cluster
 from pipeline.launch import MAX_FALSE_STARTS, GroupCluster, Launch, local_launches
 from pipeline.launch_batch import batch_launches
 from pipeline.launch_ssh import ssh_launches
+from pipeline.machine import local_groups
 from pipeline.objects import place
 
 logger = logging.getLogger(__name__)
 
-ROLES = ("read", "extract", "write")
 CONNECT_TIMEOUT_S = 20.0
 LOCAL_PATIENCE_S = 120.0
 WAIT_LINE_S = 5.0
 QUICK_S = 3.0
-
-
-def local_workers(wanted: int | None) -> int:
-    """Batches that the embedded cluster works on at once: one per core that this process may use."""
-    return wanted or len(os.sched_getaffinity(0))
-
-
-def local_gpus(wanted: int | None) -> int:
-    """GPUs of the embedded cluster.
-
-    Raises
-    ------
-    UsageError
-        When there are fewer than wanted.
-    """
-    found = 0
-    if wanted or (wanted is None and any(Path("/dev").glob("nvidia[0-9]*"))):
-        from pipeline.device import n_gpus  # noqa: PLC0415 (torch only where there may be a GPU)
-
-        found = n_gpus()
-    if wanted is not None and wanted > found:
-        raise UsageError(
-            f"{wanted} GPUs were asked for, and this installation of torch sees {found}: nothing was started; use what "
-            "there is (no --gpus, kind local), or check the driver (nvidia-smi), CUDA_VISIBLE_DEVICES and that torch was installed with "
-            "CUDA"
-        )
-    return found if wanted is None else wanted
-
-
-def local_processes(spec: LocalSpec | CudaSpec) -> tuple[int, int, int]:
-    """Worker processes of the embedded cluster, threads of each, and GPUs."""
-    cores, gpus = local_workers(spec.workers), local_gpus(spec.gpus)
-    if not gpus and isinstance(spec, CudaSpec):
-        local_gpus(1)  # which says that there is none
-    return (gpus, max(1, cores // gpus), gpus) if gpus else (cores, 1, 0)
-
-
-def local_memory_bytes(workers: int, wanted: int | None) -> int:
-    """Memory limit of one local worker: its share of nine tenths of the machine."""
-    return wanted or int(0.9 * psutil.virtual_memory().total / workers)
-
-
-def local_groups(spec: LocalSpec | CudaSpec) -> dict[str, GroupSpec]:
-    """The worker groups of this machine, each with its memory; without any in the file it is one that does everything.
-
-    Raises
-    ------
-    UsageError
-        When GPUs are asked for that are not there.
-    """
-    if isinstance(spec, LocalSpec) and spec.groups:
-        local_gpus(sum(group.workers * group.gpus for group in spec.groups.values()))
-        groups = dict(spec.groups)
-    else:
-        processes, threads, gpus = local_processes(spec)
-        groups = {"local": GroupSpec(workers=processes, threads=threads, gpus=1 if gpus else 0, memory=spec.memory)}
-    n_workers = sum(group.workers for group in groups.values())
-    memory = {name: ByteSize(local_memory_bytes(n_workers, group.memory)) for name, group in groups.items()}
-    return {name: group.model_copy(update={"memory": memory[name]}) for name, group in groups.items()}
 
 
 @contextlib.contextmanager
@@ -389,78 +327,3 @@ def _close_unconnected(client: Client) -> None:
     with contextlib.suppress(Exception):
         client.close()
     client._loop_runner.stop()
-
-
-class WorkerSlots(NamedTuple):
-    """What one worker offers."""
-
-    read: int
-    """Batches that it reads at once."""
-    extract: int
-    """Batches that it extracts at once."""
-    memory_limit_bytes: int
-    """0 for none."""
-    has_gpu: bool
-    """Whether it says so, as a resource; whether it computes on one is for it to see."""
-    is_whole: bool
-    """Whether it can also read and write as many batches at once, so that one task may do all of a batch."""
-
-
-def scheduler_workers(client: Client) -> dict[str, Any]:
-    """What the scheduler knows of its workers, by address, asked just now: `Client.scheduler_info` may give what it asks for itself.
-
-    Raises
-    ------
-    ConnectionError
-        When the scheduler is gone.
-    """
-    if client.status != "running" or client.scheduler is None:
-        raise ConnectionError(f"connection to {client} is {client.status}")
-    workers: dict[str, Any] = client.sync(client.scheduler.identity, n_workers=-1)["workers"]
-    return workers
-
-
-def worker_slots(client: Client) -> dict[str, WorkerSlots]:
-    """What each worker offers, by address.
-
-    Raises
-    ------
-    FeaturemapsError
-        When a role has no worker.
-    ConnectionError
-        When the scheduler is gone.
-    """
-    workers = scheduler_workers(client)
-    for role in ROLES:
-        if not any(worker["resources"].get(role) for worker in workers.values()):
-            raise FeaturemapsError(
-                f"none of the {len(workers)} workers offers the resource {role!r}, so its tasks would wait for ever: start workers with "
-                '--resources "read=1 extract=1 write=1"'
-            )
-    return {address: _slots(worker["resources"], worker["memory_limit"]) for address, worker in workers.items()}
-
-
-def wanted_slots(cluster: GroupCluster | PodCluster) -> list[WorkerSlots]:
-    """What each of the wanted workers offers, whether it is there or not."""
-    groups = [cluster.groups[launch.group] for launch in cluster.launches.values()]
-    return [_slots(group.resources, group.memory) for group in groups]
-
-
-def planned_slots(spec: ClusterSpec) -> list[WorkerSlots]:
-    """What the workers of a cluster would offer; empty for a scheduler of its own, whose workers nobody knows before.
-
-    Raises
-    ------
-    UsageError
-        When GPUs are asked for that this machine has not.
-    """
-    if isinstance(spec, AddressSpec):
-        return []
-    groups: Mapping[str, GroupSpec] = local_groups(spec) if isinstance(spec, LocalSpec | CudaSpec) else spec.groups
-    counts = {name: group.workers * len(getattr(group, "hosts", (1,))) for name, group in groups.items()}
-    return [_slots(group.resources, group.memory) for name, group in groups.items() for _ in range(counts[name])]
-
-
-def _slots(resources: Mapping[str, float], memory_limit_bytes: int | None) -> WorkerSlots:
-    read, extract, write = (int(resources.get(role, 0)) for role in ROLES)
-    return WorkerSlots(read, extract, int(memory_limit_bytes or 0), bool(resources.get("gpu")), min(read, write) >= extract)

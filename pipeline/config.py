@@ -127,10 +127,8 @@ class ExtractorSpec(StrictModel):
     def _known_outputs(self) -> ExtractorSpec:
         unknown = [name for name in self.outputs if name not in {*self._layer_names, POOLED}]
         if unknown:
-            raise ValueError(
-                f"outputs {unknown} are not layers of this extractor; it has {self._layer_names}, and {POOLED!r} keeps the pooled "
-                "values of all of them"
-            )
+            known = [*self._layer_names, POOLED]
+            raise ValueError(f"outputs {unknown} are neither layers of this extractor nor {POOLED!r}; known are {known}")
         if len(set(self.outputs)) != len(self.outputs):
             raise ValueError(f"outputs {list(self.outputs)} name a layer twice")
         return self

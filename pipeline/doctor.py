@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import check_cluster, check_installation, check_storage, check_workers
-from pipeline.cluster import local_workers
 from pipeline.cluster_spec import AddressSpec, ClusterSpec, CudaSpec, KubernetesSpec, SshSpec, load_cluster
 from pipeline.config import Job
 from pipeline.findings import Finding, look
+from pipeline.machine import local_workers
 from pipeline.objects import Place, place
 from pipeline.preview import Preview, plan_job
 

@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 from distributed import Client
 
 from pipeline.capacity import WorkerKind
-from pipeline.cluster import WorkerSlots, wanted_slots, worker_slots
 from pipeline.errors import FeaturemapsError
 from pipeline.kubernetes import PodCluster
 from pipeline.launch import GroupCluster
 from pipeline.plan import BATCHES_IN_FLIGHT_PER_SLOT
+from pipeline.slots import WorkerSlots, wanted_slots, worker_slots
 
 logger = logging.getLogger(__name__)
 

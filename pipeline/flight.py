@@ -13,7 +13,7 @@ from distributed import Client, Future
 from distributed.client import ClosedClientError
 
 from pipeline import reading, tasks
-from pipeline.cluster import ROLES
+from pipeline.slots import ROLES
 
 Kind = Literal["probe", "batch", "trial"]
 

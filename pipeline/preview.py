@@ -15,13 +15,14 @@ import numpy as np
 from pipeline.batch import QueuedJob
 from pipeline.capacity import WorkerKind, bucket_bytes, guess_decode_bytes, usable_bytes, worker_memory_bytes
 from pipeline.changes import check_removals
-from pipeline.cluster import cluster_of, local_workers, planned_slots
+from pipeline.cluster import cluster_of
 from pipeline.collection import list_collection
 from pipeline.config import Job
 from pipeline.errors import UsageError
 from pipeline.fleet import judge
 from pipeline.listing import Listing
 from pipeline.lock import current_holder
+from pipeline.machine import local_workers
 from pipeline.objects import Place, free_bytes, place
 from pipeline.plan import (
     ClassLayout,
@@ -35,6 +36,7 @@ from pipeline.reading import Probed, Source, probe_block
 from pipeline.run import check_job, compare_with_store, count_statuses, open_for, settle_returned
 from pipeline.schema import REJECTED, ShapeClass, Status
 from pipeline.settings import cost_s, layout_of, needed_size, scratch_bytes
+from pipeline.slots import planned_slots
 from pipeline.store import Store, is_store
 from pipeline.submission import GONE, last_submission
 from pipeline.summary import count, describe_bottleneck, printable

@@ -200,7 +200,7 @@ def check_job(job: Job, listing: Listing, cluster_file: Path | None) -> tuple[St
             "--memory-limit, or none"
         )
     if job.gpus and job.cluster is None and cluster_file is not None:
-        from pipeline.cluster import local_gpus  # noqa: PLC0415 (no Dask when there is nothing to do)
+        from pipeline.machine import local_gpus  # noqa: PLC0415 (no Dask when there is nothing to do)
 
         local_gpus(job.gpus)
     weights = load_weights(job.extractor, job.decode.channels)

@@ -11,7 +11,6 @@ from typing import Any
 import yaml
 
 from pipeline import batch
-from pipeline.cluster import local_groups
 from pipeline.cluster_spec import (
     AddressSpec,
     BatchSpec,
@@ -28,6 +27,7 @@ from pipeline.errors import UsageError
 from pipeline.launch import local_launches, resources_text
 from pipeline.launch_batch import job_script
 from pipeline.launch_ssh import ssh_options
+from pipeline.machine import local_groups
 from pipeline.manifests import manifests
 from pipeline.summary import count
 

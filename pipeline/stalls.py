@@ -14,8 +14,8 @@ from distributed import Client
 from distributed.core import rpc
 
 from pipeline.activity import METRIC
-from pipeline.cluster import scheduler_workers
 from pipeline.errors import FeaturemapsError
+from pipeline.slots import scheduler_workers
 
 logger = logging.getLogger(__name__)
 

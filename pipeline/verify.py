@@ -31,8 +31,8 @@ from pipeline.checks import (
     shards,
 )
 from pipeline.chunks import Array
-from pipeline.cluster import local_workers
 from pipeline.lock import StoreLock, require_lock
+from pipeline.machine import local_workers
 from pipeline.objects import Place
 from pipeline.run import new_run_id
 from pipeline.schema import (

@@ -22,7 +22,6 @@ from pipeline.capacity import (
     wanted_limit_bytes,
     worker_memory_bytes,
 )
-from pipeline.cluster import ROLES
 from pipeline.config import ExtractorSpec, make_job
 from pipeline.dask_settings import DASK_SETTINGS
 from pipeline.errors import UsageError
@@ -30,6 +29,7 @@ from pipeline.preview import plan_job
 from pipeline.run import run_job
 from pipeline.schema import Status
 from pipeline.settings import scratch_bytes
+from pipeline.slots import ROLES
 from pipeline.store import Store
 from tests.test_plan import layout_for
 

@@ -16,11 +16,12 @@ from distributed import WorkerPlugin
 from PIL import Image
 
 from pipeline import decode
-from pipeline.cluster import connect, scheduler_workers
+from pipeline.cluster import connect
 from pipeline.cluster_spec import LocalSpec
 from pipeline.config import make_job
 from pipeline.errors import FeaturemapsError
 from pipeline.run import run_job
+from pipeline.slots import scheduler_workers
 from tests.conftest import content, make_images
 from tests.kill_rounds import done_rows, litter, wait_until
 

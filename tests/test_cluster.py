@@ -22,19 +22,13 @@ from cryptography.x509.oid import NameOID
 from distributed import Client, LocalCluster
 
 from pipeline import cluster, launch
-from pipeline.cluster import (
-    ROLES,
-    connect,
-    local_memory_bytes,
-    local_processes,
-    local_workers,
-    with_client,
-    worker_slots,
-)
+from pipeline.cluster import connect, with_client
 from pipeline.cluster_spec import AddressSpec, CudaSpec, LocalSpec, TlsSpec, load_cluster
 from pipeline.config import make_job
 from pipeline.errors import FeaturemapsError, UsageError
+from pipeline.machine import local_memory_bytes, local_processes, local_workers
 from pipeline.run import run_job
+from pipeline.slots import ROLES, worker_slots
 from tests.conftest import content, make_images
 
 REPOSITORY = Path(__file__).parents[1]
@@ -478,7 +472,7 @@ def test_gpus_that_are_not_there_are_refused_with_what_to_check(monkeypatch):
 
 
 def test_with_gpus_the_cores_are_the_threads_of_one_process_for_each(monkeypatch):
-    monkeypatch.setattr("pipeline.cluster.local_gpus", lambda wanted: 2 if wanted is None else wanted)
+    monkeypatch.setattr("pipeline.machine.local_gpus", lambda wanted: 2 if wanted is None else wanted)
     assert local_processes(LocalSpec(workers=9)) == (2, 4, 2)
     assert local_processes(LocalSpec(workers=1)) == (2, 1, 2)
     assert local_processes(LocalSpec(workers=9, gpus=0)) == (9, 1, 0)
@@ -486,7 +480,7 @@ def test_with_gpus_the_cores_are_the_threads_of_one_process_for_each(monkeypatch
 
 def test_a_machine_with_a_driver_asks_torch_how_many_gpus_there_are(monkeypatch):
     """Stands for /dev of a machine with two GPUs."""
-    monkeypatch.setattr("pipeline.cluster.Path.glob", lambda *_: iter(["nvidia0", "nvidia1"]))
+    monkeypatch.setattr("pipeline.machine.Path.glob", lambda *_: iter(["nvidia0", "nvidia1"]))
     monkeypatch.setattr("pipeline.device.n_gpus", lambda: 2)
     assert local_processes(LocalSpec(workers=8)) == (2, 4, 2)
 

@@ -81,10 +81,7 @@ def test_an_unknown_key_is_refused_with_the_nearest_known_one(values, expected):
         ({"extractor": {"layers": [{"kernel": 0}]}}, "extractor.layers.0.kernel.0: Input should be greater than 0, not 0"),
         (
             {"extractor": {"outputs": ["conv1", "conv7"]}},
-            (
-                "extractor: outputs ['conv7'] are not layers of this extractor; it has ['conv1'], and 'pooled' keeps the pooled values of all "
-                "of them"
-            ),
+            "extractor: outputs ['conv7'] are neither layers of this extractor nor 'pooled'; known are ['conv1', 'pooled']",
         ),
         ({"extractor": {"outputs": ["conv1", "conv1"]}}, "extractor: outputs ['conv1', 'conv1'] name a layer twice"),
     ],

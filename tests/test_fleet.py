@@ -6,11 +6,11 @@ import pytest
 
 from pipeline import fleet
 from pipeline.capacity import WorkerKind
-from pipeline.cluster import WorkerSlots
 from pipeline.driver import Driver
 from pipeline.errors import FeaturemapsError
 from pipeline.fleet import Fleet
 from pipeline.flight import Sent
+from pipeline.slots import WorkerSlots
 
 GIB = 2**30
 WHOLE = WorkerSlots(2, 2, 2 * GIB, False, True)

@@ -15,7 +15,7 @@ from referencing import Registry, Resource
 from referencing.jsonschema import DRAFT7
 
 from pipeline import kubernetes
-from pipeline.cluster import connect, worker_slots
+from pipeline.cluster import connect
 from pipeline.cluster_spec import KubernetesSpec, load_cluster
 from pipeline.config import make_job
 from pipeline.errors import FeaturemapsError, UsageError
@@ -23,6 +23,7 @@ from pipeline.fleet import Fleet
 from pipeline.kubernetes import PodCluster, kubernetes_cluster, pod_reasons
 from pipeline.manifests import manifests
 from pipeline.run import run_job
+from pipeline.slots import worker_slots
 from tests.conftest import content, make_images
 
 GOLDEN = Path(__file__).parent / "golden" / "manifests"

@@ -57,7 +57,7 @@ def test_processes_of_this_machine_are_listed_with_what_they_offer(show):
 
 def test_each_gpu_has_a_process_of_its_own(show, monkeypatch):
     """Stands for a machine with two GPUs."""
-    monkeypatch.setattr("pipeline.cluster.local_gpus", lambda wanted: 2 if wanted is None else wanted)
+    monkeypatch.setattr("pipeline.machine.local_gpus", lambda wanted: 2 if wanted is None else wanted)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     share = 0.9 * psutil.virtual_memory().total / 2 / 2**30
     assert show(kind="cuda", workers=6).splitlines()[1:] == [
