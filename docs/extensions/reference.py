@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,7 +23,7 @@ def keys(module: str, name: str) -> str:
     """Markdown table of the keys of a model of ``pipeline``."""
     model: type[BaseModel] = getattr(importlib.import_module(f"pipeline.{module}"), name)
     schema = model.model_json_schema()
-    lines = ["| key | value | default | meaning |", "|---|---|---|---|"]
+    lines = ["{.reference}", "| key | value | default | meaning |", "|---|---|---|---|"]
     for key, entry in schema["properties"].items():
         default = "**needed**" if key in schema.get("required", ()) else _default(model.model_fields[key].default)
         lines.append(_row(f"`{key}`", _value(entry), default, meaning(model, key)))
@@ -35,7 +37,8 @@ def meaning(model: type[BaseModel], key: str) -> str:
             analyzer = ModuleAnalyzer.for_module(owner.__module__)
             analyzer.analyze()
             if (owner.__name__, key) in analyzer.attr_docs:
-                return " ".join(analyzer.attr_docs[owner.__name__, key]).strip()
+                text = " ".join(analyzer.attr_docs[owner.__name__, key]).strip()
+                return re.sub(r"\bNone\b", "`null`", text)  # as YAML says it
     if key == "kind":  # it says which model this is
         return (model.__doc__ or "").partition("\n")[0]
     raise ValueError(f"{model.__name__}.{key} has no text below it that says what it means: write one")
@@ -46,7 +49,7 @@ def _value(entry: dict[str, Any]) -> str:
     if "anyOf" in entry or "oneOf" in entry:
         return " or ".join(_value(part) for part in entry.get("anyOf", entry.get("oneOf")))
     if "$ref" in entry:
-        return f"keys of {entry['$ref'].rpartition('/')[2]}"
+        return "keys, see below"
     if "enum" in entry or "const" in entry:
         return ", ".join(f"`{value}`" for value in entry.get("enum", [entry.get("const")]))
     if entry.get("type") == "null":
@@ -64,7 +67,8 @@ def _value(entry: dict[str, Any]) -> str:
 def _default(value: Any) -> str:
     if isinstance(value, BaseModel) or (isinstance(value, tuple) and value and isinstance(value[0], BaseModel)):
         return "theirs"
-    return f"`{json.dumps(value)}`" if len(json.dumps(value)) < 60 else "all"
+    text = value if isinstance(value, str) else json.dumps(value)
+    return f"`{text}`" if len(text) < 60 else "all"
 
 
 def commands() -> str:
@@ -84,8 +88,8 @@ def walk(command: click.Command, path: str) -> Iterator[tuple[str, click.Command
 def _command(command: click.Command, path: str) -> str:
     context = click.Context(command, info_name=path)
     usage = " ".join(command.collect_usage_pieces(context))
-    lines = [f"## {path}", "", f"    {path} {usage}", "", (command.help or "").strip(), ""]
-    lines += ["| option | default | meaning |", "|---|---|---|"]
+    lines = [f"## {path}", "", f"    {path} {usage}", "", inspect.cleandoc(command.help or ""), ""]
+    lines += ["{.reference}", "| option | default | meaning |", "|---|---|---|"]
     for option in command.params:
         if isinstance(option, click.Option) and not option.hidden:
             _, metavar = option.get_help_record(context) or ("", "")
