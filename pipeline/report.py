@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 
-from pipeline.analysis import FeatureStore, open_store
-from pipeline.decode import decode
-from pipeline.errors import ImageError, UsageError
+from pipeline.analysis import open_store
+from pipeline.errors import UsageError
 from pipeline.objects import Place
-from pipeline.reading import Source, read_current
-from pipeline.settings import decode_spec
 from pipeline.summary import printable
 
 FORMATS = (".png", ".svg", ".pdf")
@@ -44,7 +40,7 @@ def show_image(store: Place, path: str, output: Path) -> None:
         raise UsageError(f"figure {output} would be of an unknown kind {output.suffix!r}: name it .png, .svg or .pdf")
     features = open_store(store)
     maps = features.image(path)
-    pixels = _source_pixels(features, path)
+    pixels = features.pixels(path)
     panels = [
         (f"{layer}, channel {channel}", maps[layer].values[channel])
         for layer in features.layers
@@ -64,23 +60,6 @@ def _save(pixels: Pixels | None, title: str, panels: list[tuple[str, Pixels]], n
             _draw(pixels, title, panels, n_maps).savefig(output, dpi=150)
     except OSError as error:
         raise UsageError(f"figure {output} cannot be written ({error}): check its folder, permissions and space") from error
-
-
-def _source_pixels(features: FeatureStore, path: str) -> Pixels | None:
-    """The image as the extractor saw it, or None where the source cannot be read any more."""
-    spec = decode_spec(features._store.spec)
-    entry = features._entry(path)
-    try:
-        data = read_current(Source(features.source_root, spec), str(entry.name))
-        digest = features._store.column(entry["class"], "digest")[entry["row"]]
-        if hashlib.sha256(data).hexdigest() != digest:
-            raise UsageError(
-                f"{path!r} has changed since its maps were computed, so the figure would show another photograph above them: nothing "
-                "was drawn; bring the store up to date with `featuremaps run` first"
-            )
-        return decode(data, spec)
-    except (ImageError, OSError):
-        return None
 
 
 def _draw(pixels: Pixels | None, title: str, panels: list[tuple[str, Pixels]], n_maps: int) -> Any:
