@@ -38,7 +38,7 @@ _LOSSLESS_PIXELS = 48 * 48
 _QUALITY = 85
 
 
-class Picture(NamedTuple):
+class Embedded(NamedTuple):
     """An encoded picture."""
 
     uri: str
@@ -48,7 +48,7 @@ class Picture(NamedTuple):
     height: int
 
 
-def encode(pixels: Array, longest: int) -> Picture:
+def encode(pixels: Array, longest: int) -> Embedded:
     """Encode a picture, made smaller where a side is longer than ``longest`` pixels.
 
     Parameters
@@ -75,7 +75,7 @@ def encode(pixels: Array, longest: int) -> Picture:
     else:
         kind = "jpeg"
         image.save(file, "JPEG", quality=_QUALITY, optimize=True)
-    return Picture(data_uri(file.getvalue(), f"image/{kind}"), *image.size)
+    return Embedded(data_uri(file.getvalue(), f"image/{kind}"), *image.size)
 
 
 def data_uri(data: bytes, kind: str) -> str:
@@ -89,7 +89,7 @@ def data_uri(data: bytes, kind: str) -> str:
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
-def thumbnails(root: str, spec: DecodeSpec, images: Sequence[tuple[str, str]], longest: int) -> list[Picture | None]:
+def thumbnails(root: str, spec: DecodeSpec, images: Sequence[tuple[str, str]], longest: int) -> list[Embedded | None]:
     """Thumbnails of files that a run found to be bad, as far as they can be decoded.
 
     They are read and decoded in a process of its own, with bounds for its memory, for the time of each file and of all; a file on which it
@@ -106,7 +106,7 @@ def thumbnails(root: str, spec: DecodeSpec, images: Sequence[tuple[str, str]], l
     longest : int
         Pixels of the longer side.
     """
-    found: list[Picture | None] = []
+    found: list[Embedded | None] = []
     end_s = time.monotonic() + TOTAL_S
     for _ in range(STARTS):
         if len(found) == len(images) or time.monotonic() >= end_s:
@@ -115,7 +115,7 @@ def thumbnails(root: str, spec: DecodeSpec, images: Sequence[tuple[str, str]], l
     return found + [None] * (len(images) - len(found))
 
 
-def _try(root: str, spec: DecodeSpec, images: Sequence[tuple[str, str]], longest: int, end_s: float) -> list[Picture | None]:
+def _try(root: str, spec: DecodeSpec, images: Sequence[tuple[str, str]], longest: int, end_s: float) -> list[Embedded | None]:
     """What one process finds, until it has done all, died, or taken too long; the file at fault counts as done."""
     order = {"root": root, "decode": spec.model_dump(mode="json"), "images": list(images), "longest": longest}
     environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
@@ -129,7 +129,7 @@ def _try(root: str, spec: DecodeSpec, images: Sequence[tuple[str, str]], longest
     lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     talk = threading.Thread(target=_talk, args=(process, json.dumps(order).encode(), lines), daemon=True)
     talk.start()
-    found: list[Picture | None] = []
+    found: list[Embedded | None] = []
     try:
         patience_s = TOTAL_S  # until it has begun
         while len(found) < len(images):
@@ -139,7 +139,7 @@ def _try(root: str, spec: DecodeSpec, images: Sequence[tuple[str, str]], longest
             answer = json.loads(line)
             patience_s = IMAGE_S
             if answer != "begun":
-                found.append(None if answer is None else Picture(*answer))
+                found.append(None if answer is None else Embedded(*answer))
     except (queue.Empty, ValueError):
         pass
     finally:
@@ -165,7 +165,7 @@ def _talk(process: subprocess.Popen[bytes], order: bytes, lines: queue.SimpleQue
 # -- in the process that decodes -------------------------------------------------------------------------------------------------
 
 
-def answers(order: dict[str, Any]) -> Iterator[Picture | None]:
+def answers(order: dict[str, Any]) -> Iterator[Embedded | None]:
     """The pictures of an order, one after another."""
     spec = DecodeSpec(**order["decode"])
     source = Source(order["root"], spec.model_copy(update={"pixel_limit": min(spec.pixel_limit, PIXEL_LIMIT), "resize": None}))
@@ -173,7 +173,7 @@ def answers(order: dict[str, Any]) -> Iterator[Picture | None]:
         yield _picture(source, path, fingerprint, order["longest"])
 
 
-def _picture(source: Source, path: str, fingerprint: str, longest: int) -> Picture | None:
+def _picture(source: Source, path: str, fingerprint: str, longest: int) -> Embedded | None:
     size_bytes, _, _ = fingerprint.partition("-")
     if not size_bytes.isdigit() or int(size_bytes) > FILE_BYTES:
         return None
