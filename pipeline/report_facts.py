@@ -140,7 +140,9 @@ def gather(store: Store, holder: dict[str, Any] | None, n_bad: int) -> Facts:
     n_bad : int
         Bad images to name.
     """
-    found = Facts(dict.fromkeys((status.name.lower() for status in Status), 0) | {"rejected": 0}, holder, store.receipts(N_RECEIPTS))
+    found = Facts(
+        dict.fromkeys((status.name.lower() for status in Status), 0) | {"rejected": 0}, holder, store.receipts(N_RECEIPTS)
+    )
     run_ids = store.run_ids()
     found.n_runs, found.first_run = len(run_ids), _date_of(run_ids[0]) if run_ids else ""
     sizes, found.other_bytes = _disk_bytes(store)

@@ -6,7 +6,7 @@ import hashlib
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -87,7 +87,7 @@ def choose(store: Store, n: int, seed: int) -> tuple[list[Chosen], list[str]]:
         rows = np.flatnonzero(store.column(shape_class.name, "status") == Status.DONE)
         if not len(rows):
             continue
-        if _n_values(store, shape_class) > MAX_VALUES:
+        if _n_values(shape_class) > MAX_VALUES:
             too_large.append(shape_class.name)
         else:
             picked = rng.sample(range(len(rows)), min(n, len(rows)))
@@ -97,7 +97,7 @@ def choose(store: Store, n: int, seed: int) -> tuple[list[Chosen], list[str]]:
     return [Chosen(*next(turns)) for _ in range(min(n, sum(len(rows) for _, rows in candidates)))], too_large
 
 
-def _n_values(store: Store, shape_class: ShapeClass) -> int:
+def _n_values(shape_class: ShapeClass) -> int:
     """The larger of the pixels and the stored values of a class's images."""
     height, width = shape_class.size
     values = sum(x.channels * x.height * x.width for x in shape_class.layout.layers)
@@ -141,10 +141,9 @@ def samples(store: Store, chosen: Sequence[Chosen]) -> Iterator[Sample]:
         yield sample
 
 
-def _value(store: Store, shape_class: ShapeClass, column: str, row: int) -> object:
+def _value(store: Store, shape_class: ShapeClass, column: str, row: int) -> Any:
     with remote.errors(str(store.path)):
-        value: object = np.asarray(store.array(shape_class.name, column)[row])[()]
-        return value
+        return np.asarray(store.array(shape_class.name, column)[row])[()]
 
 
 def _photograph(source: Source, sample: Sample, digest: str) -> Array | None:

@@ -119,7 +119,7 @@ def _try(root: str, spec: DecodeSpec, images: Sequence[tuple[str, str]], longest
     """What one process finds, until it has done all, died, or taken too long; the file at fault counts as done."""
     order = {"root": root, "decode": spec.model_dump(mode="json"), "images": list(images), "longest": longest}
     environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(  # noqa: S603 (this Python, this module)
+    process = subprocess.Popen(
         [sys.executable, "-m", "pipeline.thumbnails"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -146,7 +146,7 @@ def _try(root: str, spec: DecodeSpec, images: Sequence[tuple[str, str]], longest
         process.kill()
         process.wait()
         talk.join()
-    return found + [None] if len(found) < len(images) else found
+    return [*found, None] if len(found) < len(images) else found
 
 
 def _talk(process: subprocess.Popen[bytes], order: bytes, lines: queue.SimpleQueue[bytes]) -> None:

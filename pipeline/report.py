@@ -2,32 +2,27 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import io
 import shlex
 from collections.abc import Iterator
 from datetime import UTC, datetime
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import jinja2
-from markupsafe import Markup
 
 from pipeline import figures
 from pipeline.analysis import FeatureStore, open_store
 from pipeline.checks import ROUNDING, TF32_ROUNDING
-from pipeline.errors import FeaturemapsError, UsageError
+from pipeline.errors import UsageError
 from pipeline.layers import receptive_field
 from pipeline.lock import current_holder
 from pipeline.objects import Place, put
-from pipeline.report_facts import LIVE, BadImage, Facts, as_summary, count_of, gather, judge, run_facts
+from pipeline.report_facts import LIVE, BadImage, Facts, as_summary, gather, judge, run_facts
+from pipeline.report_html import page
 from pipeline.report_pictures import MAX_VALUES, Sample, choose, samples
 from pipeline.schema import StoredLayer
 from pipeline.settings import VERSION, decode_spec
 from pipeline.store import Store
-from pipeline.summary import describe_bottleneck, printable
+from pipeline.summary import printable
 from pipeline.thumbnails import Embedded, data_uri, thumbnails
 
 N_BAD = 200
@@ -43,6 +38,8 @@ PICTURE_BYTES = 4 * 1024**2
 DECODABLE = {"truncated", "corrupt", "too_small"}
 """Codes of bad images of which a decoder may show a part."""
 FIGURE_DPI = 110
+N_HISTOGRAM = 16
+"""Images whose values are counted."""
 TONES = {"complete": "good", "at work": "working", "failed": "bad", "died": "bad"}
 STATUSES = {
     "done": "its maps are in the store",
@@ -52,9 +49,7 @@ STATUSES = {
 }
 
 
-def write_report(
-    store: Place | FeatureStore, output: Path, *, n_samples: int = 6, n_bad: int = N_BAD, seed: int = SEED
-) -> None:
+def write_report(store: Place | FeatureStore, output: Path, *, n_samples: int = 6, n_bad: int = N_BAD, seed: int = SEED) -> None:
     """Write one HTML page about a store, whole or not at all.
 
     Works for stores of any state, also one that a run works on; takes no lock. The page needs no network, holds at most some
@@ -79,19 +74,11 @@ def write_report(
     """
     _check_output(output)
     features = store if isinstance(store, FeatureStore) else open_store(store)
-    _require_matplotlib()
     content = render(features, n_samples=n_samples, n_bad=n_bad, seed=seed).encode("utf-8", "backslashreplace")
     try:
         put(output, content)
     except OSError as error:
         raise UsageError(f"page {output} cannot be written ({error}): check its folder, permissions and space") from error
-
-
-def _require_matplotlib() -> None:
-    try:
-        import matplotlib as mpl  # noqa: F401, PLC0415 (an extra; asked for before the work)
-    except ImportError as error:
-        raise UsageError('a report needs matplotlib, which is not installed: pip install "featuremaps[figures]"') from error
 
 
 def _check_output(output: Path) -> None:
@@ -103,16 +90,13 @@ def _check_output(output: Path) -> None:
 
 def render(features: FeatureStore, *, n_samples: int = 6, n_bad: int = N_BAD, seed: int = SEED) -> str:
     """The page as text."""
+    plots = list(_filters(features))  # first, as nothing is to be done where matplotlib is missing
     store = Store(features.path)  # as it is now, also while a run works on it
     facts = gather(store, current_holder(features.path), n_bad)
     chosen, too_large = choose(store, n_samples if features.map_layers else 0, seed)
     shown, n_left_out = _within_budget(samples(store, chosen))
     layers = list(_layers(features, shown))
-    css, script = _asset("report.css"), _asset("report.js")
     values = {
-        "css": Markup(css),  # noqa: S704 (our own file)
-        "script": Markup(script),  # noqa: S704 (as above)
-        "policy": _policy(css, script),
         "now": datetime.now(UTC),
         "version": VERSION,
         "spec": store.spec,
@@ -139,11 +123,11 @@ def render(features: FeatureStore, *, n_samples: int = 6, n_bad: int = N_BAD, se
         "seed": seed,
         "layers": layers,
         "doubts": list(_doubts(layers, tf32=features.extractor.tf32)),
-        "figures": list(_figures(features, facts)),
+        "figures": [*plots, *_histograms(features, facts)],
         "python_code": _python_code(features.path, facts, shown),
         "shell_code": _shell_code(features.path),
     }
-    return _environment().from_string(_asset("report.html.j2")).render(values)
+    return page(values)
 
 
 # -- what the template is given ------------------------------------------------------------------------------------------------------
@@ -195,8 +179,8 @@ def _doubts(layers: list[dict[str, Any]], *, tf32: bool) -> Iterator[str]:
         stored, measured = layer["stored"], layer["measured"]
         if measured is not None and measured > stored.error_bound + (TF32_ROUNDING if tf32 else ROUNDING):
             yield (
-                f"{layer['name']} is off by {measured:.2g}, more than its bound {stored.error_bound:.2g}: the store or a decoder's version has "
-                "changed; run featuremaps verify."
+                f"{layer['name']} is off by {measured:.2g}, more than its bound {stored.error_bound:.2g}: the store or the version of a "
+                "decoder has changed; run featuremaps verify."
             )
 
 
@@ -234,15 +218,17 @@ class Plot(NamedTuple):
     picture: Embedded
 
 
-def _figures(features: FeatureStore, facts: Facts) -> Iterator[Plot]:
-    """The filters, and how values are spread."""
+def _filters(features: FeatureStore) -> Iterator[Plot]:
     first = features.extractor.layers[0]
-    alt = f"The {first.filters} kernels of conv1, {first.kernel[0]} x {first.kernel[1]} weights each"
+    alt = f"The {first.filters} filters of conv1, {first.kernel[0]} x {first.kernel[1]} weights each"
     yield Plot("Filters of conv1", alt, _drawn(figures.filters(features)))
-    if facts.counts["done"] and features.map_layers:
-        for layer in features.map_layers:
-            text = f"How often each value occurs in the maps of {layer}, a line per channel"
-            yield Plot(f"Values of {layer}", text, _drawn(figures.histograms(features, layer)))
+
+
+def _histograms(features: FeatureStore, facts: Facts) -> Iterator[Plot]:
+    """How values are spread, in each layer that has maps."""
+    for layer in features.map_layers if facts.counts["done"] else ():
+        alt = f"Histograms of the values in the maps of {layer}, channel by channel"
+        yield Plot(f"Values of {layer}", alt, _drawn(figures.histograms(features, layer, n_images=N_HISTOGRAM)))
 
 
 def _drawn(figure: Any) -> Embedded:
@@ -290,80 +276,3 @@ def _layers(features: FeatureStore, shown: list[Sample]) -> Iterator[dict[str, A
             "measured": max(measured) if measured else None,
             "n_measured": len(measured),
         }
-
-
-# -- HTML ----------------------------------------------------------------------------------------------------------------------------
-
-
-def _asset(name: str) -> str:
-    return files("pipeline").joinpath(name).read_text(encoding="utf-8")
-
-
-def _policy(css: str, script: str) -> str:
-    """A content security policy under which nothing is loaded, and only our own style and script count."""
-    allowed = {"style-src": css, "script-src": script}
-    hashes = (
-        f"{kind} 'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'" for kind, text in allowed.items()
-    )
-    return "; ".join(["default-src 'none'", "img-src data:", *hashes, "base-uri 'none'", "form-action 'none'"])
-
-
-def _environment() -> jinja2.Environment:
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
-    )
-    environment.filters |= {
-        "printable": lambda value: printable(str(value)),
-        "number": lambda value: f"{value:,}",
-        "images": count_of,
-        "size": human_size,
-        "duration": human_duration,
-        "moment": human_moment,
-        "small": lambda value: f"{value:.2g}" if value else "0",
-        "value": lambda value: f"{value:.3f}" if abs(value) < 100 else f"{value:.4g}",
-        "shorten": lambda text, n: text if len(text) <= n else f"{text[: n - 1]}…",
-        "bottleneck": describe_bottleneck,
-    }
-    return environment
-
-
-def human_size(n_bytes: float) -> str:
-    """Bytes in a unit that suits them.
-
-    Examples
-    --------
-    >>> human_size(0), human_size(999), human_size(1_234_567), human_size(5e15)
-    ('0 bytes', '999 bytes', '1.2 MB', '5,000 TB')
-    """
-    if n_bytes < 1000:
-        return f"{n_bytes:.0f} bytes"
-    for unit in ("kB", "MB", "GB"):
-        n_bytes /= 1000
-        if n_bytes < 1000:
-            return f"{n_bytes:.1f} {unit}"
-    return f"{n_bytes / 1000:,.1f} TB".replace(".0 TB", " TB")
-
-
-def human_duration(seconds: float) -> str:
-    """Seconds in words.
-
-    Examples
-    --------
-    >>> human_duration(1.234), human_duration(75), human_duration(7384)
-    ('1.2 s', '1 min 15 s', '2 h 3 min')
-    """
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
-
-
-def human_moment(stamp: str) -> str:
-    """A receipt's time, UTC, to the second.
-
-    Examples
-    --------
-    >>> human_moment("2026-11-23T21:51:59+00:00")
-    '2026-11-23 21:51:59'
-    """
-    return stamp[:19].replace("T", " ") or "–"
