@@ -47,7 +47,7 @@ def _environment() -> jinja2.Environment:
         "size": human_size,
         "duration": human_duration,
         "moment": human_moment,
-        "small": lambda value: f"{value:.2g}" if value else "0",
+        "small": lambda value: f"{value:.3g}" if value else "0",
         "value": lambda value: f"{value:.3f}" if abs(value) < 100 else f"{value:.4g}",
         "shorten": lambda text, n: text if len(text) <= n else f"{text[: n - 1]}…",
         "bottleneck": describe_bottleneck,

@@ -23,8 +23,8 @@ from pipeline.store import Store
 from pipeline.thumbnails import Embedded, encode
 from pipeline.weights import dequantise
 
-MAX_VALUES = 1 << 25
-"""Values of all maps of one image, and pixels of it, beyond which it is no sample: 128 MiB as float32."""
+MAX_VALUES = 1 << 24
+"""Values of all maps of one image, and of its pixels, beyond which it is no sample: 64 MiB as float32, a few times over."""
 MAPS_PER_LAYER = 4
 MAPS_PER_IMAGE = 8
 PHOTOGRAPH_PX = 560
