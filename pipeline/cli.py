@@ -13,7 +13,7 @@ import click
 from pipeline import __version__
 from pipeline.arguments import as_place, store_argument
 from pipeline.cli_clusters import cluster, doctor, submit
-from pipeline.cli_figures import show
+from pipeline.cli_figures import report, show
 from pipeline.config import JOB_SUFFIXES, Job, LayerSpec, load_job, make_job
 from pipeline.errors import (
     EXIT_COMPLETE,
@@ -194,7 +194,7 @@ def vacuum(store: Place, dry_run: bool, sole_writer: bool, as_json: bool) -> int
     return EXIT_FAILED if result.n_damaged else EXIT_COMPLETE
 
 
-for _command in (show, submit, doctor, cluster):
+for _command in (show, submit, doctor, cluster, report):
     cli.add_command(_command)
 
 

@@ -75,6 +75,21 @@ def show(
     return EXIT_COMPLETE
 
 
+@click.command()
+@store_argument
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), default=Path("report.html"), show_default=True, help="Page to write."
+)
+@click.option("--samples", "n_samples", type=click.IntRange(0), default=6, show_default=True, metavar="N", help="Images to show.")
+def report(store: Place, output: Path, n_samples: int) -> int:
+    """Write one HTML page about STORE: what was run on what, how it went, bad images, samples with their maps."""
+    from pipeline.report import write_report
+
+    write_report(store, output, n_samples=n_samples)
+    click.echo(f"wrote {output}")
+    return EXIT_COMPLETE
+
+
 def _check(kind: str, given: dict[str, int]) -> None:
     """Refuse what the figure would not heed."""
     takes = _TAKES[kind]
