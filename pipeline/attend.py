@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from typing import Any, TypeVar
 
 from pipeline import batch
-from pipeline.driver_job import JOB_ID_VARIABLES, Order
+from pipeline.driver_job import JOB_ID_VARIABLES, Order, report_page
 from pipeline.errors import EXIT_FAILED, EXIT_RUN_AGAIN, FeaturemapsError, UsageError
 from pipeline.launch_batch import margin_s
 from pipeline.objects import place
@@ -36,6 +36,8 @@ FIRST_PAUSE_S = 2.0
 LONGEST_PAUSE_S = 60.0
 COUNT_S = 60.0
 """How long the ledger may take to be counted, where a storage hangs."""
+PAGE_S = 300.0
+"""How long the page at the end may take."""
 VAIN_PAUSE_S = 30.0
 LONGEST_VAIN_PAUSE_S = 600.0
 
@@ -118,9 +120,12 @@ class Attempt:
         return self.end_s - time.monotonic()
 
     def finish(self, summary: Summary) -> int:
-        """Audit the store, if that is wanted, as long as there is time."""
-        if not self.order.verify:
-            return summary.exit_code
+        """Audit the store, if that is wanted, and write its page, as long as there is time."""
+        code = self._audit(summary) if self.order.verify else summary.exit_code
+        self._write_page()
+        return code
+
+    def _audit(self, summary: Summary) -> int:
         from pipeline.verify import verify_store  # noqa: PLC0415 (only at the end)
 
         timer = self.timer(1, self._end_without_audit)
@@ -144,6 +149,22 @@ class Attempt:
         for process in multiprocessing.active_children():
             process.kill()
         os._exit(EXIT_FAILED)
+
+    def _write_page(self) -> None:
+        """Leave a report beside the driver's log, by a process of its own: whatever becomes of it, the run is none the worse."""
+        page, store = report_page(self.order), self.order.job.store
+        command = [sys.executable, "-m", "pipeline", "report", store, "-o", str(page)]
+        try:
+            page.parent.mkdir(parents=True, exist_ok=True)
+            limit_s = max(1.0, min(PAGE_S, self._left_s() - self.quarter_s))
+            subprocess.run(command, check=True, capture_output=True, text=True, timeout=limit_s)  # noqa: S603 (this program)
+        except (OSError, subprocess.SubprocessError) as error:
+            self.report(
+                f"the page about the store was not written ({batch.said(error)}): the run is none the worse; `featuremaps report {store}` "
+                "writes it"
+            )
+        else:
+            self.report(f"page about the store: {page}")
 
     def come_back(self) -> int:
         """Have the batch system start another attempt, unless these lead nowhere or somebody took the job back.

@@ -162,6 +162,11 @@ def _condor_arguments(script: list[str]) -> str:
     return '"' + condor_text(quoted).replace('"', '""') + '"'
 
 
+def report_page(order: Order) -> Path:
+    """Where the page about the store is left at the end: beside the driver's log."""
+    return Path(order.spec.log_folder) / f"{job_name(order.job.store)}-report.html"
+
+
 def attend_command(order: Order) -> list[str]:
     """What runs in the driver's job."""
     command = [order.spec.python or sys.executable, "-m", "pipeline", "submit", str(order.job_file.absolute())]

@@ -1,117 +1,278 @@
-"""Figures from a store."""
+"""One self-contained HTML page about a store: what was run on what, how it went, what is in it, and how to open it."""
 
 from __future__ import annotations
 
-import hashlib
-import warnings
+import io
+import shlex
+from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple
 
-import numpy as np
-
+from pipeline import figures
 from pipeline.analysis import FeatureStore, open_store
-from pipeline.decode import decode
-from pipeline.errors import ImageError, UsageError
-from pipeline.objects import Place
-from pipeline.reading import Source, read_current
-from pipeline.settings import decode_spec
+from pipeline.checks import ROUNDING, TF32_ROUNDING
+from pipeline.errors import UsageError
+from pipeline.layers import receptive_field
+from pipeline.lock import current_holder
+from pipeline.objects import Place, put
+from pipeline.report_facts import LIVE, BadImage, Facts, as_summary, gather, judge, run_facts
+from pipeline.report_html import page
+from pipeline.report_pictures import MAX_VALUES, Sample, choose, samples
+from pipeline.schema import StoredLayer
+from pipeline.settings import VERSION, decode_spec
+from pipeline.store import Store
 from pipeline.summary import printable
+from pipeline.thumbnails import Embedded, data_uri, thumbnails
 
-FORMATS = (".png", ".svg", ".pdf")
-MAX_MAPS = 16
-_COLUMNS = 4
-_PANEL = 3.2  # inches of the longer side of a map
-Pixels: TypeAlias = np.ndarray[Any, Any]
+N_BAD = 200
+"""Bad images that are named."""
+N_THUMBNAILS = 60
+N_CLASSES = 20
+N_RUNS = 10
+N_HOSTS = 8
+THUMBNAIL_PX = 96
+SEED = 23455
+PICTURE_BYTES = 4 * 1024**2
+"""What the pictures of sample images may take, as text."""
+DECODABLE = {"truncated", "corrupt", "too_small"}
+"""Codes of bad images of which a decoder may show a part."""
+FIGURE_DPI = 110
+N_HISTOGRAM = 16
+"""Images whose values are counted."""
+TONES = {"complete": "good", "at work": "working", "failed": "bad", "died": "bad"}
+STATUSES = {
+    "done": "its maps are in the store",
+    "pending": "its turn has not come, or the storage failed; the next run does it",
+    "quarantined": "it could not be decoded or extracted",
+    "rejected": "its header or its file is unfit, so that it has no row",
+}
 
 
-def show_image(store: Place, path: str, output: Path) -> None:
-    """Draw an image with its maps below it, each titled with layer and channel.
+def write_report(store: Place | FeatureStore, output: Path, *, n_samples: int = 6, n_bad: int = N_BAD, seed: int = SEED) -> None:
+    """Write one HTML page about a store, whole or not at all.
+
+    Works for stores of any state, also one that a run works on; takes no lock. The page needs no network, holds at most some
+    `PICTURE_BYTES` of pictures of samples and half a megabyte more, and its script only adds to what is there without.
 
     Parameters
     ----------
-    store : Path or Url
-    path : str
-        As in `FeatureStore.images`.
+    store : Path, Url or FeatureStore
     output : Path
-        A .png, .svg or .pdf file.
+        The page; one that is there is replaced once the new one is complete.
+    n_samples : int
+        Images that are shown with their maps.
+    n_bad : int
+        Quarantined and rejected images that are named.
+    seed : int
+        Of the choice of samples.
 
     Raises
     ------
     UsageError
-        When the path has no maps, or the figure cannot be drawn or written.
+        When there is no store, matplotlib is missing, or the page cannot be written where it is wanted.
     """
-    if output.suffix.lower() not in FORMATS:
-        raise UsageError(f"figure {output} would be of an unknown kind {output.suffix!r}: name it .png, .svg or .pdf")
-    features = open_store(store)
-    maps = features.image(path)
-    pixels = _source_pixels(features, path)
-    panels = [
-        (f"{layer}, channel {channel}", maps[layer].values[channel])
-        for layer in features.layers
-        for channel in range(maps[layer].shape[0])
-    ]
-    _save(pixels, printable(path), panels[:MAX_MAPS], len(panels), output)
-
-
-def _save(pixels: Pixels | None, title: str, panels: list[tuple[str, Pixels]], n_maps: int, output: Path) -> None:
+    _check_output(output)
+    features = store if isinstance(store, FeatureStore) else open_store(store)
+    content = render(features, n_samples=n_samples, n_bad=n_bad, seed=seed).encode("utf-8", "backslashreplace")
     try:
-        import matplotlib as mpl  # noqa: PLC0415 (an extra)
-    except ImportError as error:
-        raise UsageError('figures need matplotlib, which is not installed: pip install "featuremaps[figures]"') from error
-    try:
-        # Titles stay text in an SVG; a name is no formula; a font may lack a glyph, which then is a box.
-        with mpl.rc_context({"svg.fonttype": "none", "text.usetex": False}), warnings.catch_warnings(action="ignore"):
-            _draw(pixels, title, panels, n_maps).savefig(output, dpi=150)
+        put(output, content)
     except OSError as error:
-        raise UsageError(f"figure {output} cannot be written ({error}): check its folder, permissions and space") from error
+        raise UsageError(f"page {output} cannot be written ({error}): check its folder, permissions and space") from error
 
 
-def _source_pixels(features: FeatureStore, path: str) -> Pixels | None:
-    """The image as the extractor saw it, or None where the source cannot be read any more."""
-    spec = decode_spec(features._store.spec)
-    entry = features._entry(path)
-    try:
-        data = read_current(Source(features.source_root, spec), str(entry.name))
-        digest = features._store.column(entry["class"], "digest")[entry["row"]]
-        if hashlib.sha256(data).hexdigest() != digest:
-            raise UsageError(
-                f"{path!r} has changed since its maps were computed, so the figure would show another photograph above them: nothing "
-                "was drawn; bring the store up to date with `featuremaps run` first"
+def _check_output(output: Path) -> None:
+    if output.is_dir():
+        raise UsageError(f"page {output} would replace a folder, so nothing was written: give a file in it, such as report.html")
+    if not output.absolute().parent.is_dir():
+        raise UsageError(f"page {output} would lie in a folder that is not there, so nothing was written: make the folder first")
+
+
+def render(features: FeatureStore, *, n_samples: int = 6, n_bad: int = N_BAD, seed: int = SEED) -> str:
+    """The page as text."""
+    plots = list(_filters(features))  # first, as nothing is to be done where matplotlib is missing
+    store = Store(features.path)  # as it is now, also while a run works on it
+    facts = gather(store, current_holder(features.path), n_bad)
+    chosen, too_large = choose(store, n_samples if features.map_layers else 0, seed)
+    shown, n_left_out = _within_budget(samples(store, chosen))
+    layers = list(_layers(features, shown))
+    values = {
+        "now": datetime.now(UTC),
+        "version": VERSION,
+        "spec": store.spec,
+        "decode": decode_spec(store.spec),
+        "origin": _origin(store.spec.extractor.get("origin", {})),
+        "location": _location(features.path),
+        "facts": facts,
+        "verdict": judge(facts),
+        "live": LIVE,
+        "stack": list(_stack(facts)),
+        "statuses": STATUSES,
+        "runs": list(run_facts(facts.receipts[:N_RUNS], facts.holder)),
+        "tones": TONES,
+        "working": as_summary(facts.last_working) if facts.last_working else None,
+        "n_classes": N_CLASSES,
+        "rest_images": sum(c.n_live for c in facts.classes[N_CLASSES:]),
+        "n_hosts": N_HOSTS,
+        "bad": list(zip(facts.bad, _thumbnails(store, facts.bad), strict=True)),
+        "has_maps": bool(features.map_layers),
+        "samples": shown,
+        "n_left_out": n_left_out,
+        "too_large": too_large,
+        "max_values": MAX_VALUES,
+        "seed": seed,
+        "layers": layers,
+        "doubts": list(_doubts(layers, tf32=features.extractor.tf32)),
+        "figures": [*plots, *_histograms(features, facts)],
+        "python_code": _python_code(features.path, facts, shown),
+        "shell_code": _shell_code(features.path),
+    }
+    return page(values)
+
+
+# -- what the template is given ------------------------------------------------------------------------------------------------------
+
+
+class Location(NamedTuple):
+    """Where the store is."""
+
+    name: str
+    path: str
+    quoted: str
+    """For a shell."""
+
+
+def _location(path: Place) -> Location:
+    where = str(path.absolute())
+    return Location(path.name, where, shlex.quote(where))
+
+
+def _stack(facts: Facts) -> Iterator[Part]:
+    """The parts of the bar of statuses, in percent; one that is there takes at least a third, to be seen."""
+    numbers = {name: facts.counts[name] for name in LIVE if facts.counts[name]}
+    widths = {name: max(100 * n / facts.n_live, 0.33) for name, n in numbers.items()}
+    start = 0.0
+    for name, width in widths.items():
+        yield Part(name, start, width * 100 / sum(widths.values()))
+        start += width * 100 / sum(widths.values())
+
+
+class Part(NamedTuple):
+    """A part of a bar."""
+
+    name: str
+    start: float
+    """Percent."""
+    width: float
+
+
+def _origin(origin: dict[str, Any]) -> str:
+    """Where the weights came from, in words."""
+    if "weights" in origin:
+        return f"from {origin['weights']}"
+    return f"drawn at random, seed {origin['seed']}" if "seed" in origin else "not said"
+
+
+def _doubts(layers: list[dict[str, Any]], *, tf32: bool) -> Iterator[str]:
+    """What to say where stored values are further off than the format allows."""
+    for layer in layers:
+        stored, measured = layer["stored"], layer["measured"]
+        if measured is not None and measured > stored.error_bound + (TF32_ROUNDING if tf32 else ROUNDING):
+            yield (
+                f"{layer['name']} is off by {measured:.2g}, more than its bound {stored.error_bound:.2g}: the store or the version of a "
+                "decoder has changed; run featuremaps verify."
             )
-        return decode(data, spec)
-    except (ImageError, OSError):
-        return None
 
 
-def _draw(pixels: Pixels | None, title: str, panels: list[tuple[str, Pixels]], n_maps: int) -> Any:
-    from matplotlib.figure import Figure  # noqa: PLC0415 (an extra)
+def _python_code(path: Place, facts: Facts, shown: list[Sample]) -> str:
+    where = str(path.absolute())
+    name = facts.classes[0].name if facts.classes else "HEIGHTxWIDTH"
+    image = shown[0].path if shown else "PATH"
+    return "\n".join(
+        [
+            "import pipeline",
+            "",
+            f"store = pipeline.open_store({where!r})",
+            "store.images  # pandas table: path, class, row, sizes, status, error",
+            f"store.dataset({name!r})  # xarray.Dataset of one size: lazy, float32",
+            f"store.image({image!r})  # one image",
+        ]
+    )
 
-    columns = min(_COLUMNS, len(panels))
-    rows = -(-len(panels) // columns)
-    height, width = panels[0][1].shape
-    ratio = height / width
-    panel_width = max(_PANEL / max(ratio, 1.0), 1.5)  # room for a title over a narrow map
-    panel_height = max(_PANEL * min(ratio, 1.0), 0.3)
-    top = max(panel_height * min(columns, 2), min(panel_width * columns * ratio, _PANEL))
-    below_height = rows * (panel_height + 0.4)
-    figure_width = max(panel_width * columns + 0.4, _PANEL)
-    figure = Figure(figsize=(figure_width, top + below_height + 0.5), layout="constrained")
-    n_letters = int(figure_width / 0.11)
-    parts: Any = figure.subfigures(2, 1, height_ratios=[top + 0.4, below_height])
-    above, below = parts
-    axes = above.subplots()
-    axes.axis("off")
-    axes.set_title(title if len(title) <= n_letters else f"...{title[3 - n_letters :]}", parse_math=False)
-    if pixels is None:
-        axes.text(0.5, 0.5, "the source image cannot be read any more", ha="center", va="center")
-    else:
-        axes.imshow(pixels if pixels.shape[2] == 3 else pixels[:, :, 0], cmap="gray", vmin=0, vmax=255)
-    grid = below.subplots(rows, columns, squeeze=False)
-    for axes in grid.flat:
-        axes.axis("off")
-    for axes, (name, values) in zip(grid.flat, panels, strict=False):
-        axes.imshow(values, cmap="gray")
-        axes.set_title(name, fontsize="medium")
-    if n_maps > len(panels):
-        below.suptitle(f"the first {len(panels)} of {n_maps} maps", fontsize="small")
-    return figure
+
+def _shell_code(path: Place) -> str:
+    where = shlex.quote(str(path.absolute()))
+    return printable_lines(f"featuremaps status {where}\nfeaturemaps verify {where}")
+
+
+def printable_lines(text: str) -> str:
+    """`printable`, line by line."""
+    return "\n".join(map(printable, text.split("\n")))
+
+
+class Plot(NamedTuple):
+    """A drawing of matplotlib's."""
+
+    caption: str
+    alt: str
+    picture: Embedded
+
+
+def _filters(features: FeatureStore) -> Iterator[Plot]:
+    first = features.extractor.layers[0]
+    alt = f"The {first.filters} filters of conv1, {first.kernel[0]} x {first.kernel[1]} weights each"
+    yield Plot("Filters of conv1", alt, _drawn(figures.filters(features)))
+
+
+def _histograms(features: FeatureStore, facts: Facts) -> Iterator[Plot]:
+    """How values are spread, in each layer that has maps."""
+    for layer in features.map_layers if facts.counts["done"] else ():
+        alt = f"Histograms of the values in the maps of {layer}, channel by channel"
+        yield Plot(f"Values of {layer}", alt, _drawn(figures.histograms(features, layer, n_images=N_HISTOGRAM)))
+
+
+def _drawn(figure: Any) -> Embedded:
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=FIGURE_DPI)
+    data = file.getvalue()
+    width, height = (int.from_bytes(data[start : start + 4], "big") for start in (16, 20))  # of the header
+    return Embedded(data_uri(data, "image/png"), width, height)
+
+
+def _within_budget(found: Iterator[Sample]) -> tuple[list[Sample], int]:
+    """Samples until their pictures fill the page, and how many are left out."""
+    shown: list[Sample] = []
+    total = n_left_out = 0
+    for sample in found:
+        total += sample.bytes
+        if total > PICTURE_BYTES and shown:
+            n_left_out += 1
+        else:
+            shown.append(sample)
+    return shown, n_left_out
+
+
+def _thumbnails(store: Store, bad: list[BadImage]) -> list[Embedded | None]:
+    wanted = [i for i, image in enumerate(bad) if image.code in DECODABLE][:N_THUMBNAILS]
+    found: list[Embedded | None] = [None] * len(bad)
+    images = [(bad[i].path, bad[i].fingerprint) for i in wanted]
+    for i, picture in zip(wanted, thumbnails(store.spec.source_root, decode_spec(store.spec), images, THUMBNAIL_PX), strict=True):
+        found[i] = picture
+    return found
+
+
+def _layers(features: FeatureStore, shown: list[Sample]) -> Iterator[dict[str, Any]]:
+    """Each layer of the stack: what it is, whether and how it is stored, and how exactly."""
+    stored: dict[str, StoredLayer] = {layer.name: layer for layer in features.spec.layers}
+    for i, layer in enumerate(features.extractor.layers, 1):
+        name = f"conv{i}"
+        measured = [sample.differences[name] for sample in shown if name in sample.differences]
+        field = receptive_field(features.extractor.layers, i)
+        yield {
+            "name": name,
+            "spec": layer,
+            "field": field,
+            "stored": stored.get(name),
+            "measured": max(measured) if measured else None,
+            "n_measured": len(measured),
+        }

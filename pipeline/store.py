@@ -137,6 +137,10 @@ class Store:
         """The newest run's receipt; None where there is none that can be read."""
         return next(iter(self.receipts(1)), None)
 
+    def run_ids(self) -> list[str]:
+        """Names of the runs that left a receipt, oldest first; they begin with the time."""
+        return sorted(name.removesuffix(".json") for name in self._receipt_names())
+
     def _receipt_names(self) -> list[str]:
         return [name for name in children(self.path / RUNS) if fnmatch(name, "*Z-*.json")]
 

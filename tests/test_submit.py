@@ -368,6 +368,53 @@ def test_an_audit_ends_before_the_job_is_killed_and_it_is_said_what_is_left(orde
     assert "featuremaps verify f.zarr" in done.stdout
 
 
+# -- the page ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def complete(order, client, tmp_path):
+    """The end of a run that is complete."""
+    source = make_images(tmp_path / "pictures", 2, [(30, 40)])
+    summary = run_job(make_job({"source": str(source), "store": str(tmp_path / "f.zarr")}), client)
+
+    def finish(**changes) -> tuple[int, list[str]]:
+        said: list[object] = []
+        code = Attempt(order("p", verify=False, **changes), threading.Event(), said.append).finish(summary)
+        return code, [str(text) for text in said]
+
+    return finish
+
+
+def test_a_page_about_the_store_lies_beside_the_drivers_log(complete, tmp_path):
+    code, said = complete()
+    (page,) = (tmp_path / "featuremaps-logs").glob("featuremaps-*-report.html")
+    assert code == 0
+    assert said == [f"page about the store: {page}"]
+    assert "Complete: all 2 images are done" in page.read_text()
+
+
+def test_a_page_that_cannot_be_written_is_said_and_changes_no_exit_code(complete, tmp_path):
+    (tmp_path / "featuremaps-logs").write_text("a file in the place of the folder")
+    code, said = complete()
+    assert code == 0
+    assert "the page about the store was not written" in said[0]
+    assert f"`featuremaps report {tmp_path / 'f.zarr'}` writes it" in said[0]
+
+
+def test_why_there_is_no_page_is_said_in_the_words_of_the_command(complete, tmp_path):
+    (tmp_path / "f.zarr" / "zarr.json").unlink()
+    code, said = complete()
+    assert code == 0
+    assert "was not written (featuremaps: there is no store at" in said[0]
+
+
+def test_a_page_for_which_there_is_no_time_ends_nothing(complete):
+    code, said = complete(walltime=2)
+    assert code == 0
+    assert "was not written (Command" in said[0]
+    assert "timed out" in said[0]
+
+
 # -- scripts ----------------------------------------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,79 @@
+"""Runs the Python of a page on the store of the demo, and puts below each block what it gives: a figure, a table, a page.
+
+The store is made by the real command from the photographs that scikit-image ships, once per build folder.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import skimage
+from sphinx.application import Sphinx
+from sphinx.util import logging
+
+MARK = "<!-- run the code -->"
+_BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+logger = logging.getLogger(__name__)
+
+
+def run_the_code(text: str, folder: Path) -> str:
+    """Put below each Python block of a page what its last line gives; the blocks share their names."""
+    _demo(folder)
+    names: dict[str, Any] = {}
+
+    def with_result(match: re.Match[str]) -> str:
+        above = text[: match.start()].strip().rpartition("\n\n")[2]
+        shown = _show(_run(match[1], names, folder), folder, " ".join(re.sub(r"[#`\[\]]", "", above).split()))
+        return f"{match[0]}\n\n{shown}"
+
+    return _BLOCK.sub(with_result, text)
+
+
+def _demo(folder: Path) -> None:
+    """Make demo/features.zarr in ``folder``, as the first command of the README does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    photographs = Path(skimage.__file__).parent / "data"
+    command = [sys.executable, "-m", "pipeline", "run", photographs, "demo/features.zarr", "--workers", "2"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)  # noqa: S603 (our own command)
+    if done.returncode:
+        raise RuntimeError(f"the store of the demo could not be made: {done.stdout}{done.stderr}")
+    logger.info("gallery: %s", done.stdout.partition("\n")[0])
+
+
+def _run(code: str, names: dict[str, Any], folder: Path) -> Any:
+    """Execute a block; the value of its last line, if that is an expression."""
+    tree = ast.parse(code)
+    last = tree.body.pop() if isinstance(tree.body[-1], ast.Expr) else None
+    with contextlib.chdir(folder):
+        exec(compile(tree, "<page>", "exec"), names)  # noqa: S102 (the page is ours)
+        return eval(compile(ast.Expression(last.value), "<page>", "eval"), names) if isinstance(last, ast.Expr) else None  # noqa: S307
+
+
+def _show(value: Any, folder: Path, above: str) -> str:
+    """Markdown of what a block gave; ``above`` is the paragraph before it, which says what a figure shows."""
+    if value is None:
+        return ""
+    if hasattr(value, "savefig"):
+        file = folder / f"figure-{len(list(folder.glob('figure-*.png'))) + 1}.png"
+        value.savefig(file, dpi=110, facecolor="white")
+        return f"![{above}]({file})"
+    if isinstance(value, Path) and value.suffix == ".html":
+        return f'<p><a href="gallery/{value.name}">Open the page that this made</a></p>'
+    text = value.to_string() if isinstance(value, pd.DataFrame | pd.Series) else str(value)
+    return f"```text\n{text}\n```"
+
+
+def publish(app: Sphinx, error: Exception | None) -> None:
+    """Copy the pages that were made beside the site's own."""
+    for page in (Path(app.doctreedir) / "gallery").glob("*.html") if error is None else ():
+        folder = Path(app.outdir) / "gallery"
+        folder.mkdir(exist_ok=True)
+        shutil.copy(page, folder)

@@ -1,0 +1,330 @@
+"""What a report says of a store: counts, runs, size classes, bad images, and a verdict; read without maps and without the lock."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from pipeline.errors import EXIT_QUARANTINED
+from pipeline.schema import REJECTED, Status
+from pipeline.store import Store
+from pipeline.summary import Summary, count, printable
+
+N_RECEIPTS = 50
+"""Receipts among which the last run that computed anything is looked for."""
+WALK_OBJECTS = 200_000
+WALK_S = 5.0
+"""How long the objects of a store are counted, at most."""
+LIVE = ("done", "pending", "quarantined", "rejected")
+Tone = Literal["good", "working", "warning", "bad"]
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """How a store stands, in a sentence."""
+
+    tone: Tone
+    text: str
+    remedy: str = ""
+    """What to do; empty where nothing is to be done."""
+
+
+@dataclass(frozen=True, slots=True)
+class BadImage:
+    """A quarantined or rejected image."""
+
+    path: str
+    code: str
+    """Stable, such as ``truncated``."""
+    text: str
+    """What was found."""
+    status: str
+    """quarantined or rejected."""
+    size_bytes: int
+    fingerprint: str
+
+
+@dataclass(frozen=True, slots=True)
+class ClassFacts:
+    """A shape class."""
+
+    name: str
+    kind: str
+    """exact or padded."""
+    n_live: int
+    n_done: int
+    disk_bytes: int | None
+    """None where it was not counted."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunFacts:
+    """One run, by its receipt."""
+
+    run_id: str
+    started: str
+    elapsed_s: float
+    state: str
+    """complete, stopped, incomplete, failed, at work, or died."""
+    exit_code: int | None
+    """None while it works, or where it died."""
+    n_done: int
+    images_per_s: float
+    message: str
+
+
+@dataclass(slots=True)
+class Facts:
+    """All of it."""
+
+    counts: dict[str, int]
+    """Rows of each status; `LIVE` ones are images of the collection."""
+    holder: dict[str, Any] | None
+    """Who works on the store now."""
+    receipts: list[dict[str, Any]]
+    """Newest first, at most `N_RECEIPTS`."""
+    n_runs: int = 0
+    first_run: str = ""
+    """When the oldest run began, UTC; empty where there was none."""
+    classes: list[ClassFacts] = field(default_factory=list)
+    """Largest first."""
+    other_bytes: int | None = None
+    """Ledger of rejected images, weights, receipts."""
+    bad: list[BadImage] = field(default_factory=list)
+    """The first of them."""
+    reasons: dict[str, int] = field(default_factory=dict)
+    """All bad images per code, most frequent first."""
+
+    @property
+    def n_live(self) -> int:
+        """Images of the collection that have an entry."""
+        return sum(self.counts[name] for name in LIVE)
+
+    @property
+    def n_bad(self) -> int:
+        """Quarantined and rejected images."""
+        return self.counts["quarantined"] + self.counts["rejected"]
+
+    @property
+    def last(self) -> dict[str, Any] | None:
+        """The newest receipt."""
+        return self.receipts[0] if self.receipts else None
+
+    @property
+    def last_working(self) -> dict[str, Any] | None:
+        """That of the last run that computed maps."""
+        return next((receipt for receipt in self.receipts if receipt.get("n_done")), None)
+
+    @property
+    def disk_bytes(self) -> int | None:
+        """Space of the whole store."""
+        sizes = [self.other_bytes, *(c.disk_bytes for c in self.classes)]
+        return None if None in sizes else sum(size or 0 for size in sizes)
+
+
+def gather(store: Store, holder: dict[str, Any] | None, n_bad: int) -> Facts:
+    """Look at a store, of whatever state: columns are read where they are needed, maps never.
+
+    Parameters
+    ----------
+    store : Store
+    holder : dict, optional
+        As of `lock.current_holder`.
+    n_bad : int
+        Bad images to name.
+    """
+    found = Facts(
+        dict.fromkeys((status.name.lower() for status in Status), 0) | {"rejected": 0}, holder, store.receipts(N_RECEIPTS)
+    )
+    run_ids = store.run_ids()
+    found.n_runs, found.first_run = len(run_ids), _date_of(run_ids[0]) if run_ids else ""
+    sizes, found.other_bytes = _disk_bytes(store)
+    reasons: Counter[str] = Counter()
+    for shape_class in store.classes.values():
+        status = store.column(shape_class.name, "status")
+        numbers = dict(zip(*(part.tolist() for part in np.unique(status, return_counts=True)), strict=True))
+        for value, number in numbers.items():
+            found.counts[Status(value).name.lower()] += number
+        n_live = sum(number for value, number in numbers.items() if Status(value).is_live)
+        n_done = numbers.get(Status.DONE, 0)
+        found.classes.append(ClassFacts(shape_class.name, shape_class.kind, n_live, n_done, sizes.get(shape_class.name)))
+        found.bad += _bad(store, shape_class.name, np.flatnonzero(status == Status.QUARANTINED), n_bad - len(found.bad), reasons)
+    rejected = np.flatnonzero(store.column(REJECTED, "status") < Status.REMOVED)
+    found.counts["rejected"] = len(rejected)
+    found.bad += _bad(store, REJECTED, rejected, n_bad - len(found.bad), reasons)
+    found.classes.sort(key=lambda c: (-c.n_live, c.name))
+    found.reasons = dict(reasons.most_common())
+    return found
+
+
+def _bad(store: Store, group: str, rows: np.ndarray[Any, Any], n: int, reasons: Counter[str]) -> Iterator[BadImage]:
+    """Count the reasons of some rows, and name the first of them."""
+    if not len(rows):
+        return
+    errors = store.column(group, "error")
+    reasons.update(code_of(errors[row]) for row in rows.tolist())
+    if n <= 0:
+        return
+    path, size_bytes, fingerprint = (store.column(group, name) for name in ("path", "size_bytes", "fingerprint"))
+    status = "rejected" if group == REJECTED else "quarantined"
+    for row in rows[:n].tolist():
+        code, _, text = str(errors[row]).partition(":")
+        yield BadImage(path[row], code_of(errors[row]), text.strip() or code, status, int(size_bytes[row]), fingerprint[row])
+
+
+def code_of(error: str) -> str:
+    """The stable code that an error begins with.
+
+    Examples
+    --------
+    >>> code_of("truncated: the file ends early"), code_of("no code")
+    ('truncated', 'other')
+    """
+    code, colon, _ = str(error).partition(":")
+    return code if colon and code.replace("_", "").isalpha() and code.islower() else "other"
+
+
+def _date_of(run_id: str) -> str:
+    """When a run began, by its name.
+
+    Examples
+    --------
+    >>> _date_of("20261123T215159.378Z-f45a62a9")
+    '2026-11-23 21:51:59'
+    """
+    return f"{run_id[:4]}-{run_id[4:6]}-{run_id[6:8]} {run_id[9:11]}:{run_id[11:13]}:{run_id[13:15]}"
+
+
+def _disk_bytes(store: Store) -> tuple[dict[str, int], int | None]:
+    """Space of each class and of the rest; nothing where that would take long, or a request per thousand objects of a bucket."""
+    if not isinstance(store.path, Path):
+        return {}, None
+    end_s, left = time.monotonic() + WALK_S, WALK_OBJECTS
+    total: Counter[str] = Counter()
+    pending = [(entry, entry) for entry in (c.name for c in store.classes.values())] + [("", ".")]
+    while pending:
+        group, folder = pending.pop()
+        try:
+            entries = list(os.scandir(store.path / folder))
+        except OSError:  # a class that is gone meanwhile
+            continue
+        left -= len(entries)
+        if left < 0 or time.monotonic() > end_s:
+            return {}, None
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                if group or not (folder == "." and entry.name in {c.name for c in store.classes.values()}):
+                    pending.append((group, f"{folder}/{entry.name}"))
+            else:
+                total[group] += _size(entry)
+    return {c.name: total[c.name] for c in store.classes.values()}, total[""]
+
+
+def _size(entry: os.DirEntry[str]) -> int:
+    try:
+        status = entry.stat(follow_symlinks=False)
+    except FileNotFoundError:  # a temporary file of a run at work
+        return 0
+    return status.st_blocks * 512
+
+
+# -- runs ------------------------------------------------------------------------------------------------------------------------
+
+
+def run_facts(receipts: Sequence[Mapping[str, Any]], holder: Mapping[str, Any] | None) -> Iterator[RunFacts]:
+    """Runs as a person wants to see them."""
+    for receipt in receipts:
+        state, exit_code = _state(receipt, holder)
+        yield RunFacts(
+            str(receipt.get("run_id", "")),
+            str(receipt.get("started", "")),
+            float(receipt.get("elapsed_s", 0.0)),
+            state,
+            exit_code,
+            int(receipt.get("n_done", 0)),
+            float(receipt.get("images_per_s", 0.0)),
+            str(receipt.get("message", "")),
+        )
+
+
+def _state(receipt: Mapping[str, Any], holder: Mapping[str, Any] | None) -> tuple[str, int | None]:
+    outcome = str(receipt.get("outcome", ""))
+    if outcome == "running":
+        return ("at work" if holder and holder["run_id"] == receipt.get("run_id") else "died"), None
+    return outcome, as_summary(receipt).exit_code
+
+
+def as_summary(receipt: Mapping[str, Any]) -> Summary:
+    """The summary that a receipt was made of; what another version wrote besides is passed over."""
+    names = {f.name for f in fields(Summary)}
+    return Summary(**{"run_id": ""} | {key: value for key, value in receipt.items() if key in names})
+
+
+# -- the verdict -----------------------------------------------------------------------------------------------------------------
+
+
+def judge(facts: Facts) -> Verdict:
+    """One sentence for those who read no further, and what to do."""
+    run = as_summary(facts.last) if facts.last else None
+    state = next(run_facts(facts.receipts[:1], facts.holder)).state if run else ""
+    n_done, n_live = facts.counts["done"], facts.n_live
+    n_listed = max(n_live, run.n_listed) if run and state != "complete" else n_live
+    if facts.holder:
+        return Verdict("working", f"A run is at work: {n_done:,} of {count_of(n_listed)} are done so far.", "Look again later.")
+    n_missing = n_listed - n_done - facts.n_bad
+    missing = f"{_are(n_missing)} missing of {count_of(n_listed)}" if n_missing else ""
+    if run and state in {"failed", "died"}:
+        why = f": {printable(run.message)}" if run.message else ""
+        text = "The last run died before its end" if state == "died" else "The last run failed"
+        return Verdict(
+            "bad",
+            f"{text}{f'; {missing}' if missing else ''}{why}.".replace("..", "."),
+            "What is done stands: mend the cause, if one is named, and run the same command again.",
+        )
+    if n_missing:
+        return Verdict("warning", f"{missing}: {_why_missing(run)}.", "Run the same command again: what is done stands.")
+    if not n_live:
+        return Verdict("warning", "The store is empty: no image was entered yet.", "Run the command that made it again.")
+    reasons = ", ".join(f"{n:,} {code}" for code, n in facts.reasons.items())
+    if not n_done:
+        remedy = "Look at the reasons below; if the settings were wrong, delete the store and run with others."
+        return Verdict("bad", f"No image is done: all {n_live:,} are bad ({reasons}).", remedy)
+    if run and run.exit_code == EXIT_QUARANTINED:
+        limit = run.config.get("max_quarantined")
+        text = f"Complete, but with {facts.n_bad:,} bad images ({reasons}), more than the {limit:,} that the run allows."
+        return Verdict("warning", text, "Look at the reasons below, mend the images, and run with --retry-quarantined.")
+    if facts.n_bad:
+        return Verdict("good", f"Complete: {_are(n_done)} done, and {facts.n_bad:,} cannot be ({reasons}).")
+    return Verdict("good", f"Complete: {f'all {n_done:,} images are' if n_done > 1 else '1 image is'} done.")
+
+
+def _why_missing(run: Summary | None) -> str:
+    if run is None:
+        return "no run has left a receipt"
+    if run.outcome == "stopped":
+        return "the last run was stopped before its end"
+    if run.faults:
+        return f"the storage failed, which may pass ({printable(run.faults[0])})"
+    return "their turn has not come yet"
+
+
+def count_of(n: int) -> str:
+    """A number of images.
+
+    Examples
+    --------
+    >>> count_of(1), count_of(1200)
+    ('1 image', '1,200 images')
+    """
+    return count(n, "image").replace(str(n), f"{n:,}")
+
+
+def _are(n: int) -> str:
+    return f"{count_of(n)} {'is' if n == 1 else 'are'}"

@@ -1,0 +1,175 @@
+"""What a report shows of a store: some images with their maps, and how far what is stored is from what is computed today."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pipeline import remote
+from pipeline.chunks import Array
+from pipeline.decode import decode
+from pipeline.errors import FeaturemapsError, ImageError
+from pipeline.layers import layer_names, output_sizes
+from pipeline.plan import Size
+from pipeline.reading import Source, read_current
+from pipeline.schema import ShapeClass, Status, StoredLayer
+from pipeline.settings import decode_spec, extractor_spec
+from pipeline.store import Store
+from pipeline.thumbnails import Embedded, encode
+from pipeline.weights import dequantise
+
+MAX_VALUES = 1 << 24
+"""Values of all maps of one image, and of its pixels, beyond which it is no sample: 64 MiB as float32, a few times over."""
+MAPS_PER_LAYER = 4
+MAPS_PER_IMAGE = 8
+PHOTOGRAPH_PX = 560
+MAP_PX = 440
+
+
+class Chosen(NamedTuple):
+    """A row that is shown."""
+
+    shape_class: ShapeClass
+    row: int
+
+
+@dataclass(slots=True)
+class MapPicture:
+    """One map, drawn from its smallest value (black) to its largest (white)."""
+
+    layer: str
+    channel: int
+    picture: Embedded
+    low: float
+    high: float
+
+
+@dataclass(slots=True)
+class Sample:
+    """One image and some of its maps."""
+
+    path: str
+    size: Size
+    """Of what the extractor saw, pixels."""
+    photograph: Embedded | None = None
+    trouble: str = ""
+    """Why there is no photograph."""
+    maps: list[MapPicture] = field(default_factory=list)
+    n_maps: int = 0
+    """All maps of the image that are stored."""
+    differences: dict[str, float] = field(default_factory=dict)
+    """Per layer, the largest difference between stored values and those that are computed today; only with a photograph."""
+
+    @property
+    def bytes(self) -> int:
+        """What its pictures take in a page."""
+        return sum(len(p.uri) for p in [m.picture for m in self.maps] + ([self.photograph] if self.photograph else []))
+
+
+def choose(store: Store, n: int, seed: int) -> tuple[list[Chosen], list[str]]:
+    """Some images that are done, spread over the classes, the largest first; the same ones for the same store and seed.
+
+    Returns
+    -------
+    list of Chosen
+    list of str
+        Classes of images that are too large to be shown.
+    """
+    rng = random.Random(seed)  # noqa: S311 (which rows, not a secret)
+    candidates: list[tuple[ShapeClass, list[int]]] = []
+    too_large = []
+    for shape_class in store.classes.values():
+        rows = np.flatnonzero(store.column(shape_class.name, "status") == Status.DONE)
+        if not len(rows):
+            continue
+        if _n_values(shape_class) > MAX_VALUES:
+            too_large.append(shape_class.name)
+        else:
+            picked = rng.sample(range(len(rows)), min(n, len(rows)))
+            candidates.append((shape_class, [int(rows[i]) for i in picked]))
+    candidates.sort(key=lambda c: (-c[0].length, c[0].name))
+    turns = ((shape_class, rows[turn]) for turn in range(n) for shape_class, rows in candidates if turn < len(rows))
+    return [Chosen(*next(turns)) for _ in range(min(n, sum(len(rows) for _, rows in candidates)))], too_large
+
+
+def _n_values(shape_class: ShapeClass) -> int:
+    """The larger of the pixels and the stored values of a class's images."""
+    height, width = shape_class.size
+    values = sum(x.channels * x.height * x.width for x in shape_class.layout.layers)
+    return max(3 * height * width, values)
+
+
+def samples(store: Store, chosen: Sequence[Chosen]) -> Iterator[Sample]:
+    """Read, draw and compute anew the chosen images, one after another.
+
+    A sample whose maps cannot be read, or whose photograph is gone or has changed, says so.
+    """
+    from pipeline.extractor import Extractor  # noqa: PLC0415 (torch takes a second, and an empty store needs none)
+
+    if not chosen:
+        return
+    spec = extractor_spec(store.spec)
+    source = Source(store.spec.source_root, decode_spec(store.spec))
+    weights = store.weights()
+    extractor = Extractor(spec, weights)  # which keeps its float32 values as they are
+    names = layer_names(spec.layers)
+    for shape_class, row in chosen:
+        path, height, width, digest = (
+            _value(store, shape_class, name, row) for name in ("path", "input_height", "input_width", "digest")
+        )
+        sample = Sample(str(path), (int(height), int(width)))
+        sizes = dict(zip(names, output_sizes(spec.layers, *sample.size), strict=True))
+        pixels = _photograph(source, sample, str(digest))
+        computed = {} if pixels is None else extractor.extract(pixels)
+        if pixels is not None:
+            sample.photograph = encode(pixels, PHOTOGRAPH_PX)
+        for layer in (layer for layer in store.spec.layers if layer.has_maps):
+            try:
+                maps = _maps(store, shape_class, layer, row, sizes[layer.name])
+            except (FeaturemapsError, OSError, ValueError, RuntimeError) as error:
+                sample.trouble = f"its maps of {layer.name} cannot be read ({error}): run featuremaps verify"
+                continue
+            sample.n_maps += len(maps)
+            sample.maps += _draw(layer.name, maps, MAPS_PER_IMAGE - len(sample.maps))
+            if computed:
+                sample.differences[layer.name] = float(np.abs(maps - computed[layer.name]).max())
+        yield sample
+
+
+def _value(store: Store, shape_class: ShapeClass, column: str, row: int) -> Any:
+    with remote.errors(str(store.path)):
+        return np.asarray(store.array(shape_class.name, column)[row])[()]
+
+
+def _photograph(source: Source, sample: Sample, digest: str) -> Array | None:
+    """The image as the extractor saw it; the sample says why where it cannot be had."""
+    try:
+        data = read_current(source, sample.path)
+        if hashlib.sha256(data).hexdigest() != digest:
+            sample.trouble = "the file has changed since its maps were computed, so it is not shown beside them"
+            return None
+        return decode(data, source.decode)
+    except (ImageError, OSError):
+        sample.trouble = "the source image cannot be read any more"
+        return None
+
+
+def _maps(store: Store, shape_class: ShapeClass, layer: StoredLayer, row: int, size: Size) -> Array:
+    with remote.errors(str(store.path)):
+        stored = np.asarray(store.array(shape_class.name, layer.name)[row, :, : size[0], : size[1]])
+    maps = dequantise(stored, layer)
+    if np.isnan(maps).any():  # which data never are
+        raise ValueError("an object is missing")
+    return maps
+
+
+def _draw(layer: str, maps: Array, n: int) -> Iterator[MapPicture]:
+    for channel, values in enumerate(maps[: max(0, min(n, MAPS_PER_LAYER))]):
+        low, high = float(values.min()), float(values.max())
+        scaled = (values - low) * (255 / (high - low)) if high > low else np.full_like(values, 128)
+        yield MapPicture(layer, channel, encode(scaled.round().astype(np.uint8), MAP_PX), low, high)
