@@ -29,6 +29,12 @@ class Picture:
     extent: Extent
     """Left, right, bottom and top edge in input pixels; the centre of the first pixel is at 0, and y grows downwards."""
 
+    @property
+    def ratio(self) -> float:
+        """Width by height, in input pixels."""
+        left, right, bottom, top = self.extent
+        return (right - left) / (bottom - top)
+
 
 def of_pixels(title: str, pixels: Array, max_side: int = MAX_SIDE) -> Picture:
     """An image as it is drawn.
@@ -152,3 +158,14 @@ def bin_edges(low: float, high: float, stored: StoredAs, n_bins: int = N_BINS) -
     n = math.ceil((last - first + 1) / per_bin)
     edges: Array = offset + level * (first - 0.5 + per_bin * np.arange(n + 1))
     return edges
+
+
+def rounded(value: float) -> str:
+    """A number of seconds, or per second, to three digits.
+
+    Examples
+    --------
+    >>> rounded(0.01234), rounded(12.34), rounded(1234.5)
+    ('0.0123', '12.3', '1,234')
+    """
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
