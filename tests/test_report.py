@@ -1,4 +1,4 @@
-"""What a report says of stores of every state, and what becomes of bad input; how it looks is in ``test_report_page.py``, and of one in a bucket in ``test_buckets.py``."""
+"""What a report says of stores of every state, and what becomes of bad input; how it looks: ``test_report_page.py``."""
 
 from __future__ import annotations
 
