@@ -27,12 +27,16 @@ logger = logging.getLogger(__name__)
 def run_the_code(text: str, folder: Path) -> str:
     """Put below each Python block of a page what its last line gives; the blocks share their names."""
     _demo(folder)
+    for page in folder.glob("*.html"):  # of a former build
+        page.unlink()
     names: dict[str, Any] = {}
 
     def with_result(match: re.Match[str]) -> str:
         above = text[: match.start()].strip().rpartition("\n\n")[2]
-        shown = _show(_run(match[1], names, folder), folder, " ".join(re.sub(r"[#`\[\]]", "", above).split()))
-        return f"{match[0]}\n\n{shown}"
+        before = set(folder.glob("*.html"))
+        value = _run(match[1], names, folder)
+        made = [f'<p><a href="gallery/{page.name}">Open {page.name}</a></p>' for page in {*folder.glob("*.html")} - before]
+        return "\n\n".join([match[0], _show(value, folder, " ".join(re.sub(r"[#`\[\]]", "", above).split())), *made])
 
     return _BLOCK.sub(with_result, text)
 
@@ -51,10 +55,14 @@ def _demo(folder: Path) -> None:
 def _run(code: str, names: dict[str, Any], folder: Path) -> Any:
     """Execute a block; the value of its last line, if that is an expression."""
     tree = ast.parse(code)
-    last = tree.body.pop() if isinstance(tree.body[-1], ast.Expr) else None
-    with contextlib.chdir(folder):
-        exec(compile(tree, "<page>", "exec"), names)  # noqa: S102 (the page is ours)
-        return eval(compile(ast.Expression(last.value), "<page>", "eval"), names) if isinstance(last, ast.Expr) else None  # noqa: S307
+    last = tree.body[-1] if isinstance(tree.body[-1], ast.Expr) else None
+    del tree.body[-1 if last else len(tree.body) :]
+    try:
+        with contextlib.chdir(folder):
+            exec(compile(tree, "<page>", "exec"), names)  # noqa: S102 (the page is ours)
+            return eval(compile(ast.Expression(last.value), "<page>", "eval"), names) if last else None  # noqa: S307
+    except Exception as error:
+        raise RuntimeError(f"this code of a page failed, so its result cannot be shown: {code!r}: {error!r}") from error
 
 
 def _show(value: Any, folder: Path, above: str) -> str:
@@ -65,8 +73,6 @@ def _show(value: Any, folder: Path, above: str) -> str:
         file = folder / f"figure-{len(list(folder.glob('figure-*.png'))) + 1}.png"
         value.savefig(file, dpi=110, facecolor="white")
         return f"![{above}]({file})"
-    if isinstance(value, Path) and value.suffix == ".html":
-        return f'<p><a href="gallery/{value.name}">Open the page that this made</a></p>'
     text = value.to_string() if isinstance(value, pd.DataFrame | pd.Series) else str(value)
     return f"```text\n{text}\n```"
 
