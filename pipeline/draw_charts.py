@@ -9,6 +9,7 @@ import numpy as np
 
 from pipeline.canvas import CATEGORIES, SIGNED_COLOURS, Canvas, blank, drawing, fit, grid, hide, n_columns
 from pipeline.chunks import Array
+from pipeline.pictures import rounded
 from pipeline.summary import STAGES, WAITING
 
 _STAGE_COLOURS = dict(zip((*STAGES, WAITING), CATEGORIES.values(), strict=False))
@@ -67,13 +68,14 @@ def filter_panels(title: str, note: str, filters: Array, biases: Array, inputs: 
         Name of each part, for instance R, G and B.
     """
     n, n_parts, height, width = filters.shape
-    columns = min(n, 2 if n <= 6 else 4) if n_parts > 1 else n_columns(n)
+    columns = (1 if n <= 4 else 2 if n <= 10 else 4) if n_parts > 1 else n_columns(n)
     rows = -(-n // columns)
     montage_width = n_parts * width + (n_parts - 1) * _gap(width)
     cell_width = max(1.1, min(4.0 if n_parts > 1 else 2.2, 11 / columns))
     cell_height = min(cell_width * height / montage_width, 2.4)
     size = "medium" if columns <= 4 else "x-small"
-    figure = blank(columns * cell_width + 1.2, rows * (cell_height + 0.55) + 1.0)
+    figure = blank(columns * cell_width + 1.2, rows * (cell_height + 0.45) + 0.9)
+    figure.set_layout_engine("constrained", wspace=0.08)  # more than between the parts of a filter
     cells = grid(figure, rows, columns)
     hide(cells[n:])
     largest = float(np.abs(filters).max()) or 1.0
@@ -85,7 +87,7 @@ def filter_panels(title: str, note: str, filters: Array, biases: Array, inputs: 
         axes.tick_params(length=0, labelsize="small", pad=1)
         axes.spines[:].set_visible(False)
         axes.set_title(f"{i}: bias {biases[i]:+.2g}", fontsize=size)
-    bar = figure.colorbar(drawn, ax=cells, shrink=min(1.0, 3.5 / figure.get_figheight() + 0.2), aspect=25)
+    bar = figure.colorbar(drawn, ax=cells, shrink=min(1.0, 3.5 / figure.get_figheight() + 0.2), aspect=25, panchor=False)
     bar.set_label("weight")
     figure.suptitle(fit(title, figure.get_figwidth() - 0.3, "large"))
     figure.supxlabel(fit(note, figure.get_figwidth() - 0.2, "small"), fontsize="small", color="0.35")
@@ -130,7 +132,7 @@ def stage_bars(title: str, note: str, seconds: Mapping[str, float]) -> Canvas:
     axes = figure.subplots()
     colours = [_STAGE_COLOURS.get(stage, CATEGORIES["vermillion"]) for stage in seconds]
     bars = axes.barh(list(seconds), list(seconds.values()), color=colours, height=0.7)
-    axes.bar_label(bars, [f"{s:,.3g} s, {s / total:.0%}" for s in seconds.values()], padding=4)
+    axes.bar_label(bars, [f"{rounded(s)} s, {s / total:.0%}" for s in seconds.values()], padding=4)
     axes.set_xlim(0, longest * 1.22)
     axes.invert_yaxis()
     axes.spines[["top", "right", "left"]].set_visible(False)

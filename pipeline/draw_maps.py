@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 
 from pipeline.canvas import MAP_COLOURS, OVERLAY_COLOURS, Canvas, blank, drawing, fit, grid, hide, n_columns, photograph, place
+from pipeline.chunks import Array
 from pipeline.pictures import Picture, value_limits
 
 _GONE = "the source image cannot be read any more"
 _TITLE = 0.4  # inches that a row's title takes
+_LIGHTER = 80  # of 255: dark colours of a map are seen on a dark image, too
 _MIN_PANEL = 1.5  # room for a title over a narrow map
 
 
@@ -31,7 +33,8 @@ def image_and_maps(title: str, image: Picture | None, layers: Sequence[Sequence[
     """
     rows = _rows(layers)
     columns = max(map(len, rows))
-    panel = 4.8 if columns == 1 else 3.2 if columns <= 4 else 1.6
+    n = sum(map(len, layers))
+    panel = 4.8 if n == 1 else 3.2 if n <= 4 else 2.2 if columns <= 4 else 1.4
     width, height = _panel_size(layers[0][0], panel)
     below_height = len(rows) * (height + _TITLE) + 0.2
     total_width = max(width * columns + 0.4, 3.2)
@@ -46,7 +49,7 @@ def image_and_maps(title: str, image: Picture | None, layers: Sequence[Sequence[
         for axes, picture in zip(cells[i * columns :], row, strict=False):
             low, high = value_limits(picture.values)
             place(axes, picture, cmap=MAP_COLOURS, vmin=low, vmax=high)
-            axes.set_title(picture.title, fontsize="medium" if panel > 2 else "x-small")
+            axes.set_title(picture.title, fontsize="medium" if panel > 3 else "small" if panel > 2 else "x-small")
     below.supxlabel(note, fontsize="small", color="0.35")
     return figure
 
@@ -89,10 +92,10 @@ def maps_over_image(title: str, image: Picture | None, maps: Sequence[Picture], 
     """
     columns = n_columns(len(maps)) if len(maps) != 2 else 2
     rows = -(-len(maps) // columns)
-    panel = 6.4 if columns == 1 else 4.6 if columns <= 2 else 3.2 if columns <= 4 else 1.8
+    panel = 6.4 if len(maps) == 1 else 4.6 if len(maps) == 2 else 2.4 if columns <= 4 else 1.6
     width, height = _panel_size(image or maps[0], panel)
     size = "medium" if panel > 2 else "x-small"
-    figure = blank(columns * (width + 0.7) + 0.2, rows * (height + _TITLE) + 0.9)
+    figure = blank(columns * (width + 0.7) + 0.2, rows * (height + _TITLE) + 0.7)
     cells = grid(figure, rows, columns)
     hide(cells)
     for axes, picture in zip(cells, maps, strict=False):
@@ -105,17 +108,17 @@ def maps_over_image(title: str, image: Picture | None, maps: Sequence[Picture], 
 def _overlay(figure: Any, axes: Any, image: Picture | None, picture: Picture, size: str) -> None:
     low, high = value_limits(picture.values)
     if image:
-        photograph(axes, grey(image))
+        place(axes, grey(image), cmap="gray", vmin=-_LIGHTER, vmax=255)
         limits = axes.get_xlim(), axes.get_ylim()
     drawn = place(axes, picture, cmap=OVERLAY_COLOURS, vmin=low, vmax=high, alpha=opacity(picture.values) if image else None)
     if image:  # whose border is outside the map
         axes.set_xlim(limits[0])
         axes.set_ylim(limits[1])
     axes.set_title(picture.title, fontsize=size)
-    solid = figure.colorbar(drawn, ax=axes, shrink=0.8, aspect=25, pad=0.02)
-    solid.solids.set_alpha(1)
-    solid.ax.tick_params(labelsize=size if size != "medium" else "small")
-    solid.ax.locator_params(nbins=4)
+    bar = figure.colorbar(drawn, cax=axes.inset_axes((1.02, 0, 0.03, 1)))  # just as high as the image
+    bar.solids.set_alpha(1)
+    bar.ax.tick_params(labelsize="small" if size == "medium" else size)
+    bar.ax.locator_params(nbins=4)
 
 
 def grey(image: Picture) -> Picture:
@@ -126,12 +129,17 @@ def grey(image: Picture) -> Picture:
     return Picture(image.title, luma, image.extent)
 
 
-def opacity(values: Any) -> Any:
-    """How far a map covers the image: 0.1 at its median to 1 at its extremes, (y, x) like the map."""
-    middle = np.median(values)
-    difference = np.abs(values - middle)
-    _, high = value_limits(difference)
-    return 0.1 + 0.9 * np.clip(difference / high, 0, 1)
+def opacity(values: Array) -> Array:
+    """How far a map covers the image, (y, x) like the map: not at all at its median, wholly at its extremes.
+
+    Examples
+    --------
+    >>> opacity(np.array([[-1.0, 0.0, 0.0], [0.0, 0.0, 0.25]])).round(2).tolist()
+    [[1.0, 0.0, 0.0], [0.0, 0.0, 0.26]]
+    """
+    difference = np.abs(values - np.median(values))
+    share: Array = np.clip(difference / value_limits(difference)[1], 0, 1)
+    return share
 
 
 @drawing
@@ -155,18 +163,26 @@ def sheet(title: str, pictures: Sequence[Picture | None], titles: Sequence[str],
     figure = blank(columns * cell + (0.9 if are_maps else 0.1), rows * (cell * 0.8 + 0.3) + 0.4)
     cells = grid(figure, rows, columns)
     hide(cells)
-    limits = [value_limits(p.values) for p in pictures if p] if are_maps else []
+    low, high = _common_limits([picture.values for picture in pictures if picture])
     drawn = None
     for axes, picture, text in zip(cells, pictures, titles, strict=False):
         axes.set_title(fit(text, cell - 0.15, size), fontsize=size)
+        axes.set_anchor("N")  # titles of a row at one height
         if picture is None:
             axes.text(0.5, 0.5, fit(_GONE, cell, size), ha="center", va="center", fontsize=size)
         elif are_maps:
-            low, high = min(limits)[0], max(high for _, high in limits)
             drawn = place(axes, picture, cmap=MAP_COLOURS, vmin=low, vmax=high)
         else:
             photograph(axes, picture)
     if drawn:
-        figure.colorbar(drawn, ax=cells, shrink=min(1.0, 4 / (rows * cell)), aspect=30).ax.tick_params(labelsize="small")
+        figure.colorbar(
+            drawn, ax=cells, shrink=min(1.0, 4 / (rows * cell)), aspect=30, fraction=0.03, pad=0.02, panchor=False, extend="both"
+        )
     figure.suptitle(fit(title, figure.get_figwidth() - 0.3, "large"))
     return figure
+
+
+def _common_limits(values: Sequence[Array]) -> tuple[float, float]:
+    """One range for many maps; a map that is far from all others does not grey them."""
+    lows, highs = zip(*map(value_limits, values), strict=True) if values else ((0.0,), (1.0,))
+    return float(np.percentile(lows, 10)), float(np.percentile(highs, 90))

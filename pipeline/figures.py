@@ -38,7 +38,7 @@ MAX_PANELS = 64
 FILE_DPI = 150
 _SHEET_SIDE = 600
 _SEED = 23455
-_OWN_GREYS = "each map from black to white in its own range, without the outermost 0.5 % of its values on each side"
+_OWN_GREYS = "greys: each map's own range, without its 0.5 % lowest and highest values"
 _MAX_PARTS = 8
 
 
@@ -88,7 +88,7 @@ def show(
     drawn = [layer for layer in drawn if layer]
     left_out = f"; the first {MAX_PANELS} of {len(chosen)} maps" if len(chosen) > MAX_PANELS else ""
     if overlay:
-        note = f"the map covers the image where it is far from its median{left_out}"
+        note = f"a map covers the image where it is far from its median{left_out}"
         return draw_maps.maps_over_image(title, image, [picture for layer in drawn for picture in layer], note)
     return draw_maps.image_and_maps(title, image, drawn, f"{_OWN_GREYS}{left_out}")
 
@@ -227,7 +227,9 @@ def filters(store: FeatureStore, layer: str | None = None) -> Canvas:
     n_filters, n_inputs, height, width = weights.shape
     shown = weights[:MAX_PANELS]
     names = ["R", "G", "B"] if (name, n_inputs) == (known[0], 3) else [str(i) for i in range(n_inputs)]
-    note = f"{height} x {width}, applied without flipping"
+    note = f"{height} x {width} weights, as they lie over the image"
+    if 1 < n_inputs <= _MAX_PARTS and names[0] == "0":
+        note += f"; 0 to {n_inputs - 1}: input channels"
     if n_inputs > _MAX_PARTS:
         shown, names = shown.mean(1, keepdims=True), [""]
         note += f"; the mean over {n_inputs} input channels"
@@ -259,7 +261,8 @@ def stage_times(store: FeatureStore, receipt: str | Mapping[str, Any] | None = N
     stages = found["stage_s"]
     slot_s = max(found.get("slot_s", 0.0), sum(stages.values()))
     seconds = stages | {WAITING: slot_s - sum(stages.values())}
-    title = f"{count(found['n_done'], 'image')} in {found['compute_s']:.3g} s, {found['images_per_s']:.3g} images/s"
+    speed = f"{pictures.rounded(found['compute_s'])} s, {pictures.rounded(found['images_per_s'])} images/s"
+    title = f"{count(found['n_done'], 'image')} in {speed}"
     note = f"run {found['run_id']} ({found['outcome']}), {count(found['slots'], 'slot')}; waiting: a slot had no batch"
     return draw_charts.stage_bars(title, note, seconds)
 
@@ -301,11 +304,9 @@ def _map_layers(store: FeatureStore, chosen: str | Sequence[str] | None) -> list
     kept = (
         f"of {', '.join(pooled_only)} only the pooled values were kept" if pooled_only else "of no other layer anything was kept"
     )
-    if not names:
-        raise UsageError(
-            f"there are no maps to draw: {store.path} has maps of {', '.join(store.map_layers) or 'no layer'}, and {kept}; name a "
-            "layer that has maps, or run into another store with `outputs` that keep them"
-        )
+    if chosen is not None and not names:
+        raise UsageError("no layer was chosen, so there is nothing to draw: name at least one, or leave `layers` out")
+    names = names or list(store.layers)  # to say below that none of them has maps
     for name in names:
         if name not in store.map_layers:
             raise UsageError(
@@ -316,14 +317,17 @@ def _map_layers(store: FeatureStore, chosen: str | Sequence[str] | None) -> list
 
 
 def _channels(stored: StoredLayer, chosen: int | Sequence[int] | None) -> list[int]:
-    channels = (
-        list(range(stored.channels)) if chosen is None else [chosen] if isinstance(chosen, int) else list(dict.fromkeys(chosen))
-    )
+    """Channels to draw."""
+    if chosen is None:
+        return list(range(stored.channels))
+    channels = [chosen] if isinstance(chosen, int) else list(dict.fromkeys(chosen))
+    if not channels:
+        raise UsageError("no channel was chosen, so there is nothing to draw: name at least one, or leave `channels` out")
     for channel in channels:
         if not 0 <= channel < stored.channels:
+            known = f"channels 0 to {stored.channels - 1}" if stored.channels > 1 else "one channel, 0"
             raise UsageError(
-                f"channel {channel} of {stored.name} cannot be drawn: the layer has channels 0 to {stored.channels - 1}; choose among "
-                "them, or name the layer that has it"
+                f"channel {channel} of {stored.name} cannot be drawn: the layer has {known}; choose there, or name the layer that has it"
             )
     return channels
 
