@@ -13,6 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import pandas as pd
 import skimage
@@ -32,11 +33,12 @@ def run_the_code(text: str, folder: Path) -> str:
     names: dict[str, Any] = {}
 
     def with_result(match: re.Match[str]) -> str:
-        above = text[: match.start()].strip().rpartition("\n\n")[2]
         before = set(folder.glob("*.html"))
-        value = _run(match[1], names, folder)
+        value, above = _run(match[1], names, folder), text[: match.start()].strip().rpartition("\n\n")[2]
+        says = " ".join(re.sub(r"[#`\[\]]", "", above).split())  # of a figure, which is described there
+        shown = _show(value, folder / f"figure-{crc32(match[1].encode()):08x}.png", says)
         made = [f'<p><a href="gallery/{page.name}">Open {page.name}</a></p>' for page in {*folder.glob("*.html")} - before]
-        return "\n\n".join([match[0], _show(value, folder, " ".join(re.sub(r"[#`\[\]]", "", above).split())), *made])
+        return "\n\n".join([match[0], shown, *made])
 
     return _BLOCK.sub(with_result, text)
 
@@ -65,14 +67,13 @@ def _run(code: str, names: dict[str, Any], folder: Path) -> Any:
         raise RuntimeError(f"this code of a page failed, so its result cannot be shown: {code!r}: {error!r}") from error
 
 
-def _show(value: Any, folder: Path, above: str) -> str:
-    """Markdown of what a block gave; ``above`` is the paragraph before it, which says what a figure shows."""
+def _show(value: Any, file: Path, says: str) -> str:
+    """Markdown of what a block gave: a figure, which goes to ``file``, or a text."""
     if value is None:
         return ""
     if hasattr(value, "savefig"):
-        file = folder / f"figure-{len(list(folder.glob('figure-*.png'))) + 1}.png"
         value.savefig(file, dpi=110, facecolor="white")
-        return f"![{above}]({file})"
+        return f"![{says}]({file})"
     text = value.to_string() if isinstance(value, pd.DataFrame | pd.Series) else str(value)
     return f"```text\n{text}\n```"
 
