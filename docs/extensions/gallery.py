@@ -28,19 +28,22 @@ logger = logging.getLogger(__name__)
 def run_the_code(text: str, folder: Path) -> str:
     """Put below each Python block of a page what its last line gives; the blocks share their names."""
     _demo(folder)
-    for page in folder.glob("*.html"):  # of a former build
-        page.unlink()
     names: dict[str, Any] = {}
 
     def with_result(match: re.Match[str]) -> str:
-        before = set(folder.glob("*.html"))
+        before = _pages(folder)
         value, above = _run(match[1], names, folder), text[: match.start()].strip().rpartition("\n\n")[2]
         says = " ".join(re.sub(r"[#`\[\]]", "", above).split())  # of a figure, which is described there
         shown = _show(value, folder / f"figure-{crc32(match[1].encode()):08x}.png", says)
-        made = [f'<p><a href="gallery/{page.name}">Open {page.name}</a></p>' for page in {*folder.glob("*.html")} - before]
+        made = [f'<p><a href="gallery/{name}">Open {name}</a></p>' for name, _ in sorted(_pages(folder) - before)]
         return "\n\n".join([match[0], shown, *made])
 
     return _BLOCK.sub(with_result, text)
+
+
+def _pages(folder: Path) -> set[tuple[str, int]]:
+    """HTML files by name and time of writing."""
+    return {(page.name, page.stat().st_mtime_ns) for page in folder.glob("*.html")}
 
 
 def _demo(folder: Path) -> None:
