@@ -2,35 +2,29 @@
 
 from __future__ import annotations
 
-import difflib
+import copy
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
-import dask.array as da
 import numpy as np
 import pandas as pd
 import xarray as xr
 
-from pipeline import remote
+from pipeline import map_images, selection, similarity, tables
 from pipeline.chunks import Array
 from pipeline.config import ExtractorSpec
 from pipeline.decode import decode
 from pipeline.errors import FeaturemapsError, ImageError, UsageError
-from pipeline.layers import layer_names, output_sizes, receptive_field
+from pipeline.lookup import PathIndex, similar_names, stored_name
 from pipeline.objects import Place, place
-from pipeline.paths import encode_path
-from pipeline.plan import Size
 from pipeline.reading import Source, read_current
-from pipeline.schema import REJECTED, STATISTICS, ShapeClass, Status, StoredLayer, StoreSpec
+from pipeline.schema import REJECTED, STATISTICS, ShapeClass, Status, StoreSpec
 from pipeline.settings import decode_spec, extractor_spec
 from pipeline.store import Store
-from pipeline.weights import dequantise
-
-_SIZES = ("source_height", "source_width", "input_height", "input_width")
-_COLUMNS = ("path", *_SIZES, "size_bytes", "fingerprint", "digest", "maps_digest", "status", "error")
+from pipeline.views import class_dataset, image_dataset
 
 
 def open_store(path: str | Place) -> FeatureStore:
@@ -62,6 +56,8 @@ def open_store(path: str | Place) -> FeatureStore:
 class FeatureStore:
     """A store as it was when it was opened; rows that a run appends later are not seen.
 
+    `select` and `join` give another one that sees fewer images, or more columns, of the same store.
+
     Parameters
     ----------
     path : Path or Url
@@ -69,12 +65,26 @@ class FeatureStore:
 
     def __init__(self, path: Place) -> None:
         self._store = Store(path)
+        self._index = PathIndex(self._store)
+        self._table: pd.DataFrame | None = None
+        self._vectors: tuple[Any, pd.Index, Array] | None = None
+        self._is_selection = False
         self.path = path
+        self.joined: dict[str, int] = {}
+        """Columns that `join` brought in, and how many images had a line in the user's table."""
 
     def __repr__(self) -> str:
-        spec = self._store.spec
-        rows = sum(c.length for c in self._store.classes.values())
-        return f"<FeatureStore {self.path}: {rows} rows of {spec.dtype} maps in {len(self._store.classes)} shape classes>"
+        spec, counts = self._store.spec, self.counts
+        progress = ", ".join(f"{n:,} {status}" for status, n in counts.items() if n) or "none yet"
+        layers = ", ".join(f"{la.name} ({la.channels} channels{'' if la.has_maps else ', pooled only'})" for la in spec.layers)
+        joined = "".join(f"\n  joined: {name} ({n:,} images have a line)" for name, n in self.joined.items())
+        return (
+            f"<FeatureStore {self.path}{', a selection' if self._is_selection else ''}\n"
+            f"  {sum(counts.values()):,} images in {len(self.classes)} shape classes: {progress}\n"
+            f"  {spec.dtype}, layers {layers}{joined}>"
+        )
+
+    # -- what the store is ---------------------------------------------------------------------------------------------------------
 
     @property
     def source_root(self) -> str:
@@ -101,6 +111,11 @@ class FeatureStore:
         """Names of the stored layers of which there are maps, too."""
         return tuple(layer.name for layer in self._store.spec.layers if layer.has_maps)
 
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the shape classes, ``heightxwidth`` in input pixels."""
+        return tuple(c.name for c in self._store.classes.values())
+
     @cached_property
     def weights(self) -> dict[str, Array]:
         """The weights as used: ``conv1_weight`` (filter, channel, y, x), ``conv1_bias`` (filter,), ...; float32.
@@ -114,124 +129,180 @@ class FeatureStore:
         """What each run left of itself in ``runs/``, oldest first."""
         return self._store.receipts()[::-1]
 
-    @cached_property
-    def counts(self) -> dict[str, int]:
-        """Number of images per status: pending, done, quarantined and rejected."""
-        total = np.zeros(256, np.int64)
-        for shape_class in self._store.classes.values():
-            total += np.bincount(self._store.column(shape_class.name, "status"), minlength=256)
-        live = {status.name.lower(): int(total[status]) for status in Status if status.is_live}
-        return live | {"rejected": int((self._store.column(REJECTED, "status") < Status.REMOVED).sum())}
+    # -- the images ----------------------------------------------------------------------------------------------------------------
 
     @property
-    def classes(self) -> tuple[str, ...]:
-        """Names of the shape classes, ``heightxwidth`` in input pixels."""
-        return tuple(c.name for c in self._store.classes.values())
-
-    @cached_property
     def images(self) -> pd.DataFrame:
         """Table of the live rows and rejected images, one line per image.
 
         Columns: path, class, row, source_height, source_width, input_height, input_width (pixels; 0 where rejected), status
-        (pending, done, quarantined or rejected) and error.
+        (pending, done, quarantined or rejected) and error; then those that were joined.
         """
-        parts = [self._table(c) for c in self._store.classes.values()]
-        rejected = pd.DataFrame({name: self._store.column(REJECTED, name) for name in ("path", "error", "status")})
-        rejected["row"] = np.arange(len(rejected))
-        live = rejected[rejected["status"] < Status.REMOVED].assign(
-            status="rejected", **dict.fromkeys(_SIZES, np.int32(0)), **{"class": ""}
-        )
-        order = ["path", "class", "row", *_SIZES, "status", "error"]
-        return pd.concat([*parts, live[order]], ignore_index=True)
+        return self._images.copy(deep=False)
 
-    def _table(self, shape_class: ShapeClass) -> pd.DataFrame:
-        columns = {name: self._store.column(shape_class.name, name) for name in ("path", *_SIZES, "status", "error")}
-        table = pd.DataFrame(columns).assign(row=np.arange(shape_class.length), **{"class": shape_class.name})
-        table = table[table["status"] < Status.REMOVED]
-        names = {int(status): status.name.lower() for status in Status}
-        return table.assign(status=table["status"].map(names))[["path", "class", "row", *_SIZES, "status", "error"]]
+    @property
+    def _images(self) -> pd.DataFrame:
+        if self._table is None:
+            self._table = tables.images_table(self._store)
+        return self._table
 
     @cached_property
-    def _by_path(self) -> pd.DataFrame:
-        ranked = self.images.assign(is_done=self.images["status"] == "done").sort_values("is_done", kind="stable")
-        return ranked.drop_duplicates("path", keep="last").set_index("path")  # after a crash an image may have two rows
+    def counts(self) -> dict[str, int]:
+        """Number of images per status: pending, done, quarantined and rejected."""
+        names = [status.name.lower() for status in Status if status.is_live]
+        if self._table is not None:
+            found = self._table["status"].value_counts()
+            return {name: int(found.get(name, 0)) for name in (*names, "rejected")}
+        columns = [self._store.column(shape_class.name, "status") for shape_class in self._store.classes.values()]
+        total = np.bincount(np.concatenate([*columns, np.empty(0, np.uint8)]), minlength=len(Status))
+        n_rejected = int((self._store.column(REJECTED, "status") < Status.REMOVED).sum())
+        return {name: int(total[i]) for i, name in enumerate(names)} | {"rejected": n_rejected}
 
-    def dataset(self, name: str) -> xr.Dataset:
-        """All rows of one shape class, lazy.
+    def join(self, table: pd.DataFrame, on: str = "path") -> FeatureStore:
+        """The same images with the columns of a table of yours: labels, dates, what else is known of them.
+
+        Parameters
+        ----------
+        table : pandas.DataFrame
+            A line per image, or per value of another column of `images`; lines that match no image do no harm.
+        on : str
+            The column (or level of the table's index) that has what `images` has under the same name.
+
+        Returns
+        -------
+        FeatureStore
+            Its `images`, selections, datasets and Parquet files have the new columns, NaN for images without a line. `joined`
+            says how many have one.
+
+        Raises
+        ------
+        UsageError
+            When there is no such column, a key is there twice, a name is taken, or not one image matches.
+
+        Examples
+        --------
+        >>> labels = pandas.DataFrame({"path": ["a.png", "b.png"], "label": ["cat", "dog"]})  # doctest: +SKIP
+        >>> store.join(labels).select(label="cat").images  # doctest: +SKIP
+        """
+        images, n_matched = selection.join(self._images, table, on, self._store.spec.layers, str(self.path))
+        new = {str(name): n_matched for name in images.columns if name not in self._images.columns}
+        return self._derive(images, self.joined | new, is_selection=self._is_selection)
+
+    def select(self, where: Any = None, /, **columns: Any) -> FeatureStore:
+        """Some of the images, in the order of `images`.
+
+        Parameters
+        ----------
+        where : boolean Series, DataFrame or list of str, optional
+            Over the lines of `images` (or `pooled`) of this very store; some lines of `images`; or paths.
+        **columns
+            What a column must be, a value or several: ``status="done"``, ``label=["cat", "dog"]``.
+
+        Returns
+        -------
+        FeatureStore
+            Its datasets, pooled values, neighbours and Parquet files are of these images only.
+
+        Raises
+        ------
+        UsageError
+            When there is no such column, image, status or class, or the condition is not over this store's images.
+
+        Examples
+        --------
+        >>> large = store.select(store.images["input_width"] > 500, status="done")  # doctest: +SKIP
+        """
+        return self._derive(selection.select(self._images, where, columns, str(self.path)), self.joined, is_selection=True)
+
+    def _derive(self, images: pd.DataFrame, joined: dict[str, int], *, is_selection: bool) -> FeatureStore:
+        derived = copy.copy(self)
+        for name in ("counts", "_members"):
+            derived.__dict__.pop(name, None)
+        derived._table, derived._vectors, derived.joined, derived._is_selection = images, None, joined, is_selection
+        return derived
+
+    # -- maps ----------------------------------------------------------------------------------------------------------------------
+
+    def dataset(self, name: str, layers: str | Sequence[str] | None = None) -> xr.Dataset:
+        """One shape class, lazy: all its rows, or those of a selection.
 
         Parameters
         ----------
         name : str
             A class, for instance ``516x639``; see `classes`.
+        layers : str or sequence of str, optional
+            Stored layers; all of them by default.
 
         Returns
         -------
         xarray.Dataset
-            Per stored layer its maps (image, channel, y, x) float32, decoded, in Dask chunks of whole shards, NaN where a row is
-            padded or not done; the pooled values (image, channel) float32; the ledger's columns (image,). ``path`` is a coordinate,
-            and so are y and x: the centre of each value's receptive field in input pixels.
+            Per layer its maps (image, channel, y, x) float32, decoded, in Dask chunks of whole shards, NaN where a row is padded or
+            not done; the pooled values (image, channel) float32; the ledger's columns (image,). ``path`` is a coordinate, so are
+            joined columns, and so are y and x: the centre of each value's receptive field in input pixels. Of a layer without maps
+            there are pooled values only.
 
         Raises
         ------
         UsageError
-            When there is no such class.
+            When there is no such class, or no such layer.
         """
         shape_class = self._class(name)
-        is_done = self._store.column(name, "status") == Status.DONE  # rows that are not may hold maps of former images
-        variables: dict[str, Any] = {}
-        for layer in self._store.spec.layers:
-            dims = ("image", *(f"{layer.name}_{axis}" for axis in ("channel", "y", "x")))
-            variables[layer.name] = (dims, _where(self._maps(shape_class, layer), is_done), {"error_bound": layer.error_bound})
-            for statistic in STATISTICS:
-                variables[f"{layer.name}_{statistic}"] = (
-                    dims[:2],
-                    _where(self._lazy(name, f"{layer.name}_{statistic}"), is_done),
-                )
-        for column in _COLUMNS:
-            variables[column] = (("image",), self._lazy(name, column), dict(self._store.array(name, column).attrs))
-        dataset = xr.Dataset(variables, self._coordinates(shape_class), {"class": name, "kind": shape_class.kind})
-        return dataset.set_coords("path")
+        chosen = selection.choose_layers(self.spec, layers, str(self.path))
+        dataset = class_dataset(self._store, shape_class, chosen)
+        if not (self._is_selection or self.joined):
+            return dataset
+        images = self._images[self._images["class"] == name]
+        if self._is_selection:
+            dataset = dataset.isel(image=images["row"].to_numpy())
+        else:  # rows that stand for no image any more stay, as NaN
+            images = images.set_index("row").reindex(np.arange(dataset.sizes["image"]))
+        return dataset.assign_coords({column: ("image", tables.plain(images[column])) for column in self.joined})
 
-    def image(self, path: str) -> xr.Dataset:
+    def tree(self, layers: str | Sequence[str] | None = None) -> xr.DataTree:
+        """All shape classes, lazy: a node per class that has images, each what `dataset` gives.
+
+        Examples
+        --------
+        >>> means = store.tree("conv1").map_over_datasets(lambda node: node.mean("image"))  # doctest: +SKIP
+        """
+        names = self._images["class"].unique() if self._is_selection else self.classes
+        return xr.DataTree.from_dict({name: self.dataset(name, layers) for name in map(str, names) if name})
+
+    def image(self, path: str, layers: str | Sequence[str] | None = None) -> xr.Dataset:
         """One image's maps, cropped to its valid extent and decoded to float32.
 
         Parameters
         ----------
         path : str
             As in `images`: relative to the source root.
+        layers : str or sequence of str, optional
+            Stored layers; all of them by default.
 
         Returns
         -------
         xarray.Dataset
-            Per stored layer (channel, y, x) float32 and the pooled values (channel,) float32, in memory; y and x are coordinates
-            in input pixels.
+            Per layer (channel, y, x) float32 and the pooled values (channel,) float32, in memory; y and x are coordinates in input
+            pixels; path and joined columns are coordinates, too.
 
         Raises
         ------
         UsageError
-            When the path is unknown, or its maps are not there: with the reason.
+            When the path is unknown, or its maps are not there: with the reason; or when there is no such layer.
+        FeaturemapsError
+            When its maps are damaged.
         """
-        entry = self._entry(path)
-        shape_class, row = self._class(entry["class"]), int(entry["row"])
-        sizes = output_sizes(extractor_spec(self._store.spec).layers, int(entry["input_height"]), int(entry["input_width"]))
-        named = dict(zip(self._layer_names(), sizes, strict=True))
-        coordinates: dict[str, Any] = {"path": entry.name}
-        for name, (dimension, values, attributes) in self._coordinates(shape_class).items():
-            layer, axis = name.rsplit("_", 1)
-            coordinates[name] = (dimension, values[: named[layer]["yx".index(axis)]], attributes)
+        chosen = selection.choose_layers(self.spec, layers, str(self.path))
+        name, group, row = self._done(path)
+        height, width = (int(self._store.cell(group, f"input_{side}", row)) for side in ("height", "width"))
         try:
-            with remote.errors(str(self.path)):
-                if self._store.array(shape_class.name, "status")[row] != Status.DONE:
-                    raise UsageError(f"{path!r} has been replaced or removed since {self.path} was opened: open the store again")
-                variables = {
-                    k: v for layer in self._store.spec.layers for k, v in self._row(shape_class, layer, row, named[layer.name])
-                }
+            dataset = image_dataset(self._store, self._class(group), row, (height, width), chosen)
         except (OSError, ValueError, RuntimeError) as error:
             raise FeaturemapsError(
-                f"maps of {path!r} in {self.path} cannot be read ({error}): an object of class {entry['class']} is damaged or out of "
+                f"maps of {path!r} in {self.path} cannot be read ({error}): an object of class {group} is damaged or out of "
                 "reach; check the disk, or restore it from a copy"
             ) from error
-        return xr.Dataset(variables, coordinates, {"class": shape_class.name, "kind": shape_class.kind})
+        values = self._images.loc[self._members[name], list(self.joined)].to_dict() if self.joined else {}
+        return dataset.assign_coords(path=name, **values)
 
     def pixels(self, path: str) -> Array | None:
         """The source image as the extractor saw it.
@@ -251,13 +322,14 @@ class FeatureStore:
         UsageError
             When the path is unknown, or the image has changed since its maps were computed.
         """
-        entry = self._known(path)
-        if str(entry["error"]).startswith("crashed"):  # it took its worker along, and would take this process
+        name, group, row = self._find(path)
+        if str(self._store.cell(group, "error", row)).startswith("crashed"):  # it took its worker along, and would take us
             return None
         spec = decode_spec(self._store.spec)
         try:
-            data = read_current(Source(self.source_root, spec), str(entry.name))
-            if entry["status"] == "done" and hashlib.sha256(data).hexdigest() != self._digest(entry):
+            data = read_current(Source(self.source_root, spec), name)
+            is_done = group != REJECTED and self._index.status((group, row)) == Status.DONE
+            if is_done and hashlib.sha256(data).hexdigest() != self._store.cell(group, "digest", row):
                 raise UsageError(
                     f"{path!r} has changed since its maps were computed, so it is another picture than theirs and was not "
                     f"taken for it: nothing was drawn; bring {self.path} up to date with `featuremaps run` first"
@@ -266,39 +338,217 @@ class FeatureStore:
         except (ImageError, OSError):
             return None
 
-    def _digest(self, entry: Any) -> str:
-        return str(self._store.array(str(entry["class"]), "digest")[int(entry["row"])])
+    def map_images(self, function: map_images.Function, layer: str | None = None) -> pd.DataFrame | pd.Series:
+        """Call a function with the maps of every image that is done, and make a table of what it gives.
 
-    def _row(self, shape_class: ShapeClass, layer: StoredLayer, row: int, size: Size) -> Iterator[tuple[str, Any]]:
-        """One image's maps and pooled values of a layer, read without the rest of their shard."""
-        dims = tuple(f"{layer.name}_{axis}" for axis in ("channel", "y", "x"))
-        maps = dequantise(np.asarray(self._store.array(shape_class.name, layer.name)[row, :, : size[0], : size[1]]), layer)
-        if np.isnan(maps).any():  # which data never are
-            raise ValueError("the ledger says done, and there are no values: an object is missing")
-        yield layer.name, (dims, maps, {"error_bound": layer.error_bound})
-        for statistic in STATISTICS:
-            name = f"{layer.name}_{statistic}"
-            yield name, (dims[:1], np.asarray(self._store.array(shape_class.name, name)[row]))
+        A Dask task reads the images of one shard, at most 64 MiB of float32 maps (or one image), and calls the function for one
+        after the other. Tasks run on the current ``distributed`` client if there is one, else in as many threads as there are
+        cores; each thread holds that much, as it is stored and decoded, and what the function takes. The function must stand being
+        called in several threads at once.
 
-    def _entry(self, path: str) -> Any:
-        entry = self._known(path)
-        if entry["status"] != "done":
-            reason = entry["error"] or "its turn has not come: run again to go on"
-            raise UsageError(f"{path!r} has no maps in {self.path}: it is {entry['status']} ({reason})")
-        return entry
+        Parameters
+        ----------
+        function : callable
+            Takes (channel, y, x) float32, cropped to the image's valid extent; gives a number, a 1-D array of numbers, or a dict
+            of values: the same kind for every image.
+        layer : str, optional
+            A layer with maps; may be left out where there is one only.
 
-    def _known(self, path: str) -> Any:
-        table = self._by_path
-        encoded = encode_path(os.fsencode(path))  # as a shell completes it
-        if path not in table.index and encoded in table.index:
-            path = encoded
-        if path not in table.index:
-            near = difflib.get_close_matches(path, table.index, n=3, cutoff=0.3) if len(table) <= 100_000 else []
-            hint = f"; did you mean {', '.join(map(repr, near))}?" if near else ""
+        Returns
+        -------
+        pandas.Series or pandas.DataFrame
+            Indexed by path in the order of `images`: a Series of numbers, or a DataFrame with a column per item of the array or
+            key of the dict.
+
+        Raises
+        ------
+        UsageError
+            When there is no such layer, it has no maps, or the function gives something else, or not the same for all.
+        FeaturemapsError
+            When maps cannot be read.
+        Exception
+            What the function raised, with a note that names the image.
+
+        Examples
+        --------
+        >>> contrast = store.map_images(lambda maps: maps.max((1, 2)) - maps.min((1, 2)))  # doctest: +SKIP
+        """
+        chosen = selection.choose_map_layer(self.spec, layer, str(self.path))
+        return map_images.map_images(self._store, tables.done(self._images), chosen, function)
+
+    # -- pooled values -------------------------------------------------------------------------------------------------------------
+
+    def pooled(self, layer: str | Sequence[str] | None = None, statistics: str | Sequence[str] = STATISTICS) -> pd.DataFrame:
+        """Mean, standard deviation, minimum and maximum of every map, as the run computed them; no maps are read.
+
+        Parameters
+        ----------
+        layer : str or sequence of str, optional
+            Stored layers; all of them by default.
+        statistics : str or sequence of str
+            Of mean, std, min and max.
+
+        Returns
+        -------
+        pandas.DataFrame
+            Indexed by path, a line per image that is done, in the order of `images`; float32 columns ``conv1_mean_0``,
+            ``conv1_mean_1``, ..., ``conv1_std_0``, ...
+
+        Raises
+        ------
+        UsageError
+            When there is no such layer or statistic.
+        """
+        layers = selection.choose_layers(self.spec, layer, str(self.path))
+        return tables.pooled(self._store, tables.done(self._images), layers, selection.choose_statistics(statistics))
+
+    def nearest(
+        self, path: str, n: int = 5, *, layer: str | Sequence[str] | None = None, statistics: str | Sequence[str] = STATISTICS
+    ) -> pd.DataFrame:
+        """The images whose pooled values are most like those of one.
+
+        Each column of `pooled` is standardised over the images that are done (mean 0, standard deviation 1; columns without spread
+        are dropped); the distance is the Euclidean one between these vectors. 0 means equal pooled values, as of copies; images
+        that differ by one standard deviation in each of k columns are sqrt(k) apart. It says how alike the maps are as a whole,
+        not where in the picture things are. Distances of different selections or layers do not compare.
+
+        Parameters
+        ----------
+        path : str
+            An image that is done.
+        n : int
+            Number of neighbours; fewer where there are fewer.
+        layer, statistics
+            As of `pooled`.
+
+        Returns
+        -------
+        pandas.DataFrame
+            Columns path and distance (float64), nearest first, without the image itself.
+
+        Raises
+        ------
+        UsageError
+            When the path is unknown or not done, or there is no such layer or statistic.
+
+        Examples
+        --------
+        >>> store.nearest("cats/tom.jpg", 3)  # doctest: +SKIP
+        """
+        _require_positive(n, "neighbours")
+        name = self._done(path)[0]
+        paths, vectors = self._standardised(layer, statistics)
+        i = int(paths.get_indexer(pd.Index([name]))[0])
+        if i < 0 or not np.isfinite(vectors[i]).all():
             raise UsageError(
-                f"{path!r} is not an image of {self.path}: paths are relative to {self.source_root}, as in `.images`{hint}"
+                f"{path!r} has no finite pooled values in {self.path} as it was when it was first read: open the store again; if that "
+                "does not help, have `featuremaps verify` look at it"
             )
-        return table.loc[path]
+        rows, distances = similarity.nearest(vectors, i, n)
+        return pd.DataFrame({"path": paths[rows], "distance": distances})
+
+    def most_alike(
+        self, n: int = 1, *, layer: str | Sequence[str] | None = None, statistics: str | Sequence[str] = STATISTICS
+    ) -> pd.DataFrame:
+        """The pairs of images whose pooled values are most alike; distances as of `nearest`.
+
+        Parameters
+        ----------
+        n : int
+            Number of pairs; fewer where there are fewer.
+        layer, statistics
+            As of `pooled`.
+
+        Returns
+        -------
+        pandas.DataFrame
+            Columns path, other and distance (float64), closest first.
+
+        Raises
+        ------
+        UsageError
+            When scipy (the extra ``analysis``) is not installed, or there is no such layer or statistic.
+
+        Examples
+        --------
+        >>> store.most_alike()  # doctest: +SKIP
+        """
+        _require_positive(n, "pairs")
+        paths, vectors = self._standardised(layer, statistics)
+        pairs = similarity.closest_pairs(vectors, n)
+        rows = np.array([pair[:2] for pair in pairs], int).reshape(-1, 2)
+        distances = np.array([distance for _, _, distance in pairs], float)
+        return pd.DataFrame({"path": paths[rows[:, 0]], "other": paths[rows[:, 1]], "distance": distances})
+
+    def _standardised(self, layer: str | Sequence[str] | None, statistics: str | Sequence[str]) -> tuple[pd.Index, Array]:
+        """Paths and vectors; those of the last call are kept."""
+        names = tuple(la.name for la in selection.choose_layers(self.spec, layer, str(self.path)))
+        key = names, selection.choose_statistics(statistics)
+        if self._vectors is None or self._vectors[0] != key:
+            table = self.pooled(*key)
+            self._vectors = key, table.index, similarity.standardise(table.to_numpy())
+        return self._vectors[1], self._vectors[2]
+
+    def to_parquet(self, file: str | os.PathLike[str]) -> None:
+        """Write `images`, with joined columns and the `pooled` values of all layers, as one Parquet file.
+
+        One line per image in the order of `images`; pooled values are NaN where an image is not done. The file appears whole, and
+        replaces one of that name.
+
+        Parameters
+        ----------
+        file : str or path
+            On this machine.
+
+        Raises
+        ------
+        UsageError
+            When pyarrow (the extra ``parquet``) is missing, or the file cannot be written.
+        """
+        done = tables.done(self._images)
+        pooled = tables.pooled(self._store, done, self.spec.layers, STATISTICS).set_index(done.index).reindex(self._images.index)
+        tables.write_parquet(pd.concat([self._images, pooled], axis=1), file)
+
+    # -- what was asked for --------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _members(self) -> pd.Series:
+        """Line of the table of each image that a selection or join has, by path."""
+        ranked = self._images[["path"]].assign(is_done=self._images["status"] == "done")
+        ranked = ranked.sort_values("is_done", kind="stable").drop_duplicates("path", keep="last")
+        return pd.Series(ranked.index, pd.Index(ranked["path"]))
+
+    def _find(self, path: str) -> tuple[str, str, int]:
+        """Name in the store, group and row of an image."""
+        for name in dict.fromkeys((os.fspath(path), stored_name(path))):
+            found = self._index.find(name)
+            if found is None:
+                continue
+            if not self._index.status(found).is_live:
+                raise UsageError(
+                    f"{path!r} is not an image of {self.path} any more: it has left the source, or has been replaced or removed since "
+                    f"{self.path} was opened; if a run was at work meanwhile, open the store again"
+                )
+            if self._is_selection and name not in self._members:
+                raise UsageError(
+                    f"{path!r} is an image of {self.path}, but none of the {len(self._images):,} of this selection: ask the whole "
+                    "store, or select it, too"
+                )
+            return name, *found
+        near = similar_names(os.fspath(path), self._images["path"].tolist())
+        hint = f"; did you mean {', '.join(map(repr, near))}?" if near else ""
+        raise UsageError(
+            f"{path!r} is not an image of {self.path}: paths are relative to {self.source_root}, as in `.images`{hint}"
+        )
+
+    def _done(self, path: str) -> tuple[str, str, int]:
+        """`_find` of an image that is done."""
+        name, group, row = self._find(path)
+        status = "rejected" if group == REJECTED else self._index.status((group, row)).name.lower()
+        if status != "done":
+            reason = self._store.cell(group, "error", row) or "its turn has not come: run again to go on"
+            raise UsageError(f"{path!r} has no maps in {self.path}: it is {status} ({reason})")
+        return name, group, row
 
     def _class(self, name: str) -> ShapeClass:
         for shape_class in self._store.classes.values():
@@ -307,37 +557,7 @@ class FeatureStore:
         known = ", ".join(self.classes[:10]) or "none yet"
         raise UsageError(f"{self.path} has no shape class {name!r}; it has {known}")
 
-    def _layer_names(self) -> tuple[str, ...]:
-        return layer_names(extractor_spec(self._store.spec).layers)
 
-    def _maps(self, shape_class: ShapeClass, layer: StoredLayer) -> da.Array:
-        """Decoded maps in chunks of whole objects along the image axis."""
-        array = self._store.array(shape_class.name, layer.name)
-        chunks = array.shards or array.chunks
-        stored = da.from_array(array, chunks=chunks, name=False, asarray=True)[: shape_class.length]
-        return stored.map_blocks(dequantise, layer, dtype=np.float32)
-
-    def _lazy(self, group: str, column: str) -> da.Array:
-        array = self._store.array(group, column)
-        return da.from_array(array, chunks=array.chunks, name=False, asarray=True)[: self._store.length(group)]
-
-    def _coordinates(self, shape_class: ShapeClass) -> dict[str, Any]:
-        coordinates: dict[str, Any] = {}
-        layers = extractor_spec(self._store.spec).layers
-        for layer in shape_class.layout.layers:
-            field = receptive_field(layers, int(layer.name.removeprefix("conv")))
-            for axis, n, offset, stride in (
-                ("y", layer.height, field.offset_y, field.stride_y),
-                ("x", layer.width, field.offset_x, field.stride_x),
-            ):
-                name = f"{layer.name}_{axis}"
-                coordinates[name] = (name, offset + stride * np.arange(n), {"units": "input pixel"})
-        return coordinates
-
-
-def _where(values: da.Array, is_done: Array) -> da.Array:
-    """Values of rows that are done, NaN for the others."""
-    if is_done.all():
-        return values
-    mask = da.from_array(is_done, chunks=(values.chunks[0],), name=False).reshape((-1, *[1] * (values.ndim - 1)))
-    return da.where(mask, values, np.float32(np.nan))
+def _require_positive(n: int, what: str) -> None:
+    if n < 1:
+        raise UsageError(f"{n} {what} were asked for, and there is nothing to look for: give 1 or more")

@@ -46,16 +46,41 @@ def decompress(data: bytes, dtype: str, shape: tuple[int, ...]) -> Array:
     FeaturemapsError
         When the checksum does not fit the bytes.
     """
+    raw = decompress_bytes(data)
+    if dtype == "string":
+        return np.asarray(VLenUTF8().decode(raw), dtype=object).reshape(shape)
+    return np.frombuffer(raw, np.dtype(dtype)).reshape(shape).copy()
+
+
+def decompress_bytes(data: bytes) -> bytes:
+    """`decompress` without a look at what the bytes mean: numbers in C order; of strings the number, then each with its length before it.
+
+    Raises
+    ------
+    FeaturemapsError
+        When the checksum does not fit the bytes.
+    """
     body = data[:-4]
     if len(data) <= 4 or _checksum(body) != data[-4:]:
         raise FeaturemapsError(
             f"an object of {len(data)} bytes does not fit its crc32c checksum: it was changed or cut off after it was written, "
             "so what it holds cannot be trusted; restore it from a copy, or make the store anew"
         )
-    raw = Blosc().decode(body)
-    if dtype == "string":
-        return np.asarray(VLenUTF8().decode(raw), dtype=object).reshape(shape)
-    return np.frombuffer(raw, np.dtype(dtype)).reshape(shape).copy()
+    return bytes(Blosc().decode(body))
+
+
+def find_text(raw: bytes, text: str) -> list[int]:
+    """Where a string is among those of a decompressed chunk, without decoding them all where it is not.
+
+    Examples
+    --------
+    >>> find_text(decompress_bytes(compress(np.array(["a", "b", "a"], object))), "a")
+    [0, 2]
+    """
+    encoded = text.encode()
+    if len(encoded).to_bytes(4, "little") + encoded not in raw:
+        return []
+    return [i for i, found in enumerate(VLenUTF8().decode(raw)) if found == text]
 
 
 def _checksum(body: bytes) -> bytes:

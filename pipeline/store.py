@@ -116,14 +116,19 @@ class Store:
         parts = each(partial(self._read_chunk, group, name, dtype, chunk), range(-(-length // chunk[0])), self.path)
         return np.concatenate(parts)[:length] if parts else np.empty((0, *chunk[1:]), object if dtype == "string" else dtype)
 
+    def cell(self, group: str, name: str, row: int) -> Any:
+        """One value of a column as it is now, of which one chunk is read."""
+        dtype, chunk = column_type(self.spec.layers, group, name)
+        return self._read_chunk(group, name, dtype, chunk, row // chunk[0])[row % chunk[0]]
+
     def array(self, group: str, name: str) -> zarr.Array[Any]:
         """Any array of a group, as stored; it may be longer than `length` after a crash."""
-        return _open_array(self.path / group / name)
+        return open_array(self.path / group / name)
 
     def weights(self) -> dict[str, Array]:
         """The weights as used, cross-correlation orientation, float32."""
         names = [name for name in children(self.path / EXTRACTOR) if name != "zarr.json"]
-        return {name: np.asarray(_open_array(self.path / EXTRACTOR / name)[...]) for name in names}
+        return {name: np.asarray(open_array(self.path / EXTRACTOR / name)[...]) for name in names}
 
     def receipts(self, n: int | None = None) -> list[dict[str, Any]]:
         """The receipts of the last ``n`` runs, or of all, newest first; but for those that a power cut left empty."""
@@ -371,7 +376,8 @@ def _size(group: str) -> Size:
     return int(height), int(width)
 
 
-def _open_array(folder: Place) -> zarr.Array[Any]:
+def open_array(folder: Place) -> zarr.Array[Any]:
+    """An array of a store, for reading."""
     with remote.errors(str(folder)):
         where = ObjectStore(remote.connect(str(folder)), read_only=True) if isinstance(folder, remote.Url) else str(folder)
         return zarr.open_array(where, mode="r", zarr_format=3)
@@ -453,7 +459,7 @@ def read_maps(path: Place, layout: ClassLayout, layer: str, start: int, stop: in
     folder = path / class_name(layout.size) / layer
     try:
         with remote.errors(str(folder)):
-            return np.asarray(_open_array(folder)[start:stop])
+            return np.asarray(open_array(folder)[start:stop])
     except (ValueError, RuntimeError) as error:
         raise FeaturemapsError(
             f"rows {start} to {stop} of {folder} are damaged ({error}), and their shard cannot be written anew without them: nothing was "

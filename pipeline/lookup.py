@@ -1,0 +1,161 @@
+"""Finds the row of an image by its path, also among millions; and names that are like one that is not there."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from threading import Lock
+
+import numpy as np
+
+from pipeline.chunks import Array, decompress_bytes, find_text
+from pipeline.errors import FeaturemapsError
+from pipeline.objects import each, fetch
+from pipeline.paths import encode_path
+from pipeline.schema import COLUMN_ROWS, REJECTED, Status, object_key
+from pipeline.store import Store
+
+SCANS = 16
+"""Look-ups after which a sorted index pays: it takes about ten of them."""
+SHORTLIST = 400
+MAX_HINTS = 3
+Row = tuple[str, int]
+"""Group and row."""
+
+
+class PathIndex:
+    """Where the images of a store are, by path.
+
+    The first look-ups search the bytes of the ledger's ``path`` columns, which are then kept; after `SCANS` of them a sorted index of
+    hashes is made in their place.
+
+    Parameters
+    ----------
+    store : Store
+        Rows that are appended later are not seen.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._lock = Lock()
+        self._n_scans = 0
+        self._raw: dict[tuple[str, int], bytes] = {}
+        self._hashes: tuple[Array, Array] | None = None
+
+    def find(self, path: str) -> Row | None:
+        """The row of an image that is done, or else its last live one, or else one of before it left; None where there is none."""
+        with self._lock:
+            if self._hashes is None and self._n_scans >= SCANS:
+                self._hashes = self._sort()
+                self._raw = {}
+            self._n_scans += 1
+            rows = self._rows_of(path) if self._hashes is not None else self._scan(path)
+            best: tuple[int, Row] | None = None
+            for row in rows:
+                status = self.status(row)
+                rank = 2 if status == Status.DONE else 1 if status < Status.REMOVED else 0
+                if rank == 2:
+                    return row  # an image has one such row at most
+                if best is None or rank >= best[0]:
+                    best = rank, row
+            return best[1] if best else None
+
+    def status(self, row: Row) -> Status:
+        """What the ledger says of a row now."""
+        return Status(int(self._store.cell(row[0], "status", row[1])))
+
+    def _scan(self, path: str) -> Iterator[Row]:
+        for (group, start), raw in self._chunks():
+            n_rows = self._store.length(group) - start
+            yield from ((group, start + i) for i in find_text(raw, path) if i < n_rows)
+
+    def _chunks(self) -> Iterator[tuple[tuple[str, int], bytes]]:
+        """The bytes of the path columns, by group and first row; under a URL all are asked for at once."""
+        keys = [(group, start) for group in self._groups() for start in range(0, self._store.length(group), COLUMN_ROWS)]
+        if not isinstance(self._store.path, Path) and not self._raw:
+            self._raw = dict(zip(keys, each(self._read, keys, self._store.path), strict=True))
+        for key in keys:
+            if key not in self._raw:
+                self._raw[key] = self._read(key)
+            yield key, self._raw[key]
+
+    def _groups(self) -> list[str]:
+        """The largest class first: it holds what is looked for most likely."""
+        names = [c.name for c in self._store.classes.values()]
+        return [*sorted(names, key=self._store.length, reverse=True), REJECTED]
+
+    def _read(self, key: tuple[str, int]) -> bytes:
+        group, start = key
+        path = self._store.path / group / "path" / object_key(start // COLUMN_ROWS, 1)
+        data = fetch(path)[0]
+        try:
+            return b"" if data is None else decompress_bytes(data)
+        except FeaturemapsError as error:
+            raise FeaturemapsError(f"{path}: {error}") from error
+
+    def _sort(self) -> tuple[Array, Array]:
+        """Hashes of all paths in ascending order, and at which position of all rows each is."""
+        hashes = np.fromiter((hash(path) for group in self._groups() for path in self._store.column(group, "path")), np.int64)
+        order = np.argsort(hashes, kind="stable")
+        return hashes[order], order
+
+    def _rows_of(self, path: str) -> Iterator[Row]:
+        assert self._hashes is not None  # noqa: S101 (for the type checker)
+        hashes, order = self._hashes
+        first, last = (int(np.searchsorted(hashes, hash(path), side)) for side in ("left", "right"))
+        groups = self._groups()
+        ends = np.cumsum([self._store.length(group) for group in groups])
+        for position in order[first:last].tolist():
+            i = int(np.searchsorted(ends, position, "right"))
+            row = groups[i], position - (int(ends[i - 1]) if i else 0)
+            if self._store.cell(row[0], "path", row[1]) == path:
+                yield row
+
+
+def stored_name(path: str) -> str:
+    """A path as a shell completes it, in the form in which the ledger has it: "%" and bytes that are no text are written as %XX."""
+    return encode_path(os.fsencode(path))
+
+
+def similar_names(wanted: str, names: Sequence[str]) -> list[str]:
+    """Names that somebody may have meant, nearest first, at most `MAX_HINTS`.
+
+    Comparing two texts takes some 100 microseconds, so only those are compared that share the longest beginning or the longest end
+    with ``wanted``, upper and lower case alike.
+
+    Examples
+    --------
+    >>> similar_names("/photos/Cats/tom.jpg", ["cats/tom.jpg", "cats/kit.jpg", "dogs/rex.jpg"])
+    ['cats/tom.jpg']
+    """
+    lower = wanted.lower().replace("\\", "/")
+    text = "\0".join(["", *names, ""]).lower()
+    start = _longest(len(lower), lambda n: "\0" + lower[:n] in text)
+    end = _longest(len(lower), lambda n: lower[len(lower) - n :] + "\0" in text)
+    places = [*(_places(text, "\0" + lower[:start]) if start else ())]
+    places += _places(text, lower[len(lower) - end :] + "\0") if end else ()
+    found = {names[i].lower(): names[i] for i in dict.fromkeys(places)}
+    same_end = [key for key in found if f"/{lower}".endswith(f"/{key}") or (lower and key.endswith(f"/{lower}"))]
+    near = difflib.get_close_matches(lower, found, n=MAX_HINTS, cutoff=0.5)
+    return [found[key] for key in dict.fromkeys([*same_end, *near])][:MAX_HINTS]
+
+
+def _longest(n: int, is_there: Callable[[int], bool]) -> int:
+    """The largest number up to ``n`` for which something is there, as it is for all below that."""
+    return bisect_left(range(1, n + 1), 1, key=lambda m: not is_there(m))
+
+
+def _places(text: str, piece: str) -> Iterator[int]:
+    """Which of the names in a text, each after a NUL, the first finds of a piece are in."""
+    name, position = -1, 0
+    at = text.find(piece)
+    for _ in range(SHORTLIST):
+        if at < 0:
+            return
+        name += text.count("\0", position, at + (piece[:1] == "\0"))
+        position = at + (piece[:1] == "\0")
+        yield name
+        at = text.find(piece, at + 1)

@@ -1,0 +1,103 @@
+"""The images of a store, and their pooled values, as pandas tables; and such a table as a Parquet file."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+import pandas as pd
+
+from pipeline.chunks import Array
+from pipeline.errors import UsageError
+from pipeline.schema import REJECTED, ShapeClass, Status, StoredLayer
+from pipeline.store import Store
+
+SIZES = ("source_height", "source_width", "input_height", "input_width")
+COLUMNS = ("path", "class", "row", *SIZES, "status", "error")
+Table: TypeAlias = pd.DataFrame
+
+
+def images_table(store: Store) -> Table:
+    """Live rows and rejected images, a line each, columns `COLUMNS`."""
+    parts = [_class_table(store, c) for c in store.classes.values()]
+    rejected = pd.DataFrame({name: store.column(REJECTED, name) for name in ("path", "error", "status")})
+    rejected["row"] = np.arange(len(rejected))
+    live = rejected[rejected["status"] < Status.REMOVED].assign(
+        status="rejected", **dict.fromkeys(SIZES, np.int32(0)), **{"class": ""}
+    )
+    return pd.concat([*parts, live[list(COLUMNS)]], ignore_index=True)
+
+
+def _class_table(store: Store, shape_class: ShapeClass) -> Table:
+    columns = {name: store.column(shape_class.name, name) for name in ("path", *SIZES, "status", "error")}
+    table = pd.DataFrame(columns).assign(row=np.arange(shape_class.length), **{"class": shape_class.name})
+    table = table[table["status"] < Status.REMOVED]
+    names = {int(status): status.name.lower() for status in Status}
+    return table.assign(status=table["status"].map(names))[list(COLUMNS)]
+
+
+def rows_by_class(table: Table) -> Iterator[tuple[str, Array, Array]]:
+    """Per class of a part of `images_table`: its name, positions in the table, rows in the store."""
+    rows = table["row"].to_numpy()
+    for name, found in table.groupby("class", sort=False).indices.items():
+        positions = np.asarray(found)
+        yield str(name), positions, rows[positions]
+
+
+def done(table: Table) -> Table:
+    """The images that are done, each once: after a crash one may have two rows for a while."""
+    return table[table["status"] == "done"].drop_duplicates("path", keep="last")
+
+
+def pooled(store: Store, entries: Table, layers: Sequence[StoredLayer], statistics: Sequence[str]) -> Table:
+    """Pooled values of some rows: columns ``conv1_mean_0``, ... float32, indexed by path in the order of the entries."""
+    columns = {f"{la.name}_{statistic}": la.channels for la in layers for statistic in statistics}
+    values = np.empty((len(entries), sum(columns.values())), np.float32)
+    for name, positions, rows in rows_by_class(entries):
+        start = 0
+        for column, n_channels in columns.items():
+            values[positions, start : start + n_channels] = store.column(name, column)[rows]
+            start += n_channels
+    names = [f"{column}_{channel}" for column, n_channels in columns.items() for channel in range(n_channels)]
+    return pd.DataFrame(values, pd.Index(entries["path"], name="path"), names)
+
+
+def write_parquet(table: Table, file: str | os.PathLike[str]) -> None:
+    """Write a table whole, in place of a file of that name.
+
+    Raises
+    ------
+    UsageError
+        When pyarrow is missing, the place cannot be written, or a column holds values of several kinds.
+    """
+    path = Path(file)
+    if "://" in str(file):
+        raise UsageError(
+            f"{file} is a URL, and Parquet files are written to this machine's folders only: give a local path, and copy the file"
+        )
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
+    try:
+        table.to_parquet(temporary, engine="pyarrow", index=False)
+        temporary.replace(path)
+    except ImportError as error:
+        raise UsageError('Parquet files need pyarrow, which is not installed: pip install "featuremaps[parquet]"') from error
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written ({error}): check its folder, permissions and space") from error
+    except (ValueError, TypeError) as error:  # pyarrow's are such
+        raise UsageError(
+            f"the table cannot be written to {path} ({error}): a joined column may hold values of several kinds; bring them to one, for "
+            "instance with table[column].astype(str), and join again"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def plain(values: pd.Series) -> Array:
+    """A column as a NumPy array that Xarray can keep: text as objects, what is missing as NaN."""
+    if isinstance(values.dtype, np.dtype):
+        return values.to_numpy()
+    return values.astype(object).where(values.notna(), np.nan).to_numpy(object)

@@ -1,0 +1,125 @@
+"""Xarray views of a shape class and of one image: lazy or in memory, decoded to float32, with coordinates in input pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import dask.array as da
+import numpy as np
+import xarray as xr
+
+from pipeline import remote
+from pipeline.chunks import Array
+from pipeline.layers import layer_names, output_sizes, receptive_field
+from pipeline.plan import Size
+from pipeline.schema import LEDGER_COLUMNS, STATISTICS, ShapeClass, Status, StoredLayer
+from pipeline.settings import extractor_spec
+from pipeline.store import Store
+from pipeline.weights import dequantise
+
+
+def class_dataset(store: Store, shape_class: ShapeClass, layers: Sequence[StoredLayer]) -> xr.Dataset:
+    """All rows of a class, lazy; NaN where a row is padded or not done."""
+    name = shape_class.name
+    is_done = store.column(name, "status") == Status.DONE  # rows that are not may hold maps of former images
+    variables: dict[str, Any] = {}
+    for layer in layers:
+        dims = ("image", *(f"{layer.name}_{axis}" for axis in ("channel", "y", "x")))
+        if layer.has_maps:
+            variables[layer.name] = (dims, _where(_maps(store, shape_class, layer), is_done), {"error_bound": layer.error_bound})
+        for statistic in STATISTICS:
+            column = f"{layer.name}_{statistic}"
+            variables[column] = (dims[:2], _where(_lazy(store, name, column), is_done))
+    for column in LEDGER_COLUMNS:
+        variables[column] = (("image",), _lazy(store, name, column), dict(store.array(name, column).attrs))
+    dataset = xr.Dataset(variables, coordinates(store, shape_class, layers), {"class": name, "kind": shape_class.kind})
+    return dataset.set_coords("path")
+
+
+def image_dataset(store: Store, shape_class: ShapeClass, row: int, size: Size, layers: Sequence[StoredLayer]) -> xr.Dataset:
+    """One row in memory, cropped to what an image of ``size`` (input height and width) gives.
+
+    Raises
+    ------
+    ValueError
+        When there are no values where some must be.
+    """
+    named = map_sizes(store, *size)
+    found: dict[str, Any] = {}
+    for name, (dimension, values, attributes) in coordinates(store, shape_class, layers).items():
+        layer_name, axis = name.rsplit("_", 1)
+        found[name] = (dimension, values[: named[layer_name]["yx".index(axis)]], attributes)
+    variables = {k: v for layer in layers for k, v in _row(store, shape_class.name, layer, row, named[layer.name])}
+    return xr.Dataset(variables, found, {"class": shape_class.name, "kind": shape_class.kind})
+
+
+def _row(store: Store, group: str, layer: StoredLayer, row: int, size: Size) -> Iterator[tuple[str, Any]]:
+    """One image's maps and pooled values of a layer, read without the rest of their shard."""
+    dims = tuple(f"{layer.name}_{axis}" for axis in ("channel", "y", "x"))
+    if layer.has_maps:
+        with remote.errors(str(store.path)):
+            maps = dequantise(np.asarray(store.array(group, layer.name)[row, :, : size[0], : size[1]]), layer)
+        require_values(maps)
+        yield layer.name, (dims, maps, {"error_bound": layer.error_bound})
+    for statistic in STATISTICS:
+        name = f"{layer.name}_{statistic}"
+        yield name, (dims[:1], store.cell(group, name, row))
+
+
+def require_values(maps: Array) -> None:
+    """Data are never NaN.
+
+    Raises
+    ------
+    ValueError
+        When some are.
+    """
+    if np.isnan(maps).any():
+        raise ValueError("the ledger says done, and there are no values: an object is missing")
+
+
+def map_sizes(store: Store, height: int, width: int) -> dict[str, Size]:
+    """Height and width of every layer's maps, by its name, for an input height and width."""
+    layers = extractor_spec(store.spec).layers
+    return dict(zip(layer_names(layers), output_sizes(layers, height, width), strict=True))
+
+
+def _maps(store: Store, shape_class: ShapeClass, layer: StoredLayer) -> da.Array:
+    """Decoded maps in chunks of whole objects along the image axis."""
+    array = store.array(shape_class.name, layer.name)
+    chunks = array.shards or array.chunks
+    stored = da.from_array(array, chunks=chunks, name=False, asarray=True)[: shape_class.length]
+    return stored.map_blocks(dequantise, layer, dtype=np.float32)
+
+
+def _lazy(store: Store, group: str, column: str) -> da.Array:
+    array = store.array(group, column)
+    return da.from_array(array, chunks=array.chunks, name=False, asarray=True)[: store.length(group)]
+
+
+def coordinates(store: Store, shape_class: ShapeClass, layers: Sequence[StoredLayer]) -> dict[str, Any]:
+    """Centre of each value's receptive field, input pixels, for the layers that have maps."""
+    found: dict[str, Any] = {}
+    specs = extractor_spec(store.spec).layers
+    sizes = map_sizes(store, *shape_class.size)
+    for layer in layers:
+        if not layer.has_maps:
+            continue
+        field = receptive_field(specs, int(layer.name.removeprefix("conv")))
+        height, width = sizes[layer.name]
+        for axis, n, offset, stride in (
+            ("y", height, field.offset_y, field.stride_y),
+            ("x", width, field.offset_x, field.stride_x),
+        ):
+            name = f"{layer.name}_{axis}"
+            found[name] = (name, offset + stride * np.arange(n), {"units": "input pixel"})
+    return found
+
+
+def _where(values: da.Array, is_done: Array) -> da.Array:
+    """Values of rows that are done, NaN for the others."""
+    if is_done.all():
+        return values
+    mask = da.from_array(is_done, chunks=(values.chunks[0],), name=False).reshape((-1, *[1] * (values.ndim - 1)))
+    return da.where(mask, values, np.float32(np.nan))
