@@ -112,9 +112,7 @@ def fit(text: str, width: float, size: str | float = "medium") -> str:
 def place(axes: Any, picture: Picture, **options: Any) -> Any:
     """Draw a picture at its place in input pixels, to scale unless it would be a hairline."""
     axes.axis("off")
-    left, right, bottom, top = picture.extent
-    ratio = (right - left) / (bottom - top)
-    aspect = ratio / MAX_ASPECT if ratio > MAX_ASPECT else ratio * MAX_ASPECT if ratio < 1 / MAX_ASPECT else 1
+    aspect = picture.ratio / min(max(picture.ratio, 1 / MAX_ASPECT), MAX_ASPECT)
     return axes.imshow(picture.values, extent=picture.extent, aspect=aspect, **options)
 
 

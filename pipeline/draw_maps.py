@@ -7,7 +7,20 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.canvas import MAP_COLOURS, OVERLAY_COLOURS, Canvas, blank, drawing, fit, grid, hide, n_columns, photograph, place
+from pipeline.canvas import (
+    MAP_COLOURS,
+    MAX_ASPECT,
+    OVERLAY_COLOURS,
+    Canvas,
+    blank,
+    drawing,
+    fit,
+    grid,
+    hide,
+    n_columns,
+    photograph,
+    place,
+)
 from pipeline.chunks import Array
 from pipeline.pictures import Picture, value_limits
 
@@ -62,9 +75,7 @@ def _rows(layers: Sequence[Sequence[Picture]]) -> list[Sequence[Picture]]:
 
 def _panel_size(picture: Picture, longer: float) -> tuple[float, float]:
     """Width and height of a panel in inches."""
-    left, right, bottom, top = picture.extent
-    ratio = (bottom - top) / (right - left)
-    return max(longer / max(ratio, 1.0), min(_MIN_PANEL, longer)), max(longer * min(ratio, 1.0), 0.3)
+    return max(longer * min(picture.ratio, 1.0), min(_MIN_PANEL, longer)), max(longer / max(picture.ratio, 1.0), 0.3)
 
 
 def _photograph_or_word(axes: Any, image: Picture | None, title: str) -> None:
@@ -94,18 +105,17 @@ def maps_over_image(title: str, image: Picture | None, maps: Sequence[Picture], 
     rows = -(-len(maps) // columns)
     panel = 6.4 if len(maps) == 1 else 4.6 if len(maps) == 2 else 2.4 if columns <= 4 else 1.6
     width, height = _panel_size(image or maps[0], panel)
-    size = "medium" if panel > 2 else "x-small"
     figure = blank(columns * (width + 0.7) + 0.2, rows * (height + _TITLE) + 0.7)
     cells = grid(figure, rows, columns)
     hide(cells)
     for axes, picture in zip(cells, maps, strict=False):
-        _overlay(figure, axes, image, picture, size)
+        _overlay(figure, axes, image, picture, (width, height))
     figure.suptitle(fit(title, figure.get_figwidth() - 0.3, "large"))
     figure.supxlabel(note if image else f"{_GONE}; {note}", fontsize="small", color="0.35")
     return figure
 
 
-def _overlay(figure: Any, axes: Any, image: Picture | None, picture: Picture, size: str) -> None:
+def _overlay(figure: Any, axes: Any, image: Picture | None, picture: Picture, panel: tuple[float, float]) -> None:
     low, high = value_limits(picture.values)
     if image:
         place(axes, grey(image), cmap="gray", vmin=-_LIGHTER, vmax=255)
@@ -114,10 +124,20 @@ def _overlay(figure: Any, axes: Any, image: Picture | None, picture: Picture, si
     if image:  # whose border is outside the map
         axes.set_xlim(limits[0])
         axes.set_ylim(limits[1])
-    axes.set_title(picture.title, fontsize=size)
-    bar = figure.colorbar(drawn, cax=axes.inset_axes((1.02, 0, 0.03, 1)))  # just as high as the image
+    axes.set_title(picture.title, fontsize="medium" if max(panel) > 2 else "x-small")
+    _colour_bar(figure, axes, image or picture, drawn, panel)
+
+
+def _colour_bar(figure: Any, axes: Any, framed: Picture, drawn: Any, panel: tuple[float, float]) -> None:
+    """Just as high as what it is of, or below it where that is low."""
+    ratio = min(max(framed.ratio, 1 / MAX_ASPECT), MAX_ASPECT)
+    width = min(panel[0], panel[1] * ratio)
+    height = width / ratio
+    is_low = height < 0.8
+    place_of = (0, -0.16 / height, 1, 0.1 / height) if is_low else (1 + 0.08 / width, 0, 0.12 / width, 1)
+    bar = figure.colorbar(drawn, cax=axes.inset_axes(place_of), orientation="horizontal" if is_low else "vertical")
     bar.solids.set_alpha(1)
-    bar.ax.tick_params(labelsize="small" if size == "medium" else size)
+    bar.ax.tick_params(labelsize="small" if max(panel) > 2 else "x-small")
     bar.ax.locator_params(nbins=4)
 
 

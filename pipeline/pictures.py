@@ -29,6 +29,12 @@ class Picture:
     extent: Extent
     """Left, right, bottom and top edge in input pixels; the centre of the first pixel is at 0, and y grows downwards."""
 
+    @property
+    def ratio(self) -> float:
+        """Width by height, in input pixels."""
+        left, right, bottom, top = self.extent
+        return (right - left) / (bottom - top)
+
 
 def of_pixels(title: str, pixels: Array, max_side: int = MAX_SIDE) -> Picture:
     """An image as it is drawn.
