@@ -37,14 +37,14 @@ def run_the_code(text: str, folder: Path) -> str:
 
     def with_results(match: re.Match[str]) -> str:
         before = _pages(folder)
-        values, above = _run(match[1], names, folder), _ABOVE.split(text[: match.start()].strip())[-1]
+        values, above = _run(match[1], names), _ABOVE.split(text[: match.start()].strip())[-1]
         says = " ".join(re.sub(r"[#`*\[\]]", "", above).split())  # of a figure, which is described there
         file = folder / f"figure-{crc32(match[1].encode()):08x}"
         shown = [_show(value, file.with_name(f"{file.name}-{n}.png"), says) for n, value in enumerate(values)]
         made = [f'<p><a href="gallery/{name}">Open {name}</a></p>' for name, _ in sorted(_pages(folder) - before)]
         return "\n\n".join([match[0], *shown, *made])
 
-    with mpl.rc_context({"backend": "agg"}), warnings.catch_warnings():
+    with contextlib.chdir(folder), mpl.rc_context({"backend": "agg"}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "FigureCanvasAgg is non-interactive")  # of plt.show in notebooks
         return _BLOCK.sub(with_results, text)
 
@@ -65,13 +65,13 @@ def _demo(folder: Path) -> None:
     logger.info("gallery: %s", done.stdout.partition("\n")[0])
 
 
-def _run(code: str, names: dict[str, Any], folder: Path) -> list[Any]:
+def _run(code: str, names: dict[str, Any]) -> list[Any]:
     """Execute a block: what it printed, the figures of pyplot, and the value of its last line if that is an expression."""
     tree = ast.parse(code)
     last = tree.body[-1] if isinstance(tree.body[-1], ast.Expr) else None
     del tree.body[-1 if last else len(tree.body) :]
     try:
-        with contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()) as printed:
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
             exec(compile(tree, "<page>", "exec"), names)  # noqa: S102 (the page is ours)
             value = eval(compile(ast.Expression(last.value), "<page>", "eval"), names) if last else None  # noqa: S307
     except Exception as error:

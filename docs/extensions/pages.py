@@ -64,8 +64,15 @@ def _read(app: Sphinx, docname: str, content: list[str]) -> None:
     content[0] = relink(made, file)
 
 
+def _whole_sentence(_app: Sphinx, what: str, _name: str, _value: object, _options: object, lines: list[str]) -> None:
+    """Keep napoleon from reading a type into a property's first line where that has a colon."""
+    if what in {"attribute", "property"}:
+        lines.insert(0, "")
+
+
 def setup(app: Sphinx) -> dict[str, Any]:
     """Sphinx calls this."""
     app.connect("source-read", _read)
+    app.connect("autodoc-process-docstring", _whole_sentence, priority=400)
     app.connect("build-finished", gallery.publish)
     return {"parallel_read_safe": False}
