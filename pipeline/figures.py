@@ -18,25 +18,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline import pictures
+from pipeline import panels, pictures
 from pipeline.errors import UsageError
-from pipeline.layers import layer_names, receptive_field
+from pipeline.layers import layer_names
+from pipeline.panels import MAX_PANELS
 from pipeline.summary import WAITING, count, printable
 
 if TYPE_CHECKING:
-    import xarray as xr
-
     from pipeline.analysis import FeatureStore
     from pipeline.canvas import Canvas
     from pipeline.chunks import Array
-    from pipeline.pictures import Picture
     from pipeline.schema import StoredLayer
 
 FORMATS = (".png", ".svg", ".pdf")
-MAX_PANELS = 64
-"""Maps, images, channels or filters of one figure."""
 FILE_DPI = 150
-_SHEET_SIDE = 600
 _SEED = 23455
 _OWN_GREYS = "greys: each map's own range, without its 0.5 % lowest and highest values"
 _MAX_PARTS = 8
@@ -76,15 +71,15 @@ def show(
     """
     with _matplotlib():
         from pipeline import draw_maps
-    names = _map_layers(store, layers)
-    chosen = [(name, channel) for name in names for channel in _channels(_stored(store, name), channels)]
+    names = panels.map_layers(store, layers)
+    chosen = [(name, channel) for name in names for channel in panels.channels_of(panels.stored_layer(store, name), channels)]
     maps = store.image(path)
     pixels = store.pixels(path)
     title = printable(path)
     image = None if pixels is None else pictures.of_pixels(title, pixels)
     side = pictures.MAX_SIDE if len(chosen) <= 4 else pictures.MAX_SIDE // 2
     kept = chosen[:MAX_PANELS]
-    drawn = [[_map(store, maps, name, channel, side) for n, channel in kept if n == name] for name in names]
+    drawn = [[panels.map_picture(store, maps, name, channel, side) for n, channel in kept if n == name] for name in names]
     drawn = [layer for layer in drawn if layer]
     left_out = f"; the first {MAX_PANELS} of {len(chosen)} maps" if len(chosen) > MAX_PANELS else ""
     if overlay:
@@ -126,10 +121,10 @@ def contact_sheet(
     """
     with _matplotlib():
         from pipeline import draw_maps
-    name = None if channel is None else _map_layers(store, layer)[0]
+    name = None if channel is None else panels.map_layers(store, layer)[0]
     if name is not None:
-        (channel,) = _channels(_stored(store, name), channel)
-    chosen = _spread(store, n) if paths is None else list(paths)
+        (channel,) = panels.channels_of(panels.stored_layer(store, name), channel)
+    chosen = panels.spread_paths(store, n) if paths is None else list(paths)
     if not 1 <= len(chosen) <= MAX_PANELS:
         raise UsageError(
             f"a sheet of {count(len(chosen), 'image')} was asked for, and one holds 1 to {MAX_PANELS}: nothing was drawn; "
@@ -137,10 +132,10 @@ def contact_sheet(
         )
     if name is None:
         title = "images"
-        drawn = [_photograph(store, path) for path in chosen]
+        drawn = [panels.photograph(store, path) for path in chosen]
     else:
         title = f"{name}, channel {channel}"
-        drawn = [_map(store, store.image(path), name, channel or 0, _SHEET_SIDE) for path in chosen]
+        drawn = [panels.map_picture(store, store.image(path), name, channel or 0, panels.SHEET_SIDE) for path in chosen]
     return draw_maps.sheet(title, drawn, [printable(path) for path in chosen], are_maps=name is not None)
 
 
@@ -169,9 +164,9 @@ def histograms(store: FeatureStore, layer: str | None = None, *, n_images: int =
     """
     with _matplotlib():
         from pipeline import draw_charts
-    name = _map_layers(store, layer)[0]
-    stored = _stored(store, name)
-    done = _done(store)
+    name = panels.map_layers(store, layer)[0]
+    stored = panels.stored_layer(store, name)
+    done = panels.done_paths(store)
     if n_images < 1:
         raise UsageError(f"histograms of {n_images} images were asked for: nothing was drawn; take 1 or more")
     sample = sorted(np.random.default_rng(_SEED).choice(done, min(n_images, len(done)), replace=False).tolist())
@@ -184,7 +179,7 @@ def histograms(store: FeatureStore, layer: str | None = None, *, n_images: int =
         for channel, values in enumerate(maps):
             counts[channel] += np.histogram(values.clip(edges[0], edges[-1]), edges)[0]
             total[channel] += values.sum(dtype=np.float64)
-            squares[channel] += np.square(values, dtype=np.float64).sum()
+            squares[channel] += np.einsum("i,i->", values, values, dtype=np.float64)
         n_values += maps.shape[1]
     mean = total / n_values
     std = np.sqrt(np.maximum(squares / n_values - mean**2, 0))
@@ -193,7 +188,7 @@ def histograms(store: FeatureStore, layer: str | None = None, *, n_images: int =
         f"channel {i}: mean {m:.3g}, standard deviation {s:.2g}" if n <= 4 else f"{i}: {m:.2g} ± {s:.1g}" if few else str(i)
         for i, (m, s) in enumerate(zip(mean, std, strict=True))
     ]
-    title = f"{name} of {len(sample)} of {count(len(done), 'image')}" + _first_of(n, stored.channels, "channels")
+    title = f"{name} of {len(sample)} of {count(len(done), 'image')}" + panels.first_of(n, stored.channels, "channels")
     return draw_charts.histogram_panels(title, edges, counts / n_values, titles)
 
 
@@ -233,7 +228,7 @@ def filters(store: FeatureStore, layer: str | None = None) -> Canvas:
     if n_inputs > _MAX_PARTS:
         shown, names = shown.mean(1, keepdims=True), [""]
         note += f"; the mean over {n_inputs} input channels"
-    title = f"{name}: {count(n_filters, 'filter')}" + _first_of(len(shown), n_filters, "")
+    title = f"{name}: {count(n_filters, 'filter')}" + panels.first_of(len(shown), n_filters, "")
     return draw_charts.filter_panels(title, note, shown, biases[:MAX_PANELS], names)
 
 
@@ -257,7 +252,7 @@ def stage_times(store: FeatureStore, receipt: str | Mapping[str, Any] | None = N
     """
     with _matplotlib():
         from pipeline import draw_charts
-    found = _receipt(store, receipt)
+    found = panels.run_receipt(store, receipt)
     stages = found["stage_s"]
     slot_s = max(found.get("slot_s", 0.0), sum(stages.values()))
     seconds = stages | {WAITING: slot_s - sum(stages.values())}
@@ -297,101 +292,9 @@ def _matplotlib() -> Iterator[None]:
         raise UsageError('figures need matplotlib, which is not installed: pip install "featuremaps[figures]"') from error
 
 
-def _map_layers(store: FeatureStore, chosen: str | Sequence[str] | None) -> list[str]:
-    """Layers to draw, which have maps."""
-    names = list(store.map_layers) if chosen is None else [chosen] if isinstance(chosen, str) else list(dict.fromkeys(chosen))
-    pooled_only = [name for name in store.layers if name not in store.map_layers]
-    kept = (
-        f"of {', '.join(pooled_only)} only the pooled values were kept" if pooled_only else "of no other layer anything was kept"
-    )
-    if chosen is not None and not names:
-        raise UsageError("no layer was chosen, so there is nothing to draw: name at least one, or leave `layers` out")
-    names = names or list(store.layers)  # to say below that none of them has maps
-    for name in names:
-        if name not in store.map_layers:
-            raise UsageError(
-                f"layer {name!r} cannot be drawn: {store.path} has maps of {', '.join(store.map_layers) or 'no layer'}, and {kept}; "
-                "name a layer that has maps, or run into another store with `outputs` that keep them"
-            )
-    return names
-
-
-def _channels(stored: StoredLayer, chosen: int | Sequence[int] | None) -> list[int]:
-    """Channels to draw."""
-    if chosen is None:
-        return list(range(stored.channels))
-    channels = [chosen] if isinstance(chosen, int) else list(dict.fromkeys(chosen))
-    if not channels:
-        raise UsageError("no channel was chosen, so there is nothing to draw: name at least one, or leave `channels` out")
-    for channel in channels:
-        if not 0 <= channel < stored.channels:
-            known = f"channels 0 to {stored.channels - 1}" if stored.channels > 1 else "one channel, 0"
-            raise UsageError(
-                f"channel {channel} of {stored.name} cannot be drawn: the layer has {known}; choose there, or name the layer that has it"
-            )
-    return channels
-
-
-def _stored(store: FeatureStore, name: str) -> StoredLayer:
-    return next(layer for layer in store.spec.layers if layer.name == name)
-
-
-def _map(store: FeatureStore, maps: xr.Dataset, layer: str, channel: int, max_side: int) -> Picture:
-    names = layer_names(store.extractor.layers)
-    field = receptive_field(store.extractor.layers, names.index(layer) + 1)
-    values, y, x = maps[layer].values[channel], maps[f"{layer}_y"].values, maps[f"{layer}_x"].values
-    return pictures.of_map(f"{layer}, channel {channel}", values, y, x, (field.stride_y, field.stride_x), max_side)
-
-
-def _photograph(store: FeatureStore, path: str) -> Picture | None:
-    pixels = store.pixels(path)
-    return None if pixels is None else pictures.of_pixels(path, pixels, _SHEET_SIDE)
-
-
-def _done(store: FeatureStore) -> list[str]:
-    """Paths of the images that have maps, sorted."""
-    images = store.images
-    done = sorted(set(images["path"][images["status"] == "done"]))
-    if not done:
-        counted = ", ".join(f"{n} {status}" for status, n in store.counts.items() if n) or "empty"
-        raise UsageError(
-            f"no image of {store.path} has maps that could be drawn: it is {counted}; `featuremaps run` computes them"
-        )
-    return done
-
-
-def _spread(store: FeatureStore, n: int) -> list[str]:
-    """As many paths as there are, evenly over the store."""
-    if not 1 <= n <= MAX_PANELS:
-        raise UsageError(f"n of {n} images cannot be drawn: a sheet holds 1 to {MAX_PANELS}; choose among these, or give paths")
-    done = _done(store)
-    return [done[i] for i in np.linspace(0, len(done) - 1, min(n, len(done))).round().astype(int)]
-
-
 def _edges(store: FeatureStore, stored: StoredLayer, sample: Sequence[str]) -> Array:
     """Bins for the values of these images."""
     pooled = store.pooled(stored.name, ("min", "max")).loc[list(sample)]
     low = pooled.filter(regex="_min_").to_numpy().min()
     high = pooled.filter(regex="_max_").to_numpy().max()
     return pictures.bin_edges(float(low), float(high), stored)
-
-
-def _first_of(n: int, total: int, things: str) -> str:
-    return f", the first {n} of {total} {things}".rstrip() if n < total else ""
-
-
-def _receipt(store: FeatureStore, chosen: str | Mapping[str, Any] | None) -> Mapping[str, Any]:
-    """The run to draw_charts."""
-    receipts = [chosen] if isinstance(chosen, Mapping) else store.receipts
-    if isinstance(chosen, str):
-        receipts = [receipt for receipt in receipts if receipt["run_id"] == chosen]
-        if not receipts:
-            known = ", ".join(receipt["run_id"] for receipt in store.receipts[-3:]) or "none"
-            raise UsageError(f"{store.path} has no receipt of a run {chosen!r}: the last ones are {known}; name one of them")
-    for receipt in reversed(receipts):
-        if sum(receipt["stage_s"].values()):
-            return receipt
-    raise UsageError(
-        f"there are no times to draw: of {count(len(receipts), 'run')} of {store.path} that could be looked at none computed anything; "
-        "`featuremaps run` leaves a receipt"
-    )

@@ -8,8 +8,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from pipeline.chunks import Array
-from pipeline.weights import INTEGER_MAX, StoredAs
+from pipeline.weights import INTEGER_MAX, Array, StoredAs
 
 Extent: TypeAlias = tuple[float, float, float, float]
 
