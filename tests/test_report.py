@@ -1,4 +1,4 @@
-"""What a report says of stores of every state, and what becomes of bad input; how it looks is in ``test_report_page.py``."""
+"""What a report says of stores of every state, and what becomes of bad input; how it looks: ``test_report_page.py``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pipeline.config import make_job
 from pipeline.creation import create_store, prepare_folder
 from pipeline.errors import EXIT_USAGE, UsageError
 from pipeline.lock import StoreLock
-from pipeline.objects import Place, place
+from pipeline.objects import Place
 from pipeline.report import write_report
 from pipeline.report_facts import Facts, code_of, gather, judge, run_facts
 from pipeline.report_pictures import choose
@@ -31,7 +31,6 @@ from pipeline.store import Store
 from pipeline.summary import Summary, receipt
 from pipeline.weights import load_weights
 from tests.conftest import make_images
-from tests.services import BUCKET, environment, seaweedfs
 
 pytestmark = pytest.mark.cluster
 ROOT = Path(__file__).parents[1]
@@ -264,29 +263,6 @@ def test_the_space_on_disk_is_counted_or_not(store, monkeypatch):
     monkeypatch.setattr("pipeline.report_facts.WALK_OBJECTS", 3)
     assert facts_of(store).disk_bytes is None
     assert "The space on disk was not counted" in text_of(store)
-
-
-def test_a_store_in_a_bucket(tmp_path, monkeypatch):
-    from pipeline.cluster import connect
-    from pipeline.cluster_spec import LocalSpec
-    from pipeline.remote import connect as connect_bucket
-    from pipeline.run import run_job
-
-    make_images(tmp_path / "source", 3, SIZES)
-    (tmp_path / "server").mkdir()
-    with seaweedfs(tmp_path / "server") as endpoint:
-        for name, value in environment(endpoint).items():
-            monkeypatch.setenv(name, value)
-        connect_bucket.cache_clear()
-        where = f"s3://{BUCKET}/features.zarr"
-        with connect(LocalSpec(workers=1)) as client:
-            run_job(make_job({"source": str(tmp_path / "source"), "store": where}), client)
-        write_report(place(where), tmp_path / "report.html")
-    connect_bucket.cache_clear()
-    text = html.unescape((tmp_path / "report.html").read_text())
-    assert "Complete: all 3 images are done." in text
-    assert f"pipeline.open_store('{where}')" in text
-    assert "not counted" in text
 
 
 # -- bad input ---------------------------------------------------------------------------------------------------------------------
