@@ -193,6 +193,13 @@ def test_code_of_a_page_was_run_and_what_it_gives_is_shown(site, page):
     assert len(figures) + html.count('class="highlight-text') + html.count('href="gallery/') == len(loud) > 0
 
 
+@pytest.mark.cluster
+def test_a_notebook_that_is_a_page_shows_its_pictures(site):
+    cells = nbformat.read(ROOT / "workflows/notebooks/convolution.ipynb", 4).cells
+    figures = [image for image in read(site / "convolution.html").images if "/figure-" in (image["src"] or "")]
+    assert len(figures) == sum("plt.show()" in cell.source for cell in cells) > 5
+
+
 # -- the Markdown files ----------------------------------------------------------------------------------------------------------
 
 
