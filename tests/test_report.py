@@ -235,7 +235,7 @@ def test_the_largest_error_is_measured_and_within_its_bound(run, tmp_path, dtype
     run(tmp_path / "source", dtype=dtype)
     features = open_store(tmp_path / "features.zarr")
     store = Store(features.path)
-    shown = list(report.samples(store, choose(store, 3, 0)[0]))
+    shown = list(report.samples(store, choose(store, 3, 0)[0], report.histograms(store, choose(store, 3, 0)[0]), 3))
     largest = max(sample.differences["conv1"] for sample in shown)
     bound = features.spec.layers[0].error_bound
     assert bound / 2 < largest <= bound if dtype != "float32" else largest <= 1e-6
