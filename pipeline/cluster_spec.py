@@ -50,8 +50,9 @@ class TlsSpec(StrictModel):
     ca_file: str
     """Of the authority."""
     cert: str
+    """Certificate, signed by the authority."""
     key: str
-    """Without a password."""
+    """Private key of the certificate, without a password."""
 
     def security(self) -> Security:
         """As Dask wants it: one certificate for all roles, and no connection without."""
@@ -68,11 +69,11 @@ class GroupSpec(StrictModel):
     workers: Positive = 1
     """Processes; in a batch system each is a job, with ssh that many run on each host."""
     threads: Positive = 1
-    """Batches at work at once in each of them."""
+    """Batches at work at once in each of them, and the cores that it asks for."""
     gpus: Annotated[int, Field(ge=0)] = 0
-    """Of each worker."""
+    """Of each worker; those without see none."""
     memory: Memory | None = None
-    """Of each worker; None, on this machine, is a share of it."""
+    """Of each worker, bytes or text such as ``16 GiB``; None, on this machine, is a share of it."""
     environment: dict[str, str] = {}
     """Variables of each worker."""
 
@@ -98,7 +99,9 @@ class SshGroupSpec(GroupSpec):
     hosts: Annotated[tuple[Text, ...], Field(min_length=1)]
     """Names as of ``~/.ssh/config`` or DNS."""
     port: Positive | None = None
+    """None is as ssh has it."""
     user: str | None = None
+    """None is as ssh has it."""
     key_file: str | None = None
     """Private key; None is what the agent and ``~/.ssh`` hold."""
     known_hosts_file: str | None = None
@@ -109,18 +112,22 @@ class DriverSpec(StrictModel):
     """The job that ``featuremaps submit`` hands in: the driver, which needs no GPU."""
 
     threads: Positive = 2
+    """Cores that it asks for."""
     memory: Memory = ByteSize(4 * 2**30)
+    """Bytes, or text such as ``4 GiB``."""
     walltime: Walltime | None = None
     """None is that of the workers."""
     queue: str | None = None
     """None is that of the workers."""
     options: tuple[str, ...] = ()
+    """Further lines of its script, as the batch system wants them."""
 
 
 class _Groups(StrictModel):
     """What clusters of worker groups have in common."""
 
     groups: Mapping[Name, GroupSpec] = {}
+    """Worker groups by name; together they have to have both roles."""
 
     @model_validator(mode="after")
     def _roles_filled(self) -> _Groups:
@@ -138,7 +145,7 @@ class LocalSpec(_Groups):
 
     kind: Literal["local"] = "local"
     groups: dict[Name, GroupSpec] = {}
-    """None is one group that reads and extracts, of the three keys below."""
+    """Worker groups by name; without any there is one group that reads and extracts, of the three keys below."""
     workers: Positive | None = None
     """Batches at work at once: processes, or with GPUs the threads of their processes; None is one per core."""
     gpus: Annotated[int, Field(ge=0)] | None = None
@@ -166,8 +173,11 @@ class CudaSpec(StrictModel):
     workers: Positive | None = None
     """Batches at work at once over all GPUs; None is one per core."""
     memory: Memory | None = None
+    """Of one worker; None shares the machine's memory among them."""
     dashboard: HostPort | None = LOOPBACK
+    """HOST:PORT of Dask's dashboard, which asks nobody for a password; port 0 is any free one, None is no dashboard."""
     tls: TlsSpec | None = None
+    """None lets every process of this machine in, also those of others."""
 
 
 class AddressSpec(StrictModel):
@@ -175,6 +185,7 @@ class AddressSpec(StrictModel):
 
     kind: Literal["address"]
     address: str
+    """``tcp://HOST:PORT`` or ``tls://HOST:PORT``."""
     tls: TlsSpec | None = None
     """What the scheduler knows its clients by."""
 
@@ -191,12 +202,13 @@ class _Remote(_Groups):
     interface: str | None = None
     """Network interface by which scheduler and workers reach each other, for instance ``ib0``; None is the default route's."""
     dashboard: HostPort | None = LOOPBACK
+    """HOST:PORT of Dask's dashboard, which asks nobody for a password; port 0 is any free one, None is no dashboard."""
     tls: TlsSpec | None = None
     """Without, everybody who reaches the scheduler's port can run code as you; the files have to be there on every machine."""
     python: str | None = None
     """Python of the workers, with the same featuremaps; None is the driver's path."""
     start_timeout_s: Annotated[float, Field(gt=0)] = START_TIMEOUT_S
-    """How long a run waits for a worker of each group, and how long for any when all were lost."""
+    """Seconds that a run waits for a worker of each group, and for any when all were lost."""
 
 
 class BatchSpec(_Remote):
@@ -205,10 +217,11 @@ class BatchSpec(_Remote):
     kind: BatchKind
     groups: Annotated[dict[Name, BatchGroupSpec], Field(min_length=1)]
     queue: str | None = None
-    """Queue or partition."""
+    """Queue or partition; HTCondor has none."""
     account: str | None = None
+    """Whom it is charged to; for Grid Engine the project."""
     walltime: Walltime = 3600
-    """Of each job; its worker retires before, and another takes its place."""
+    """Of each job, seconds or ``HH:MM:SS`` or ``D-HH:MM:SS``; its worker retires before, and another takes its place."""
     prologue: tuple[str, ...] = ()
     """Lines of shell before the worker starts, for instance ``module load cuda``."""
     log_folder: str = "featuremaps-logs"
@@ -216,6 +229,7 @@ class BatchSpec(_Remote):
     local_folder: str | None = None
     """Scratch space of the workers on their machine."""
     driver: DriverSpec = DriverSpec()
+    """The job that ``featuremaps submit`` hands in."""
 
     @model_validator(mode="after")
     def _names_apart(self) -> BatchSpec:
@@ -249,6 +263,7 @@ class KubernetesGroupSpec(GroupSpec):
 
     memory: Memory
     node_selector: dict[str, str] = {}
+    """Labels of the nodes that its pods may be on."""
     options: dict[str, Any] = {}
     """Merged into the pod's spec, for instance ``tolerations``."""
 
@@ -271,12 +286,15 @@ class KubernetesSpec(_Groups):
     """Container image with featuremaps, for scheduler and workers."""
     groups: Annotated[dict[Name, KubernetesGroupSpec], Field(min_length=1)]
     namespace: Text = "default"
+    """Where the pods are."""
     service_account: str | None = None
+    """Of scheduler and workers; None is the namespace's."""
     volumes: tuple[dict[str, Any], ...] = ()
     """Volumes of the pods, as Kubernetes has them."""
     volume_mounts: tuple[dict[str, Any], ...] = ()
     """Where the images and the store are: the same paths as the driver's."""
     start_timeout_s: Annotated[float, Field(gt=0)] = 600.0
+    """Seconds that a run waits for a worker of each group, and for any when all were lost."""
 
 
 ClusterSpec = LocalSpec | CudaSpec | BatchSpec | SshSpec | KubernetesSpec | AddressSpec

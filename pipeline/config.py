@@ -63,11 +63,13 @@ class LayerSpec(StrictModel):
     """One layer: valid convolution, optional max-pool, bias, activation."""
 
     filters: Positive = 2
+    """Number of filters, which is that of the layer's channels, or maps."""
     kernel: tuple[Positive, Positive] = (9, 9)
-    """Height and width of the kernel."""
+    """Height and width of the kernel in values of the layer below; one number is both."""
     pool: tuple[Positive, Positive] = (1, 1)
-    """Height and width of the max-pool, which is also its stride; (1, 1) is none."""
+    """Height and width of the max-pool, which is also its stride; one number is both, and 1 is none."""
     activation: Activation = "sigmoid"
+    """What is applied to the sum of convolution and bias."""
 
     @field_validator("kernel", "pool", mode="before")
     @classmethod
@@ -109,6 +111,7 @@ class ExtractorSpec(StrictModel):
     """A stack of layers and where its weights come from."""
 
     layers: tuple[LayerSpec, ...] = Field(default=(LayerSpec(),), min_length=1)
+    """The layers, each the input of the next; they are called conv1, conv2, ..."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 23455
     """Seed of ``numpy.random.RandomState``, used when there is no weights file."""
     weights: str | None = None
@@ -143,8 +146,11 @@ class Job(StrictModel):
     store: str
     """Where the Zarr store is or will be: a folder, or s3://, gs:// or az://BUCKET/NAME."""
     dtype: Dtype = "float32"
+    """How maps are stored; float32 is what is computed, the others have the bound of their error in the store."""
     decode: DecodeSpec = DecodeSpec()
+    """How files become pixels."""
     extractor: ExtractorSpec = ExtractorSpec()
+    """What is computed from the pixels."""
     limit: Positive | None = None
     """Only the first N images of the listing."""
     workers: Positive | None = None
@@ -158,6 +164,7 @@ class Job(StrictModel):
     check: Literal["fingerprint", "digest"] = "fingerprint"
     """How images that are done are known to be unchanged: by size and time, or by reading them all and comparing their SHA-256."""
     retry_quarantined: bool = False
+    """Try quarantined and rejected images again, also those that have not changed."""
     max_quarantined: Annotated[int, Field(ge=0)] | None = None
     """More quarantined or rejected images than this end the run with exit code 3; None allows any number."""
     max_removed: Annotated[float, Field(ge=0, le=1)] = 0.10

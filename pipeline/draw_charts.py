@@ -82,7 +82,7 @@ def filter_panels(title: str, note: str, filters: Array, biases: Array, inputs: 
     drawn: Any = None
     for i, axes in enumerate(cells[:n]):
         drawn = axes.imshow(montage(filters[i]), cmap=SIGNED_COLOURS, vmin=-largest, vmax=largest, interpolation="nearest")
-        axes.set_xticks([(width - 1) / 2 + k * (width + _gap(width)) for k in range(n_parts)] if n_parts > 1 else [], inputs)
+        axes.set_xticks([(width - 1) / 2 + k * (width + _gap(width)) for k in range(n_parts)], inputs)
         axes.set_yticks([])
         axes.tick_params(length=0, labelsize="small", pad=1)
         axes.spines[:].set_visible(False)

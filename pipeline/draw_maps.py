@@ -155,7 +155,7 @@ def opacity(values: Array) -> Array:
     Examples
     --------
     >>> opacity(np.array([[-1.0, 0.0, 0.0], [0.0, 0.0, 0.25]])).round(2).tolist()
-    [[1.0, 0.0, 0.0], [0.0, 0.0, 0.26]]
+    [[1.0, 0.0, 0.0], [0.0, 0.0, 0.25]]
     """
     difference = np.abs(values - np.median(values))
     share: Array = np.clip(difference / value_limits(difference)[1], 0, 1)
@@ -169,6 +169,7 @@ def sheet(title: str, pictures: Sequence[Picture | None], titles: Sequence[str],
     Parameters
     ----------
     title : str
+        May be empty.
     pictures : sequence of Picture or None
         None where an image cannot be read.
     titles : sequence of str
@@ -180,7 +181,9 @@ def sheet(title: str, pictures: Sequence[Picture | None], titles: Sequence[str],
     rows = -(-len(pictures) // columns)
     cell = 3.0 if columns <= 2 else 2.4 if columns <= 4 else 1.5
     size = "small" if cell > 2 else "x-small"
-    figure = blank(columns * cell + (0.9 if are_maps else 0.1), rows * (cell * 0.8 + 0.3) + 0.4)
+    tallest = max((1 / picture.ratio for picture in pictures if picture), default=1.0)
+    height = cell * min(max(tallest, 0.1), 1.0)
+    figure = blank(columns * cell + (0.9 if are_maps else 0.1), rows * (height + 0.3) + (0.4 if title else 0.1))
     cells = grid(figure, rows, columns)
     hide(cells)
     low, high = _common_limits([picture.values for picture in pictures if picture])
@@ -196,9 +199,17 @@ def sheet(title: str, pictures: Sequence[Picture | None], titles: Sequence[str],
             photograph(axes, picture)
     if drawn:
         figure.colorbar(
-            drawn, ax=cells, shrink=min(1.0, 4 / (rows * cell)), aspect=30, fraction=0.03, pad=0.02, panchor=False, extend="both"
+            drawn,
+            ax=cells,
+            shrink=min(1.0, 4 / (rows * height)),
+            aspect=30,
+            fraction=0.03,
+            pad=0.02,
+            panchor=False,
+            extend="both",
         )
-    figure.suptitle(fit(title, figure.get_figwidth() - 0.3, "large"))
+    if title:
+        figure.suptitle(fit(title, figure.get_figwidth() - 0.3, "large"))
     return figure
 
 

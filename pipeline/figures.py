@@ -73,7 +73,7 @@ def show(
         from pipeline import draw_maps
     names = panels.map_layers(store, layers)
     chosen = [(name, channel) for name in names for channel in panels.channels_of(panels.stored_layer(store, name), channels)]
-    maps = store.image(path)
+    maps = store.image(path, names)
     pixels = store.pixels(path)
     title = printable(path)
     image = None if pixels is None else pictures.of_pixels(title, pixels)
@@ -131,11 +131,11 @@ def contact_sheet(
             "give fewer paths, or draw several sheets"
         )
     if name is None:
-        title = "images"
+        title = ""
         drawn = [panels.photograph(store, path) for path in chosen]
     else:
         title = f"{name}, channel {channel}"
-        drawn = [panels.map_picture(store, store.image(path), name, channel or 0, panels.SHEET_SIDE) for path in chosen]
+        drawn = [panels.map_picture(store, store.image(path, name), name, channel or 0, panels.SHEET_SIDE) for path in chosen]
     return draw_maps.sheet(title, drawn, [printable(path) for path in chosen], are_maps=name is not None)
 
 
@@ -175,7 +175,7 @@ def histograms(store: FeatureStore, layer: str | None = None, *, n_images: int =
     counts = np.zeros((n, len(edges) - 1), np.int64)
     total, squares, n_values = np.zeros(n), np.zeros(n), 0
     for path in sample:
-        maps = store.image(path)[name].values[:n].reshape(n, -1)
+        maps = store.image(path, name)[name].values[:n].reshape(n, -1)
         for channel, values in enumerate(maps):
             counts[channel] += np.histogram(values.clip(edges[0], edges[-1]), edges)[0]
             total[channel] += values.sum(dtype=np.float64)
@@ -188,7 +188,7 @@ def histograms(store: FeatureStore, layer: str | None = None, *, n_images: int =
         f"channel {i}: mean {m:.3g}, standard deviation {s:.2g}" if n <= 4 else f"{i}: {m:.2g} ± {s:.1g}" if few else str(i)
         for i, (m, s) in enumerate(zip(mean, std, strict=True))
     ]
-    title = f"{name} of {len(sample)} of {count(len(done), 'image')}" + panels.first_of(n, stored.channels, "channels")
+    title = f"{name}, {len(sample)} of {count(len(done), 'image')}" + panels.first_of(n, stored.channels, "channels")
     return draw_charts.histogram_panels(title, edges, counts / n_values, titles)
 
 
@@ -221,13 +221,15 @@ def filters(store: FeatureStore, layer: str | None = None) -> Canvas:
     weights, biases = store.weights[f"{name}_weight"], store.weights[f"{name}_bias"]
     n_filters, n_inputs, height, width = weights.shape
     shown = weights[:MAX_PANELS]
-    names = ["R", "G", "B"] if (name, n_inputs) == (known[0], 3) else [str(i) for i in range(n_inputs)]
     note = f"{height} x {width} weights, as they lie over the image"
-    if 1 < n_inputs <= _MAX_PARTS and names[0] == "0":
-        note += f"; 0 to {n_inputs - 1}: input channels"
     if n_inputs > _MAX_PARTS:
         shown, names = shown.mean(1, keepdims=True), [""]
         note += f"; the mean over {n_inputs} input channels"
+    elif name == known[0]:
+        names = ["R", "G", "B"] if n_inputs == 3 else [""]
+    else:
+        names = [str(i) for i in range(n_inputs)]
+        note += "; numbers below: input channels"
     title = f"{name}: {count(n_filters, 'filter')}" + panels.first_of(len(shown), n_filters, "")
     return draw_charts.filter_panels(title, note, shown, biases[:MAX_PANELS], names)
 

@@ -14,7 +14,7 @@ Extent: TypeAlias = tuple[float, float, float, float]
 
 MAX_SIDE = 1600
 """Pixels that a side of a drawn array has at most; a figure has fewer."""
-N_BINS = 64
+N_BINS = 100
 OUTLIERS_PERCENT = 0.5
 
 
@@ -141,8 +141,8 @@ def bin_edges(low: float, high: float, stored: StoredAs, n_bins: int = N_BINS) -
     >>> from pipeline.weights import quantisation
     >>> q = quantisation((0.0, 1.0), "uint8")
     >>> edges = bin_edges(0.25, 0.75, q)
-    >>> len(edges) - 1, round((edges[1] - edges[0]) / q.scale_factor, 3)
-    (43, 3.0)
+    >>> len(edges) - 1, round(float(edges[1] - edges[0]) / q.scale_factor, 6)
+    (64, 2.0)
     """
     if stored.dtype in INTEGER_MAX:
         level, offset = stored.scale_factor, stored.add_offset
