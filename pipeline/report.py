@@ -16,9 +16,9 @@ from pipeline.errors import UsageError
 from pipeline.layers import receptive_field
 from pipeline.lock import current_holder
 from pipeline.objects import Place, put
-from pipeline.report_facts import LIVE, BadImage, Facts, as_summary, gather, judge, run_facts
+from pipeline.report_facts import LIVE, BadImage, Facts, as_summary, count_of, gather, judge, run_facts
 from pipeline.report_html import page
-from pipeline.report_pictures import MAX_VALUES, Sample, choose, samples
+from pipeline.report_pictures import MAX_VALUES, Histogram, Sample, choose, histograms, samples
 from pipeline.schema import StoredLayer
 from pipeline.settings import VERSION, decode_spec
 from pipeline.store import Store
@@ -38,8 +38,8 @@ PICTURE_BYTES = 4 * 1024**2
 DECODABLE = {"truncated", "corrupt", "too_small"}
 """Codes of bad images of which a decoder may show a part."""
 FIGURE_DPI = 110
-N_HISTOGRAM = 16
-"""Images whose values are counted."""
+N_COUNTED = 16
+"""Images whose values are counted in histograms, at least."""
 TONES = {"complete": "good", "at work": "working", "failed": "bad", "died": "bad"}
 STATUSES = {
     "done": "its maps are in the store",
@@ -93,8 +93,9 @@ def render(features: FeatureStore, *, n_samples: int = 6, n_bad: int = N_BAD, se
     plots = list(_filters(features))  # first, as nothing is to be done where matplotlib is missing
     store = Store(features.path)  # as it is now, also while a run works on it
     facts = gather(store, current_holder(features.path), n_bad)
-    chosen, too_large = choose(store, n_samples if features.map_layers else 0, seed)
-    shown, n_left_out = _within_budget(samples(store, chosen))
+    chosen, too_large = choose(store, max(n_samples, N_COUNTED) if features.map_layers else 0, seed)
+    counted = histograms(store, chosen)
+    shown, n_left_out = _within_budget(samples(store, chosen, counted, n_samples))
     layers = list(_layers(features, shown))
     values = {
         "now": datetime.now(UTC),
@@ -123,7 +124,7 @@ def render(features: FeatureStore, *, n_samples: int = 6, n_bad: int = N_BAD, se
         "seed": seed,
         "layers": layers,
         "doubts": list(_doubts(layers, tf32=features.extractor.tf32)),
-        "figures": [*plots, *_histograms(features, facts)],
+        "figures": [*plots, *_histograms(counted)],
         "python_code": _python_code(features.path, facts, shown),
         "shell_code": _shell_code(features.path),
     }
@@ -224,11 +225,21 @@ def _filters(features: FeatureStore) -> Iterator[Plot]:
     yield Plot("Filters of conv1", alt, _drawn(figures.filters(features)))
 
 
-def _histograms(features: FeatureStore, facts: Facts) -> Iterator[Plot]:
-    """How values are spread, in each layer that has maps."""
-    for layer in features.map_layers if facts.counts["done"] else ():
-        alt = f"Histograms of the values in the maps of {layer}, channel by channel"
-        yield Plot(f"Values of {layer}", alt, _drawn(figures.histograms(features, layer, n_images=N_HISTOGRAM)))
+def _histograms(counted: list[Histogram]) -> Iterator[Plot]:
+    """How values are spread, in each layer of which maps could be read."""
+    from pipeline import draw_charts  # noqa: PLC0415 (which imports matplotlib, an extra)
+
+    for histogram in counted:
+        if not histogram.n_images:
+            continue
+        name, n = histogram.layer.name, len(histogram.counts)
+        rest = f", the first {n} of {histogram.layer.channels} channels" if n < histogram.layer.channels else ""
+        shares = histogram.counts / histogram.counts.sum(1, keepdims=True)
+        figure = draw_charts.histogram_panels(
+            f"{name} of {count_of(histogram.n_images)}", histogram.edges, shares, [f"channel {i}" for i in range(n)]
+        )
+        alt = f"Histograms of the values in the maps of {name}, channel by channel"
+        yield Plot(f"Values of {name}{rest}", alt, _drawn(figure))
 
 
 def _drawn(figure: Any) -> Embedded:

@@ -44,7 +44,7 @@ def _environment() -> jinja2.Environment:
         "printable": lambda value: printable(str(value)),
         "number": lambda value: f"{value:,}",
         "images": count_of,
-        "size": human_size,
+        "size": lambda value: human_size(value).replace(" ", "\u00a0"),
         "duration": human_duration,
         "moment": human_moment,
         "small": lambda value: f"{value:.3g}" if value else "0",

@@ -6,7 +6,7 @@ import hashlib
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from pipeline.chunks import Array
 from pipeline.decode import decode
 from pipeline.errors import FeaturemapsError, ImageError
 from pipeline.layers import layer_names, output_sizes
+from pipeline.pictures import bin_edges
 from pipeline.plan import Size
 from pipeline.reading import Source, read_current
 from pipeline.schema import ShapeClass, Status, StoredLayer
@@ -27,6 +28,7 @@ MAX_VALUES = 1 << 24
 """Values of all maps of one image, and of its pixels, beyond which it is no sample: 64 MiB as float32, a few times over."""
 MAPS_PER_LAYER = 4
 MAPS_PER_IMAGE = 8
+HISTOGRAM_CHANNELS = 16
 PHOTOGRAPH_PX = 560
 MAP_PX = 440
 
@@ -104,8 +106,42 @@ def _n_values(shape_class: ShapeClass) -> int:
     return max(3 * height * width, values)
 
 
-def samples(store: Store, chosen: Sequence[Chosen]) -> Iterator[Sample]:
-    """Read, draw and compute anew the chosen images, one after another.
+@dataclass(slots=True)
+class Histogram:
+    """How often each value occurs in the maps of a layer, channel by channel."""
+
+    layer: StoredLayer
+    edges: Array
+    """(bin + 1,) float64."""
+    counts: Array
+    """(channel, bin) int64, of the first channels."""
+    n_images: int = 0
+
+    def add(self, maps: Array) -> None:
+        """Count the values (channel, y, x) of one image."""
+        for channel in range(len(self.counts)):
+            values = maps[channel].clip(self.edges[0], self.edges[-1])
+            self.counts[channel] += np.histogram(values, self.edges)[0]
+        self.n_images += 1
+
+
+def histograms(store: Store, chosen: Sequence[Chosen]) -> list[Histogram]:
+    """An empty histogram for each layer with maps, over the range that the chosen images' pooled values say."""
+    found = []
+    for layer in store.spec.layers if chosen else ():
+        ends = {}
+        for statistic in ("min", "max"):
+            values = [store.cell(c.shape_class.name, f"{layer.name}_{statistic}", c.row) for c in chosen]
+            ends[statistic] = getattr(np, statistic)(np.nan_to_num(np.array(values)))
+        edges = bin_edges(float(ends["min"]), float(ends["max"]), layer)
+        counts = np.zeros((min(layer.channels, HISTOGRAM_CHANNELS), len(edges) - 1), np.int64)
+        if layer.has_maps:
+            found.append(Histogram(layer, edges, counts))
+    return found
+
+
+def samples(store: Store, chosen: Sequence[Chosen], counted: Sequence[Histogram], n_shown: int) -> Iterator[Sample]:
+    """Read the chosen images one after another, count their values, and draw and compute anew the first ``n_shown``.
 
     A sample whose maps cannot be read, or whose photograph is gone or has changed, says so.
     """
@@ -115,35 +151,34 @@ def samples(store: Store, chosen: Sequence[Chosen]) -> Iterator[Sample]:
         return
     spec = extractor_spec(store.spec)
     source = Source(store.spec.source_root, decode_spec(store.spec))
-    weights = store.weights()
-    extractor = Extractor(spec, weights)  # which keeps its float32 values as they are
+    extractor = Extractor(spec, store.weights())  # which keeps its float32 values as they are
     names = layer_names(spec.layers)
-    for shape_class, row in chosen:
+    for turn, (shape_class, row) in enumerate(chosen):
         path, height, width, digest = (
-            _value(store, shape_class, name, row) for name in ("path", "input_height", "input_width", "digest")
+            store.cell(shape_class.name, name, row) for name in ("path", "input_height", "input_width", "digest")
         )
         sample = Sample(str(path), (int(height), int(width)))
         sizes = dict(zip(names, output_sizes(spec.layers, *sample.size), strict=True))
-        pixels = _photograph(source, sample, str(digest))
+        is_shown = turn < n_shown
+        pixels = _photograph(source, sample, str(digest)) if is_shown else None
         computed = {} if pixels is None else extractor.extract(pixels)
         if pixels is not None:
             sample.photograph = encode(pixels, PHOTOGRAPH_PX)
-        for layer in (layer for layer in store.spec.layers if layer.has_maps):
+        for histogram in counted:
+            name = histogram.layer.name
             try:
-                maps = _maps(store, shape_class, layer, row, sizes[layer.name])
+                maps = _maps(store, shape_class, histogram.layer, row, sizes[name])
             except (FeaturemapsError, OSError, ValueError, RuntimeError) as error:
-                sample.trouble = f"its maps of {layer.name} cannot be read ({error}): run featuremaps verify"
+                sample.trouble = f"its maps of {name} cannot be read ({error}): run featuremaps verify"
                 continue
+            histogram.add(maps)
             sample.n_maps += len(maps)
-            sample.maps += _draw(layer.name, maps, MAPS_PER_IMAGE - len(sample.maps))
+            if is_shown:
+                sample.maps += _draw(name, maps, MAPS_PER_IMAGE - len(sample.maps))
             if computed:
-                sample.differences[layer.name] = float(np.abs(maps - computed[layer.name]).max())
-        yield sample
-
-
-def _value(store: Store, shape_class: ShapeClass, column: str, row: int) -> Any:
-    with remote.errors(str(store.path)):
-        return np.asarray(store.array(shape_class.name, column)[row])[()]
+                sample.differences[name] = float(np.abs(maps - computed[name]).max())
+        if is_shown:
+            yield sample
 
 
 def _photograph(source: Source, sample: Sample, digest: str) -> Array | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import html
 import json
 import os
 import random
@@ -28,6 +29,7 @@ from pipeline.lock import LOCK_TTL_S, StoreLock, current_holder, holds, require_
 from pipeline.objects import Place, children, each, exists, place, read_json, remove_folder
 from pipeline.remote import ConflictError, Url, errors
 from pipeline.remote import connect as connect_bucket
+from pipeline.report import write_report
 from pipeline.run import run_job
 from pipeline.schema import RUNS
 from pipeline.store import Store
@@ -509,6 +511,19 @@ def test_a_store_in_a_bucket_opens_in_a_notebook(workers, pictures, expected, bu
     assert (show.returncode, (tmp_path / "a.png").exists()) == (0, True)
     status = subprocess.run([*COMMAND, "status", str(store), "--json"], check=False, capture_output=True, text=True)
     assert json.loads(status.stdout)["counts"]["done"] == 60
+
+
+def test_a_page_about_a_store_in_a_bucket(workers, pictures, bucket, tmp_path):
+    source, store = upload(pictures, bucket / "photos"), bucket / "features.zarr"
+    (source / "cut.png").put((pictures / "img00000.png").read_bytes()[:800])
+    work(workers, source, store)
+    write_report(store, tmp_path / "report.html")
+    text = html.unescape((tmp_path / "report.html").read_text())
+    assert "Complete: 60 images are done, and 1 cannot be (1 truncated)." in text
+    assert "What can be decoded of cut.png" in text
+    assert f"pipeline.open_store('{store}')" in text
+    assert "not counted" in text
+    assert text.count("as the extractor saw it") == 6
 
 
 def test_a_damaged_object_of_a_bucket_is_found_and_repaired(workers, pictures, expected, bucket):

@@ -8,7 +8,7 @@ import sys
 from functools import cache
 from html.parser import HTMLParser
 from pathlib import Path
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import get_args
 from urllib.parse import unquote, urlsplit
 
@@ -18,7 +18,7 @@ import pytest
 from pydantic import BaseModel
 
 import pipeline
-from pipeline import cluster_spec, config, errors
+from pipeline import cluster_spec, config, errors, figures
 from pipeline.analysis import FeatureStore
 from pipeline.cli import cli
 
@@ -166,10 +166,13 @@ def public_names() -> set[str]:
     """What is promised not to change silently."""
     members = {name for name in vars(FeatureStore) if not name.startswith("_") and name != "path"}
     classes = {model.__name__ for model in models(config)}
+    drawing = {name for name, value in vars(figures).items() if isinstance(value, FunctionType) and name[0] != "_"} - {"check_format"}
     failures = {name for name, value in vars(errors).items() if isinstance(value, type)}
     return {
         *(f"pipeline.{name}" for name in set(pipeline.__all__) - {"__version__"}),
         *(f"pipeline.analysis.FeatureStore.{name}" for name in members),
+        *(f"pipeline.figures.{name}" for name in drawing if getattr(figures, name).__module__ == "pipeline.figures"),
+        "pipeline.report.write_report",
         *(f"pipeline.config.{name}" for name in classes),
         *(f"pipeline.errors.{name}" for name in failures),
     }
@@ -188,6 +191,13 @@ def test_code_of_a_page_was_run_and_what_it_gives_is_shown(site, page):
     html = (site / f"{page}.html").read_text(encoding="utf-8")
     figures = [image for image in read(site / f"{page}.html").images if "/figure-" in (image["src"] or "")]
     assert len(figures) + html.count('class="highlight-text') + html.count('href="gallery/') == len(loud) > 0
+
+
+@pytest.mark.cluster
+def test_a_notebook_that_is_a_page_shows_its_pictures(site):
+    cells = nbformat.read(ROOT / "workflows/notebooks/convolution.ipynb", 4).cells
+    figures = [image for image in read(site / "convolution.html").images if "/figure-" in (image["src"] or "")]
+    assert len(figures) == sum("plt.show()" in cell.source for cell in cells) > 5
 
 
 # -- the Markdown files ----------------------------------------------------------------------------------------------------------

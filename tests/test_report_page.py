@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from itertools import pairwise
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from pipeline.config import make_job
 from pipeline.report import write_report
@@ -150,7 +151,7 @@ def test_enter_skips_sorts_enlarges_and_copies(browser, page_file):
 
     page.locator("[data-copies=c-python]").focus()
     page.keyboard.press("Enter")
-    page.wait_for_function("/^(Copied|Selected)/.test(document.querySelector('[data-copies=c-python]').textContent)")
+    expect(page.locator("[data-copies=c-python]")).to_have_text(re.compile("^(Copied|Selected)"))
     assert not troubles
 
 
@@ -167,7 +168,7 @@ def test_the_mouse_enlarges_a_picture_and_closes_it_beside_it(browser, page_file
 def test_rows_are_filtered_and_counted(browser, page_file):
     page, _ = opened(browser, page_file)
     page.get_by_label("Show only rows with").fill("CUT.JPG")
-    page.wait_for_function("document.querySelector('output').textContent === '1 of 10'")
+    expect(page.locator("output")).to_have_text("1 of 10")
     assert page.locator("#t-bad-rows tr:visible").count() == 1
 
 

@@ -1,4 +1,4 @@
-"""Runs the Python of a page on the store of the demo, and puts below each block what it gives: a figure, a table, a page.
+"""Runs the Python of a page on the store of the demo, and puts below each block what it gives: figures, a table, a page.
 
 The store is made by the real command from the photographs that scikit-image ships, once per build folder.
 """
@@ -7,19 +7,25 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import io
 import re
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
+import matplotlib as mpl
+import matplotlib.pyplot as plt
 import pandas as pd
 import skimage
 from sphinx.application import Sphinx
 from sphinx.util import logging
 
 MARK = "<!-- run the code -->"
+_ABOVE = re.compile(r"\n\n|```\n")
 _BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 logger = logging.getLogger(__name__)
 
@@ -29,12 +35,23 @@ def run_the_code(text: str, folder: Path) -> str:
     _demo(folder)
     names: dict[str, Any] = {}
 
-    def with_result(match: re.Match[str]) -> str:
-        above = text[: match.start()].strip().rpartition("\n\n")[2]
-        shown = _show(_run(match[1], names, folder), folder, " ".join(re.sub(r"[#`\[\]]", "", above).split()))
-        return f"{match[0]}\n\n{shown}"
+    def with_results(match: re.Match[str]) -> str:
+        before = _pages(folder)
+        values, above = _run(match[1], names), _ABOVE.split(text[: match.start()].strip())[-1]
+        says = " ".join(re.sub(r"[#`*\[\]]", "", above).split())  # of a figure, which is described there
+        file = folder / f"figure-{crc32(match[1].encode()):08x}"
+        shown = [_show(value, file.with_name(f"{file.name}-{n}.png"), says) for n, value in enumerate(values)]
+        made = [f'<p><a href="gallery/{name}">Open {name}</a></p>' for name, _ in sorted(_pages(folder) - before)]
+        return "\n\n".join([match[0], *shown, *made])
 
-    return _BLOCK.sub(with_result, text)
+    with contextlib.chdir(folder), mpl.rc_context({"backend": "agg"}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "FigureCanvasAgg is non-interactive")  # of plt.show in notebooks
+        return _BLOCK.sub(with_results, text)
+
+
+def _pages(folder: Path) -> set[tuple[str, int]]:
+    """HTML files by name and time of writing."""
+    return {(page.name, page.stat().st_mtime_ns) for page in folder.glob("*.html")}
 
 
 def _demo(folder: Path) -> None:
@@ -48,26 +65,29 @@ def _demo(folder: Path) -> None:
     logger.info("gallery: %s", done.stdout.partition("\n")[0])
 
 
-def _run(code: str, names: dict[str, Any], folder: Path) -> Any:
-    """Execute a block; the value of its last line, if that is an expression."""
+def _run(code: str, names: dict[str, Any]) -> list[Any]:
+    """Execute a block: what it printed, the figures of pyplot, and the value of its last line if that is an expression."""
     tree = ast.parse(code)
-    last = tree.body.pop() if isinstance(tree.body[-1], ast.Expr) else None
-    with contextlib.chdir(folder):
-        exec(compile(tree, "<page>", "exec"), names)  # noqa: S102 (the page is ours)
-        return eval(compile(ast.Expression(last.value), "<page>", "eval"), names) if isinstance(last, ast.Expr) else None  # noqa: S307
+    last = tree.body[-1] if isinstance(tree.body[-1], ast.Expr) else None
+    del tree.body[-1 if last else len(tree.body) :]
+    try:
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            exec(compile(tree, "<page>", "exec"), names)  # noqa: S102 (the page is ours)
+            value = eval(compile(ast.Expression(last.value), "<page>", "eval"), names) if last else None  # noqa: S307
+    except Exception as error:
+        raise RuntimeError(f"this code of a page failed, so its result cannot be shown: {code!r}: {error!r}") from error
+    drawn = [plt.figure(number) for number in plt.get_fignums()]
+    plt.close("all")
+    text = printed.getvalue().rstrip()
+    return [*([text] if text else []), *drawn, *([] if value is None else [value])]
 
 
-def _show(value: Any, folder: Path, above: str) -> str:
-    """Markdown of what a block gave; ``above`` is the paragraph before it, which says what a figure shows."""
-    if value is None:
-        return ""
+def _show(value: Any, file: Path, says: str) -> str:
+    """Markdown of what a block gave: a figure, which goes to ``file``, or a text."""
     if hasattr(value, "savefig"):
-        file = folder / f"figure-{len(list(folder.glob('figure-*.png'))) + 1}.png"
         value.savefig(file, dpi=110, facecolor="white")
-        return f"![{above}]({file})"
-    if isinstance(value, Path) and value.suffix == ".html":
-        return f'<p><a href="gallery/{value.name}">Open the page that this made</a></p>'
-    text = value.to_string() if isinstance(value, pd.DataFrame | pd.Series) else str(value)
+        return f"![{says}]({file})"
+    text = value.to_string() if isinstance(value, pd.DataFrame | pd.Series) else value if isinstance(value, str) else repr(value)
     return f"```text\n{text}\n```"
 
 

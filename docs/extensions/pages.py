@@ -1,6 +1,6 @@
 """What the site makes of the Markdown files before MyST reads them; a code host shows them as they are.
 
-- A page whose whole text is one link to a Markdown file outside of docs stands for that file.
+- A page whose whole text is one link to a Markdown file or a notebook outside of docs stands for that file; the notebook's code is run.
 - A relative link to a file that has a page leads to that page, any other to the file itself.
 - ``<!-- keys of MODULE.MODEL -->`` becomes a table of the model's keys, ``<!-- commands -->`` the commands with their options.
 - On a page with ``<!-- run the code -->`` what a block of Python gives is shown below it.
@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import gallery
+import nbformat
 import reference
 from sphinx.application import Sphinx
 
 DOCS = Path(__file__).parents[1]
 ROOT = DOCS.parent
 _LINK = re.compile(r"\]\((?!\w+:|#)([^)#\s]+)(#[^)\s]+)?\)")
-_STANDS_FOR = re.compile(r"\s*\[[^\]]+\]\((\.\./[^)#]+\.md)\)\s*")
+_STANDS_FOR = re.compile(r"\s*\[[^\]]+\]\((\.\./[^)#]+\.(?:md|ipynb))\)\s*")
 _KEYS = re.compile(r"^<!-- keys of (\w+)\.(\w+) -->$", re.MULTILINE)
 
 
@@ -43,10 +44,18 @@ def relink(text: str, file: Path) -> str:
     return _LINK.sub(replaced, text)
 
 
+def _cells(notebook: Path) -> str:
+    """A notebook as Markdown whose code is run."""
+    cells = nbformat.read(notebook, 4).cells
+    return "\n\n".join(
+        [cell.source if cell.cell_type == "markdown" else f"```python\n{cell.source}\n```" for cell in cells] + [gallery.MARK]
+    )
+
+
 def _read(app: Sphinx, docname: str, content: list[str]) -> None:
     """Replace what Sphinx has read of a page."""
     (file,) = [outside for outside, page in standing_for().items() if page.stem == docname] or [DOCS / f"{docname}.md"]
-    text = file.read_text(encoding="utf-8")
+    text = file.read_text(encoding="utf-8") if file.suffix == ".md" else _cells(file)
     made = _KEYS.sub(lambda match: reference.keys(*match.groups()), text)
     made = made.replace("<!-- commands -->", reference.commands()) if "<!-- commands -->" in made else made
     made = gallery.run_the_code(made, Path(app.doctreedir) / "gallery") if gallery.MARK in made else made
@@ -55,8 +64,15 @@ def _read(app: Sphinx, docname: str, content: list[str]) -> None:
     content[0] = relink(made, file)
 
 
+def _whole_sentence(_app: Sphinx, what: str, _name: str, _value: object, _options: object, lines: list[str]) -> None:
+    """Keep napoleon from reading a type into a property's first line where that has a colon."""
+    if what in {"attribute", "property"}:
+        lines.insert(0, "")
+
+
 def setup(app: Sphinx) -> dict[str, Any]:
     """Sphinx calls this."""
     app.connect("source-read", _read)
+    app.connect("autodoc-process-docstring", _whole_sentence, priority=400)
     app.connect("build-finished", gallery.publish)
     return {"parallel_read_safe": False}

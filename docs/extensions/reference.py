@@ -23,7 +23,7 @@ def keys(module: str, name: str) -> str:
     """Markdown table of the keys of a model of ``pipeline``."""
     model: type[BaseModel] = getattr(importlib.import_module(f"pipeline.{module}"), name)
     schema = model.model_json_schema()
-    lines = ["{.reference}", "| key | value | default | meaning |", "|---|---|---|---|"]
+    lines = ["{.reference .keys}", "| key | value | default | meaning |", "|---|---|---|---|"]
     for key, entry in schema["properties"].items():
         default = "**needed**" if key in schema.get("required", ()) else _default(model.model_fields[key].default)
         lines.append(_row(f"`{key}`", _value(entry), default, meaning(model, key)))
@@ -89,7 +89,7 @@ def _command(command: click.Command, path: str) -> str:
     context = click.Context(command, info_name=path)
     usage = " ".join(command.collect_usage_pieces(context))
     lines = [f"## {path}", "", f"    {path} {usage}", "", inspect.cleandoc(command.help or ""), ""]
-    lines += ["{.reference}", "| option | default | meaning |", "|---|---|---|"]
+    lines += ["{.reference .options}", "| option | default | meaning |", "|---|---|---|"]
     for option in command.params:
         if isinstance(option, click.Option) and not option.hidden:
             _, metavar = option.get_help_record(context) or ("", "")
