@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import os
 from collections.abc import Iterator
 from functools import cached_property
@@ -15,13 +16,16 @@ import xarray as xr
 
 from pipeline import remote
 from pipeline.chunks import Array
-from pipeline.errors import FeaturemapsError, UsageError
+from pipeline.config import ExtractorSpec
+from pipeline.decode import decode
+from pipeline.errors import FeaturemapsError, ImageError, UsageError
 from pipeline.layers import layer_names, output_sizes, receptive_field
 from pipeline.objects import Place, place
 from pipeline.paths import encode_path
 from pipeline.plan import Size
-from pipeline.schema import REJECTED, STATISTICS, ShapeClass, Status, StoredLayer
-from pipeline.settings import extractor_spec
+from pipeline.reading import Source, read_current
+from pipeline.schema import REJECTED, STATISTICS, ShapeClass, Status, StoredLayer, StoreSpec
+from pipeline.settings import decode_spec, extractor_spec
 from pipeline.store import Store
 from pipeline.weights import dequantise
 
@@ -78,9 +82,46 @@ class FeatureStore:
         return self._store.spec.source_root
 
     @property
+    def spec(self) -> StoreSpec:
+        """What the store was made with: source, dtype, extractor, decode rules, versions."""
+        return self._store.spec
+
+    @cached_property
+    def extractor(self) -> ExtractorSpec:
+        """The extractor's layers, in order, and which of them are stored."""
+        return extractor_spec(self._store.spec)
+
+    @property
     def layers(self) -> tuple[str, ...]:
-        """Names of the layers whose maps are stored."""
+        """Names of the stored layers: of all there are pooled values."""
         return tuple(layer.name for layer in self._store.spec.layers)
+
+    @property
+    def map_layers(self) -> tuple[str, ...]:
+        """Names of the stored layers of which there are maps, too."""
+        return tuple(layer.name for layer in self._store.spec.layers if layer.has_maps)
+
+    @cached_property
+    def weights(self) -> dict[str, Array]:
+        """The weights as used: ``conv1_weight`` (filter, channel, y, x), ``conv1_bias`` (filter,), ...; float32.
+
+        They are for a cross-correlation over ``pixel / 256``.
+        """
+        return self._store.weights()
+
+    @property
+    def receipts(self) -> list[dict[str, Any]]:
+        """What each run left of itself in ``runs/``, oldest first."""
+        return self._store.receipts()[::-1]
+
+    @cached_property
+    def counts(self) -> dict[str, int]:
+        """Number of images per status: pending, done, quarantined and rejected."""
+        total = np.zeros(256, np.int64)
+        for shape_class in self._store.classes.values():
+            total += np.bincount(self._store.column(shape_class.name, "status"), minlength=256)
+        live = {status.name.lower(): int(total[status]) for status in Status if status.is_live}
+        return live | {"rejected": int((self._store.column(REJECTED, "status") < Status.REMOVED).sum())}
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -192,6 +233,42 @@ class FeatureStore:
             ) from error
         return xr.Dataset(variables, coordinates, {"class": shape_class.name, "kind": shape_class.kind})
 
+    def pixels(self, path: str) -> Array | None:
+        """The source image as the extractor saw it.
+
+        Parameters
+        ----------
+        path : str
+            As in `images`; whatever its status.
+
+        Returns
+        -------
+        (y, x, channel) uint8 or None
+            Three channels or one; None where the source is out of reach, or cannot be decoded.
+
+        Raises
+        ------
+        UsageError
+            When the path is unknown, or the image has changed since its maps were computed.
+        """
+        entry = self._known(path)
+        if str(entry["error"]).startswith("crashed"):  # it took its worker along, and would take this process
+            return None
+        spec = decode_spec(self._store.spec)
+        try:
+            data = read_current(Source(self.source_root, spec), str(entry.name))
+            if entry["status"] == "done" and hashlib.sha256(data).hexdigest() != self._digest(entry):
+                raise UsageError(
+                    f"{path!r} has changed since its maps were computed, so it is another picture than theirs and was not "
+                    f"taken for it: nothing was drawn; bring {self.path} up to date with `featuremaps run` first"
+                )
+            return decode(data, spec)
+        except (ImageError, OSError):
+            return None
+
+    def _digest(self, entry: Any) -> str:
+        return str(self._store.array(str(entry["class"]), "digest")[int(entry["row"])])
+
     def _row(self, shape_class: ShapeClass, layer: StoredLayer, row: int, size: Size) -> Iterator[tuple[str, Any]]:
         """One image's maps and pooled values of a layer, read without the rest of their shard."""
         dims = tuple(f"{layer.name}_{axis}" for axis in ("channel", "y", "x"))
@@ -204,6 +281,13 @@ class FeatureStore:
             yield name, (dims[:1], np.asarray(self._store.array(shape_class.name, name)[row]))
 
     def _entry(self, path: str) -> Any:
+        entry = self._known(path)
+        if entry["status"] != "done":
+            reason = entry["error"] or "its turn has not come: run again to go on"
+            raise UsageError(f"{path!r} has no maps in {self.path}: it is {entry['status']} ({reason})")
+        return entry
+
+    def _known(self, path: str) -> Any:
         table = self._by_path
         encoded = encode_path(os.fsencode(path))  # as a shell completes it
         if path not in table.index and encoded in table.index:
@@ -214,11 +298,7 @@ class FeatureStore:
             raise UsageError(
                 f"{path!r} is not an image of {self.path}: paths are relative to {self.source_root}, as in `.images`{hint}"
             )
-        entry = table.loc[path]
-        if entry["status"] != "done":
-            reason = entry["error"] or "its turn has not come: run again to go on"
-            raise UsageError(f"{path!r} has no maps in {self.path}: it is {entry['status']} ({reason})")
-        return entry
+        return table.loc[path]
 
     def _class(self, name: str) -> ShapeClass:
         for shape_class in self._store.classes.values():

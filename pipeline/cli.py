@@ -6,13 +6,14 @@ import io
 import json
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from pipeline import __version__
+from pipeline.arguments import as_place, store_argument
 from pipeline.cli_clusters import cluster, doctor, submit
+from pipeline.cli_figures import show
 from pipeline.config import JOB_SUFFIXES, Job, LayerSpec, load_job, make_job
 from pipeline.errors import (
     EXIT_COMPLETE,
@@ -78,19 +79,6 @@ def _job_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def _place(store: str) -> Place:
-    from pipeline.objects import place
-
-    return place(store)
-
-
-_store_argument = click.argument(  # which a job file may name
-    "store",
-    callback=lambda _context, _parameter, store: _place(load_job(store).store if store.endswith(JOB_SUFFIXES) else store),
-    metavar="STORE | JOB.yaml",
-)
-
-
 def _make_job(what: tuple[str, ...], options: dict[str, Any]) -> Job:
     """Turn the command line into a job; options replace what a job file says."""
     values: dict[str, Any] = {}
@@ -123,7 +111,7 @@ def _begin(what: tuple[str, ...], options: dict[str, Any], verbose: int, log_for
 
     start_logging(verbose, as_json=log_format == "json")
     job = _make_job(what, options)
-    logs.about(str(_place(job.store).absolute()))
+    logs.about(str(as_place(job.store).absolute()))
     return job
 
 
@@ -160,7 +148,7 @@ def plan(what: tuple[str, ...], as_json: bool, verbose: int, log_format: str, **
 
 
 @cli.command()
-@_store_argument
+@store_argument
 @click.option("--json", "as_json", is_flag=True, help="Print the status as JSON.")
 @click.option("--quarantined", "n_listed", type=int, default=20, show_default=True, metavar="N", help="Bad images to list.")
 def status(store: Place, as_json: bool, n_listed: int) -> int:
@@ -173,20 +161,7 @@ def status(store: Place, as_json: bool, n_listed: int) -> int:
 
 
 @cli.command()
-@_store_argument
-@click.argument("path")
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Figure to write: .png, .svg or .pdf.")
-def show(store: Place, path: str, output: Path) -> int:
-    """Draw the image PATH of STORE with its maps below it."""
-    from pipeline.report import show_image
-
-    show_image(store, path, output)
-    click.echo(f"wrote {output}")
-    return EXIT_COMPLETE
-
-
-@cli.command()
-@_store_argument
+@store_argument
 @click.option(
     "--sample", "n_sample", type=click.IntRange(0), default=20, show_default=True, metavar="N", help="Images to recompute."
 )
@@ -206,7 +181,7 @@ def verify(store: Place, no_source: bool, as_json: bool, **options: Any) -> int:
 
 
 @cli.command()
-@_store_argument
+@store_argument
 @click.option("--dry-run", is_flag=True, help="Only say what would be freed.")
 @click.option("--sole-writer", is_flag=True, help="Vouch that nobody else writes to a bucket's store.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
@@ -219,7 +194,7 @@ def vacuum(store: Place, dry_run: bool, sole_writer: bool, as_json: bool) -> int
     return EXIT_FAILED if result.n_damaged else EXIT_COMPLETE
 
 
-for _command in (submit, doctor, cluster):
+for _command in (show, submit, doctor, cluster):
     cli.add_command(_command)
 
 

@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 import xarray as xr
 import zarr
+from PIL import Image
 
 import pipeline
 from pipeline import open_store
@@ -379,3 +380,30 @@ def test_an_image_that_was_replaced_meanwhile_is_no_map_of_nothing(client, tmp_p
         UsageError, match=r"'img00000\.png' has been replaced or removed since .* was opened: open the store again"
     ):
         opened.image("img00000.png")
+
+
+# -- what a store says of itself -------------------------------------------------------------------------------------------------
+
+
+def test_a_store_says_what_it_was_made_with(folder):
+    store = open_store(folder / "stack.zarr")
+    assert (store.spec.dtype, store.layers, store.map_layers) == ("uint16", ("conv1", "conv2"), ("conv1", "conv2"))
+    assert [layer.filters for layer in store.extractor.layers] == [3, 2]
+    assert {name: values.shape for name, values in store.weights.items()} == {
+        "conv1_weight": (3, 3, 5, 5),
+        "conv1_bias": (3,),
+        "conv2_weight": (2, 3, 3, 1),
+        "conv2_bias": (2,),
+    }
+    assert [receipt["outcome"] for receipt in store.receipts] == ["complete"]
+
+
+def test_images_are_counted_by_their_status(folder, changed):
+    assert open_store(folder / "plain.zarr").counts == {"pending": 0, "done": 10, "quarantined": 0, "rejected": 1}
+    assert open_store(changed[0]).counts == {"pending": 1, "done": 7, "quarantined": 1, "rejected": 1}
+
+
+def test_pixels_are_those_that_the_extractor_saw(folder):
+    store = open_store(folder / "plain.zarr")
+    np.testing.assert_array_equal(store.pixels("img00003.png"), np.asarray(Image.open(folder / "source" / "img00003.png")))
+    assert store.pixels("bad.png") is None

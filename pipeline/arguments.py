@@ -1,0 +1,26 @@
+"""Arguments that several commands take."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from pipeline.config import JOB_SUFFIXES, load_job
+
+if TYPE_CHECKING:
+    from pipeline.objects import Place
+
+
+def as_place(store: str) -> Place:
+    """Where a store is: a folder, or a bucket's address."""
+    from pipeline.objects import place  # noqa: PLC0415 (late, to start fast)
+
+    return place(store)
+
+
+store_argument = click.argument(  # which a job file may name
+    "store",
+    callback=lambda _context, _parameter, store: as_place(load_job(store).store if store.endswith(JOB_SUFFIXES) else store),
+    metavar="STORE | JOB.yaml",
+)

@@ -1,0 +1,397 @@
+"""Figures of a store, for notebooks and files. Each is a matplotlib figure that shows itself as the last value of a cell.
+
+Examples
+--------
+>>> import pipeline
+>>> from pipeline import figures
+>>> store = pipeline.open_store("features.zarr")  # doctest: +SKIP
+>>> figures.show(store, "cats/tom.jpg", overlay=True)  # doctest: +SKIP
+>>> figures.contact_sheet(store, n=20).savefig("sheet.png", dpi=150)  # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pipeline import pictures
+from pipeline.errors import UsageError
+from pipeline.layers import layer_names, receptive_field
+from pipeline.summary import WAITING, count, printable
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+    from pipeline.analysis import FeatureStore
+    from pipeline.canvas import Canvas
+    from pipeline.chunks import Array
+    from pipeline.pictures import Picture
+    from pipeline.schema import StoredLayer
+
+FORMATS = (".png", ".svg", ".pdf")
+MAX_PANELS = 64
+"""Maps, images, channels or filters of one figure."""
+FILE_DPI = 150
+_SHEET_SIDE = 600
+_SEED = 23455
+_OWN_GREYS = "greys: each map's own range, without its 0.5 % lowest and highest values"
+_MAX_PARTS = 8
+
+
+def show(
+    store: FeatureStore,
+    path: str,
+    *,
+    overlay: bool = False,
+    layers: str | Sequence[str] | None = None,
+    channels: int | Sequence[int] | None = None,
+) -> Canvas:
+    """An image with its maps: below it, or laid over it.
+
+    Parameters
+    ----------
+    store : FeatureStore
+    path : str
+        As in `FeatureStore.images`.
+    overlay : bool
+        Lay each map over the image at its true place, which is smaller than the image by the receptive field. The image is grey then,
+        and the map the less transparent the more a value differs from its median.
+    layers : str or sequence of str, optional
+        Layers whose maps are stored; all by default.
+    channels : int or sequence of int, optional
+        Channels of each of these layers, from 0; all by default. Of more than 64 maps the first are drawn.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+
+    Raises
+    ------
+    UsageError
+        When the path has no maps, when there is no such layer or channel, when the image has changed since, or without matplotlib.
+    """
+    with _matplotlib():
+        from pipeline import draw_maps
+    names = _map_layers(store, layers)
+    chosen = [(name, channel) for name in names for channel in _channels(_stored(store, name), channels)]
+    maps = store.image(path)
+    pixels = store.pixels(path)
+    title = printable(path)
+    image = None if pixels is None else pictures.of_pixels(title, pixels)
+    side = pictures.MAX_SIDE if len(chosen) <= 4 else pictures.MAX_SIDE // 2
+    kept = chosen[:MAX_PANELS]
+    drawn = [[_map(store, maps, name, channel, side) for n, channel in kept if n == name] for name in names]
+    drawn = [layer for layer in drawn if layer]
+    left_out = f"; the first {MAX_PANELS} of {len(chosen)} maps" if len(chosen) > MAX_PANELS else ""
+    if overlay:
+        note = f"a map covers the image where it is far from its median{left_out}"
+        return draw_maps.maps_over_image(title, image, [picture for layer in drawn for picture in layer], note)
+    return draw_maps.image_and_maps(title, image, drawn, f"{_OWN_GREYS}{left_out}")
+
+
+def contact_sheet(
+    store: FeatureStore,
+    paths: Iterable[str] | None = None,
+    *,
+    n: int = 12,
+    layer: str | None = None,
+    channel: int | None = 0,
+) -> Canvas:
+    """One channel's maps of many images in equal cells, all in one range of greys; or the images themselves.
+
+    Parameters
+    ----------
+    store : FeatureStore
+    paths : iterable of str, optional
+        Which images; by default ``n`` that are done, spread evenly over the store by path.
+    n : int
+        1 to 64.
+    layer : str, optional
+        A layer whose maps are stored; the first by default.
+    channel : int or None
+        From 0; None draws the images instead.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+
+    Raises
+    ------
+    UsageError
+        When an image has no maps, when none is done, when there is no such layer or channel, or without matplotlib.
+    """
+    with _matplotlib():
+        from pipeline import draw_maps
+    name = None if channel is None else _map_layers(store, layer)[0]
+    if name is not None:
+        (channel,) = _channels(_stored(store, name), channel)
+    chosen = _spread(store, n) if paths is None else list(paths)
+    if not 1 <= len(chosen) <= MAX_PANELS:
+        raise UsageError(
+            f"a sheet of {count(len(chosen), 'image')} was asked for, and one holds 1 to {MAX_PANELS}: nothing was drawn; "
+            "give fewer paths, or draw several sheets"
+        )
+    if name is None:
+        title = "images"
+        drawn = [_photograph(store, path) for path in chosen]
+    else:
+        title = f"{name}, channel {channel}"
+        drawn = [_map(store, store.image(path), name, channel or 0, _SHEET_SIDE) for path in chosen]
+    return draw_maps.sheet(title, drawn, [printable(path) for path in chosen], are_maps=name is not None)
+
+
+def histograms(store: FeatureStore, layer: str | None = None, *, n_images: int = 64) -> Canvas:
+    """How often each value occurs in the maps of a layer, channel by channel.
+
+    Images are read one by one. The range is that of the pooled minimum and maximum, and each bin holds equally many of the levels
+    that the store's dtype has, so that none of its steps looks like one of the data.
+
+    Parameters
+    ----------
+    store : FeatureStore
+    layer : str, optional
+        A layer whose maps are stored; the first by default. Of more than 64 channels the first are drawn.
+    n_images : int
+        Images to take, drawn at random with a fixed seed: the same ones each time.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+
+    Raises
+    ------
+    UsageError
+        When no image is done, when there is no such layer, or without matplotlib.
+    """
+    with _matplotlib():
+        from pipeline import draw_charts
+    name = _map_layers(store, layer)[0]
+    stored = _stored(store, name)
+    done = _done(store)
+    if n_images < 1:
+        raise UsageError(f"histograms of {n_images} images were asked for: nothing was drawn; take 1 or more")
+    sample = sorted(np.random.default_rng(_SEED).choice(done, min(n_images, len(done)), replace=False).tolist())
+    n = min(stored.channels, MAX_PANELS)
+    edges = _edges(store, stored, sample)
+    counts = np.zeros((n, len(edges) - 1), np.int64)
+    total, squares, n_values = np.zeros(n), np.zeros(n), 0
+    for path in sample:
+        maps = store.image(path)[name].values[:n].reshape(n, -1)
+        for channel, values in enumerate(maps):
+            counts[channel] += np.histogram(values.clip(edges[0], edges[-1]), edges)[0]
+            total[channel] += values.sum(dtype=np.float64)
+            squares[channel] += np.square(values, dtype=np.float64).sum()
+        n_values += maps.shape[1]
+    mean = total / n_values
+    std = np.sqrt(np.maximum(squares / n_values - mean**2, 0))
+    few = n <= 16
+    titles = [
+        f"channel {i}: mean {m:.3g}, standard deviation {s:.2g}" if n <= 4 else f"{i}: {m:.2g} ± {s:.1g}" if few else str(i)
+        for i, (m, s) in enumerate(zip(mean, std, strict=True))
+    ]
+    title = f"{name} of {len(sample)} of {count(len(done), 'image')}" + _first_of(n, stored.channels, "channels")
+    return draw_charts.histogram_panels(title, edges, counts / n_values, titles)
+
+
+def filters(store: FeatureStore, layer: str | None = None) -> Canvas:
+    """The filters of a layer, red where a weight is positive and blue where it is negative, with their biases.
+
+    A filter of up to 8 input channels is drawn part by part, of more as the mean over them.
+
+    Parameters
+    ----------
+    store : FeatureStore
+    layer : str, optional
+        Any layer of the extractor, stored or not; the first by default. Of more than 64 filters the first are drawn.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+
+    Raises
+    ------
+    UsageError
+        When there is no such layer, or without matplotlib.
+    """
+    with _matplotlib():
+        from pipeline import draw_charts
+    known = layer_names(store.extractor.layers)
+    name = known[0] if layer is None else layer
+    if name not in known:
+        raise UsageError(f"{name!r} is not a layer of the extractor of {store.path}: it has {', '.join(known)}; name one of them")
+    weights, biases = store.weights[f"{name}_weight"], store.weights[f"{name}_bias"]
+    n_filters, n_inputs, height, width = weights.shape
+    shown = weights[:MAX_PANELS]
+    names = ["R", "G", "B"] if (name, n_inputs) == (known[0], 3) else [str(i) for i in range(n_inputs)]
+    note = f"{height} x {width} weights, as they lie over the image"
+    if 1 < n_inputs <= _MAX_PARTS and names[0] == "0":
+        note += f"; 0 to {n_inputs - 1}: input channels"
+    if n_inputs > _MAX_PARTS:
+        shown, names = shown.mean(1, keepdims=True), [""]
+        note += f"; the mean over {n_inputs} input channels"
+    title = f"{name}: {count(n_filters, 'filter')}" + _first_of(len(shown), n_filters, "")
+    return draw_charts.filter_panels(title, note, shown, biases[:MAX_PANELS], names)
+
+
+def stage_times(store: FeatureStore, receipt: str | Mapping[str, Any] | None = None) -> Canvas:
+    """Where the time of a run went: read, decode, extract and write, and the time in which a slot had no batch.
+
+    Parameters
+    ----------
+    store : FeatureStore
+    receipt : str or mapping, optional
+        One of `FeatureStore.receipts`, or the ``run_id`` of one; the last run that computed anything by default.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+
+    Raises
+    ------
+    UsageError
+        When there is no such run, when it computed nothing, or without matplotlib.
+    """
+    with _matplotlib():
+        from pipeline import draw_charts
+    found = _receipt(store, receipt)
+    stages = found["stage_s"]
+    slot_s = max(found.get("slot_s", 0.0), sum(stages.values()))
+    seconds = stages | {WAITING: slot_s - sum(stages.values())}
+    speed = f"{pictures.rounded(found['compute_s'])} s, {pictures.rounded(found['images_per_s'])} images/s"
+    title = f"{count(found['n_done'], 'image')} in {speed}"
+    note = f"run {found['run_id']} ({found['outcome']}), {count(found['slots'], 'slot')}; waiting: a slot had no batch"
+    return draw_charts.stage_bars(title, note, seconds)
+
+
+def check_format(output: Path) -> None:
+    """Refuse a file that is none of `FORMATS`, before anything is read."""
+    if output.suffix.lower() not in FORMATS:
+        raise UsageError(f"figure {output} would be of an unknown kind {output.suffix!r}: name it .png, .svg or .pdf")
+
+
+def save(figure: Canvas, output: Path) -> None:
+    """Write a figure.
+
+    Raises
+    ------
+    UsageError
+        When it is of an unknown kind, or cannot be written.
+    """
+    check_format(output)
+    try:
+        figure.savefig(output, dpi=FILE_DPI)
+    except OSError as error:
+        raise UsageError(f"figure {output} cannot be written ({error}): check its folder, permissions and space") from error
+
+
+@contextmanager
+def _matplotlib() -> Iterator[None]:
+    """It is an extra; modules that draw are imported late."""
+    try:
+        yield
+    except ImportError as error:
+        raise UsageError('figures need matplotlib, which is not installed: pip install "featuremaps[figures]"') from error
+
+
+def _map_layers(store: FeatureStore, chosen: str | Sequence[str] | None) -> list[str]:
+    """Layers to draw, which have maps."""
+    names = list(store.map_layers) if chosen is None else [chosen] if isinstance(chosen, str) else list(dict.fromkeys(chosen))
+    pooled_only = [name for name in store.layers if name not in store.map_layers]
+    kept = (
+        f"of {', '.join(pooled_only)} only the pooled values were kept" if pooled_only else "of no other layer anything was kept"
+    )
+    if chosen is not None and not names:
+        raise UsageError("no layer was chosen, so there is nothing to draw: name at least one, or leave `layers` out")
+    names = names or list(store.layers)  # to say below that none of them has maps
+    for name in names:
+        if name not in store.map_layers:
+            raise UsageError(
+                f"layer {name!r} cannot be drawn: {store.path} has maps of {', '.join(store.map_layers) or 'no layer'}, and {kept}; "
+                "name a layer that has maps, or run into another store with `outputs` that keep them"
+            )
+    return names
+
+
+def _channels(stored: StoredLayer, chosen: int | Sequence[int] | None) -> list[int]:
+    """Channels to draw."""
+    if chosen is None:
+        return list(range(stored.channels))
+    channels = [chosen] if isinstance(chosen, int) else list(dict.fromkeys(chosen))
+    if not channels:
+        raise UsageError("no channel was chosen, so there is nothing to draw: name at least one, or leave `channels` out")
+    for channel in channels:
+        if not 0 <= channel < stored.channels:
+            known = f"channels 0 to {stored.channels - 1}" if stored.channels > 1 else "one channel, 0"
+            raise UsageError(
+                f"channel {channel} of {stored.name} cannot be drawn: the layer has {known}; choose there, or name the layer that has it"
+            )
+    return channels
+
+
+def _stored(store: FeatureStore, name: str) -> StoredLayer:
+    return next(layer for layer in store.spec.layers if layer.name == name)
+
+
+def _map(store: FeatureStore, maps: xr.Dataset, layer: str, channel: int, max_side: int) -> Picture:
+    names = layer_names(store.extractor.layers)
+    field = receptive_field(store.extractor.layers, names.index(layer) + 1)
+    values, y, x = maps[layer].values[channel], maps[f"{layer}_y"].values, maps[f"{layer}_x"].values
+    return pictures.of_map(f"{layer}, channel {channel}", values, y, x, (field.stride_y, field.stride_x), max_side)
+
+
+def _photograph(store: FeatureStore, path: str) -> Picture | None:
+    pixels = store.pixels(path)
+    return None if pixels is None else pictures.of_pixels(path, pixels, _SHEET_SIDE)
+
+
+def _done(store: FeatureStore) -> list[str]:
+    """Paths of the images that have maps, sorted."""
+    images = store.images
+    done = sorted(set(images["path"][images["status"] == "done"]))
+    if not done:
+        counted = ", ".join(f"{n} {status}" for status, n in store.counts.items() if n) or "empty"
+        raise UsageError(
+            f"no image of {store.path} has maps that could be drawn: it is {counted}; `featuremaps run` computes them"
+        )
+    return done
+
+
+def _spread(store: FeatureStore, n: int) -> list[str]:
+    """As many paths as there are, evenly over the store."""
+    if not 1 <= n <= MAX_PANELS:
+        raise UsageError(f"n of {n} images cannot be drawn: a sheet holds 1 to {MAX_PANELS}; choose among these, or give paths")
+    done = _done(store)
+    return [done[i] for i in np.linspace(0, len(done) - 1, min(n, len(done))).round().astype(int)]
+
+
+def _edges(store: FeatureStore, stored: StoredLayer, sample: Sequence[str]) -> Array:
+    """Bins for the values of these images."""
+    pooled = store.pooled(stored.name, ("min", "max")).loc[list(sample)]
+    low = pooled.filter(regex="_min_").to_numpy().min()
+    high = pooled.filter(regex="_max_").to_numpy().max()
+    return pictures.bin_edges(float(low), float(high), stored)
+
+
+def _first_of(n: int, total: int, things: str) -> str:
+    return f", the first {n} of {total} {things}".rstrip() if n < total else ""
+
+
+def _receipt(store: FeatureStore, chosen: str | Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """The run to draw_charts."""
+    receipts = [chosen] if isinstance(chosen, Mapping) else store.receipts
+    if isinstance(chosen, str):
+        receipts = [receipt for receipt in receipts if receipt["run_id"] == chosen]
+        if not receipts:
+            known = ", ".join(receipt["run_id"] for receipt in store.receipts[-3:]) or "none"
+            raise UsageError(f"{store.path} has no receipt of a run {chosen!r}: the last ones are {known}; name one of them")
+    for receipt in reversed(receipts):
+        if sum(receipt["stage_s"].values()):
+            return receipt
+    raise UsageError(
+        f"there are no times to draw: of {count(len(receipts), 'run')} of {store.path} that could be looked at none computed anything; "
+        "`featuremaps run` leaves a receipt"
+    )
