@@ -80,6 +80,7 @@ def _whole_sentence(_app: Sphinx, what: str, _name: str, _value: object, _option
 
 def setup(app: Sphinx) -> dict[str, Any]:
     """Sphinx calls this."""
+    app.connect("env-get-outdated", lambda *_: ["index"])  # a page may have come or gone
     app.connect("source-read", _read)
     app.connect("autodoc-process-docstring", _whole_sentence, priority=400)
     app.connect("build-finished", gallery.publish)
