@@ -183,12 +183,13 @@ def histograms(store: FeatureStore, layer: str | None = None, *, n_images: int =
         n_values += maps.shape[1]
     mean = total / n_values
     std = np.sqrt(np.maximum(squares / n_values - mean**2, 0))
-    few = n <= 16
+    few = 4 < n <= 16  # room for the numbers alone
     titles = [
         f"channel {i}: mean {m:.3g}, standard deviation {s:.2g}" if n <= 4 else f"{i}: {m:.2g} ± {s:.1g}" if few else str(i)
         for i, (m, s) in enumerate(zip(mean, std, strict=True))
     ]
     title = f"{name}, {len(sample)} of {count(len(done), 'image')}" + panels.first_of(n, stored.channels, "channels")
+    title += ": mean ± standard deviation of each channel" if few else ""
     return draw_charts.histogram_panels(title, edges, counts / n_values, titles)
 
 
