@@ -102,8 +102,9 @@ def test_of_two_nights_at_once_one_works_and_is_drained_and_the_next_night_ends_
 
 def test_the_mail_says_what_happened_and_what_to_do(site):
     today = time.strftime("%a")  # in the C locale, which Python has unless told otherwise
-    code, said = site.night(VERIFY_ON=today)
-    assert (code, "Tonight the store was audited" in said) == (0, True), said
+    code, said = site.night(VERIFY_ON=today, REPORT=str(site.folder / "report.html"))
+    assert (code, "Tonight the store was audited" in said, "no page" in said) == (0, True, False), said
+    assert "Complete: all 6 images are done." in (site.folder / "report.html").read_text()
     assert site.night(QUIET="1") == (0, "")
 
     [chunk] = (site.folder / "features.zarr/40x60/conv1").glob("c.*")
