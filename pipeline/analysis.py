@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import hashlib
 import os
 from collections.abc import Sequence
 from functools import cached_property
@@ -16,15 +14,13 @@ import xarray as xr
 from pipeline import map_images, selection, similarity, tables
 from pipeline.chunks import Array
 from pipeline.config import ExtractorSpec
-from pipeline.decode import decode
-from pipeline.errors import FeaturemapsError, ImageError, UsageError
-from pipeline.lookup import PathIndex, similar_names, stored_name
+from pipeline.entries import Entries
+from pipeline.errors import FeaturemapsError, UsageError
 from pipeline.objects import Place, place
-from pipeline.reading import Source, read_current
-from pipeline.schema import REJECTED, STATISTICS, ShapeClass, Status, StoreSpec
-from pipeline.settings import decode_spec, extractor_spec
+from pipeline.schema import STATISTICS, ShapeClass, StoreSpec
+from pipeline.settings import extractor_spec
 from pipeline.store import Store
-from pipeline.views import class_dataset, image_dataset
+from pipeline.views import class_dataset, image_dataset, source_pixels
 
 
 def open_store(path: str | Place) -> FeatureStore:
@@ -63,15 +59,11 @@ class FeatureStore:
     path : Path or Url
     """
 
-    def __init__(self, path: Place) -> None:
-        self._store = Store(path)
-        self._index = PathIndex(self._store)
-        self._table: pd.DataFrame | None = None
+    def __init__(self, path: Place, *, _entries: Entries | None = None) -> None:
+        self._entries = _entries or Entries(Store(path))
+        self._store = self._entries.store
         self._vectors: tuple[Any, pd.Index, Array] | None = None
-        self._is_selection = False
         self.path = path
-        self.joined: dict[str, int] = {}
-        """Columns that `join` brought in, and how many images had a line in the user's table."""
 
     def __repr__(self) -> str:
         spec, counts = self._store.spec, self.counts
@@ -79,7 +71,7 @@ class FeatureStore:
         layers = ", ".join(f"{la.name} ({la.channels} channels{'' if la.has_maps else ', pooled only'})" for la in spec.layers)
         joined = "".join(f"\n  joined: {name} ({n:,} images have a line)" for name, n in self.joined.items())
         return (
-            f"<FeatureStore {self.path}{', a selection' if self._is_selection else ''}\n"
+            f"<FeatureStore {self.path}{', a selection' if self._entries.is_selection else ''}\n"
             f"  {sum(counts.values()):,} images in {len(self.classes)} shape classes: {progress}\n"
             f"  {spec.dtype}, layers {layers}{joined}>"
         )
@@ -138,25 +130,17 @@ class FeatureStore:
         Columns: path, class, row, source_height, source_width, input_height, input_width (pixels; 0 where rejected), status
         (pending, done, quarantined or rejected) and error; then those that were joined.
         """
-        return self._images.copy(deep=False)
+        return self._entries.table.copy(deep=False)
 
     @property
-    def _images(self) -> pd.DataFrame:
-        if self._table is None:
-            self._table = tables.images_table(self._store)
-        return self._table
-
-    @cached_property
     def counts(self) -> dict[str, int]:
         """Number of images per status: pending, done, quarantined and rejected."""
-        names = [status.name.lower() for status in Status if status.is_live]
-        if self._table is not None:
-            found = self._table["status"].value_counts()
-            return {name: int(found.get(name, 0)) for name in (*names, "rejected")}
-        columns = [self._store.column(shape_class.name, "status") for shape_class in self._store.classes.values()]
-        total = np.bincount(np.concatenate([*columns, np.empty(0, np.uint8)]), minlength=len(Status))
-        n_rejected = int((self._store.column(REJECTED, "status") < Status.REMOVED).sum())
-        return {name: int(total[i]) for i, name in enumerate(names)} | {"rejected": n_rejected}
+        return dict(self._entries.counts)
+
+    @property
+    def joined(self) -> dict[str, int]:
+        """Columns that `join` brought in, and how many images had a line in the user's table."""
+        return dict(self._entries.joined)
 
     def join(self, table: pd.DataFrame, on: str = "path") -> FeatureStore:
         """The same images with the columns of a table of yours: labels, dates, what else is known of them.
@@ -184,9 +168,7 @@ class FeatureStore:
         >>> labels = pandas.DataFrame({"path": ["a.png", "b.png"], "label": ["cat", "dog"]})  # doctest: +SKIP
         >>> store.join(labels).select(label="cat").images  # doctest: +SKIP
         """
-        images, n_matched = selection.join(self._images, table, on, self._store.spec.layers, str(self.path))
-        new = {str(name): n_matched for name in images.columns if name not in self._images.columns}
-        return self._derive(images, self.joined | new, is_selection=self._is_selection)
+        return FeatureStore(self.path, _entries=self._entries.join(table, on))
 
     def select(self, where: Any = None, /, **columns: Any) -> FeatureStore:
         """Some of the images, in the order of `images`.
@@ -212,14 +194,7 @@ class FeatureStore:
         --------
         >>> large = store.select(store.images["input_width"] > 500, status="done")  # doctest: +SKIP
         """
-        return self._derive(selection.select(self._images, where, columns, str(self.path)), self.joined, is_selection=True)
-
-    def _derive(self, images: pd.DataFrame, joined: dict[str, int], *, is_selection: bool) -> FeatureStore:
-        derived = copy.copy(self)
-        for name in ("counts", "_members"):
-            derived.__dict__.pop(name, None)
-        derived._table, derived._vectors, derived.joined, derived._is_selection = images, None, joined, is_selection
-        return derived
+        return FeatureStore(self.path, _entries=self._entries.select(where, columns))
 
     # -- maps ----------------------------------------------------------------------------------------------------------------------
 
@@ -249,10 +224,10 @@ class FeatureStore:
         shape_class = self._class(name)
         chosen = selection.choose_layers(self.spec, layers, str(self.path))
         dataset = class_dataset(self._store, shape_class, chosen)
-        if not (self._is_selection or self.joined):
+        if not (self._entries.is_selection or self.joined):
             return dataset
-        images = self._images[self._images["class"] == name]
-        if self._is_selection:
+        images = self._entries.table[self._entries.table["class"] == name]
+        if self._entries.is_selection:
             dataset = dataset.isel(image=images["row"].to_numpy())
         else:  # rows that stand for no image any more stay, as NaN
             images = images.set_index("row").reindex(np.arange(dataset.sizes["image"]))
@@ -265,7 +240,7 @@ class FeatureStore:
         --------
         >>> means = store.tree("conv1").map_over_datasets(lambda node: node.mean("image"))  # doctest: +SKIP
         """
-        names = self._images["class"].unique() if self._is_selection else self.classes
+        names = self._entries.table["class"].unique() if self._entries.is_selection else self.classes
         return xr.DataTree.from_dict({name: self.dataset(name, layers) for name in map(str, names) if name})
 
     def image(self, path: str, layers: str | Sequence[str] | None = None) -> xr.Dataset:
@@ -292,7 +267,7 @@ class FeatureStore:
             When its maps are damaged.
         """
         chosen = selection.choose_layers(self.spec, layers, str(self.path))
-        name, group, row = self._done(path)
+        name, group, row = self._entries.find_done(path)
         height, width = (int(self._store.cell(group, f"input_{side}", row)) for side in ("height", "width"))
         try:
             dataset = image_dataset(self._store, self._class(group), row, (height, width), chosen)
@@ -301,8 +276,7 @@ class FeatureStore:
                 f"maps of {path!r} in {self.path} cannot be read ({error}): an object of class {group} is damaged or out of "
                 "reach; check the disk, or restore it from a copy"
             ) from error
-        values = self._images.loc[self._members[name], list(self.joined)].to_dict() if self.joined else {}
-        return dataset.assign_coords(path=name, **values)
+        return dataset.assign_coords(path=name, **self._entries.joined_values(name))
 
     def pixels(self, path: str) -> Array | None:
         """The source image as the extractor saw it.
@@ -322,21 +296,8 @@ class FeatureStore:
         UsageError
             When the path is unknown, or the image has changed since its maps were computed.
         """
-        name, group, row = self._find(path)
-        if str(self._store.cell(group, "error", row)).startswith("crashed"):  # it took its worker along, and would take us
-            return None
-        spec = decode_spec(self._store.spec)
-        try:
-            data = read_current(Source(self.source_root, spec), name)
-            is_done = group != REJECTED and self._index.status((group, row)) == Status.DONE
-            if is_done and hashlib.sha256(data).hexdigest() != self._store.cell(group, "digest", row):
-                raise UsageError(
-                    f"{path!r} has changed since its maps were computed, so it is another picture than theirs and was not "
-                    f"taken for it: nothing was drawn; bring {self.path} up to date with `featuremaps run` first"
-                )
-            return decode(data, spec)
-        except (ImageError, OSError):
-            return None
+        name, group, row = self._entries.find(path)
+        return source_pixels(self._store, name, group, row, is_done=self._entries.status(group, row) == "done")
 
     def map_images(self, function: map_images.Function, layer: str | None = None) -> pd.DataFrame | pd.Series:
         """Call a function with the maps of every image that is done, and make a table of what it gives.
@@ -374,7 +335,7 @@ class FeatureStore:
         >>> contrast = store.map_images(lambda maps: maps.max((1, 2)) - maps.min((1, 2)))  # doctest: +SKIP
         """
         chosen = selection.choose_map_layer(self.spec, layer, str(self.path))
-        return map_images.map_images(self._store, tables.done(self._images), chosen, function)
+        return map_images.map_images(self._store, self._entries.done, chosen, function)
 
     # -- pooled values -------------------------------------------------------------------------------------------------------------
 
@@ -400,7 +361,7 @@ class FeatureStore:
             When there is no such layer or statistic.
         """
         layers = selection.choose_layers(self.spec, layer, str(self.path))
-        return tables.pooled(self._store, tables.done(self._images), layers, selection.choose_statistics(statistics))
+        return tables.pooled(self._store, self._entries.done, layers, selection.choose_statistics(statistics))
 
     def nearest(
         self, path: str, n: int = 5, *, layer: str | Sequence[str] | None = None, statistics: str | Sequence[str] = STATISTICS
@@ -436,15 +397,15 @@ class FeatureStore:
         >>> store.nearest("cats/tom.jpg", 3)  # doctest: +SKIP
         """
         _require_positive(n, "neighbours")
-        name = self._done(path)[0]
+        name = self._entries.find_done(path)[0]
         paths, vectors = self._standardised(layer, statistics)
-        i = int(paths.get_indexer(pd.Index([name]))[0])
-        if i < 0 or not np.isfinite(vectors[i]).all():
+        found = np.flatnonzero(paths == name)
+        if not len(found) or not np.isfinite(vectors[found[0]]).all():
             raise UsageError(
                 f"{path!r} has no finite pooled values in {self.path} as it was when it was first read: open the store again; if that "
                 "does not help, have `featuremaps verify` look at it"
             )
-        rows, distances = similarity.nearest(vectors, i, n)
+        rows, distances = similarity.nearest(vectors, int(found[0]), n)
         return pd.DataFrame({"path": paths[rows], "distance": distances})
 
     def most_alike(
@@ -505,50 +466,9 @@ class FeatureStore:
         UsageError
             When pyarrow (the extra ``parquet``) is missing, or the file cannot be written.
         """
-        done = tables.done(self._images)
-        pooled = tables.pooled(self._store, done, self.spec.layers, STATISTICS).set_index(done.index).reindex(self._images.index)
-        tables.write_parquet(pd.concat([self._images, pooled], axis=1), file)
-
-    # -- what was asked for --------------------------------------------------------------------------------------------------------
-
-    @cached_property
-    def _members(self) -> pd.Series:
-        """Line of the table of each image that a selection or join has, by path."""
-        ranked = self._images[["path"]].assign(is_done=self._images["status"] == "done")
-        ranked = ranked.sort_values("is_done", kind="stable").drop_duplicates("path", keep="last")
-        return pd.Series(ranked.index, pd.Index(ranked["path"]))
-
-    def _find(self, path: str) -> tuple[str, str, int]:
-        """Name in the store, group and row of an image."""
-        for name in dict.fromkeys((os.fspath(path), stored_name(path))):
-            found = self._index.find(name)
-            if found is None:
-                continue
-            if not self._index.status(found).is_live:
-                raise UsageError(
-                    f"{path!r} is not an image of {self.path} any more: it has left the source, or has been replaced or removed since "
-                    f"{self.path} was opened; if a run was at work meanwhile, open the store again"
-                )
-            if self._is_selection and name not in self._members:
-                raise UsageError(
-                    f"{path!r} is an image of {self.path}, but none of the {len(self._images):,} of this selection: ask the whole "
-                    "store, or select it, too"
-                )
-            return name, *found
-        near = similar_names(os.fspath(path), self._images["path"].tolist())
-        hint = f"; did you mean {', '.join(map(repr, near))}?" if near else ""
-        raise UsageError(
-            f"{path!r} is not an image of {self.path}: paths are relative to {self.source_root}, as in `.images`{hint}"
-        )
-
-    def _done(self, path: str) -> tuple[str, str, int]:
-        """`_find` of an image that is done."""
-        name, group, row = self._find(path)
-        status = "rejected" if group == REJECTED else self._index.status((group, row)).name.lower()
-        if status != "done":
-            reason = self._store.cell(group, "error", row) or "its turn has not come: run again to go on"
-            raise UsageError(f"{path!r} has no maps in {self.path}: it is {status} ({reason})")
-        return name, group, row
+        done, images = self._entries.done, self._entries.table
+        pooled = tables.pooled(self._store, done, self.spec.layers, STATISTICS).set_index(done.index).reindex(images.index)
+        tables.write_parquet(pd.concat([images, pooled], axis=1), file)
 
     def _class(self, name: str) -> ShapeClass:
         for shape_class in self._store.classes.values():

@@ -48,7 +48,7 @@ def decompress(data: bytes, dtype: str, shape: tuple[int, ...]) -> Array:
     """
     raw = decompress_bytes(data)
     if dtype == "string":
-        return np.asarray(VLenUTF8().decode(raw), dtype=object).reshape(shape)
+        return texts(raw).reshape(shape)
     return np.frombuffer(raw, np.dtype(dtype)).reshape(shape).copy()
 
 
@@ -80,7 +80,12 @@ def find_text(raw: bytes, text: str) -> list[int]:
     encoded = text.encode()
     if len(encoded).to_bytes(4, "little") + encoded not in raw:
         return []
-    return [i for i, found in enumerate(VLenUTF8().decode(raw)) if found == text]
+    return [i for i, found in enumerate(texts(raw)) if found == text]
+
+
+def texts(raw: bytes) -> Array:
+    """The strings of a decompressed chunk: (n,) object."""
+    return np.asarray(VLenUTF8().decode(raw), dtype=object)
 
 
 def _checksum(body: bytes) -> bytes:

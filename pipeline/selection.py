@@ -190,17 +190,23 @@ def _boolean(images: Table, where: pd.Series, store: str) -> Array:
 
 
 def _named(images: Table, paths: list[Any], store: str) -> Array:
-    known = pd.Index(images["path"])
-    wanted = _as_stored(pd.Series(paths, dtype=object), known)
-    missing = [path for path, ok in zip(wanted, pd.Index(wanted, dtype=object).isin(known), strict=True) if not ok]
+    wanted = [os.fspath(path) if isinstance(path, os.PathLike) else path for path in paths]
+    names = images["path"]
+    chosen = names.isin(wanted)
+    found = set(names[chosen])
+    forms = {path: stored_name(path) for path in wanted if path not in found and isinstance(path, str)}
+    if forms:
+        chosen |= names.isin([*forms.values()])
+        found = set(names[chosen])
+    missing = [path for path in wanted if path not in found and forms.get(path) not in found]
     if missing:
-        near = similar_names(str(missing[0]), images["path"].tolist())
+        near = similar_names(str(missing[0]), names.tolist())
         hint = f"; did you mean {', '.join(map(repr, near))}?" if near else ""
         raise UsageError(
             f"{len(missing):,} of {len(paths):,} paths are not among the images of {store}, the first is {missing[0]!r}: paths are "
             f"relative to the source root, as in `.images`{hint}"
         )
-    return np.asarray(known.isin(wanted))
+    return chosen.to_numpy(bool)
 
 
 # -- layers and statistics -------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import pandas as pd
 
 from pipeline.chunks import Array
 from pipeline.errors import UsageError
-from pipeline.schema import REJECTED, ShapeClass, Status, StoredLayer
+from pipeline.schema import REJECTED, Status, StoredLayer, stack
 from pipeline.store import Store
 
 SIZES = ("source_height", "source_width", "input_height", "input_width")
@@ -23,21 +23,23 @@ Table: TypeAlias = pd.DataFrame
 
 def images_table(store: Store) -> Table:
     """Live rows and rejected images, a line each, columns `COLUMNS`."""
-    parts = [_class_table(store, c) for c in store.classes.values()]
-    rejected = pd.DataFrame({name: store.column(REJECTED, name) for name in ("path", "error", "status")})
-    rejected["row"] = np.arange(len(rejected))
-    live = rejected[rejected["status"] < Status.REMOVED].assign(
-        status="rejected", **dict.fromkeys(SIZES, np.int32(0)), **{"class": ""}
-    )
-    return pd.concat([*parts, live[list(COLUMNS)]], ignore_index=True)
+    classes = [c.name for c in store.classes.values()]
+    parts = [_live_rows(store, name) for name in classes]
+    parts.append(_live_rows(store, REJECTED))
+    columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0] if name != "class"}
+    lengths = [len(part["path"]) for part in parts]
+    columns["class"] = np.repeat(stack([*classes, ""]), lengths)
+    return pd.DataFrame({name: columns[name] for name in COLUMNS})
 
 
-def _class_table(store: Store, shape_class: ShapeClass) -> Table:
-    columns = {name: store.column(shape_class.name, name) for name in ("path", *SIZES, "status", "error")}
-    table = pd.DataFrame(columns).assign(row=np.arange(shape_class.length), **{"class": shape_class.name})
-    table = table[table["status"] < Status.REMOVED]
-    names = {int(status): status.name.lower() for status in Status}
-    return table.assign(status=table["status"].map(names))[list(COLUMNS)]
+def _live_rows(store: Store, group: str) -> dict[str, Array]:
+    status = store.column(group, "status")
+    rows = np.flatnonzero(status < Status.REMOVED)
+    found = {name: store.column(group, name)[rows] for name in ("path", "error")}
+    is_class = group != REJECTED
+    sizes = {name: store.column(group, name)[rows] if is_class else np.zeros(len(rows), np.int32) for name in SIZES}
+    names = stack([member.name.lower() if is_class else "rejected" for member in Status])
+    return found | sizes | {"row": rows, "status": names[status[rows]]}
 
 
 def rows_by_class(table: Table) -> Iterator[tuple[str, Array, Array]]:
@@ -49,8 +51,8 @@ def rows_by_class(table: Table) -> Iterator[tuple[str, Array, Array]]:
 
 
 def done(table: Table) -> Table:
-    """The images that are done, each once: after a crash one may have two rows for a while."""
-    return table[table["status"] == "done"].drop_duplicates("path", keep="last")
+    """The images that are done; each has one such row, also after a crash."""
+    return table[table["status"] == "done"]
 
 
 def pooled(store: Store, entries: Table, layers: Sequence[StoredLayer], statistics: Sequence[str]) -> Table:

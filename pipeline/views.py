@@ -1,7 +1,8 @@
-"""Xarray views of a shape class and of one image: lazy or in memory, decoded to float32, with coordinates in input pixels."""
+"""Xarray views of a shape class and of one image: decoded to float32, with coordinates in input pixels; and an image's own pixels."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -11,10 +12,13 @@ import xarray as xr
 
 from pipeline import remote
 from pipeline.chunks import Array
+from pipeline.decode import decode
+from pipeline.errors import ImageError, UsageError
 from pipeline.layers import layer_names, output_sizes, receptive_field
 from pipeline.plan import Size
+from pipeline.reading import Source, read_current
 from pipeline.schema import LEDGER_COLUMNS, STATISTICS, ShapeClass, Status, StoredLayer
-from pipeline.settings import extractor_spec
+from pipeline.settings import decode_spec, extractor_spec
 from pipeline.store import Store
 from pipeline.weights import dequantise
 
@@ -123,3 +127,20 @@ def _where(values: da.Array, is_done: Array) -> da.Array:
         return values
     mask = da.from_array(is_done, chunks=(values.chunks[0],), name=False).reshape((-1, *[1] * (values.ndim - 1)))
     return da.where(mask, values, np.float32(np.nan))
+
+
+def source_pixels(store: Store, path: str, group: str, row: int, *, is_done: bool) -> Array | None:
+    """See `FeatureStore.pixels`."""
+    if str(store.cell(group, "error", row)).startswith("crashed"):  # it took its worker along, and would take this process
+        return None
+    spec = decode_spec(store.spec)
+    try:
+        data = read_current(Source(store.spec.source_root, spec), path)
+        if is_done and hashlib.sha256(data).hexdigest() != store.cell(group, "digest", row):
+            raise UsageError(
+                f"{path!r} has changed since its maps were computed, so it is another picture than theirs and was not "
+                f"taken for it: nothing was drawn; bring {store.path} up to date with `featuremaps run` first"
+            )
+        return decode(data, spec)
+    except (ImageError, OSError):
+        return None

@@ -268,6 +268,23 @@ def test_layers_and_channels_that_are_not_there_are_refused(opened):
             figures.show(opened(), "img00000.png", **choice)
 
 
+def test_a_layer_without_maps_says_so(opened, monkeypatch):
+    store = opened("grey")
+    monkeypatch.setattr(type(store), "map_layers", ("conv2",))  # as of a store that keeps the pooled values of conv1 alone
+    message = (
+        r"layer 'conv1' cannot be drawn: .*grey\.zarr has maps of conv2, and of conv1 only the pooled values were kept; name"
+    )
+    for draw in (lambda: figures.show(store, "img00000.png", layers="conv1"), lambda: figures.histograms(store, "conv1")):
+        with pytest.raises(UsageError, match=message):
+            draw()
+    assert [axes.get_title() for axes in panels(figures.show(store, "img00000.png"))[1:]] == ["conv2, channel 0"]
+    monkeypatch.setattr(type(store), "map_layers", ())
+    with pytest.raises(
+        UsageError, match=r"layer 'conv1' cannot be drawn: .* has maps of no layer, and of conv1, conv2 only the pooled"
+    ):
+        figures.contact_sheet(store)
+
+
 # -- a sheet of many --------------------------------------------------------------------------------------------------------------
 
 

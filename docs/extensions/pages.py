@@ -3,6 +3,7 @@
 - A page whose whole text is one link to a Markdown file or a notebook outside of docs stands for that file; the notebook's code is run.
 - A relative link to a file that has a page leads to that page, any other to the file itself.
 - ``<!-- keys of MODULE.MODEL -->`` becomes a table of the model's keys, ``<!-- commands -->`` the commands with their options.
+- ``<!-- every other page -->`` in the list of pages becomes those that it does not name.
 - On a page with ``<!-- run the code -->`` what a block of Python gives is shown below it.
 """
 
@@ -52,12 +53,19 @@ def _cells(notebook: Path) -> str:
     )
 
 
+def others(text: str) -> list[str]:
+    """Pages of docs that a list of pages does not name."""
+    stems = sorted(page.stem for page in DOCS.glob("*.md") if page.stem != "index")
+    return [stem for stem in stems if f"\n{stem}\n" not in text and f"<{stem}>" not in text]
+
+
 def _read(app: Sphinx, docname: str, content: list[str]) -> None:
     """Replace what Sphinx has read of a page."""
     (file,) = [outside for outside, page in standing_for().items() if page.stem == docname] or [DOCS / f"{docname}.md"]
     text = file.read_text(encoding="utf-8") if file.suffix == ".md" else _cells(file)
     made = _KEYS.sub(lambda match: reference.keys(*match.groups()), text)
     made = made.replace("<!-- commands -->", reference.commands()) if "<!-- commands -->" in made else made
+    made = made.replace("<!-- every other page -->", "\n".join(others(made)))
     made = gallery.run_the_code(made, Path(app.doctreedir) / "gallery") if gallery.MARK in made else made
     for dependency in [file, *(ROOT / "pipeline").glob("*.py")] if made != text else [file]:
         app.env.note_dependency(dependency)
@@ -72,6 +80,7 @@ def _whole_sentence(_app: Sphinx, what: str, _name: str, _value: object, _option
 
 def setup(app: Sphinx) -> dict[str, Any]:
     """Sphinx calls this."""
+    app.connect("env-get-outdated", lambda *_: ["index"])  # a page may have come or gone
     app.connect("source-read", _read)
     app.connect("autodoc-process-docstring", _whole_sentence, priority=400)
     app.connect("build-finished", gallery.publish)

@@ -1,0 +1,135 @@
+"""The images that an analysis is about: all of a store, or a selection of them, with the columns that were joined."""
+
+from __future__ import annotations
+
+import copy
+import os
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from pipeline import selection
+from pipeline.errors import UsageError
+from pipeline.lookup import PathIndex, similar_names, stored_name
+from pipeline.schema import REJECTED, Status
+from pipeline.store import Store
+from pipeline.tables import Table, done, images_table
+
+
+class Entries:
+    """Images of a store, found by path without a table of all, which is made when it is asked for.
+
+    Parameters
+    ----------
+    store : Store
+    """
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.is_selection = False
+        self.joined: dict[str, int] = {}
+        self._index = PathIndex(store)
+        self._table: Table | None = None
+
+    @property
+    def table(self) -> Table:
+        """As `tables.images_table` makes it, joined and selected; not to be changed."""
+        if self._table is None:
+            self._table = images_table(self.store)
+        return self._table
+
+    @property
+    def done(self) -> Table:
+        """The lines of the images that are done."""
+        return done(self.table)
+
+    @cached_property
+    def counts(self) -> dict[str, int]:
+        """Number of images per status."""
+        names = [status.name.lower() for status in Status if status.is_live]
+        if self._table is not None:
+            found = self._table["status"].value_counts()
+            return {name: int(found.get(name, 0)) for name in (*names, "rejected")}
+        columns = [self.store.column(shape_class.name, "status") for shape_class in self.store.classes.values()]
+        total = np.bincount(np.concatenate([*columns, np.empty(0, np.uint8)]), minlength=len(Status))
+        n_rejected = int((self.store.column(REJECTED, "status") < Status.REMOVED).sum())
+        return {name: int(total[i]) for i, name in enumerate(names)} | {"rejected": n_rejected}
+
+    def join(self, table: Table, on: str) -> Entries:
+        """See `FeatureStore.join`."""
+        images, n_matched = selection.join(self.table, table, on, self.store.spec.layers, str(self.store.path))
+        new = {str(name): n_matched for name in images.columns if name not in self.table.columns}
+        return self._derive(images, self.joined | new, is_selection=self.is_selection)
+
+    def select(self, where: Any, columns: dict[str, Any]) -> Entries:
+        """See `FeatureStore.select`."""
+        images = selection.select(self.table, where, columns, str(self.store.path))
+        return self._derive(images, self.joined, is_selection=True)
+
+    def _derive(self, table: Table, joined: dict[str, int], *, is_selection: bool) -> Entries:
+        derived = copy.copy(self)
+        for name in ("counts", "_lines"):
+            derived.__dict__.pop(name, None)
+        derived._table, derived.joined, derived.is_selection = table, joined, is_selection
+        return derived
+
+    @cached_property
+    def _lines(self) -> pd.Series:
+        """Line of the table that an image of a selection or join has, by path: the one that is done, where it has two."""
+        ranked = self.table[["path"]].assign(is_done=self.table["status"] == "done")
+        ranked = ranked.sort_values("is_done", kind="stable").drop_duplicates("path", keep="last")
+        return pd.Series(ranked.index, pd.Index(ranked["path"]))
+
+    def joined_values(self, name: str) -> dict[str, Any]:
+        """What was joined of one image."""
+        return self.table.loc[self._lines[name], list(self.joined)].to_dict() if self.joined else {}
+
+    def find(self, path: str | os.PathLike[str]) -> tuple[str, str, int]:
+        """Name in the store, group and row of an image.
+
+        Raises
+        ------
+        UsageError
+            When it is none, none any more, or not of this selection.
+        """
+        where, path = self.store.path, os.fspath(path)
+        for name in dict.fromkeys((path, stored_name(path))):
+            found = self._index.find(name)
+            if found is None:
+                continue
+            if not self._index.status(found).is_live:
+                raise UsageError(
+                    f"{path!r} is not an image of {where} any more: it has left the source, or has been replaced or removed since "
+                    "the store was opened; if a run was at work meanwhile, open the store again"
+                )
+            if self.is_selection and name not in self._lines:
+                raise UsageError(
+                    f"{path!r} is an image of {where}, but none of the {len(self.table):,} of this selection: ask the whole store, "
+                    "or select it, too"
+                )
+            return name, *found
+        near = similar_names(path, self.table["path"].tolist() if self.is_selection else self._index.names())
+        hint = f"; did you mean {', '.join(map(repr, near))}?" if near else ""
+        root = self.store.spec.source_root
+        raise UsageError(f"{path!r} is not an image of {where}: paths are relative to {root}, as in `.images`{hint}")
+
+    def find_done(self, path: str | os.PathLike[str]) -> tuple[str, str, int]:
+        """`find` of an image that is done.
+
+        Raises
+        ------
+        UsageError
+            When it is not, with the reason.
+        """
+        name, group, row = self.find(path)
+        status = self.status(group, row)
+        if status != "done":
+            reason = self.store.cell(group, "error", row) or "its turn has not come: run again to go on"
+            raise UsageError(f"{path!r} has no maps in {self.store.path}: it is {status} ({reason})")
+        return name, group, row
+
+    def status(self, group: str, row: int) -> str:
+        """What the ledger says of a live row now, as in the table."""
+        return "rejected" if group == REJECTED else self._index.status((group, row)).name.lower()
