@@ -209,8 +209,10 @@ def test_what_gets_in_all_the_same_is_not_obeyed(browser, page_file, tmp_path):
     assert sum("Content Security Policy" in text for text in troubles) >= 2
 
 
-def test_on_paper_no_control_is_left(browser, page_file):
+def test_on_paper_no_control_is_left_and_nothing_is_cut_off(browser, page_file):
     page, _ = opened(browser, page_file)
     page.emulate_media(media="print")
+    page.set_viewport_size({"width": 720, "height": 1000})  # of A4 with its margins
+    assert page.evaluate("document.documentElement.scrollWidth") == 720
     assert not page.locator("nav:visible, .copy:visible, .filter:visible, .skip:visible").count()
     assert page.pdf().startswith(b"%PDF")
