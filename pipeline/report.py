@@ -49,7 +49,9 @@ STATUSES = {
 }
 
 
-def write_report(store: Place | FeatureStore, output: Path, *, n_samples: int = 6, n_bad: int = N_BAD, seed: int = SEED) -> None:
+def write_report(
+    store: str | Place | FeatureStore, output: str | Path, *, n_samples: int = 6, n_bad: int = N_BAD, seed: int = SEED
+) -> None:
     """Write one HTML page about a store, whole or not at all.
 
     Works for stores of any state, also one that a run works on; takes no lock. The page needs no network, holds at most some
@@ -57,8 +59,9 @@ def write_report(store: Place | FeatureStore, output: Path, *, n_samples: int = 
 
     Parameters
     ----------
-    store : Path, Url or FeatureStore
-    output : Path
+    store : str, Path, Url or FeatureStore
+        Of a selection of images the page is about the whole store.
+    output : str or Path
         The page; one that is there is replaced once the new one is complete.
     n_samples : int
         Images that are shown with their maps.
@@ -71,7 +74,14 @@ def write_report(store: Place | FeatureStore, output: Path, *, n_samples: int = 
     ------
     UsageError
         When there is no store, matplotlib is missing, or the page cannot be written where it is wanted.
+    FeaturemapsError
+        When the store's ledger or its weights are damaged; maps that are damaged are said on the page.
+
+    Examples
+    --------
+    >>> write_report("features.zarr", "report.html")  # doctest: +SKIP
     """
+    output = Path(output)
     _check_output(output)
     features = store if isinstance(store, FeatureStore) else open_store(store)
     content = render(features, n_samples=n_samples, n_bad=n_bad, seed=seed).encode("utf-8", "backslashreplace")

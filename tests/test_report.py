@@ -98,6 +98,22 @@ def test_an_empty_store(tmp_path):
     assert "No run has left a receipt." in text
 
 
+def test_a_store_of_pooled_values_says_why_there_are_no_maps(store):
+    """Its root says what ``outputs: [pooled]`` makes it say; that the arrays of maps are there all the same must not matter."""
+    root = json.loads((store / "zarr.json").read_text())
+    for layer in root["attributes"]["featuremaps"]["layers"]:
+        layer["has_maps"] = False
+    (store / "zarr.json").write_text(json.dumps(root))
+    text = text_of(store)
+    assert "Complete: all 6 images are done." in text
+    assert "conv1: pooled values only, no maps" in text
+    assert "The store keeps pooled values only" in text
+    assert "store.pooled()" in text
+    assert "the image" not in text.partition("Sample images")[2]
+    assert "Filters of conv1" in text
+    assert "Values of conv1" not in text
+
+
 def test_all_images_rejected(run, tmp_path):
     (tmp_path / "source").mkdir()
     for i in range(3):

@@ -72,7 +72,7 @@ def page_file(client, tmp_path_factory) -> Path:
     store.commit(REJECTED, rows, {"error": np.array([f"corrupt: {text}" for text in HOSTILE], object)})
     receipt = store.last_receipt() | {"message": f"</script><script>{HACK}</script>", "hosts": {"<i>host": 3}, "run_id": "x"}
     store.write_receipt("20990101T000000.000Z-00000000", receipt | {"outcome": "failed"})
-    write_report(where, folder / "report.html", n_samples=12)
+    write_report(str(where), str(folder / "report.html"), n_samples=12)
     return folder / "report.html"
 
 
