@@ -6,11 +6,14 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 from pipeline.errors import FeaturemapsError, UsageError
 from workflows.lenet import data, tell
 from workflows.lenet.end_to_end import HERE, end_to_end
+from workflows.lenet.train import ACTIVATIONS, N_EPOCHS
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,8 +31,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             images = data.labelled_folder(options.folder, options.seed)
         else:
             images = data.fashion_mnist(options.data, options.work, options.seed, options.n_train, options.n_test)
-        say(f"{len(images.paths)} images of {len(images.classes)} classes: {len(images.train)} train, {len(images.validation)} validate, {len(images.test)} test")
-        results = end_to_end(images, options.work, options.seed, options.epochs, say=say)
+        parts = f"{len(images.train)} train, {len(images.validation)} validate, {len(images.test)} test"
+        say(f"{len(images.paths)} images of {len(images.classes)} classes: {parts}")
+        n_epochs = N_EPOCHS if options.epochs is None else dict.fromkeys(ACTIVATIONS, options.epochs)
+        with ProcessPoolExecutor(2, get_context("spawn")) as pool:
+            results = end_to_end(images, options.work, options.seed, n_epochs, each=pool.map, say=say)
         tell.write(results, images, options.work, options.output)
     except FeaturemapsError as error:
         print(f"Error: {error}", file=sys.stderr)
@@ -45,12 +51,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m workflows.lenet", description=main.__doc__)
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--data", type=Path, default=data.DEBIAN, help="folder of Fashion-MNIST's four files (default: %(default)s)")
+    source.add_argument(
+        "--data", type=Path, default=data.DEBIAN, help="folder of Fashion-MNIST's four files (default: %(default)s)"
+    )
     source.add_argument("--folder", type=Path, help="learn from a folder with a sub-folder per class instead")
-    parser.add_argument("--work", type=Path, default=HERE / "build", help="where images, weights and stores go, 4 GB (default: %(default)s)")
-    parser.add_argument("--output", type=Path, default=HERE / "build" / "results", help="where results and figures go (default: %(default)s)")
+    parser.add_argument(
+        "--work", type=Path, default=HERE / "build", help="where images, weights and stores go, 4 GB (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=HERE / "build" / "results", help="where results and figures go (default: %(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=23455)
-    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--epochs", type=int, help=f"of training (default: {N_EPOCHS})")
     parser.add_argument("--n-train", type=int, default=data.N_TRAIN, help="only the first N training images")
     parser.add_argument("--n-test", type=int, default=data.N_TEST, help="only the first N test images")
     return parser

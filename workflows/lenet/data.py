@@ -198,7 +198,9 @@ def labelled_folder(folder: Path, seed: int) -> Labelled:
     try:
         listing = list_collection(str(folder))
     except OSError as error:
-        raise UsageError(f"folder {folder} cannot be listed ({error}): give one that you may read, with a sub-folder per class") from error
+        raise UsageError(
+            f"folder {folder} cannot be listed ({error}): give one that you may read, with a sub-folder per class"
+        ) from error
     unreadable = ", ".join(map(str, listing.unreadable[:3]))
     if unreadable:
         raise UsageError(
@@ -208,8 +210,8 @@ def labelled_folder(folder: Path, seed: int) -> Labelled:
     outside = [path for path in listing.paths if "/" not in path]
     if outside:
         raise UsageError(
-            f"folder {folder} holds {len(outside)} images beside its sub-folders (the first is {outside[0]!r}), and an image's class is the "
-            "name of its sub-folder, so these have none; move them into the sub-folders of their classes"
+            f"folder {folder} holds {len(outside)} images beside its sub-folders (the first is {outside[0]!r}), and an image's class is "
+            "the name of its sub-folder, so these have none; move them into the sub-folders of their classes"
         )
     found = {path: image for path in listing.paths if (image := _decoded(listing.root, path)) is not None}
     names = [path.partition("/")[0] for path in found]
@@ -231,9 +233,7 @@ def labelled_folder(folder: Path, seed: int) -> Labelled:
     shuffled = [rng.permutation(np.flatnonzero(labels == label)) for label in range(len(classes))]
     cuts = [np.split(rows, [len(rows) * 5 // 7, len(rows) * 6 // 7]) for rows in shuffled]
     train, validation, test = (np.sort(np.concatenate(rows)) for rows in zip(*cuts, strict=True))
-    return Labelled(
-        Path(listing.root), tuple(found), np.stack(list(found.values())), labels, classes, train, validation, test
-    )
+    return Labelled(Path(listing.root), tuple(found), np.stack(list(found.values())), labels, classes, train, validation, test)
 
 
 def _decoded(root: str, path: str) -> Array | None:

@@ -10,8 +10,12 @@ from matplotlib.figure import Figure
 from workflows.lenet.data import Labelled
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#E69F00", "#009E73", "#7F7F7F"
-COLOURS = {"random-lenet": GREY, "tanh": BLUE, "sigmoid": ORANGE}
-NAMES = {"random-lenet": "LeNet, not trained", "tanh": "LeNet, tanh", "sigmoid": "LeNet, sigmoid"}
+COLOURS = {"raw": GREEN, "random": GREY, "random-lenet": GREY, "tanh": BLUE, "sigmoid": ORANGE}
+NAMES = {
+    "random-lenet": "LeNet with random weights",
+    "tanh": "LeNet with tanh, trained",
+    "sigmoid": "LeNet with sigmoid, trained",
+}
 
 
 def accuracies(results: dict[str, Any]) -> Figure:
@@ -21,21 +25,35 @@ def accuracies(results: dict[str, Any]) -> Figure:
     place, ticks, labels = 0.0, [], []
     lowest = 1.0
     for probe in results["probes"]:
-        name, _, rest = probe["name"].partition(", ")
-        if rest.endswith("uint8"):
-            continue
-        place += 1.0 if rest in {"logistic", "SVM", "conv2", "conv3"} else 1.6
+        source, part = probe["name"].split(", ")
+        place += 1.0 if part in {"svm", "conv2", "conv3"} or source == "random-lenet" else 1.6
         share = 100 * probe["accuracy"]
         lowest = min(lowest, probe["accuracy"])
-        axes.bar(place, share, 0.85, color=COLOURS.get(name, GREEN))
+        axes.bar(place, share, 0.85, color=COLOURS[source])
         axes.text(place, share + 0.15, f"{share:.1f}", ha="center", va="bottom", fontsize=9)
         ticks.append(place)
-        labels.append(rest if name in COLOURS else {"logistic": "raw\nlogistic", "SVM": "raw\nSVM"}.get(rest, "random\n9 x 9"))
+        labels.append(
+            {"logistic": "logistic", "svm": "SVM"}.get(
+                part, {"random": "2 of\n9 x 9", "random-lenet": "20 of\n5 x 5"}.get(source, part)
+            )
+        )
     for network in results["networks"]:
         name, share = network["activation"], 100 * network["accuracy"]
-        axes.axhline(share, color=COLOURS[name], linestyle="--", linewidth=1.3, label=f"the network itself, {name}: {share:.1f} %", zorder=0)
-    for name, colour in COLOURS.items():
-        axes.bar(0, 0, color=colour, label=f"maps of {NAMES[name]}")
+        axes.axhline(
+            share,
+            color=COLOURS[name],
+            linestyle="--",
+            linewidth=1.3,
+            label=f"the network itself, {name}: {share:.1f} %",
+            zorder=0,
+        )
+    for source, said in {
+        "raw": "raw pixels",
+        "random": "random first layer",
+        "tanh": "LeNet with tanh",
+        "sigmoid": "LeNet with sigmoid",
+    }.items():
+        axes.bar(0, 0, color=COLOURS[source], label=said)
     axes.set_xticks(ticks, labels)
     axes.set_xlim(ticks[0] - 0.8, ticks[-1] + 0.8)
     bottom = max(0, np.floor(20 * lowest) * 5 - 5)
@@ -74,7 +92,9 @@ def layers(store: Any, images: Labelled, label: int, n_maps: int = 8) -> Figure:
     parts = right.subfigures(3, 1, height_ratios=[1.3, 1.3, 1])
     for part, layer in zip(parts[:2], ("conv1", "conv2"), strict=True):
         maps = image[layer].values
-        part.suptitle(f"{layer}: {len(maps)} maps of {maps.shape[1]} x {maps.shape[2]}, the first {n_maps}", fontsize=10, x=0.01, ha="left")
+        part.suptitle(
+            f"{layer}: {len(maps)} maps of {maps.shape[1]} x {maps.shape[2]}, the first {n_maps}", fontsize=10, x=0.01, ha="left"
+        )
         for place, values in zip(part.subplots(1, n_maps).flat, maps[:n_maps], strict=True):
             place.imshow(values, "viridis", vmin=maps.min(), vmax=maps.max())
             place.set_axis_off()

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
-import shutil
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,18 @@ from pipeline.errors import FeaturemapsError
 from pipeline.run import run_job
 from workflows.lenet.data import Labelled
 from workflows.lenet.probe import Probe, features, probe
-from workflows.lenet.train import ACTIVATIONS, LeNet, accuracy, trained
+from workflows.lenet.train import ACTIVATIONS, N_EPOCHS, Activation, LeNet, Training, accuracy, trained
 
 HERE = Path(__file__).parent
 LAYERS = ("conv1", "conv2", "conv3")
+PROBES = (
+    ("raw", "logistic"),
+    ("raw", "svm"),
+    ("random", "conv1"),
+    ("random-lenet", "conv1"),
+    *((activation, layer) for activation in ACTIVATIONS for layer in LAYERS),
+)
+"""What each probe sees: pixels, or a layer of the store of a job; and for pixels the kind of classifier."""
 N_COMPARED = 200
 """Test images whose stored maps are compared with the network's own."""
 
@@ -37,21 +45,30 @@ Say = Callable[[str], None]
 
 
 def end_to_end(
-    images: Labelled, work: Path, seed: int, n_epochs: int, client: Any = None, say: Say = lambda _: None
+    images: Labelled,
+    work: Path,
+    seed: int,
+    n_epochs: Mapping[Activation, int] = N_EPOCHS,
+    *,
+    client: Any = None,
+    each: Callable[..., Iterable[Any]] = map,
+    say: Say = lambda _: None,
 ) -> dict[str, Any]:
-    """Do it all.
+    """Do it all, or what is left of it: networks, maps and probes that are in the work folder stand.
 
     Parameters
     ----------
     images : Labelled
     work : Path
-        Where weights and stores are made. Networks that were trained before, by the same seed and settings, are not trained again; stores
-        are made anew.
+        Where weights, stores and the results of each probe go.
     seed : int
-        Of the networks' first weights and of the order of the images.
-    n_epochs : int
+        Of the networks' first weights and of the order in which they see the images.
+    n_epochs : mapping
+        Per activation.
     client : distributed.Client, optional
         A Dask cluster to use; None has the pipeline start one for each job.
+    each : callable
+        As ``map``; that of a pool of processes trains and probes two at a time.
     say : callable
         Told what happens, a line at a time.
 
@@ -60,20 +77,16 @@ def end_to_end(
     dict
         As it is written to results.json.
     """
-    start = time.monotonic()
-    networks = {activation: trained(images, activation, seed, n_epochs, work, say) for activation in ACTIVATIONS}
+    trainings = each(partial(trained, images, work, seed), n_epochs.values(), n_epochs.keys())
+    networks: dict[Activation, tuple[LeNet, Training]] = dict(zip(n_epochs, trainings, strict=True))
     right = {activation: accuracy(network, images, images.test) for activation, (network, _) in networks.items()}
-    for activation, share in right.items():
-        say(f"LeNet with {activation}: {share:.2%} of the test images right")
-    runs = [
-        run(job, images, work, client, say) | {"job": f"job-{job}.yaml", "dtype": "float32"}
-        for job in ("random", "random-lenet", *ACTIVATIONS)
-    ]
-    runs.append(run("tanh", images, work, client, say, dtype="uint8") | {"job": "job-tanh.yaml --dtype uint8", "dtype": "uint8"})
-    differences = {activation: compare(network, images, work) for activation, (network, _) in networks.items()}
+    for activation, (_, training) in networks.items():
+        say(f"LeNet with {activation}: {right[activation]:.2%} of the test images right; trained in {training.elapsed_s:.0f} s")
+    runs = [run(job, images, work, client, say) for job in ("random", "random-lenet", *n_epochs)]
+    differences = {activation: compare(network, activation, images, work) for activation, (network, _) in networks.items()}
     probes = []
-    for found in all_probes(images, work):
-        say(f"{found.name}: {found.accuracy:.2%} ({found.n_features} features, {found.elapsed_s:.0f} s)")
+    for found in each(partial(probed, images, work), PROBES):
+        say(f"{found.name}: {found.accuracy:.2%} of the test images right ({found.n_features} features, {found.elapsed_s:.0f} s)")
         probes.append(asdict(found))
     results = {
         "images": {
@@ -85,14 +98,13 @@ def end_to_end(
         "runs": runs,
         "largest_differences": differences,
         "probes": probes,
-        "elapsed_s": time.monotonic() - start,
         "cores": len(os.sched_getaffinity(0)),
         "versions": {name: importlib.metadata.version(name) for name in ("numpy", "scikit-learn", "torch")},
     }
     return results | {"criteria": criteria(results)}
 
 
-def run(job: str, images: Labelled, work: Path, client: Any, say: Say, dtype: str = "float32") -> dict[str, Any]:
+def run(job: str, images: Labelled, work: Path, client: Any, say: Say) -> dict[str, Any]:
     """Run a job file of this folder in the work folder: seconds, images per second, bytes of the store.
 
     Raises
@@ -100,29 +112,30 @@ def run(job: str, images: Labelled, work: Path, client: Any, say: Say, dtype: st
     FeaturemapsError
         When the run ended before it was complete.
     """
-    store = work / f"{job}{'' if dtype == 'float32' else f'-{dtype}'}.zarr"
-    shutil.rmtree(store, ignore_errors=True)  # of a former training, with other weights
-    changes: dict[str, Any] = {"source": str(images.folder), "store": str(store), "dtype": dtype}
+    path = work / f"{job}.zarr"
+    changes: dict[str, Any] = {"source": str(images.folder), "store": str(path)}
     if job in ACTIVATIONS:
         changes["extractor"] = {"weights": str(work / f"{job}.safetensors")}
     summary = run_job(load_job(HERE / f"job-{job}.yaml", changes), client)
     if summary.outcome != "complete":
         raise FeaturemapsError(
             f"the run of job-{job}.yaml ended as {summary.outcome} ({summary.message}), so its store is not whole and no probe would be "
-            "fair; run the command again"
+            "fair; run the command again, which goes on from there"
         )
-    size = sum(path.stat().st_size for path in store.rglob("*") if path.is_file())
-    rate = summary.n_done_total / summary.elapsed_s
-    say(f"pipeline, {store.name}: {summary.n_done_total} images in {summary.elapsed_s:.0f} s ({rate:.0f} a second), {size / 1e6:.0f} MB")
-    return {"store": store.name, "n_done": summary.n_done_total, "elapsed_s": summary.elapsed_s, "images_per_s": rate, "bytes": size}
+    elapsed_s = sum(receipt["elapsed_s"] for receipt in pipeline.open_store(path).receipts if receipt["n_done"])
+    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    n_done = summary.n_done_total
+    say(
+        f"maps of {n_done} images in {path.name}: {elapsed_s:.0f} s, {n_done / elapsed_s:.0f} images a second, {size / 1e6:.0f} MB"
+    )
+    return {"job": f"job-{job}.yaml", "n_done": n_done, "elapsed_s": elapsed_s, "bytes": size}
 
 
 @torch.inference_mode()
-def compare(network: LeNet, images: Labelled, work: Path) -> dict[str, float]:
+def compare(network: LeNet, activation: Activation, images: Labelled, work: Path) -> dict[str, float]:
     """Largest difference between stored maps and the network's own, per layer, over some test images."""
     rows = images.test[:: max(1, len(images.test) // N_COMPARED)]
-    name = "tanh" if network.activation is torch.tanh else "sigmoid"
-    store = pipeline.open_store(work / f"{name}.zarr")
+    store = pipeline.open_store(work / f"{activation}.zarr")
     own = network.maps(torch.from_numpy(images.inputs[rows]))
     largest = dict.fromkeys(LAYERS, 0.0)
     for i, row in enumerate(rows):
@@ -132,21 +145,19 @@ def compare(network: LeNet, images: Labelled, work: Path) -> dict[str, float]:
     return largest
 
 
-def all_probes(images: Labelled, work: Path) -> Iterator[Probe]:
-    """One after another; the maps of one layer at a time are in memory."""
-    yield probe("raw pixels, logistic", pixels(images), images)
-    yield probe("raw pixels, SVM", pixels(images), images, "svm")
-    yield probe("random 9x9", features(pipeline.open_store(work / "random.zarr"), "conv1", images), images)
-    for name in ("random-lenet", *ACTIVATIONS):
-        store = pipeline.open_store(work / f"{name}.zarr")
-        for layer in LAYERS:
-            yield probe(f"{name}, {layer}", features(store, layer, images), images)
-    yield probe("tanh, conv3, uint8", features(pipeline.open_store(work / "tanh-uint8.zarr"), "conv3", images), images)
-
-
-def pixels(images: Labelled) -> Any:
-    """Pixels as features: (image, y * x) float32."""
-    return images.inputs.reshape(len(images.pixels), -1)
+def probed(images: Labelled, work: Path, what: tuple[str, str]) -> Probe:
+    """One of `PROBES`, unless it was done before: then what is in the work folder."""
+    source, part = what
+    record = work / f"probe-{source}-{part}.json"
+    if record.is_file():
+        return Probe(**json.loads(record.read_text()))
+    if source == "raw":
+        values, kind = images.inputs.reshape(len(images.paths), -1), part
+    else:
+        values, kind = features(pipeline.open_store(work / f"{source}.zarr"), part, images), "logistic"
+    found = probe(f"{source}, {part}", values, images, kind)
+    record.write_text(json.dumps(asdict(found)))
+    return found
 
 
 def criteria(results: dict[str, Any]) -> list[dict[str, Any]]:
@@ -155,7 +166,7 @@ def criteria(results: dict[str, Any]) -> list[dict[str, Any]]:
     found = []
     for network in results["networks"]:
         name = network["activation"]
-        value, raw = of_probe[f"{name}, conv3"], of_probe["raw pixels, logistic"]
+        value, raw = of_probe[f"{name}, conv3"], of_probe["raw, logistic"]
         own = network["accuracy"] - REACHED_WITHIN
         largest = max(results["largest_differences"][name].values())
         found += [

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression, SGDClassifier
+from threadpoolctl import threadpool_limits
 
 from pipeline.errors import FeaturemapsError
 from workflows.lenet.data import SIZE, Array, Labelled
@@ -85,6 +86,11 @@ def probe(name: str, values: Array, images: Labelled, kind: Kind = "logistic") -
         ``logistic``: multinomial logistic regression, by L-BFGS. ``svm``: linear support vector machines, one per class against the rest,
         by averaged stochastic gradient descent (liblinear takes many times as long for the same accuracy).
     """
+    with threadpool_limits(1):  # threads that wait for each other on busy cores took many times as long
+        return _probe(name, values, images, kind)
+
+
+def _probe(name: str, values: Array, images: Labelled, kind: Kind) -> Probe:
     start = time.monotonic()
     values -= values[images.train].mean(0)
     deviation = values[images.train].std(0)
