@@ -143,7 +143,10 @@ def _understand(result: Any, path: str) -> tuple[tuple[Any, ...], Any]:
     """The kind of a result, and the result in a plain form."""
     if isinstance(result, Mapping):
         return ("dict", *result), dict(result)
-    values = np.asarray(result)
+    try:
+        values = np.asarray(result)
+    except ValueError:  # lists of several lengths
+        values = np.empty((), object)
     if values.dtype.kind in "biufc" and values.ndim < 2:
         return (("array", len(values)) if values.ndim else ("number",)), values[()]
     what = type(result).__name__ if values.dtype.kind not in "biufc" else f"an array of {values.ndim} dimensions {values.shape}"
