@@ -70,6 +70,7 @@ if (window.HTMLDialogElement) {
       const larger = document.createElement("img");
       larger.src = image.src;
       larger.alt = image.alt;
+      larger.classList.toggle("tiny", image.classList.contains("tiny"));
       caption.textContent = image.alt;
       viewer.replaceChildren(larger, caption, close);
       viewer.showModal();

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from pipeline import figures
 from pipeline.analysis import FeatureStore, open_store
 from pipeline.checks import ROUNDING, TF32_ROUNDING
-from pipeline.errors import UsageError
+from pipeline.errors import FeaturemapsError, UsageError
 from pipeline.layers import receptive_field
 from pipeline.lock import current_holder
 from pipeline.objects import Place, put
@@ -49,7 +49,9 @@ STATUSES = {
 }
 
 
-def write_report(store: Place | FeatureStore, output: Path, *, n_samples: int = 6, n_bad: int = N_BAD, seed: int = SEED) -> None:
+def write_report(
+    store: str | Place | FeatureStore, output: str | Path, *, n_samples: int = 6, n_bad: int = N_BAD, seed: int = SEED
+) -> None:
     """Write one HTML page about a store, whole or not at all.
 
     Works for stores of any state, also one that a run works on; takes no lock. The page needs no network, holds at most some
@@ -57,8 +59,9 @@ def write_report(store: Place | FeatureStore, output: Path, *, n_samples: int = 
 
     Parameters
     ----------
-    store : Path, Url or FeatureStore
-    output : Path
+    store : str, Path, Url or FeatureStore
+        Of a selection of images the page is about the whole store.
+    output : str or Path
         The page; one that is there is replaced once the new one is complete.
     n_samples : int
         Images that are shown with their maps.
@@ -71,7 +74,14 @@ def write_report(store: Place | FeatureStore, output: Path, *, n_samples: int = 
     ------
     UsageError
         When there is no store, matplotlib is missing, or the page cannot be written where it is wanted.
+    FeaturemapsError
+        When the store's ledger or its weights are damaged; maps that are damaged are said on the page.
+
+    Examples
+    --------
+    >>> write_report("features.zarr", "report.html")  # doctest: +SKIP
     """
+    output = Path(output)
     _check_output(output)
     features = store if isinstance(store, FeatureStore) else open_store(store)
     content = render(features, n_samples=n_samples, n_bad=n_bad, seed=seed).encode("utf-8", "backslashreplace")
@@ -186,19 +196,15 @@ def _doubts(layers: list[dict[str, Any]], *, tf32: bool) -> Iterator[str]:
 
 
 def _python_code(path: Place, facts: Facts, shown: list[Sample]) -> str:
-    where = str(path.absolute())
-    name = facts.classes[0].name if facts.classes else "HEIGHTxWIDTH"
-    image = shown[0].path if shown else "PATH"
-    return "\n".join(
-        [
-            "import pipeline",
-            "",
-            f"store = pipeline.open_store({where!r})",
-            "store.images  # pandas table: path, class, row, sizes, status, error",
-            f"store.dataset({name!r})  # xarray.Dataset of one size: lazy, float32",
-            f"store.image({image!r})  # one image",
-        ]
-    )
+    lines = ["import pipeline", "", f"store = pipeline.open_store({str(path.absolute())!r})"]
+    lines.append("store.images  # pandas table: path, class, row, sizes, status, error")
+    if facts.counts["done"]:
+        lines.append("store.pooled()  # pandas table: mean, std, min and max of every map, a line per image")
+        largest = max(facts.classes, key=lambda c: c.n_done)
+        lines.append(f"store.dataset({largest.name!r})  # xarray.Dataset of all images of one size: lazy, float32")
+    if shown:
+        lines.append(f"store.image({shown[0].path!r})  # xarray.Dataset of one image, in memory")
+    return "\n".join(lines)
 
 
 def _shell_code(path: Place) -> str:
@@ -222,7 +228,14 @@ class Plot(NamedTuple):
 def _filters(features: FeatureStore) -> Iterator[Plot]:
     first = features.extractor.layers[0]
     alt = f"The {first.filters} filters of conv1, {first.kernel[0]} x {first.kernel[1]} weights each"
-    yield Plot("Filters of conv1", alt, _drawn(figures.filters(features)))
+    try:
+        figure = figures.filters(features)
+    except (ValueError, RuntimeError) as error:  # Zarr's, over a damaged chunk
+        raise FeaturemapsError(
+            f"weights of {features.path} cannot be read ({error}), so nobody knows what its maps mean and no page was written: restore its "
+            "folder extractor/ from a copy"
+        ) from error
+    yield Plot("Filters of conv1", alt, _drawn(figure))
 
 
 def _histograms(counted: list[Histogram]) -> Iterator[Plot]:

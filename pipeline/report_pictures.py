@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -15,9 +17,11 @@ from pipeline.chunks import Array
 from pipeline.decode import decode
 from pipeline.errors import FeaturemapsError, ImageError
 from pipeline.layers import layer_names, output_sizes
+from pipeline.paths import absolute_path, absolute_url
 from pipeline.pictures import bin_edges
 from pipeline.plan import Size
 from pipeline.reading import Source, read_current
+from pipeline.remote import Url, is_url
 from pipeline.schema import ShapeClass, Status, StoredLayer
 from pipeline.settings import decode_spec, extractor_spec
 from pipeline.store import Store
@@ -26,11 +30,11 @@ from pipeline.weights import dequantise
 
 MAX_VALUES = 1 << 24
 """Values of all maps of one image, and of its pixels, beyond which it is no sample: 64 MiB as float32, a few times over."""
-MAPS_PER_LAYER = 4
+MAPS_PER_LAYER = 5
 MAPS_PER_IMAGE = 8
 HISTOGRAM_CHANNELS = 16
-PHOTOGRAPH_PX = 560
-MAP_PX = 440
+PHOTOGRAPH_PX = 720
+MAP_PX = 600
 
 
 class Chosen(NamedTuple):
@@ -154,13 +158,13 @@ def samples(store: Store, chosen: Sequence[Chosen], counted: Sequence[Histogram]
     extractor = Extractor(spec, store.weights())  # which keeps its float32 values as they are
     names = layer_names(spec.layers)
     for turn, (shape_class, row) in enumerate(chosen):
-        path, height, width, digest = (
-            store.cell(shape_class.name, name, row) for name in ("path", "input_height", "input_width", "digest")
+        path, height, width, size_bytes, digest = (
+            store.cell(shape_class.name, name, row) for name in ("path", "input_height", "input_width", "size_bytes", "digest")
         )
         sample = Sample(str(path), (int(height), int(width)))
         sizes = dict(zip(names, output_sizes(spec.layers, *sample.size), strict=True))
         is_shown = turn < n_shown
-        pixels = _photograph(source, sample, str(digest)) if is_shown else None
+        pixels = _photograph(source, sample, int(size_bytes), str(digest)) if is_shown else None
         computed = {} if pixels is None else extractor.extract(pixels)
         if pixels is not None:
             sample.photograph = encode(pixels, PHOTOGRAPH_PX)
@@ -181,17 +185,24 @@ def samples(store: Store, chosen: Sequence[Chosen], counted: Sequence[Histogram]
             yield sample
 
 
-def _photograph(source: Source, sample: Sample, digest: str) -> Array | None:
+def _photograph(source: Source, sample: Sample, size_bytes: int, digest: str) -> Array | None:
     """The image as the extractor saw it; the sample says why where it cannot be had."""
     try:
-        data = read_current(source, sample.path)
-        if hashlib.sha256(data).hexdigest() != digest:
+        is_same = _size_bytes(source, sample.path) == size_bytes  # asked first, because a file may have grown without end
+        data = read_current(source, sample.path) if is_same else b""
+        if not is_same or hashlib.sha256(data).hexdigest() != digest:
             sample.trouble = "the file has changed since its maps were computed, so it is not shown beside them"
             return None
         return decode(data, source.decode)
-    except (ImageError, OSError):
+    except (ImageError, FeaturemapsError, OSError):
         sample.trouble = "the source image cannot be read any more"
         return None
+
+
+def _size_bytes(source: Source, path: str) -> int:
+    if is_url(source.root):
+        return Url.parse(absolute_url(source.root, path)).stat().size_bytes
+    return Path(os.fsdecode(absolute_path(source.root, path))).stat().st_size
 
 
 def _maps(store: Store, shape_class: ShapeClass, layer: StoredLayer, row: int, size: Size) -> Array:

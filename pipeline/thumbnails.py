@@ -21,7 +21,7 @@ from PIL import Image, ImageFile
 from pipeline.chunks import Array
 from pipeline.config import DecodeSpec
 from pipeline.decode import decode
-from pipeline.errors import ImageError, PassingFaultError
+from pipeline.errors import FeaturemapsError, ImageError
 from pipeline.reading import Patience, Source, read_bytes
 
 PIXEL_LIMIT = 20_000_000
@@ -180,7 +180,7 @@ def _picture(source: Source, path: str, fingerprint: str, longest: int) -> Embed
     try:
         data = read_bytes(source, path, fingerprint, Patience())
         return encode(decode(data, source.decode), longest)
-    except (ImageError, PassingFaultError, OSError, MemoryError, ValueError):
+    except (ImageError, FeaturemapsError, OSError, MemoryError, ValueError):
         return None
 
 

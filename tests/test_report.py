@@ -18,7 +18,7 @@ from pipeline import open_store, report
 from pipeline.chunks import Array
 from pipeline.config import make_job
 from pipeline.creation import create_store, prepare_folder
-from pipeline.errors import EXIT_USAGE, UsageError
+from pipeline.errors import EXIT_USAGE, FeaturemapsError, UsageError
 from pipeline.lock import StoreLock
 from pipeline.objects import Place
 from pipeline.report import write_report
@@ -96,6 +96,22 @@ def test_an_empty_store(tmp_path):
     assert "The store is empty: no image was entered yet." in text
     assert "There are none: no image is done." in text
     assert "No run has left a receipt." in text
+
+
+def test_a_store_of_pooled_values_says_why_there_are_no_maps(store):
+    """Its root says what ``outputs: [pooled]`` makes it say; that the arrays of maps are there all the same must not matter."""
+    root = json.loads((store / "zarr.json").read_text())
+    for layer in root["attributes"]["featuremaps"]["layers"]:
+        layer["has_maps"] = False
+    (store / "zarr.json").write_text(json.dumps(root))
+    text = text_of(store)
+    assert "Complete: all 6 images are done." in text
+    assert "conv1: pooled values only, no maps" in text
+    assert "The store keeps pooled values only" in text
+    assert "store.pooled()" in text
+    assert "the image" not in text.partition("Sample images")[2]
+    assert "Filters of conv1" in text
+    assert "Values of conv1" not in text
 
 
 def test_all_images_rejected(run, tmp_path):
@@ -189,8 +205,10 @@ def test_of_many_runs_and_sizes_the_first_are_shown_and_the_rest_is_counted(run,
 def test_the_source_is_out_of_reach_or_a_photograph_has_changed(store):
     source = store.parent / "source"
     shutil.copy(source / "img00002.png", source / "img00000.png")
+    whole = (source / "img00001.png").read_bytes()
+    (source / "img00001.png").write_bytes(whole[:-20] + bytes(20))  # of the same size
     text = text_of(store)
-    assert "the file has changed since its maps were computed, so it is not shown beside them" in text
+    assert text.count("the file has changed since its maps were computed, so it is not shown beside them") == 2
     shutil.rmtree(source)
     text = text_of(store)
     assert text.count("the source image cannot be read any more") == 6
@@ -285,6 +303,20 @@ def test_no_store_keeps_the_page_that_is_there(command, tmp_path):
     assert code == EXIT_USAGE
     assert "there is no store at" in err
     assert (tmp_path / "report.html").read_text() == "of before"
+
+
+def test_damaged_weights_and_columns_are_named(store, tmp_path):
+    shutil.copytree(store, tmp_path / "other.zarr")
+    (chunk,) = (path for path in (store / "extractor" / "conv1_weight").rglob("c*") if path.is_file())
+    chunk.write_bytes(b"x")
+    with pytest.raises(
+        FeaturemapsError, match=r"weights of .* cannot be read \(.*no page was written: restore its folder extractor/"
+    ):
+        write_report(store, tmp_path / "report.html")
+    (tmp_path / "other.zarr" / "40x60" / "status" / "c.0").write_bytes(b"x")
+    with pytest.raises(FeaturemapsError, match=r"status/c\.0: .*restore it from a copy"):
+        write_report(tmp_path / "other.zarr", tmp_path / "report.html")
+    assert not (tmp_path / "report.html").exists()
 
 
 def test_an_output_in_a_folder_that_is_not_there(store, tmp_path):

@@ -72,7 +72,7 @@ def page_file(client, tmp_path_factory) -> Path:
     store.commit(REJECTED, rows, {"error": np.array([f"corrupt: {text}" for text in HOSTILE], object)})
     receipt = store.last_receipt() | {"message": f"</script><script>{HACK}</script>", "hosts": {"<i>host": 3}, "run_id": "x"}
     store.write_receipt("20990101T000000.000Z-00000000", receipt | {"outcome": "failed"})
-    write_report(where, folder / "report.html", n_samples=12)
+    write_report(str(where), str(folder / "report.html"), n_samples=12)
     return folder / "report.html"
 
 
@@ -209,8 +209,10 @@ def test_what_gets_in_all_the_same_is_not_obeyed(browser, page_file, tmp_path):
     assert sum("Content Security Policy" in text for text in troubles) >= 2
 
 
-def test_on_paper_no_control_is_left(browser, page_file):
+def test_on_paper_no_control_is_left_and_nothing_is_cut_off(browser, page_file):
     page, _ = opened(browser, page_file)
     page.emulate_media(media="print")
+    page.set_viewport_size({"width": 720, "height": 1000})  # of A4 with its margins
+    assert page.evaluate("document.documentElement.scrollWidth") == 720
     assert not page.locator("nav:visible, .copy:visible, .filter:visible, .skip:visible").count()
     assert page.pdf().startswith(b"%PDF")

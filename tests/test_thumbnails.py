@@ -95,3 +95,10 @@ def test_pixels_are_made_smaller_and_kept_where_they_are_few():
     assert (large.width, large.height) == (1, 100)
     assert pixels(large.uri).mean() == 7
     assert encode(np.zeros((500, 400), np.uint8), 500).uri.startswith("data:image/jpeg;base64,")
+
+
+def test_what_the_process_answers_one_picture_after_another(folder):
+    order = {"root": str(folder), "decode": DecodeSpec().model_dump(mode="json"), "longest": 50}
+    images = [(name, fingerprint_of((folder / name).stat())) for name in ("img00000.jpg", "empty.png", "bomb.png")]
+    found = list(module.answers({**order, "images": images}))
+    assert [picture and picture.width for picture in found] == [50, None, None]
