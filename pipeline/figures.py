@@ -90,7 +90,7 @@ def show(
 
 def contact_sheet(
     store: FeatureStore,
-    paths: Iterable[str] | None = None,
+    paths: str | Iterable[str] | None = None,
     *,
     n: int = 12,
     layer: str | None = None,
@@ -101,8 +101,8 @@ def contact_sheet(
     Parameters
     ----------
     store : FeatureStore
-    paths : iterable of str, optional
-        Which images; by default ``n`` that are done, spread evenly over the store by path.
+    paths : str or iterable of str, optional
+        Which images, in this order; by default ``n`` that are done, spread evenly over the store by path.
     n : int
         1 to 64.
     layer : str, optional
@@ -124,7 +124,7 @@ def contact_sheet(
     name = None if channel is None else panels.map_layers(store, layer)[0]
     if name is not None:
         (channel,) = panels.channels_of(panels.stored_layer(store, name), channel)
-    chosen = panels.spread_paths(store, n) if paths is None else list(paths)
+    chosen = panels.spread_paths(store, n) if paths is None else [paths] if isinstance(paths, str) else list(paths)
     if not 1 <= len(chosen) <= MAX_PANELS:
         raise UsageError(
             f"a sheet of {count(len(chosen), 'image')} was asked for, and one holds 1 to {MAX_PANELS}: nothing was drawn; "

@@ -166,7 +166,9 @@ def public_names() -> set[str]:
     """What is promised not to change silently."""
     members = {name for name in vars(FeatureStore) if not name.startswith("_") and name != "path"}
     classes = {model.__name__ for model in models(config)}
-    drawing = {name for name, value in vars(figures).items() if isinstance(value, FunctionType) and name[0] != "_"} - {"check_format"}
+    drawing = {name for name, value in vars(figures).items() if isinstance(value, FunctionType) and name[0] != "_"} - {
+        "check_format"
+    }
     failures = {name for name, value in vars(errors).items() if isinstance(value, type)}
     return {
         *(f"pipeline.{name}" for name in set(pipeline.__all__) - {"__version__"}),

@@ -355,7 +355,8 @@ def test_histograms_of_integers_have_equally_many_levels_in_each_bin(opened):
 def test_histograms_of_a_sample_are_the_same_each_time(opened):
     first, second = (figures.histograms(opened("point"), n_images=3).axes[1].patches[0].get_data() for _ in range(2))
     assert np.array_equal(first.values, second.values)
-    assert figures.histograms(opened("point"), n_images=3).get_suptitle() == "conv1, 3 of 7 images"
+    title = figures.histograms(opened("point"), n_images=3).get_suptitle()
+    assert title == "conv1, 3 of 7 images: mean ± standard deviation of each channel"
     with pytest.raises(UsageError, match=r"histograms of 0 images were asked for: nothing was drawn; take 1 or more"):
         figures.histograms(opened(), n_images=0)
 
