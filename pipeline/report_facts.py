@@ -279,7 +279,7 @@ def judge(facts: Facts) -> Verdict:
     if facts.holder:
         return Verdict("working", f"A run is at work: {n_done:,} of {count_of(n_listed)} are done so far.", "Look again later.")
     n_missing = n_listed - n_done - facts.n_bad
-    missing = f"{_are(n_missing)} missing of {count_of(n_listed)}" if n_missing else ""
+    missing = f"{n_missing:,} of {count_of(n_listed)} {'is' if n_missing == 1 else 'are'} missing" if n_missing else ""
     if run and state in {"failed", "died"}:
         why = f": {printable(run.message)}" if run.message else ""
         text = "The last run died before its end" if state == "died" else "The last run failed"
@@ -298,7 +298,9 @@ def judge(facts: Facts) -> Verdict:
         return Verdict("bad", f"No image is done: all {n_live:,} are bad ({reasons}).", remedy)
     if run and run.exit_code == EXIT_QUARANTINED:
         limit = run.config.get("max_quarantined")
-        text = f"Complete, but with {facts.n_bad:,} bad images ({reasons}), more than the {limit:,} that the run allows."
+        text = (
+            f"Complete, but with {count_of(facts.n_bad, 'bad image')} ({reasons}), more than the {limit:,} that the run allows."
+        )
         return Verdict("warning", text, "Look at the reasons below, mend the images, and run with --retry-quarantined.")
     if facts.n_bad:
         return Verdict("good", f"Complete: {_are(n_done)} done, and {facts.n_bad:,} cannot be ({reasons}).")
@@ -315,15 +317,15 @@ def _why_missing(run: Summary | None) -> str:
     return "their turn has not come yet"
 
 
-def count_of(n: int) -> str:
-    """A number of images.
+def count_of(n: int, noun: str = "image") -> str:
+    """A number of things.
 
     Examples
     --------
     >>> count_of(1), count_of(1200)
     ('1 image', '1,200 images')
     """
-    return count(n, "image").replace(str(n), f"{n:,}")
+    return count(n, noun).replace(str(n), f"{n:,}")
 
 
 def _are(n: int) -> str:

@@ -127,15 +127,15 @@ def test_all_images_rejected(run, tmp_path):
 @pytest.mark.parametrize(
     ("outcome", "said"),
     [
-        ({"outcome": "stopped"}, "2 images are missing of 6 images: the last run was stopped before its end."),
+        ({"outcome": "stopped"}, "2 of 6 images are missing: the last run was stopped before its end."),
         (
             {"outcome": "incomplete", "faults": ["a.png: Stale\nhandle"]},
-            "2 images are missing of 6 images: the storage failed, which may pass (a.png: Stale\\nhandle).",
+            "2 of 6 images are missing: the storage failed, which may pass (a.png: Stale\\nhandle).",
         ),
-        ({"outcome": "complete"}, "2 images are missing of 6 images: their turn has not come yet."),
-        ({"outcome": "failed", "message": "disk full"}, "The last run failed; 2 images are missing of 6 images: disk full."),
-        ({"outcome": "running"}, "The last run died before its end; 2 images are missing of 6 images."),
-        ({"outcome": "stopped", "n_listed": 100}, "96 images are missing of 100 images: the last run was stopped"),
+        ({"outcome": "complete"}, "2 of 6 images are missing: their turn has not come yet."),
+        ({"outcome": "failed", "message": "disk full"}, "The last run failed; 2 of 6 images are missing: disk full."),
+        ({"outcome": "running"}, "The last run died before its end; 2 of 6 images are missing."),
+        ({"outcome": "stopped", "n_listed": 100}, "96 of 100 images are missing: the last run was stopped"),
     ],
 )
 def test_a_half_written_store_says_how_much_is_missing_and_why(store, outcome, said):
@@ -153,7 +153,7 @@ def test_a_store_without_receipts(store):
     for path in (store / "runs").glob("*Z-*.json"):
         path.unlink()
     set_status(store, "40x60", [0], Status.PENDING)
-    assert judge(facts_of(store)).text == "1 image is missing of 6 images: no run has left a receipt."
+    assert judge(facts_of(store)).text == "1 of 6 images is missing: no run has left a receipt."
     assert "No run has left a receipt." in text_of(store)
 
 
@@ -174,7 +174,7 @@ def test_too_many_bad_images_are_said_with_the_limit(run, tmp_path):
     (source / "bad.png").write_bytes(b"no picture")
     assert run(source, max_quarantined=0).exit_code == 3
     text = text_of(tmp_path / "features.zarr")
-    assert "Complete, but with 1 bad images (1 not_an_image), more than the 0 that the run allows." in text
+    assert "Complete, but with 1 bad image (1 not_an_image), more than the 0 that the run allows." in text
     (state,) = run_facts(Store(tmp_path / "features.zarr").receipts(), None)
     assert (state.state, state.exit_code) == ("complete", 3)
 

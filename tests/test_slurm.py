@@ -257,6 +257,9 @@ def test_a_driver_that_its_user_cancels_does_not_come_back_and_the_next_one_goes
     number = hand_in(tmp_path, source=str(pictures), limit=100)
     wait_for("end of the run", lambda: queue.job(number) is None, 120, lambda: log_of(tmp_path))
     assert "nothing is wrong" in log_of(tmp_path)
+    [page] = (tmp_path / "featuremaps-logs").glob("featuremaps-*-report.html")
+    assert f"page about the store: {page}" in log_of(tmp_path)
+    assert "Complete: all 100 images are done." in page.read_text()
 
 
 def test_a_preempted_run_goes_on_when_it_may(tmp_path, pictures, queue, run):

@@ -25,7 +25,6 @@ from sphinx.application import Sphinx
 from sphinx.util import logging
 
 MARK = "<!-- run the code -->"
-_ABOVE = re.compile(r"\n\n|```\n")
 _BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 logger = logging.getLogger(__name__)
 
@@ -37,7 +36,7 @@ def run_the_code(text: str, folder: Path) -> str:
 
     def with_results(match: re.Match[str]) -> str:
         before = _pages(folder)
-        values, above = _run(match[1], names), _ABOVE.split(text[: match.start()].strip())[-1]
+        values, above = _run(match[1], names), _BLOCK.sub("", text[: match.start()]).strip().rpartition("\n\n")[2]
         says = " ".join(re.sub(r"[#`*\[\]]", "", above).split())  # of a figure, which is described there
         file = folder / f"figure-{crc32(match[1].encode()):08x}"
         shown = [_show(value, file.with_name(f"{file.name}-{n}.png"), says) for n, value in enumerate(values)]
