@@ -20,6 +20,8 @@ from collections.abc import Callable, Iterator
 from http.client import HTTPConnection
 from pathlib import Path
 
+from obstore.store import S3Store
+
 SECRET = "this-is-the-secret-of-the-tests"
 BUCKET = "bucket"
 
@@ -96,7 +98,23 @@ def seaweedfs(folder: Path) -> Iterator[str]:
     arguments += [f"-{name}.port={port}" for name, port in ports.items()]
     arguments += ["-admin.ui=false", "-webdav=false", "-s3.port.iceberg=0", "-s3.port.lance=0", "-master.telemetry=false"]
     with _running(arguments, folder, f"http://127.0.0.1:{ports['s3']}") as endpoint:
+        _wait_for_bucket(endpoint)
         yield endpoint
+
+
+def _wait_for_bucket(endpoint: str) -> None:
+    """The server turns people without a key away before it has made its bucket."""
+    keys = {key.lower(): value for key, value in environment(endpoint).items()}
+    bucket = S3Store(BUCKET, config=keys, client_options={"allow_http": True})
+    for _ in range(600):
+        try:
+            bucket.put("probe", b"")
+            bucket.delete("probe")
+        except FileNotFoundError:  # NoSuchBucket
+            time.sleep(0.1)
+        else:
+            return
+    raise AssertionError(f"no bucket at {endpoint} within 60 s")
 
 
 @contextlib.contextmanager
