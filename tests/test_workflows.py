@@ -63,7 +63,9 @@ def sh(command: str, folder: Path, env: dict[str, str] | None = None) -> subproc
 def test_every_file_is_on_the_page():
     linked = {(WORKFLOWS / target).resolve() for target in re.findall(r"\]\(([^)#]+)\)", PAGE)}
     with_page = {path.parent for path in WORKFLOWS.rglob("README.md")} - {WORKFLOWS}  # which speaks of the files beside it
-    files = {path for path in WORKFLOWS.rglob("*") if path.is_file() and not with_page & {*path.parents}} - {WORKFLOWS / "README.md"}
+    files = {path for path in WORKFLOWS.rglob("*") if path.is_file() and not with_page & {*path.parents}} - {
+        WORKFLOWS / "README.md"
+    }
     assert not (files | {folder / "README.md" for folder in with_page}) - linked
 
 
