@@ -23,9 +23,9 @@ from tests.kubernetes_stand_in import kubernetes_api
 
 
 def pytest_collection_modifyitems(config, items) -> None:
-    """With several processes, the longest files first, those that kill: else one of them is what all others wait for at the end."""
+    """With several processes, the longest files first, as those that kill: else one of them is what all others wait for at the end."""
     if getattr(config, "workerinput", None):
-        long = {item.path for item in items if item.get_closest_marker("kill")}
+        long = {item.path for item in items if item.get_closest_marker("kill") or item.get_closest_marker("long")}
         items.sort(key=lambda item: item.path not in long)
 
 
