@@ -228,8 +228,9 @@ def check_shard(shard: Shard) -> list[Finding]:
             extents = dict(zip(layer_names(layers), output_sizes(layers, *size), strict=True))
             text = expected and _judge(maps, pooled, shard.spec, extents, expected)
         if text:
-            what = f"maps in {_objects(shard, row)}" if shard.layout.layers else "pooled values"
-            findings.append(Finding("maps", group, row, path, f"the {what} {text}"))
+            parts = [f"maps in {_objects(shard, row)}"] if shard.layout.layers else []
+            parts += [f"pooled values of {', '.join(shard.pooled)}"] if shard.pooled else []
+            findings.append(Finding("maps", group, row, path, f"the {' or the '.join(parts)} {text}"))
     return findings
 
 
@@ -364,7 +365,7 @@ def _compare(store: Store, shape_class: ShapeClass, row: int, stored: StoredLaye
     """What is wrong with a row's maps or pooled values, and how far they are off beyond rounding for storage."""
     is_tf32 = extractor_spec(store.spec).tf32
     bound = (TF32_ROUNDING if is_tf32 else ROUNDING) * max(1.0, float(np.abs(expected).max()))
-    difference = 0.0
+    difference = -np.inf
     if stored.has_maps:
         try:
             maps = dequantise(np.asarray(store.array(shape_class.name, stored.name)[row]), stored)
@@ -378,6 +379,8 @@ def _compare(store: Store, shape_class: ShapeClass, row: int, stored: StoredLaye
     pooled = [store.array(shape_class.name, f"{stored.name}_{statistic}")[row] for statistic in STATISTICS]
     exact = [expected.mean((1, 2)), expected.std((1, 2)), expected.min((1, 2)), expected.max((1, 2))]
     for statistic, a, b in zip(STATISTICS, pooled, exact, strict=True):
-        if not np.abs(np.asarray(a) - b).max() <= bound:
+        off_by = float(np.abs(np.asarray(a) - b).max())
+        if not off_by <= bound:
             return f"the pooled {statistic} is {np.asarray(a)}, and recomputed {b}", max(0.0, difference)
+        difference = max(difference, off_by if not stored.has_maps else difference)
     return "", max(0.0, difference)

@@ -250,6 +250,8 @@ class StoreStatus:
     store: str
     source: str
     dtype: str
+    has_maps: bool
+    """False where only pooled values are kept."""
     n_classes: int
     counts: dict[str, int]
     bad: list[dict[str, str]]
@@ -276,8 +278,9 @@ class StoreStatus:
 
     def describe(self) -> str:
         """For a person."""
+        what = f"{self.dtype} maps" if self.has_maps else "pooled values"
         lines = [
-            f"{self.store}: {count(self.n_classes, 'shape class', 'shape classes')} of {self.dtype} maps from {self.source}",
+            f"{self.store}: {count(self.n_classes, 'shape class', 'shape classes')} of {what} from {self.source}",
             ", ".join(f"{n} {name}" for name, n in self.counts.items()),
         ]
         if self.holder:
@@ -345,6 +348,7 @@ def store_status(path: Place, n_bad: int = 20) -> StoreStatus:
         str(path),
         store.spec.source,
         store.spec.dtype,
+        bool(store.spec.map_layers),
         len(store.classes),
         count_statuses(store),
         _bad_images(store, n_bad),

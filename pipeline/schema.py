@@ -133,6 +133,8 @@ def root_document(spec: StoreSpec) -> dict[str, Any]:
     content = asdict(spec)
     for layer in content["layers"]:
         layer["fill_value"] = None if np.isnan(layer["fill_value"]) else layer["fill_value"]
+        if layer["has_maps"]:
+            del layer["has_maps"]  # only its absence from the maps is said: stores that have them all are as they always were
     return group_document({"featuremaps": with_digest(content)})
 
 

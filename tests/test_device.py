@@ -25,7 +25,8 @@ TWO = ExtractorSpec(
     layers=(LayerSpec(filters=3, kernel=(5, 3), pool=(2, 2), activation="tanh"), LayerSpec(filters=2, kernel=(3, 3))),
     outputs=("conv1", "conv2"),
 )
-POOLED = TWO.model_copy(update={"outputs": ("conv1", "pooled")})
+SOME = TWO.model_copy(update={"outputs": ("conv1", "pooled")})
+POOLED = TWO.model_copy(update={"outputs": ("pooled",)})
 SIZE = (40, 52)
 
 
@@ -62,7 +63,7 @@ def make(spec=ONE, dtype="float32", where="cpu", **values):
 
 @pytest.mark.parametrize("where", DEVICES)
 @pytest.mark.parametrize("dtype", ["float32", "float16", "uint16", "uint8"])
-@pytest.mark.parametrize("spec", [ONE, TWO, POOLED], ids=["one layer", "two layers", "pooled"])
+@pytest.mark.parametrize("spec", [ONE, TWO, SOME, POOLED], ids=["one layer", "two layers", "one pooled", "pooled"])
 def test_batches_agree_with_one_image_after_another(spec, dtype, where):
     batched, single, stored = make(spec, dtype, where)
     batched._batch[SIZE] = 4

@@ -437,3 +437,16 @@ def test_the_command_says_what_it_found_and_its_code_too(command, copy):
 def test_there_is_nothing_to_verify_where_there_is_no_store(tmp_path):
     with pytest.raises(UsageError, match="there is no store at"):
         verify_store(tmp_path)
+
+
+def test_a_store_of_before_layers_could_lack_maps_is_sound(client, tmp_path):
+    """Its root was written by the commit before `has_maps` came."""
+    root = json.loads((Path(__file__).parent / "golden" / "root_of_before_has_maps.json").read_text())
+    source = make_images(tmp_path / "source", 3, SIZES)
+    run_job(make_job({"source": str(source), "store": str(tmp_path / "f.zarr"), "dtype": "uint8"}), client)
+    made = json.loads((tmp_path / "f.zarr" / "zarr.json").read_text())
+    for document in (root, made):
+        assert document["attributes"]["featuremaps"].keys() == root["attributes"]["featuremaps"].keys()
+    assert made["attributes"]["featuremaps"]["layers"] == root["attributes"]["featuremaps"]["layers"]
+    (tmp_path / "f.zarr" / "zarr.json").write_text(json.dumps(root))
+    assert kinds(tmp_path / "f.zarr") == set()
