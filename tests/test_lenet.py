@@ -169,10 +169,11 @@ def test_every_probe_counts_every_test_image_once_and_does_better_than_guessing(
 
 
 def test_results_are_written_as_tables_and_figures(work, images, results, tmp_path):
-    (tmp_path / "README.md").write_text("# Before\n<!-- results -->\nold\n<!-- end of results -->\nafter\n")
     tell.write(results, images, work, tmp_path)
     assert json.loads((tmp_path / "results.json").read_text()) == json.loads(json.dumps(results))
     text = (tmp_path / "results.md").read_text()
+    (tmp_path / "README.md").write_text("# Before\n<!-- results -->\nold\n<!-- end of results -->\nafter\n")
+    tell.write(results, images, work, tmp_path)
     assert (tmp_path / "README.md").read_text() == f"# Before\n<!-- results -->\n{text}<!-- end of results -->\nafter\n"
     for found in results["probes"]:
         assert tell.percent(found["accuracy"]) in text
