@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import math
+import os
 import shutil
 import zlib
 from dataclasses import dataclass
@@ -239,6 +240,6 @@ def labelled_folder(folder: Path, seed: int) -> Labelled:
 def _decoded(root: str, path: str) -> Array | None:
     """One image (28, 28) uint8 as the pipeline decodes it, or None where it cannot."""
     try:
-        return decode(Path(absolute_path(root, path)).read_bytes(), DECODE)[:, :, 0]
+        return decode(Path(os.fsdecode(absolute_path(root, path))).read_bytes(), DECODE)[:, :, 0]
     except (ImageError, OSError):
         return None

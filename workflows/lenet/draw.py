@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from workflows.lenet.data import Labelled
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#E69F00", "#009E73", "#7F7F7F"
+ON_WHITE = {"facecolor": "white", "edgecolor": "none", "pad": 0.4}  # numbers that a line would cross
 COLOURS = {"raw": GREEN, "random": GREY, "random-lenet": GREY, "tanh": BLUE, "sigmoid": ORANGE}
 NAMES = {
     "random-lenet": "LeNet with random weights",
@@ -30,7 +31,7 @@ def accuracies(results: dict[str, Any]) -> Figure:
         share = 100 * probe["accuracy"]
         lowest = min(lowest, probe["accuracy"])
         axes.bar(place, share, 0.85, color=COLOURS[source])
-        axes.text(place, share + 0.15, f"{share:.1f}", ha="center", va="bottom", fontsize=9)
+        axes.text(place, share + 0.15, f"{share:.1f}", ha="center", va="bottom", fontsize=9, bbox=ON_WHITE)
         ticks.append(place)
         labels.append(
             {"logistic": "logistic", "svm": "SVM"}.get(
@@ -83,13 +84,13 @@ def layers(store: Any, images: Labelled, label: int, n_maps: int = 8) -> Figure:
     """The first test image of a class, and maps of it in each layer."""
     row = images.test[np.flatnonzero(images.labels[images.test] == label)[0]]
     image = store.image(images.paths[row])
-    figure = Figure((8.5, 4.6), layout="constrained")
+    figure = Figure((8.5, 4.0), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=[1, 3.4])
     axes = left.subplots()
     axes.imshow(images.pixels[row], "gray")
     axes.set_title(f"{images.classes[label]}, 28 x 28 pixels", fontsize=10)
     axes.set_axis_off()
-    parts = right.subfigures(3, 1, height_ratios=[1.3, 1.3, 1])
+    parts = right.subfigures(3, 1, height_ratios=[1.2, 1.2, 1])
     for part, layer in zip(parts[:2], ("conv1", "conv2"), strict=True):
         maps = image[layer].values
         part.suptitle(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -70,10 +71,10 @@ def features(store: Any, layer: str, images: Labelled) -> Array:
     return maps.reshape(len(maps), -1)[rows]
 
 
-def probe(name: str, values: Array, images: Labelled, kind: Kind = "logistic") -> Probe:
+def probe(name: str, values: Array, images: Labelled, kind: Kind = "logistic", strengths: Sequence[float] = STRENGTHS) -> Probe:
     """Fit a linear classifier to the training images, and count how many of the test images it gets right.
 
-    Features are brought to mean 0 and standard deviation 1 over the training images. C is the one of `STRENGTHS` with which a classifier
+    Features are brought to mean 0 and standard deviation 1 over the training images. C is the one of ``strengths`` with which a classifier
     that has seen some of the training images does best on those that validate; the test images choose nothing.
 
     Parameters
@@ -85,12 +86,14 @@ def probe(name: str, values: Array, images: Labelled, kind: Kind = "logistic") -
     kind : str
         ``logistic``: multinomial logistic regression, by L-BFGS. ``svm``: linear support vector machines, one per class against the rest,
         by averaged stochastic gradient descent (liblinear takes many times as long for the same accuracy).
+    strengths : sequence of float
+        Values of C to choose from; of one alone, nothing is chosen.
     """
     with threadpool_limits(1):  # threads that wait for each other on busy cores took many times as long
-        return _probe(name, values, images, kind)
+        return _probe(name, values, images, kind, strengths)
 
 
-def _probe(name: str, values: Array, images: Labelled, kind: Kind) -> Probe:
+def _probe(name: str, values: Array, images: Labelled, kind: Kind, strengths: Sequence[float]) -> Probe:
     start = time.monotonic()
     values -= values[images.train].mean(0)
     deviation = values[images.train].std(0)
@@ -99,9 +102,9 @@ def _probe(name: str, values: Array, images: Labelled, kind: Kind) -> Probe:
     some = np.random.default_rng(0).permutation(images.train)[:N_CHOOSING]
     scores = [
         _fit(kind, strength, values[some], labels[some]).score(values[images.validation], labels[images.validation])
-        for strength in STRENGTHS
+        for strength in (strengths if len(strengths) > 1 else ())
     ]
-    strength = STRENGTHS[int(np.argmax(scores))]
+    strength = strengths[int(np.argmax(scores)) if scores else 0]
     fitted = _fit(kind, strength, values[images.train], labels[images.train])
     found = fitted.predict(values[images.test])
     confusion = np.zeros((len(images.classes), len(images.classes)), int)

@@ -23,13 +23,14 @@ FIXED = {
 
 
 def write(results: dict[str, Any], images: Labelled, work: Path, output: Path) -> None:
-    """Write results.json, results.md and four figures; where the folder has a README.md with marks, its tables become these."""
+    """Write results.json, four figures, and the tables: into a README.md that the folder has, between its marks, or as results.md."""
     (output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     text = "\n\n".join((table(results), verdict(results), pipeline_table(results), machine(results))) + "\n"
-    (output / "results.md").write_text(text)
     readme = output / "README.md"
     if readme.is_file():
         readme.write_text(MARKED.sub(lambda found: f"{found[1]}{text}{found[2]}", readme.read_text()))
+    else:
+        (output / "results.md").write_text(text)
     stores = {
         name: pipeline.open_store(work / f"{name}.zarr")
         for name in ("random-lenet", *(network["activation"] for network in results["networks"]))
@@ -69,7 +70,7 @@ def verdict(results: dict[str, Any]) -> str:
     n = results["images"]["test"]
     notes = [
         f"Chance alone moves 90 % of {n:,} test images by {196 * (0.9 * 0.1 / n) ** 0.5:.1f} points either way (95 %).",
-        f"Stopped at the limit of steps before they had converged: {', '.join(ended)}." if ended else "All probes converged.",
+        f"Stopped at the limit of steps before they had converged: {'; '.join(ended)}." if ended else "All probes converged.",
     ]
     return "\n".join(lines) + "\n\n" + " ".join(notes)
 

@@ -91,12 +91,20 @@ class Training:
     validation: tuple[float, ...]
     """Per epoch the accuracy on the images that validate."""
     elapsed_s: float
+    batch: int = BATCH
+    """Images per step."""
 
 
 def train(
-    images: Labelled, activation: Activation, seed: int, n_epochs: int, say: Callable[[str], None] = lambda _: None
+    images: Labelled,
+    activation: Activation,
+    seed: int,
+    n_epochs: int,
+    say: Callable[[str], None] = lambda _: None,
+    *,
+    batch: int = BATCH,
 ) -> tuple[LeNet, Training]:
-    """Train from scratch by Adam, in batches of 100, and keep the epoch that does best on the images that validate.
+    """Train from scratch by Adam, and keep the epoch that does best on the images that validate.
 
     The same seed gives the same weights on the same kind of processor, whatever else it does: all is computed by one thread.
     """
@@ -105,14 +113,14 @@ def train(
     network = LeNet(activation, len(images.classes), seed).to(memory_format=torch.channels_last)  # twice as fast on processors
     inputs, labels = torch.from_numpy(images.inputs[images.train]), torch.from_numpy(images.labels[images.train])
     optimiser = torch.optim.Adam(network.parameters(), lr=RATES[activation])
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, n_epochs * math.ceil(len(labels) / BATCH))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, n_epochs * math.ceil(len(labels) / batch))
     generator = torch.Generator().manual_seed(seed)
     losses: list[float] = []
     validation: list[float] = []
     kept = copy.deepcopy(network.state_dict())
     for epoch in range(1, n_epochs + 1):
         total = 0.0
-        for rows in torch.randperm(len(labels), generator=generator).split(BATCH):
+        for rows in torch.randperm(len(labels), generator=generator).split(batch):
             loss = cross_entropy(network(inputs[rows]), labels[rows])
             optimiser.zero_grad()
             loss.backward()
@@ -129,7 +137,9 @@ def train(
     network.load_state_dict(kept)
     best_epoch = 1 + validation.index(max(validation))
     elapsed_s = time.monotonic() - start
-    return network, Training(activation, seed, n_epochs, len(labels), best_epoch, tuple(losses), tuple(validation), elapsed_s)
+    return network, Training(
+        activation, seed, n_epochs, len(labels), best_epoch, tuple(losses), tuple(validation), elapsed_s, batch
+    )
 
 
 @torch.inference_mode()
@@ -144,7 +154,14 @@ def accuracy(network: LeNet, images: Labelled, rows: Array) -> float:
 
 
 def trained(
-    images: Labelled, work: Path, seed: int, n_epochs: int, activation: Activation, say: Callable[[str], None] = lambda _: None
+    images: Labelled,
+    work: Path,
+    seed: int,
+    n_epochs: int,
+    activation: Activation,
+    say: Callable[[str], None] = lambda _: None,
+    *,
+    batch: int = BATCH,
 ) -> tuple[LeNet, Training]:
     """`train`, unless the same was done before: then what is in the work folder.
 
@@ -156,11 +173,11 @@ def trained(
     if record.is_file():
         values = json.loads(record.read_text())
         training = Training(**values | {key: tuple(values[key]) for key in ("losses", "validation")})
-        if (training.seed, training.n_epochs, training.n_train) == (seed, n_epochs, len(images.train)):
+        if (training.seed, training.n_epochs, training.n_train, training.batch) == (seed, n_epochs, len(images.train), batch):
             network = LeNet(activation, len(images.classes), seed)
             network.load_state_dict(load_file(file) | load_file(top_file))
             return network, training
-    network, training = train(images, activation, seed, n_epochs, say)
+    network, training = train(images, activation, seed, n_epochs, say, batch=batch)
     for old in (*work.glob(f"{activation}*.zarr"), *work.glob(f"probe-{activation}*.json")):  # of other weights
         shutil.rmtree(old) if old.is_dir() else old.unlink()
     state = {name: values.contiguous() for name, values in network.state_dict().items()}
