@@ -142,18 +142,25 @@ def _read(piece: Piece) -> list[Array]:
 def _understand(result: Any, path: str) -> tuple[tuple[Any, ...], Any]:
     """The kind of a result, and the result in a plain form."""
     if isinstance(result, Mapping):
-        return ("dict", *result), dict(result)
+        return ("dict", *result), {key: _own(value) for key, value in result.items()}
     try:
         values = np.asarray(result)
     except ValueError:  # lists of several lengths
         values = np.empty((), object)
     if values.dtype.kind in "biufc" and values.ndim < 2:
-        return (("array", len(values)) if values.ndim else ("number",)), values[()]
+        return (("array", len(values)), _own(values)) if values.ndim else (("number",), values[()])
     what = type(result).__name__ if values.dtype.kind not in "biufc" else f"an array of {values.ndim} dimensions {values.shape}"
     raise UsageError(
         f"the function gave {what} for {path!r}, where it is to give a number, a 1-D array of numbers or a dict, which become one line "
         "of a table: reduce the maps further, for instance with maps.mean((1, 2)), and return the result"
     )
+
+
+def _own(value: Any) -> Any:
+    """A value that keeps no maps in memory, as one that is part of them would: all of its block."""
+    if isinstance(value, np.ndarray):
+        return value if value.base is None else value.copy()
+    return type(value)(map(_own, value)) if type(value) in {list, tuple} else value
 
 
 def _check_kinds(kind: tuple[Any, ...], path: str, other: tuple[Any, ...], other_path: str) -> None:
