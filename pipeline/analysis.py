@@ -140,7 +140,7 @@ class FeatureStore:
         """Table of the live rows and rejected images, one line per image.
 
         Columns: path, class, row, source_height, source_width, input_height, input_width (pixels; 0 where rejected), status
-        (pending, done, quarantined or rejected) and error; then those that were joined.
+        (pending, done, quarantined or rejected) and error; then those that were joined. The index numbers the lines of the whole store.
         """
         return self._entries.table.copy(deep=False)
 
@@ -167,8 +167,9 @@ class FeatureStore:
         Returns
         -------
         FeatureStore
-            Its `images`, selections, datasets and Parquet files have the new columns, NaN for images without a line. `joined`
-            says how many have one.
+            Its `images`, selections, datasets and Parquet files have the new columns. `joined` says how many images have a line
+            there; what the others have is missing: NaN, or NA of pandas' nullable types (``Int64``, ``boolean``), which integers and
+            booleans become then. Datasets have such integers as float64 with NaN, where that holds them exactly.
 
         Raises
         ------
@@ -188,14 +189,16 @@ class FeatureStore:
         Parameters
         ----------
         where : boolean Series, DataFrame or list of str, optional
-            Over the lines of `images` (or `pooled`) of this very store; some lines of `images`; or paths.
+            Made from `images` (or `pooled`) of this very store, or of one that it was selected from, and matched by the index; some
+            lines of `images`; or paths.
         **columns
             What a column must be, a value or several: ``status="done"``, ``label=["cat", "dog"]``.
 
         Returns
         -------
         FeatureStore
-            Its datasets, pooled values, neighbours and Parquet files are of these images only.
+            Its datasets, pooled values, neighbours and Parquet files are of these images only. Lines of its `images` keep the
+            numbers that they have in the whole store, as their index.
 
         Raises
         ------
@@ -246,7 +249,7 @@ class FeatureStore:
         return dataset.assign_coords({column: ("image", tables.plain(images[column])) for column in self.joined})
 
     def tree(self, layers: str | Sequence[str] | None = None) -> xr.DataTree:
-        """All shape classes, lazy: a node per class that has images, each what `dataset` gives.
+        """All shape classes, or those of a selection, lazy: a node per class, each what `dataset` gives.
 
         Examples
         --------
@@ -408,7 +411,7 @@ class FeatureStore:
         --------
         >>> store.nearest("cats/tom.jpg", 3)  # doctest: +SKIP
         """
-        _require_positive(n, "neighbours")
+        selection.require_number(n, "neighbours")
         name = self._entries.find_done(path)[0]
         paths, vectors = self._standardised(layer, statistics)
         found = np.flatnonzero(paths == name)
@@ -446,7 +449,7 @@ class FeatureStore:
         --------
         >>> store.most_alike()  # doctest: +SKIP
         """
-        _require_positive(n, "pairs")
+        selection.require_number(n, "pairs")
         paths, vectors = self._standardised(layer, statistics)
         pairs = similarity.closest_pairs(vectors, n)
         rows = np.array([pair[:2] for pair in pairs], int).reshape(-1, 2)
@@ -488,8 +491,3 @@ class FeatureStore:
                 return shape_class
         known = ", ".join(self.classes[:10]) or "none yet"
         raise UsageError(f"{self.path} has no shape class {name!r}; it has {known}")
-
-
-def _require_positive(n: int, what: str) -> None:
-    if n < 1:
-        raise UsageError(f"{n} {what} were asked for, and there is nothing to look for: give 1 or more")

@@ -12,7 +12,7 @@ import pandas as pd
 
 from pipeline import selection
 from pipeline.errors import UsageError
-from pipeline.lookup import PathIndex, similar_names, stored_name
+from pipeline.lookup import PathIndex, similar_names, stored_forms
 from pipeline.schema import REJECTED, Status
 from pipeline.store import Store
 from pipeline.tables import Table, done, images_table
@@ -32,6 +32,7 @@ class Entries:
         self.joined: dict[str, int] = {}
         self._index = PathIndex(store)
         self._table: Table | None = None
+        self._n_lines: int | None = None  # of the whole store's table, where this is derived from it
 
     @property
     def table(self) -> Table:
@@ -65,7 +66,7 @@ class Entries:
 
     def select(self, where: Any, columns: dict[str, Any]) -> Entries:
         """See `FeatureStore.select`."""
-        images = selection.select(self.table, where, columns, str(self.store.path))
+        images = selection.select(self.table, where, columns, str(self.store.path), self._n_lines or len(self.table))
         return self._derive(images, self.joined, is_selection=True)
 
     def _derive(self, table: Table, joined: dict[str, int], *, is_selection: bool) -> Entries:
@@ -73,6 +74,7 @@ class Entries:
         for name in ("counts", "_lines"):
             derived.__dict__.pop(name, None)
         derived._table, derived.joined, derived.is_selection = table, joined, is_selection
+        derived._n_lines = self._n_lines or len(self.table)
         return derived
 
     @cached_property
@@ -84,7 +86,11 @@ class Entries:
 
     def joined_values(self, name: str) -> dict[str, Any]:
         """What was joined of one image."""
-        return self.table.loc[self._lines[name], list(self.joined)].to_dict() if self.joined else {}
+        if not self.joined:
+            return {}
+        line = self._lines[name]  # cell by cell: a line as a whole would have one type, and integers become floats
+        values = {column: self.table.at[line, column] for column in self.joined}
+        return {column: np.nan if value is pd.NA else value for column, value in values.items()}
 
     def find(self, path: str | os.PathLike[str]) -> tuple[str, str, int]:
         """Name in the store, group and row of an image.
@@ -95,7 +101,7 @@ class Entries:
             When it is none, none any more, or not of this selection.
         """
         where, path = self.store.path, os.fspath(path)
-        for name in dict.fromkeys((path, stored_name(path))):
+        for name in stored_forms(path):
             found = self._index.find(name)
             if found is None:
                 continue
