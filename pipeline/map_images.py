@@ -18,8 +18,7 @@ from pipeline.plan import Size
 from pipeline.schema import ShapeClass, StoredLayer
 from pipeline.store import Store, open_array
 from pipeline.tables import Table, rows_by_class
-from pipeline.views import map_sizes, require_values
-from pipeline.weights import dequantise
+from pipeline.views import decoded, map_sizes
 
 TASK_BYTES = 64 * 1024**2
 """Of float32 maps that a task holds at most, beside as many as they are stored; or one image."""
@@ -126,10 +125,8 @@ def _read(piece: Piece) -> list[Array]:
         with remote.errors(str(piece.store)):
             array = open_array(piece.store / piece.group / piece.layer.name)
             is_run = rows[-1] - rows[0] == len(rows) - 1
-            block = dequantise(np.asarray(array[rows[0] : rows[-1] + 1] if is_run else array.oindex[rows]), piece.layer)
-        found = [maps[:, :height, :width] for maps, (height, width) in zip(block, piece.sizes, strict=True)]
-        for maps in found:
-            require_values(maps)
+            block = np.asarray(array[rows[0] : rows[-1] + 1] if is_run else array.oindex[rows])
+        found = [decoded(maps[:, :height, :width], piece.layer) for maps, (height, width) in zip(block, piece.sizes, strict=True)]
     except (OSError, ValueError, RuntimeError) as error:
         raise FeaturemapsError(
             f"maps of {piece.paths[0]!r} to {piece.paths[-1]!r} in {piece.store} cannot be read ({error}): an object of class "

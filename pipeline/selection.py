@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,8 +16,8 @@ from pipeline.layers import layer_names
 from pipeline.lookup import similar_names, stored_forms
 from pipeline.schema import LEDGER_COLUMNS, STATISTICS, Status, StoredLayer, StoreSpec
 from pipeline.settings import extractor_spec
+from pipeline.tables import Table, nullable
 
-Table: TypeAlias = pd.DataFrame
 _LOG = logging.getLogger(__name__)
 
 
@@ -62,16 +62,8 @@ def join(images: Table, table: Table, on: str, layers: Sequence[StoredLayer], wh
     )
     positions = pd.Index(table[on]).get_indexer(known)
     others = table.drop(columns=on).reset_index(drop=True)
-    added = _nullable(others).reindex(positions) if (positions < 0).any() else others.take(positions)
+    added = nullable(others).reindex(positions) if (positions < 0).any() else others.take(positions)
     return pd.concat([images, added.set_axis(images.index)], axis=1), n_matched
-
-
-def _nullable(table: Table) -> Table:
-    """Integers and booleans in pandas' types that may be missing: as floats the large ones would lose digits."""
-    kinds = {name: dtype for name, dtype in table.dtypes.items() if isinstance(dtype, np.dtype) and dtype.kind in "iub"}
-    return table.astype(
-        {name: "boolean" if d.kind == "b" else d.name.replace("i", "I").replace("u", "U") for name, d in kinds.items()}
-    )
 
 
 def _with_key(table: Table, on: str, images: Table, where: str) -> Table:

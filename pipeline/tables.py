@@ -117,3 +117,11 @@ def plain(values: pd.Series) -> Array:
         if there.between(-(2**53), 2**53).all():
             return values.to_numpy(np.float64, na_value=np.nan)
     return values.astype(object).where(values.notna(), np.nan).to_numpy(object)
+
+
+def nullable(table: Table) -> Table:
+    """Integers and booleans in pandas' types that may be missing: as floats the large ones would lose digits."""
+    kinds = {name: dtype for name, dtype in table.dtypes.items() if isinstance(dtype, np.dtype) and dtype.kind in "iub"}
+    return table.astype(
+        {name: "boolean" if d.kind == "b" else d.name.replace("i", "I").replace("u", "U") for name, d in kinds.items()}
+    )

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,8 @@ from pipeline.analysis import FeatureStore
 from pipeline.config import make_job
 from pipeline.errors import UsageError
 from pipeline.run import run_job
+from pipeline.schema import Status
+from pipeline.store import Store
 from tests.conftest import make_images
 
 pytestmark = pytest.mark.cluster
@@ -196,6 +199,16 @@ def test_integers_keep_their_digits(store, path, tmp_path):
     read = pd.read_parquet(tmp_path / "f.parquet")
     assert (read["id"].tolist()[:3], str(read["id"].dtype), str(read["ok"].dtype)) == ([BIG] * 3, "Int64", "boolean")
     assert named(partly.select(id=BIG)) == paths[:3]
+
+
+def test_integers_keep_their_digits_beside_rows_that_left(store, path, tmp_path):
+    shutil.copytree(path, tmp_path / "f.zarr")
+    changed = Store(tmp_path / "f.zarr")
+    changed.commit("50x60", np.arange(1), {"status": np.array([Status.REMOVED], np.uint8)})
+    ids = pd.DataFrame({"path": named(store), "id": BIG})
+    values = open_store(tmp_path / "f.zarr").join(ids).dataset("50x60")["id"].values
+    assert np.isnan(values[0])
+    assert values[1:].tolist() == [BIG] * 4
 
 
 def test_what_matched_is_said(store, caplog):
