@@ -7,20 +7,19 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import xarray as xr
 
-from pipeline import map_images, selection, similarity, tables
+from pipeline import map_images, selection, tables
 from pipeline.chunks import Array
 from pipeline.config import ExtractorSpec
 from pipeline.entries import Entries
-from pipeline.errors import FeaturemapsError, UsageError
+from pipeline.neighbours import Neighbours
 from pipeline.objects import Place, place
-from pipeline.schema import STATISTICS, ShapeClass, StoreSpec
+from pipeline.schema import STATISTICS, StoreSpec
 from pipeline.settings import extractor_spec
 from pipeline.store import Store
-from pipeline.views import class_dataset, image_dataset, source_pixels
+from pipeline.views import read_weights, source_pixels
 
 
 def open_store(path: str | Place) -> FeatureStore:
@@ -30,10 +29,6 @@ def open_store(path: str | Place) -> FeatureStore:
     ----------
     path : str or Path
         The store's folder, or s3://, gs:// or az://BUCKET/NAME.
-
-    Returns
-    -------
-    FeatureStore
 
     Raises
     ------
@@ -52,30 +47,18 @@ def open_store(path: str | Place) -> FeatureStore:
 class FeatureStore:
     """A store as it was when it was opened; rows that a run appends later are not seen.
 
-    `select` and `join` give another one that sees fewer images, or more columns, of the same store.
-
-    Parameters
-    ----------
-    path : Path or Url
+    `select` and `join` give another one that sees fewer images, or more columns, of the same store. Made by `open_store`.
     """
 
     def __init__(self, path: Place, *, _entries: Entries | None = None) -> None:
         path = path.absolute()  # a notebook may change its folder, and chunks that are not found read as fill
         self._entries = _entries or Entries(Store(path))
         self._store = self._entries.store
-        self._vectors: tuple[Any, pd.Index, Array] | None = None
+        self._neighbours = Neighbours(self._entries)
         self.path = path
 
     def __repr__(self) -> str:
-        spec, counts = self._store.spec, self.counts
-        progress = ", ".join(f"{n:,} {status}" for status, n in counts.items() if n) or "none yet"
-        layers = ", ".join(f"{la.name} ({la.channels} channels{'' if la.has_maps else ', pooled only'})" for la in spec.layers)
-        joined = "".join(f"\n  joined: {name} ({n:,} images have a line)" for name, n in self.joined.items())
-        return (
-            f"<FeatureStore {self.path}{', a selection' if self._entries.is_selection else ''}\n"
-            f"  {sum(counts.values()):,} images in {len(self.classes)} shape classes: {progress}\n"
-            f"  {spec.dtype}, layers {layers}{joined}>"
-        )
+        return f"<FeatureStore {self._entries.describe()}>"
 
     # -- what the store is ---------------------------------------------------------------------------------------------------------
 
@@ -120,13 +103,7 @@ class FeatureStore:
         FeaturemapsError
             When they are damaged.
         """
-        try:
-            return self._store.weights()
-        except (OSError, ValueError, RuntimeError) as error:
-            raise FeaturemapsError(
-                f"the weights in {self.path} cannot be read ({error}): an object under extractor/ is damaged or out of reach; restore it "
-                "from a copy, or make the store anew"
-            ) from error
+        return read_weights(self._store)
 
     @property
     def receipts(self) -> list[dict[str, Any]]:
@@ -140,7 +117,7 @@ class FeatureStore:
         """Table of the live rows and rejected images, one line per image.
 
         Columns: path, class, row, source_height, source_width, input_height, input_width (pixels; 0 where rejected), status
-        (pending, done, quarantined or rejected) and error; then those that were joined.
+        (pending, done, quarantined or rejected) and error; then those that were joined. The index numbers the lines of the whole store.
         """
         return self._entries.table.copy(deep=False)
 
@@ -167,8 +144,9 @@ class FeatureStore:
         Returns
         -------
         FeatureStore
-            Its `images`, selections, datasets and Parquet files have the new columns, NaN for images without a line. `joined`
-            says how many have one.
+            Its `images`, selections, datasets and Parquet files have the new columns. `joined` says how many images have a line
+            there; what the others have is missing: NaN, or NA of pandas' nullable types (``Int64``, ``boolean``), which integers and
+            booleans become then. Datasets have such integers as float64 with NaN, where that holds them exactly.
 
         Raises
         ------
@@ -188,14 +166,16 @@ class FeatureStore:
         Parameters
         ----------
         where : boolean Series, DataFrame or list of str, optional
-            Over the lines of `images` (or `pooled`) of this very store; some lines of `images`; or paths.
+            Made from `images` (or `pooled`) of this very store, or of one that it was selected from, and matched by the index; some
+            lines of `images`; or paths.
         **columns
             What a column must be, a value or several: ``status="done"``, ``label=["cat", "dog"]``.
 
         Returns
         -------
         FeatureStore
-            Its datasets, pooled values, neighbours and Parquet files are of these images only.
+            Its datasets, pooled values, neighbours and Parquet files are of these images only. Lines of its `images` keep the
+            numbers that they have in the whole store, as their index.
 
         Raises
         ------
@@ -208,7 +188,7 @@ class FeatureStore:
         """
         return FeatureStore(self.path, _entries=self._entries.select(where, columns))
 
-    # -- maps ----------------------------------------------------------------------------------------------------------------------
+    # -- values --------------------------------------------------------------------------------------------------------------------
 
     def dataset(self, name: str, layers: str | Sequence[str] | None = None) -> xr.Dataset:
         """One shape class, lazy: all its rows, or those of a selection.
@@ -223,30 +203,19 @@ class FeatureStore:
         Returns
         -------
         xarray.Dataset
-            Per layer its maps (image, channel, y, x) float32, decoded, in Dask chunks of whole shards, NaN where a row is padded or
-            not done; the pooled values (image, channel) float32; the ledger's columns (image,). ``path`` is a coordinate, so are
-            joined columns, and so are y and x: the centre of each value's receptive field in input pixels. Of a layer without maps
-            there are pooled values only.
+            Per layer its maps, if it has any, (image, channel, y, x) float32, decoded, in Dask chunks of whole shards, NaN where a row
+            is padded or not done; the pooled values (image, channel) float32; the ledger's columns (image,). Coordinates are ``path``,
+            joined columns, and y and x: the centre of each value's receptive field in input pixels.
 
         Raises
         ------
         UsageError
             When there is no such class, or no such layer.
         """
-        shape_class = self._class(name)
-        chosen = selection.choose_layers(self.spec, layers, str(self.path))
-        dataset = class_dataset(self._store, shape_class, chosen)
-        if not (self._entries.is_selection or self.joined):
-            return dataset
-        images = self._entries.table[self._entries.table["class"] == name]
-        if self._entries.is_selection:
-            dataset = dataset.isel(image=images["row"].to_numpy())
-        else:  # rows that stand for no image any more stay, as NaN
-            images = images.set_index("row").reindex(np.arange(dataset.sizes["image"]))
-        return dataset.assign_coords({column: ("image", tables.plain(images[column])) for column in self.joined})
+        return self._entries.dataset(name, selection.choose_layers(self.spec, layers, str(self.path)))
 
     def tree(self, layers: str | Sequence[str] | None = None) -> xr.DataTree:
-        """All shape classes, lazy: a node per class that has images, each what `dataset` gives.
+        """All shape classes, or those of a selection, lazy: a node per class, each what `dataset` gives.
 
         Examples
         --------
@@ -278,25 +247,10 @@ class FeatureStore:
         FeaturemapsError
             When its maps are damaged.
         """
-        chosen = selection.choose_layers(self.spec, layers, str(self.path))
-        name, group, row = self._entries.find_done(path)
-        height, width = (int(self._store.cell(group, f"input_{side}", row)) for side in ("height", "width"))
-        try:
-            dataset = image_dataset(self._store, self._class(group), row, (height, width), chosen)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise FeaturemapsError(
-                f"maps of {path!r} in {self.path} cannot be read ({error}): an object of class {group} is damaged or out of "
-                "reach; check the disk, or restore it from a copy"
-            ) from error
-        return dataset.assign_coords(path=name, **self._entries.joined_values(name))
+        return self._entries.image(path, selection.choose_layers(self.spec, layers, str(self.path)))
 
     def pixels(self, path: str) -> Array | None:
-        """The source image as the extractor saw it.
-
-        Parameters
-        ----------
-        path : str
-            As in `images`; whatever its status.
+        """The source image as the extractor saw it, whatever its status.
 
         Returns
         -------
@@ -314,10 +268,9 @@ class FeatureStore:
     def map_images(self, function: map_images.Function, layer: str | None = None) -> pd.DataFrame | pd.Series:
         """Call a function with the maps of every image that is done, and make a table of what it gives.
 
-        A Dask task reads the images of one shard, at most 64 MiB of float32 maps (or one image), and calls the function for one
-        after the other. Tasks run on the current ``distributed`` client if there is one, else in as many threads as there are
-        cores; each thread holds that much, as it is stored and decoded, and what the function takes. The function must stand being
-        called in several threads at once.
+        A Dask task reads at most 64 MiB of float32 maps (or one image) and calls the function for one image after the other. Tasks
+        run on the current ``distributed`` client if there is one, else in as many threads as there are cores; each thread holds that
+        much, as it is stored and decoded, and what the function takes. The function is called in several threads at once.
 
         Parameters
         ----------
@@ -348,8 +301,6 @@ class FeatureStore:
         """
         chosen = selection.choose_map_layer(self.spec, layer, str(self.path))
         return map_images.map_images(self._store, self._entries.done, chosen, function)
-
-    # -- pooled values -------------------------------------------------------------------------------------------------------------
 
     def pooled(self, layer: str | Sequence[str] | None = None, statistics: str | Sequence[str] = STATISTICS) -> pd.DataFrame:
         """Mean, standard deviation, minimum and maximum of every map, as the run computed them; no maps are read.
@@ -403,27 +354,16 @@ class FeatureStore:
         ------
         UsageError
             When the path is unknown or not done, or there is no such layer or statistic.
-
-        Examples
-        --------
-        >>> store.nearest("cats/tom.jpg", 3)  # doctest: +SKIP
         """
-        _require_positive(n, "neighbours")
-        name = self._entries.find_done(path)[0]
-        paths, vectors = self._standardised(layer, statistics)
-        found = np.flatnonzero(paths == name)
-        if not len(found) or not np.isfinite(vectors[found[0]]).all():
-            raise UsageError(
-                f"{path!r} has no finite pooled values in {self.path} as it was when it was first read: open the store again; if that "
-                "does not help, have `featuremaps verify` look at it"
-            )
-        rows, distances = similarity.nearest(vectors, int(found[0]), n)
-        return pd.DataFrame({"path": paths[rows], "distance": distances})
+        return self._neighbours.nearest(path, n, layer, statistics)
 
     def most_alike(
         self, n: int = 1, *, layer: str | Sequence[str] | None = None, statistics: str | Sequence[str] = STATISTICS
     ) -> pd.DataFrame:
         """The pairs of images whose pooled values are most alike; distances as of `nearest`.
+
+        With more than 16 columns of `pooled` all pairs are looked at: 10,000 images of 280 columns take some seconds, ten times as many
+        images a hundred times as long; fewer layers, statistics or images take less.
 
         Parameters
         ----------
@@ -440,38 +380,15 @@ class FeatureStore:
         Raises
         ------
         UsageError
-            When scipy (the extra ``analysis``) is not installed, or there is no such layer or statistic.
-
-        Examples
-        --------
-        >>> store.most_alike()  # doctest: +SKIP
+            When scipy (the extra ``analysis``) is missing, which few columns need, or there is no such layer or statistic.
         """
-        _require_positive(n, "pairs")
-        paths, vectors = self._standardised(layer, statistics)
-        pairs = similarity.closest_pairs(vectors, n)
-        rows = np.array([pair[:2] for pair in pairs], int).reshape(-1, 2)
-        distances = np.array([distance for _, _, distance in pairs], float)
-        return pd.DataFrame({"path": paths[rows[:, 0]], "other": paths[rows[:, 1]], "distance": distances})
-
-    def _standardised(self, layer: str | Sequence[str] | None, statistics: str | Sequence[str]) -> tuple[pd.Index, Array]:
-        """Paths and vectors; those of the last call are kept."""
-        names = tuple(la.name for la in selection.choose_layers(self.spec, layer, str(self.path)))
-        key = names, selection.choose_statistics(statistics)
-        if self._vectors is None or self._vectors[0] != key:
-            table = self.pooled(*key)
-            self._vectors = key, table.index, similarity.standardise(table.to_numpy())
-        return self._vectors[1], self._vectors[2]
+        return self._neighbours.most_alike(n, layer, statistics)
 
     def to_parquet(self, file: str | os.PathLike[str]) -> None:
         """Write `images`, with joined columns and the `pooled` values of all layers, as one Parquet file.
 
-        One line per image in the order of `images`; pooled values are NaN where an image is not done. The file appears whole, and
-        replaces one of that name.
-
-        Parameters
-        ----------
-        file : str or path
-            On this machine.
+        One line per image in the order of `images`; pooled values are NaN where an image is not done. The file, on this machine,
+        appears whole, and replaces one of that name.
 
         Raises
         ------
@@ -481,15 +398,3 @@ class FeatureStore:
         done, images = self._entries.done, self._entries.table
         pooled = tables.pooled(self._store, done, self.spec.layers, STATISTICS).set_index(done.index).reindex(images.index)
         tables.write_parquet(pd.concat([images, pooled], axis=1), file)
-
-    def _class(self, name: str) -> ShapeClass:
-        for shape_class in self._store.classes.values():
-            if shape_class.name == name:
-                return shape_class
-        known = ", ".join(self.classes[:10]) or "none yet"
-        raise UsageError(f"{self.path} has no shape class {name!r}; it has {known}")
-
-
-def _require_positive(n: int, what: str) -> None:
-    if n < 1:
-        raise UsageError(f"{n} {what} were asked for, and there is nothing to look for: give 1 or more")

@@ -77,7 +77,7 @@ def find_text(raw: bytes, text: str) -> list[int]:
     >>> find_text(decompress_bytes(compress(np.array(["a", "b", "a"], object))), "a")
     [0, 2]
     """
-    encoded = text.encode()
+    encoded = text.encode(errors="surrogatepass")  # what is no Unicode is in no chunk
     if len(encoded).to_bytes(4, "little") + encoded not in raw:
         return []
     return [i for i, found in enumerate(texts(raw)) if found == text]

@@ -98,6 +98,11 @@ def _check(kind: str, given: dict[str, int]) -> None:
             most = {0: f"takes no {name}", 1: f"takes one {name}, and there were {n}"}[takes.get(name, 0)]
             rest = ", ".join(takes) or "nothing but STORE and -o"
             raise UsageError(f"--figure {kind} {most}, so nothing was drawn: leave out what is too much; it takes {rest}")
+    if kind == "contact" and given["PATH"] and given["-n"]:
+        raise UsageError(
+            f"--figure contact takes PATHs or -n, and there were both ({given['PATH']} and -n), so nothing was drawn: leave out -n to draw "
+            "these images, or the PATHs to draw some that are spread over the store"
+        )
     if kind == "maps" and not given["PATH"]:
         raise UsageError(
             "--figure maps needs the PATH of one image, as `.images` of the store writes it: nothing was drawn; name one"

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import xarray as xr
 
 from pipeline import selection
-from pipeline.errors import UsageError
-from pipeline.lookup import PathIndex, similar_names, stored_name
-from pipeline.schema import REJECTED, Status
+from pipeline.errors import FeaturemapsError, UsageError
+from pipeline.lookup import PathIndex, similar_names, stored_forms
+from pipeline.schema import REJECTED, ShapeClass, Status, StoredLayer
 from pipeline.store import Store
-from pipeline.tables import Table, done, images_table
+from pipeline.tables import Table, done, images_table, nullable, plain
+from pipeline.views import class_dataset, image_dataset
 
 
 class Entries:
@@ -32,6 +35,7 @@ class Entries:
         self.joined: dict[str, int] = {}
         self._index = PathIndex(store)
         self._table: Table | None = None
+        self._n_lines: int | None = None  # of the whole store's table, where this is derived from it
 
     @property
     def table(self) -> Table:
@@ -65,7 +69,7 @@ class Entries:
 
     def select(self, where: Any, columns: dict[str, Any]) -> Entries:
         """See `FeatureStore.select`."""
-        images = selection.select(self.table, where, columns, str(self.store.path))
+        images = selection.select(self.table, where, columns, str(self.store.path), self._n_lines or len(self.table))
         return self._derive(images, self.joined, is_selection=True)
 
     def _derive(self, table: Table, joined: dict[str, int], *, is_selection: bool) -> Entries:
@@ -73,6 +77,7 @@ class Entries:
         for name in ("counts", "_lines"):
             derived.__dict__.pop(name, None)
         derived._table, derived.joined, derived.is_selection = table, joined, is_selection
+        derived._n_lines = self._n_lines or len(self.table)
         return derived
 
     @cached_property
@@ -84,7 +89,11 @@ class Entries:
 
     def joined_values(self, name: str) -> dict[str, Any]:
         """What was joined of one image."""
-        return self.table.loc[self._lines[name], list(self.joined)].to_dict() if self.joined else {}
+        if not self.joined:
+            return {}
+        line = self._lines[name]  # cell by cell: a line as a whole would have one type, and integers become floats
+        values = {column: self.table.at[line, column] for column in self.joined}
+        return {column: np.nan if value is pd.NA else value for column, value in values.items()}
 
     def find(self, path: str | os.PathLike[str]) -> tuple[str, str, int]:
         """Name in the store, group and row of an image.
@@ -95,7 +104,7 @@ class Entries:
             When it is none, none any more, or not of this selection.
         """
         where, path = self.store.path, os.fspath(path)
-        for name in dict.fromkeys((path, stored_name(path))):
+        for name in stored_forms(path):
             found = self._index.find(name)
             if found is None:
                 continue
@@ -133,3 +142,49 @@ class Entries:
     def status(self, group: str, row: int) -> str:
         """What the ledger says of a live row now, as in the table."""
         return "rejected" if group == REJECTED else self._index.status((group, row)).name.lower()
+
+    def describe(self) -> str:
+        """Where the store is, how far, and what is kept; several lines."""
+        spec = self.store.spec
+        progress = ", ".join(f"{n:,} {status}" for status, n in self.counts.items() if n) or "none yet"
+        layers = ", ".join(f"{la.name} ({la.channels} channels{'' if la.has_maps else ', pooled only'})" for la in spec.layers)
+        joined = "".join(f"\n  joined: {name} ({n:,} images have a line)" for name, n in self.joined.items())
+        return (
+            f"{self.store.path}{', a selection' if self.is_selection else ''}\n"
+            f"  {sum(self.counts.values()):,} images in {len(self.store.classes)} shape classes: {progress}\n"
+            f"  {spec.dtype}, layers {layers}{joined}"
+        )
+
+    # -- their maps ----------------------------------------------------------------------------------------------------------------
+
+    def dataset(self, name: str, layers: Sequence[StoredLayer]) -> xr.Dataset:
+        """See `FeatureStore.dataset`."""
+        dataset = class_dataset(self.store, self._class(name), layers)
+        if not (self.is_selection or self.joined):
+            return dataset
+        images = self.table[self.table["class"] == name]
+        if self.is_selection:
+            dataset = dataset.isel(image=images["row"].to_numpy())
+        else:  # rows that stand for no image any more stay, as NaN
+            images = nullable(images.set_index("row")[list(self.joined)]).reindex(np.arange(dataset.sizes["image"]))
+        return dataset.assign_coords({column: ("image", plain(images[column])) for column in self.joined})
+
+    def image(self, path: str, layers: Sequence[StoredLayer]) -> xr.Dataset:
+        """See `FeatureStore.image`."""
+        name, group, row = self.find_done(path)
+        height, width = (int(self.store.cell(group, f"input_{side}", row)) for side in ("height", "width"))
+        try:
+            dataset = image_dataset(self.store, self._class(group), row, (height, width), layers)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise FeaturemapsError(
+                f"maps of {path!r} in {self.store.path} cannot be read ({error}): an object of class {group} is damaged or out of "
+                "reach; check the disk, or restore it from a copy"
+            ) from error
+        return dataset.assign_coords(path=name, **self.joined_values(name))
+
+    def _class(self, name: str) -> ShapeClass:
+        classes = {shape_class.name: shape_class for shape_class in self.store.classes.values()}
+        if name not in classes:
+            known = ", ".join([*classes][:10]) or "none yet"
+            raise UsageError(f"{self.store.path} has no shape class {name!r}; it has {known}")
+        return classes[name]

@@ -167,9 +167,9 @@ def histograms(store: FeatureStore, layer: str | None = None, *, n_images: int =
     name = panels.map_layers(store, layer)[0]
     stored = panels.stored_layer(store, name)
     done = panels.done_paths(store)
-    if n_images < 1:
-        raise UsageError(f"histograms of {n_images} images were asked for: nothing was drawn; take 1 or more")
-    sample = sorted(np.random.default_rng(_SEED).choice(done, min(n_images, len(done)), replace=False).tolist())
+    if not isinstance(n_images, int | np.integer) or n_images < 1:
+        raise UsageError(f"histograms of {n_images} images were asked for: nothing was drawn; take a whole number, 1 or more")
+    sample = _sample(done, n_images)
     n = min(stored.channels, MAX_PANELS)
     edges = _edges(store, stored, sample)
     counts = np.zeros((n, len(edges) - 1), np.int64)
@@ -293,6 +293,12 @@ def _matplotlib() -> Iterator[None]:
         yield
     except ImportError as error:
         raise UsageError('figures need matplotlib, which is not installed: pip install "featuremaps[figures]"') from error
+
+
+def _sample(paths: Sequence[str], n: int) -> list[str]:
+    """Some of the paths, always the same ones, sorted."""
+    drawn = np.random.default_rng(_SEED).choice(len(paths), min(n, len(paths)), replace=False)
+    return sorted(paths[i] for i in drawn.tolist())  # an array of the paths would give each as much room as the longest takes
 
 
 def _edges(store: FeatureStore, stored: StoredLayer, sample: Sequence[str]) -> Array:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -24,6 +25,8 @@ SHORTLIST = 400
 MAX_HINTS = 3
 Row = tuple[str, int]
 """Group and row."""
+_SURROGATES = re.compile("[\ud800-\udfff]")
+"""Stand for bytes of a file's name that are no UTF-8; pandas and the stored columns refuse them."""
 
 
 class PathIndex:
@@ -131,7 +134,27 @@ class PathIndex:
 
 def stored_name(path: str) -> str:
     """A path as a shell completes it, in the form in which the ledger has it: "%" and bytes that are no text are written as %XX."""
-    return encode_path(os.fsencode(path))
+    try:
+        return encode_path(os.fsencode(path))
+    except UnicodeEncodeError:  # half a character, as JSON may have: no file has such a name
+        return path.encode(errors="backslashreplace").decode()
+
+
+def stored_forms(path: str | os.PathLike[str]) -> tuple[str, ...]:
+    r"""What an image that somebody calls ``path`` may be called in the store, the likeliest first: all are valid Unicode.
+
+    Examples
+    --------
+    >>> stored_forms("50%.png"), stored_forms("a.png"), stored_forms("caf\udce9.png")
+    (('50%.png', '50%25.png'), ('a.png',), ('caf%E9.png',))
+    """
+    text = os.fspath(path)
+    encoded = stored_name(text)
+    return tuple(dict.fromkeys((text, encoded))) if _is_unicode(text) else (encoded,)
+
+
+def _is_unicode(text: str) -> bool:
+    return text.isascii() or not _SURROGATES.search(text)
 
 
 def similar_names(wanted: str, names: Sequence[str]) -> list[str]:

@@ -18,8 +18,7 @@ from pipeline.plan import Size
 from pipeline.schema import ShapeClass, StoredLayer
 from pipeline.store import Store, open_array
 from pipeline.tables import Table, rows_by_class
-from pipeline.views import map_sizes, require_values
-from pipeline.weights import dequantise
+from pipeline.views import decoded, map_sizes
 
 TASK_BYTES = 64 * 1024**2
 """Of float32 maps that a task holds at most, beside as many as they are stored; or one image."""
@@ -126,10 +125,8 @@ def _read(piece: Piece) -> list[Array]:
         with remote.errors(str(piece.store)):
             array = open_array(piece.store / piece.group / piece.layer.name)
             is_run = rows[-1] - rows[0] == len(rows) - 1
-            block = dequantise(np.asarray(array[rows[0] : rows[-1] + 1] if is_run else array.oindex[rows]), piece.layer)
-        found = [maps[:, :height, :width] for maps, (height, width) in zip(block, piece.sizes, strict=True)]
-        for maps in found:
-            require_values(maps)
+            block = np.asarray(array[rows[0] : rows[-1] + 1] if is_run else array.oindex[rows])
+        found = [decoded(maps[:, :height, :width], piece.layer) for maps, (height, width) in zip(block, piece.sizes, strict=True)]
     except (OSError, ValueError, RuntimeError) as error:
         raise FeaturemapsError(
             f"maps of {piece.paths[0]!r} to {piece.paths[-1]!r} in {piece.store} cannot be read ({error}): an object of class "
@@ -142,18 +139,25 @@ def _read(piece: Piece) -> list[Array]:
 def _understand(result: Any, path: str) -> tuple[tuple[Any, ...], Any]:
     """The kind of a result, and the result in a plain form."""
     if isinstance(result, Mapping):
-        return ("dict", *result), dict(result)
+        return ("dict", *result), {key: _own(value) for key, value in result.items()}
     try:
         values = np.asarray(result)
     except ValueError:  # lists of several lengths
         values = np.empty((), object)
     if values.dtype.kind in "biufc" and values.ndim < 2:
-        return (("array", len(values)) if values.ndim else ("number",)), values[()]
+        return (("array", len(values)), _own(values)) if values.ndim else (("number",), values[()])
     what = type(result).__name__ if values.dtype.kind not in "biufc" else f"an array of {values.ndim} dimensions {values.shape}"
     raise UsageError(
         f"the function gave {what} for {path!r}, where it is to give a number, a 1-D array of numbers or a dict, which become one line "
         "of a table: reduce the maps further, for instance with maps.mean((1, 2)), and return the result"
     )
+
+
+def _own(value: Any) -> Any:
+    """A value that keeps no maps in memory, as one that is part of them would: all of its block."""
+    if isinstance(value, np.ndarray):
+        return value if value.base is None else value.copy()
+    return type(value)(map(_own, value)) if type(value) in {list, tuple} else value
 
 
 def _check_kinds(kind: tuple[Any, ...], path: str, other: tuple[Any, ...], other_path: str) -> None:

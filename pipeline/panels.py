@@ -93,7 +93,7 @@ def done_paths(store: FeatureStore) -> list[str]:
 
 def spread_paths(store: FeatureStore, n: int) -> list[str]:
     """As many paths as there are, evenly over the store."""
-    if not 1 <= n <= MAX_PANELS:
+    if not isinstance(n, int | np.integer) or not 1 <= n <= MAX_PANELS:
         raise UsageError(f"n of {n} images cannot be drawn: a sheet holds 1 to {MAX_PANELS}; choose among these, or give paths")
     done = done_paths(store)
     return [done[i] for i in np.linspace(0, len(done) - 1, min(n, len(done))).round().astype(int)]

@@ -16,6 +16,7 @@ MAX_SIDE = 1600
 """Pixels that a side of a drawn array has at most; a figure has fewer."""
 N_BINS = 100
 OUTLIERS_PERCENT = 0.5
+_FLOAT16_MAX = float(np.finfo(np.float16).max)
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +148,11 @@ def bin_edges(low: float, high: float, stored: StoredAs, n_bins: int = N_BINS) -
     if stored.dtype in INTEGER_MAX:
         level, offset = stored.scale_factor, stored.add_offset
     elif stored.dtype == "float16":
-        level, offset = float(np.spacing(np.float16(max(abs(low), abs(high))))), 0.0
+        largest = float(np.float16(min(max(abs(low), abs(high)), _FLOAT16_MAX)))
+        level, offset = (
+            math.ldexp(1.0, math.frexp(max(largest, 2.0**-14))[1] - 11),
+            0.0,
+        )  # numpy.spacing of the last one is infinite
     elif low < high:
         return np.linspace(low, high, n_bins + 1)
     else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,11 +13,11 @@ import pandas as pd
 from pipeline.chunks import Array
 from pipeline.errors import UsageError
 from pipeline.layers import layer_names
-from pipeline.lookup import similar_names, stored_name
+from pipeline.lookup import similar_names, stored_forms
 from pipeline.schema import LEDGER_COLUMNS, STATISTICS, Status, StoredLayer, StoreSpec
 from pipeline.settings import extractor_spec
+from pipeline.tables import Table, nullable
 
-Table: TypeAlias = pd.DataFrame
 _LOG = logging.getLogger(__name__)
 
 
@@ -31,16 +31,18 @@ def join(images: Table, table: Table, on: str, layers: Sequence[StoredLayer], wh
     """
     table = _with_key(table, on, images, where)
     _check_names([name for name in table.columns if name != on], images, layers, where)
-    twice = table[on][table[on].duplicated()]
-    if len(twice):
-        raise UsageError(
-            f"the table to be joined has {len(twice):,} lines whose {on!r} was there before, {_some(twice)} for instance, so nobody knows "
-            "which of them an image should get: keep one line per key, for instance with table.drop_duplicates"
-            f"({on!r}), or table.groupby({on!r}).first()"
-        )
     known = pd.Index(images[on])
+    given = table[on]
     if on == "path":
-        table = table.assign(path=_as_stored(table["path"], known))
+        table = table.assign(path=_as_stored(given, known))
+    is_twice = table[on].duplicated()
+    if is_twice.any():
+        raise UsageError(
+            f"the table to be joined has {int(is_twice.sum()):,} lines whose {on!r} was there before, {_some(given[is_twice])} for "
+            "instance, so nobody knows which of them an image should get: keep one line per key, for instance with "
+            f"table.drop_duplicates({on!r}), or table.groupby({on!r}).first()"
+            + ("; a path counts in the form in which `.images` has it" if on == "path" else "")
+        )
     is_matched = known.isin(table[on])
     n_matched = int(is_matched.sum())
     if not n_matched:
@@ -60,12 +62,8 @@ def join(images: Table, table: Table, on: str, layers: Sequence[StoredLayer], wh
     )
     positions = pd.Index(table[on]).get_indexer(known)
     others = table.drop(columns=on).reset_index(drop=True)
-    added = (
-        others.reindex(positions).reset_index(drop=True)
-        if (positions < 0).any()
-        else others.take(positions).reset_index(drop=True)
-    )
-    return pd.concat([images.reset_index(drop=True), added], axis=1), n_matched
+    added = nullable(others).reindex(positions) if (positions < 0).any() else others.take(positions)
+    return pd.concat([images, added.set_axis(images.index)], axis=1), n_matched
 
 
 def _with_key(table: Table, on: str, images: Table, where: str) -> Table:
@@ -103,18 +101,16 @@ def _check_names(names: Sequence[Any], images: Table, layers: Sequence[StoredLay
 
 
 def _as_stored(paths: pd.Series, known: pd.Index) -> list[Any]:
-    """Paths in the form in which the store has them."""
-    is_known = paths.isin(known)
-    return [
-        path if ok or not isinstance(path, str | os.PathLike) else _stored(path, known)
-        for path, ok in zip(paths, is_known, strict=True)
-    ]
+    """Paths in the form in which the store has them, or the first that it might have."""
+    names = set(known)
+    return [_stored(path, names) if isinstance(path, str | os.PathLike) else path for path in paths]
 
 
-def _stored(path: str | os.PathLike[str], known: pd.Index) -> str:
-    text = os.fspath(path)
-    encoded = stored_name(text)
-    return encoded if encoded in known else text
+def _stored(path: str | os.PathLike[str], known: set[str]) -> str:
+    if path in known:
+        return str(path)
+    forms = stored_forms(path)
+    return next((form for form in forms if form in known), forms[0])
 
 
 def _some(values: Any, n: int = 3) -> str:
@@ -126,15 +122,15 @@ def _some(values: Any, n: int = 3) -> str:
 # -- some of the images ----------------------------------------------------------------------------------------------------------
 
 
-def select(images: Table, where: Any, columns: dict[str, Any], store: str) -> Table:
-    """The images that a condition holds for, in their order.
+def select(images: Table, where: Any, columns: dict[str, Any], store: str, n_lines: int) -> Table:
+    """The images that a condition holds for, in their order, each with its index: its line among the ``n_lines`` of the whole store.
 
     Raises
     ------
     UsageError
         When there is no such column, status, class or image, or the condition is of no kind that is understood.
     """
-    chosen = np.ones(len(images), bool) if where is None else _mask(images, where, store)
+    chosen = np.ones(len(images), bool) if where is None else _mask(images, where, store, n_lines)
     for name, wanted in columns.items():
         if name not in images.columns:
             raise UsageError(
@@ -145,7 +141,7 @@ def select(images: Table, where: Any, columns: dict[str, Any], store: str) -> Ta
         if name in {"status", "class"}:
             _check_values(name, values, images, store)
         chosen &= images[name].isin(values).to_numpy()
-    return images[chosen].reset_index(drop=True)
+    return images[chosen]
 
 
 def _check_values(name: str, values: list[Any], images: Table, store: str) -> None:
@@ -159,13 +155,13 @@ def _check_values(name: str, values: list[Any], images: Table, store: str) -> No
         raise UsageError(f"{store} has no images of {name} {_some(wrong)}: give one of {_some(known, 10)}")
 
 
-def _mask(images: Table, where: Any, store: str) -> Array:
+def _mask(images: Table, where: Any, store: str, n_lines: int) -> Array:
     if isinstance(where, pd.DataFrame):
         where = where["path"] if "path" in where.columns else where.index
     if isinstance(where, str | os.PathLike):
         where = [where]
     if isinstance(where, pd.Series) and pd.api.types.is_bool_dtype(where):
-        return _boolean(images, where, store)
+        return _boolean(images, where, store, n_lines)
     if isinstance(where, np.ndarray) and where.dtype == bool and where.shape == (len(images),):
         return where.copy()
     if not pd.api.types.is_list_like(where):
@@ -176,29 +172,29 @@ def _mask(images: Table, where: Any, store: str) -> Array:
     return _named(images, list(where), store)
 
 
-def _boolean(images: Table, where: pd.Series, store: str) -> Array:
-    flags = where.astype("boolean").fillna(False).to_numpy(bool)
-    if where.index.equals(images.index):
-        return flags
-    known = pd.Index(images["path"])
-    if len(where) and where.index.isin(known).all():  # as of `pooled()`, which only has the images that are done
-        return np.asarray(known.isin(where.index[flags]))
+def _boolean(images: Table, where: pd.Series, store: str, n_lines: int) -> Array:
+    """Flags by line of the whole store, or by path."""
+    index, flags = where.index, where.astype("boolean").fillna(False).to_numpy(bool)
+    if pd.api.types.is_integer_dtype(index) and index.is_unique:
+        if images.index.isin(index).all() and index.isin(range(n_lines)).all():
+            return np.asarray(images.index.isin(index[flags]))
+    else:
+        known = pd.Index(images["path"])
+        if len(where) and index.isin(known).all():  # as of `pooled()`, which only has the images that are done
+            return np.asarray(known.isin(index[flags]))
     raise UsageError(
         f"the boolean Series has {len(where):,} lines, and its index is not that of the {len(images):,} images of {store}: make it from "
-        "this store's own `.images` or `.pooled()`, as in store.select(store.images['input_width'] > 500)"
+        "the `.images` or `.pooled()` of this very store, or of one that it was selected from, as in "
+        "store.select(store.images['input_width'] > 500)"
     )
 
 
 def _named(images: Table, paths: list[Any], store: str) -> Array:
-    wanted = [os.fspath(path) if isinstance(path, os.PathLike) else path for path in paths]
     names = images["path"]
-    chosen = names.isin(wanted)
-    found = set(names[chosen])
-    forms = {path: stored_name(path) for path in wanted if path not in found and isinstance(path, str)}
-    if forms:
-        chosen |= names.isin([*forms.values()])
-        found = set(names[chosen])
-    missing = [path for path in wanted if path not in found and forms.get(path) not in found]
+    known = set(names)
+    forms = [stored_forms(path) if isinstance(path, str | os.PathLike) else () for path in paths]
+    found = [next((form for form in of_path if form in known), None) for of_path in forms]
+    missing = [path for path, name in zip(paths, found, strict=True) if name is None]
     if missing:
         near = similar_names(str(missing[0]), names.tolist())
         hint = f"; did you mean {', '.join(map(repr, near))}?" if near else ""
@@ -206,7 +202,7 @@ def _named(images: Table, paths: list[Any], store: str) -> Array:
             f"{len(missing):,} of {len(paths):,} paths are not among the images of {store}, the first is {missing[0]!r}: paths are "
             f"relative to the source root, as in `.images`{hint}"
         )
-    return chosen.to_numpy(bool)
+    return names.isin([name for name in found if name is not None]).to_numpy(bool)
 
 
 # -- layers and statistics -------------------------------------------------------------------------------------------------------
@@ -222,6 +218,10 @@ def choose_layers(spec: StoreSpec, names: str | Sequence[str] | None, store: str
     """
     stored = {layer.name: layer for layer in spec.layers}
     wanted = list(stored) if names is None else [names] if isinstance(names, str) else list(names)
+    if not wanted:
+        raise UsageError(
+            f"no layer of {store} was chosen: name at least one of {', '.join(stored)}, or leave the layers out for all"
+        )
     for name in wanted:
         if name not in stored:
             computed = layer_names(extractor_spec(spec).layers)
@@ -245,7 +245,7 @@ def choose_map_layer(spec: StoreSpec, name: str | None, store: str) -> StoredLay
     with_maps = [layer.name for layer in spec.layers if layer.has_maps]
     if name is None and len(with_maps) > 1:
         raise UsageError(f"{store} has maps of {', '.join(with_maps)}: say of which, for instance layer={with_maps[0]!r}")
-    layer = choose_layers(spec, name or [*with_maps, spec.layers[0].name][0], store)[0]
+    layer = choose_layers(spec, [*with_maps, spec.layers[0].name][0] if name is None else name, store)[0]
     if not layer.has_maps:
         raise UsageError(
             f"{store} keeps pooled values of {layer.name} and no maps of it; it has maps of {', '.join(with_maps) or 'no layer'}: a job "
@@ -266,3 +266,15 @@ def choose_statistics(names: str | Sequence[str]) -> tuple[str, ...]:
     if not wanted or set(wanted) - set(STATISTICS):
         raise UsageError(f"statistics {list(wanted)} are not what stores have: give one or some of {', '.join(STATISTICS)}")
     return wanted
+
+
+def require_number(n: int, what: str) -> None:
+    """Refuse a number of things to look for that is none.
+
+    Raises
+    ------
+    UsageError
+        When it is not a whole number above 0.
+    """
+    if isinstance(n, bool) or not isinstance(n, int | np.integer) or n < 1:
+        raise UsageError(f"{n} {what} were asked for, and there is nothing to look for: give a whole number, 1 or more")

@@ -99,7 +99,29 @@ def write_parquet(table: Table, file: str | os.PathLike[str]) -> None:
 
 
 def plain(values: pd.Series) -> Array:
-    """A column as a NumPy array that Xarray can keep: text as objects, what is missing as NaN."""
+    """A column as a NumPy array that Xarray can keep: text as objects, what is missing as NaN.
+
+    Integers with some missing are float64 where that holds them exactly, else objects.
+
+    Examples
+    --------
+    >>> plain(pd.Series([1, None], dtype="Int64")), plain(pd.Series([2**53 + 1, None], dtype="Int64"))
+    (array([ 1., nan]), array([9007199254740993, nan], dtype=object))
+    """
     if isinstance(values.dtype, np.dtype):
         return values.to_numpy()
+    if pd.api.types.is_integer_dtype(values.dtype):
+        there = values.dropna()
+        if len(there) == len(values):
+            return there.to_numpy()
+        if there.between(-(2**53), 2**53).all():
+            return values.to_numpy(np.float64, na_value=np.nan)
     return values.astype(object).where(values.notna(), np.nan).to_numpy(object)
+
+
+def nullable(table: Table) -> Table:
+    """Integers and booleans in pandas' types that may be missing: as floats the large ones would lose digits."""
+    kinds = {name: dtype for name, dtype in table.dtypes.items() if isinstance(dtype, np.dtype) and dtype.kind in "iub"}
+    return table.astype(
+        {name: "boolean" if d.kind == "b" else d.name.replace("i", "I").replace("u", "U") for name, d in kinds.items()}
+    )

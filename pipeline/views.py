@@ -13,7 +13,7 @@ import xarray as xr
 from pipeline import remote
 from pipeline.chunks import Array
 from pipeline.decode import decode
-from pipeline.errors import ImageError, UsageError
+from pipeline.errors import FeaturemapsError, ImageError, UsageError
 from pipeline.layers import layer_names, output_sizes, receptive_field
 from pipeline.plan import Size
 from pipeline.reading import Source, read_current
@@ -63,24 +63,36 @@ def _row(store: Store, group: str, layer: StoredLayer, row: int, size: Size) -> 
     dims = tuple(f"{layer.name}_{axis}" for axis in ("channel", "y", "x"))
     if layer.has_maps:
         with remote.errors(str(store.path)):
-            maps = dequantise(np.asarray(store.array(group, layer.name)[row, :, : size[0], : size[1]]), layer)
-        require_values(maps)
-        yield layer.name, (dims, maps, {"error_bound": layer.error_bound})
+            stored = np.asarray(store.array(group, layer.name)[row, :, : size[0], : size[1]])
+        yield layer.name, (dims, decoded(stored, layer), {"error_bound": layer.error_bound})
     for statistic in STATISTICS:
         name = f"{layer.name}_{statistic}"
         yield name, (dims[:1], store.cell(group, name, row))
 
 
-def require_values(maps: Array) -> None:
-    """Data are never NaN.
+def decoded(stored: Array, layer: StoredLayer) -> Array:
+    """Maps of an image that is done, float32, from those as stored, without padding.
 
     Raises
     ------
     ValueError
-        When some are.
+        When some values are NaN, which data never are.
     """
+    maps = dequantise(stored, layer)
     if np.isnan(maps).any():
         raise ValueError("the ledger says done, and there are no values: an object is missing")
+    return maps
+
+
+def read_weights(store: Store) -> dict[str, Array]:
+    """See `FeatureStore.weights`."""
+    try:
+        return store.weights()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise FeaturemapsError(
+            f"the weights in {store.path} cannot be read ({error}): an object under extractor/ is damaged or out of reach; restore it "
+            "from a copy, or make the store anew"
+        ) from error
 
 
 def map_sizes(store: Store, height: int, width: int) -> dict[str, Size]:

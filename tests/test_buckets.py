@@ -15,8 +15,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import psutil
 import pytest
+import xarray as xr
 
 from pipeline import lock, objects, open_store, reading
 from pipeline.cluster import connect
@@ -114,6 +116,41 @@ def test_a_run_between_buckets_equals_one_between_folders(workers, pictures, exp
     assert (audit.is_sound, audit.n_maps_checked, audit.n_recomputed) == (True, 60, 10)
     verify_in_processes = verify_store(bucket / "features.zarr", n_sample=4, workers=2)
     assert (verify_in_processes.is_sound, verify_in_processes.n_recomputed) == (True, 4)
+
+
+def test_the_analysis_of_a_store_in_a_bucket_equals_that_of_the_same_in_a_folder(workers, pictures, bucket, tmp_path):
+    work(workers, pictures, tmp_path / "f.zarr", dtype="uint8")
+    local, remote = open_store(tmp_path / "f.zarr"), open_store(str(upload(tmp_path / "f.zarr", bucket / "f.zarr")))
+    labels = pd.DataFrame({"path": ["img00003.png", "img00001.png", "img00005.png"], "label": [1, 2, 2]})
+    found = []
+    for store in (local, remote):
+        some = store.join(labels).select(label=2)
+        found.append(
+            {
+                "counts": store.counts,
+                "classes": store.classes,
+                "runs": [receipt["run_id"] for receipt in store.receipts],
+                "images": store.images,
+                "some": some.images,
+                "pooled": some.pooled(),
+                "nearest": store.nearest("img00002.png", 3),
+                "image": store.join(labels).image("img00003.png"),
+                "pixels": store.pixels("img00002.png"),
+                "mapped": store.map_images(lambda maps: maps.mean((1, 2))),
+                "dataset": store.dataset(store.classes[0]).load(),
+            }
+        )
+    assert found[0]["counts"]["done"] == 60
+    for name, here in found[0].items():
+        there = found[1][name]
+        if isinstance(here, pd.DataFrame):
+            pd.testing.assert_frame_equal(there, here)
+        elif isinstance(here, xr.Dataset):
+            xr.testing.assert_identical(there, here)
+        else:
+            np.testing.assert_array_equal(there, here, name)
+    with pytest.raises(UsageError, match=r"'img0002\.png' is not an image of s3://.*; did you mean 'img0002"):
+        remote.image("img0002.png")
 
 
 def test_a_bucket_that_grows_changes_and_shrinks(workers, pictures, bucket, tmp_path):

@@ -232,6 +232,27 @@ def test_notebooks_are_kept_without_output():
         assert not [cell for cell in cells if cell.get("outputs") or cell.get("execution_count")], file.name
 
 
+def test_code_of_a_page_that_fails_ends_the_build(monkeypatch):
+    monkeypatch.syspath_prepend(DOCS / "extensions")
+    import gallery
+
+    with pytest.raises(
+        RuntimeError, match=r"this code of a page failed, so its result cannot be shown: '1 / 0': ZeroDivisionError"
+    ):
+        gallery._run("1 / 0", {})
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in DOCS.glob("*.md") if "<!-- run the code -->" in page.read_text()], ids=lambda page: page.stem
+)
+def test_all_python_of_a_page_is_run(page, monkeypatch):
+    monkeypatch.syspath_prepend(DOCS / "extensions")
+    import gallery
+
+    text = page.read_text(encoding="utf-8")
+    assert len(gallery._BLOCK.findall(text)) == len(re.findall(r"^\s*(?:```|~~~)\s*\{?(?:py|code)", text, re.MULTILINE)) > 0
+
+
 def test_a_field_without_a_meaning_is_refused(monkeypatch):
     monkeypatch.syspath_prepend(DOCS / "extensions")
     import reference

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tracemalloc
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
@@ -317,6 +318,8 @@ def test_a_contact_sheet_of_nothing_or_of_too_much_is_refused(client, folder, op
         figures.contact_sheet(opened(), [])
     with pytest.raises(UsageError, match=r"n of 65 images cannot be drawn: a sheet holds 1 to 64"):
         figures.contact_sheet(opened(), n=65)
+    with pytest.raises(UsageError, match=r"n of 2\.5 images cannot be drawn"):
+        figures.contact_sheet(opened(), n=2.5)
     with pytest.raises(UsageError, match=r"'row\.png' has no maps in .*: it is rejected \(too_small"):
         figures.contact_sheet(opened(), ["row.png"])
     source = make_images(tmp_path / "small", 1, [(5, 5)])
@@ -357,8 +360,10 @@ def test_histograms_of_a_sample_are_the_same_each_time(opened):
     assert np.array_equal(first.values, second.values)
     title = figures.histograms(opened("point"), n_images=3).get_suptitle()
     assert title == "conv1, 3 of 7 images: mean ± standard deviation of each channel"
-    with pytest.raises(UsageError, match=r"histograms of 0 images were asked for: nothing was drawn; take 1 or more"):
+    with pytest.raises(UsageError, match=r"histograms of 0 images were asked for: nothing was drawn; take a whole number"):
         figures.histograms(opened(), n_images=0)
+    with pytest.raises(UsageError, match=r"histograms of 2\.5 images were asked for"):
+        figures.histograms(opened(), n_images=2.5)
 
 
 def test_filters_are_drawn_part_by_part_about_zero_with_their_biases(opened):
@@ -411,6 +416,16 @@ def test_the_times_of_a_run_are_those_of_its_receipt(client, folder, opened, tmp
         figures.stage_times(opened(), opened().receipts[-1])
 
 
+def test_a_sample_takes_no_memory_for_one_long_path():
+    paths = ["folder/" * 500 + "a.png", *(f"{i:06}.png" for i in range(100_000))]
+    tracemalloc.start()
+    sample = figures._sample(paths, 64)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(set(sample)) == 64
+    assert peak < 10e6  # it was 1.4 GB
+
+
 # -- the command ------------------------------------------------------------------------------------------------------------------
 
 
@@ -440,6 +455,10 @@ def test_each_figure_has_its_command(command, folder, tmp_path, arguments):
         (["--figure", "filters", "a.png"], r"--figure filters takes no PATH, so nothing was drawn: .*; it takes --layer"),
         (["--figure", "stages", "--overlay"], r"--figure stages takes no --overlay, .*; it takes nothing but STORE and -o"),
         (["--figure", "contact", "--channel", "0", "--channel", "1"], r"--figure contact takes one --channel, and there were 2"),
+        (
+            ["--figure", "contact", "a.png", "b.png", "-n", "2"],
+            r"--figure contact takes PATHs or -n, and there were both \(2 and -n\)",
+        ),
     ],
 )
 def test_what_a_figure_would_not_heed_is_refused(command, folder, tmp_path, arguments, message):

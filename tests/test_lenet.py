@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -36,13 +37,13 @@ pytestmark = pytest.mark.long
 
 
 @pytest.fixture(scope="module")
-def work(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("lenet")
+def images(tmp_path_factory) -> data.Labelled:
+    return data.fashion_mnist(data.DEBIAN, tmp_path_factory.mktemp("lenet"), SEED, N_TRAIN, N_TEST)
 
 
 @pytest.fixture(scope="module")
-def images(work) -> data.Labelled:
-    return data.fashion_mnist(data.DEBIAN, work, SEED, N_TRAIN, N_TEST)
+def work(images) -> Path:
+    return end_to_end.work_folder(images.folder.parent, images, SEED, EPOCHS)
 
 
 @pytest.fixture(scope="module")
@@ -228,13 +229,31 @@ def test_the_command_ends_with_1_unless_all_holds_and_leaves_what_is_done(
     monkeypatch.setattr(end_to_end, "MARGIN", margin)
     monkeypatch.setattr(end_to_end, "REACHED_WITHIN", 1.0)
     monkeypatch.setattr(end_to_end, "run_job", lambda job, _: run_job(job, client))  # not a cluster for each of four jobs
-    options = ("--epochs", 1, "--n-train", N_TRAIN, "--n-test", N_TEST, "--work", work, "--output", tmp_path)
+    options = ("--epochs", 1, "--n-train", N_TRAIN, "--n-test", N_TEST, "--work", work.parent, "--output", tmp_path)
     assert main([*map(str, options)]) == code
     out = capsys.readouterr().out
     assert "750 images of 10 classes: 500 train, 100 validate, 150 test" in out
     assert ("**does not hold**" in out) == bool(code)
     assert json.loads((tmp_path / "results.json").read_text())["probes"] == json.loads(json.dumps(results["probes"]))
     assert state() == before != {}
+
+
+def test_what_is_done_is_taken_for_nothing_else(images, tmp_path):
+    def folder(images=images, seed=SEED, epochs=EPOCHS) -> Path:
+        return end_to_end.work_folder(tmp_path, images, seed, epochs)
+
+    split = {"train": images.train[1:], "validation": np.append(images.validation, images.train[0])}
+    pixels = images.pixels.copy()
+    pixels[7, 3, 3] ^= 1
+    others = [
+        folder(replace(images, **split)),
+        folder(replace(images, pixels=pixels)),
+        folder(replace(images, labels=images.labels[::-1].copy())),
+        folder(seed=7),
+        folder(epochs={"tanh": 1, "sigmoid": 2}),
+    ]
+    assert len({folder(), *others}) == 6
+    assert folder() == folder()
 
 
 # -- what goes wrong -------------------------------------------------------------------------------------------------------------

@@ -60,6 +60,7 @@ def test_an_image_is_found_by_the_ledgers_bytes_and_by_the_index(store, monkeypa
     assert index.find("bad\n.png") == (REJECTED, 0)
     assert index.find("n00001.jpg") is None
     assert index.find("") is None
+    assert index.find("caf\udce9.png") is None  # stands for a byte that is no UTF-8
     assert index.status(("40x40", 1)) is Status.REMOVED
     assert sorted(index.names()) == sorted([*NAMES, "twice.png", "twice.png", "pending.png", "bad\n.png"])
 

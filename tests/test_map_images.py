@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import tracemalloc
+
 import dask
 import numpy as np
 import pandas as pd
@@ -150,6 +152,44 @@ def test_damaged_and_missing_maps_are_named(folder, tmp_path, threads, client):
         FeaturemapsError, match=r"cannot be read \(the ledger says done, and there are no values: an object is missing"
     ):
         open_store(tmp_path / "f.zarr").map_images(np.mean)
+
+
+@pytest.fixture(scope="module")
+def large(client, tmp_path_factory):
+    """A store of 24 images of 500 x 500, whose maps take 2 MB each."""
+    folder = tmp_path_factory.mktemp("large")
+    source = make_images(folder / "source", 24, [(508, 508)])
+    run_job(make_job({"source": str(source), "store": str(folder / "f.zarr")}), client)
+    return open_store(folder / "f.zarr")
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda maps: maps[0, 0],
+        lambda maps: {"first": maps[0, 0], "nested": [(maps[0, 1], 1)]},
+        lambda maps: pd.Series(maps[0, 0]),
+        lambda maps: np.broadcast_to(maps[:, 0, 0], (2,)),
+    ],
+    ids=["an array", "a dict", "a series", "a broadcast"],
+)
+def test_results_that_are_parts_of_the_maps_do_not_keep_them_in_memory(large, monkeypatch, function):
+    image_bytes = 4 * 2 * 500 * 500
+    monkeypatch.setattr(map_images, "TASK_BYTES", 2 * image_bytes)
+    tracemalloc.start()
+    with dask.config.set(scheduler="synchronous"):
+        large.map_images(function)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 10 * image_bytes  # two images stored and decoded, and what decoding takes; all decoded are 24
+
+
+def test_results_that_are_parts_of_the_maps_are_right(folder, threads):
+    store = open_store(folder / "plain.zarr")
+    rows = store.map_images(lambda maps: maps[0, 0, :25])
+    np.testing.assert_array_equal(rows.to_numpy(), by_hand(store, "conv1", lambda maps: maps[0, 0, :25]))
+    table = store.map_images(lambda maps: {"row": maps[0, 0], "n": 1})
+    assert [row.tolist() for row in table["row"]] == [row.tolist() for row in by_hand(store, "conv1", lambda maps: maps[0, 0])]
 
 
 # -- how the work is cut ---------------------------------------------------------------------------------------------------------

@@ -38,6 +38,17 @@ def test_values_of_float16_that_are_spread_evenly_fill_all_bins_evenly():
     assert counts[-1] <= 11
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("low", "high"), [(-1.0, 65504.0), (-65504.0, 65504.0), (40000.0, 65504.0), (65504.0, 65504.0), (0.0, 0.0)]
+)
+def test_the_largest_values_of_float16_have_bins(low, high):
+    edges = pictures.bin_edges(low, high, stored("float16"))
+    assert np.isfinite(edges).all()
+    assert edges[0] < low <= high < edges[-1]
+    assert len(edges) - 1 == 1 if low == high else 50 < len(edges) - 1 <= pictures.N_BINS
+
+
 @pytest.mark.parametrize("shape", [(4000, 3000), (1, 4001), (5000, 2)])
 def test_a_large_array_is_drawn_smaller_at_the_same_place(shape):
     values = np.broadcast_to(np.arange(shape[1], dtype=np.float32), shape)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -8,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from pipeline import similarity
 from pipeline.errors import UsageError
-from pipeline.similarity import closest_pairs, nearest, standardise
+from pipeline.similarity import TREE_COLUMNS, closest_pairs, nearest, standardise
 
 SMALL = st.integers(0, 4).map(float) | st.just(float("nan"))
 VECTORS = st.tuples(st.integers(1, 12), st.integers(1, 3)).flatmap(lambda shape: arrays(np.float32, shape, elements=SMALL))
@@ -84,6 +86,52 @@ def test_thousands_of_equal_rows_do_not_make_the_tree_slow():
     vectors[-2:] = [[5, 5], [5, 6]]
     assert closest_pairs(vectors, 3) == [(0, 1, 0.0), (0, 2, 0.0), (0, 3, 0.0)]
     assert closest_pairs(np.concatenate([vectors[-2:], vectors[:1]]), 2)[0] == (0, 1, 1.0)
+
+
+WIDE = st.tuples(st.integers(1, 12), st.integers(TREE_COLUMNS + 1, TREE_COLUMNS + 3)).flatmap(
+    lambda shape: arrays(np.float32, shape, elements=st.integers(0, 1).map(float) | st.just(float("nan")), fill=st.just(0.0))
+)
+
+
+@settings(deadline=None)
+@given(WIDE, st.integers(1, 70))
+def test_the_closest_pairs_of_many_columns_are_those_of_all_pairs(vectors, n):
+    expected = all_pairs(vectors)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(similarity, "_PRODUCT_ROWS", 3)
+        found = closest_pairs(vectors, n)
+    assert len({(a, b) for a, b, _ in found}) == len(found) == min(n, len(expected))
+    assert [distance for _, _, distance in found] == pytest.approx(sorted(expected.values())[:n], abs=1e-6)
+    assert all(expected[a, b] == pytest.approx(distance, abs=1e-6) for a, b, distance in found)
+
+
+def test_products_and_the_tree_find_the_same_also_where_points_are_very_close(monkeypatch):
+    rng = np.random.default_rng(0)
+    vectors = 20 * rng.standard_normal((2500, 30)).astype(np.float32)
+    vectors[700] = vectors[2400]
+    for row in range(12):  # nearer to each other than the products can tell
+        vectors[1500 + row] = vectors[3]
+        vectors[1500 + row, row] = np.nextafter(vectors[3, row], np.float32(np.inf))
+    by_products = closest_pairs(vectors, 40)
+    monkeypatch.setattr(similarity, "TREE_COLUMNS", 30)
+    by_tree = closest_pairs(vectors, 40)
+    assert by_products[0] == (700, 2400, 0.0)
+    assert [distance for _, _, distance in by_products] == pytest.approx([distance for _, _, distance in by_tree], rel=1e-12)
+    assert by_products[:30] == [(a, b, pytest.approx(distance, rel=1e-12)) for a, b, distance in by_tree[:30]]
+
+
+def test_products_hold_no_more_than_some_blocks():
+    vectors = np.random.default_rng(0).standard_normal((4000, 40)).astype(np.float32)
+    tracemalloc.start()
+    assert len(closest_pairs(vectors, 5)) == 5
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 60e6  # all distances at once would be 128 MB
+
+
+def test_many_columns_need_no_scipy(monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy.spatial", None)
+    assert closest_pairs(np.eye(3, TREE_COLUMNS + 1, dtype=np.float32), 1) == [(0, 1, pytest.approx(2**0.5))]
 
 
 def test_without_scipy_the_extra_is_named(monkeypatch):

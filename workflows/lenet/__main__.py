@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pipeline.errors import FeaturemapsError, UsageError
 from workflows.lenet import data, tell
-from workflows.lenet.end_to_end import HERE, end_to_end
+from workflows.lenet.end_to_end import HERE, end_to_end, work_folder
 from workflows.lenet.train import ACTIVATIONS, N_EPOCHS
 
 
@@ -34,9 +34,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parts = f"{len(images.train)} train, {len(images.validation)} validate, {len(images.test)} test"
         say(f"{len(images.paths)} images of {len(images.classes)} classes: {parts}")
         n_epochs = N_EPOCHS if options.epochs is None else dict.fromkeys(ACTIVATIONS, options.epochs)
+        work = work_folder(options.work, images, options.seed, n_epochs)
         with ProcessPoolExecutor(2, get_context("spawn")) as pool:
-            results = end_to_end(images, options.work, options.seed, n_epochs, each=pool.map, say=say)
-        tell.write(results, images, options.work, options.output)
+            results = end_to_end(images, work, options.seed, n_epochs, each=pool.map, say=say)
+        tell.write(results, images, work, options.output)
     except FeaturemapsError as error:
         print(f"Error: {error}", file=sys.stderr)
         return error.exit_code

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import math
 import os
 import shutil
@@ -62,6 +63,13 @@ class Labelled:
         """Pixels as the extractor sees them: (image, 1, y, x) float32, range [0, 1)."""
         return self.pixels[:, None].astype(np.float32) / 256
 
+    def digest(self) -> str:
+        """Of all that a result depends on: images, labels and split; 12 hex digits."""
+        found = hashlib.sha256("\n".join([*self.classes, *self.paths]).encode())
+        for values in (self.pixels, self.labels, self.train, self.validation, self.test):
+            found.update(np.ascontiguousarray(values).data)
+        return found.hexdigest()[:12]
+
 
 # -- Fashion-MNIST ---------------------------------------------------------------------------------------------------------------
 
@@ -92,7 +100,7 @@ def fashion_mnist(data: Path, work: Path, seed: int, n_train: int = N_TRAIN, n_t
         f"{'train' if row < n_train else 'test'}/{CLASSES[label]}/{row if row < n_train else row - n_train:05d}.png"
         for row, label in enumerate(labels)
     )
-    folder = work / f"fashion-mnist-{n_train}-{len(labels) - n_train}"
+    folder = work / f"fashion-mnist-{n_train}-{len(labels) - n_train}-{zlib.crc32(pixels):08x}"
     _write_pngs(folder, paths, pixels)
     order = np.random.default_rng(seed).permutation(n_train)
     n_validation = n_train // 6

@@ -44,6 +44,14 @@ MARGIN = 0.04
 Say = Callable[[str], None]
 
 
+def work_folder(parent: Path, images: Labelled, seed: int, n_epochs: Mapping[Activation, int]) -> Path:
+    """Where weights, stores and probes of these images, split, seed and epochs go, so that none is taken for that of others."""
+    epochs = "-".join(str(n) for n in n_epochs.values())
+    folder = parent / f"{images.digest()}-seed-{seed}-epochs-{epochs}"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 def end_to_end(
     images: Labelled,
     work: Path,
