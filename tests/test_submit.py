@@ -387,8 +387,12 @@ def complete(order, client, tmp_path):
     return finish
 
 
-def test_a_page_about_the_store_lies_beside_the_drivers_log(complete, tmp_path):
+def test_a_page_about_the_store_lies_beside_the_drivers_log(complete, tmp_path, monkeypatch):
+    """A program in the job's folder that is named as one of Python's is not run for it."""
+    (tmp_path / "json.py").write_text("open('was_run', 'w').close(); raise SystemExit")
+    monkeypatch.chdir(tmp_path)
     code, said = complete()
+    assert not (tmp_path / "was_run").exists()
     (page,) = (tmp_path / "featuremaps-logs").glob("featuremaps-*-report.html")
     assert code == 0
     assert said == [f"page about the store: {page}"]
@@ -441,14 +445,6 @@ def test_a_page_that_takes_more_memory_than_it_may_is_not_written_and_ends_nothi
     code, said = complete(driver={"memory": "200 MiB"})
     assert code == 0
     assert "the page about the store was not written" in said[0]
-
-
-def test_programs_in_the_folder_of_the_job_are_not_run_for_the_page(complete, tmp_path, monkeypatch):
-    (tmp_path / "json.py").write_text("open('was_run', 'w').close(); raise SystemExit")
-    monkeypatch.chdir(tmp_path)
-    code, said = complete()
-    assert (code, said[0].partition(":")[0]) == (0, "page about the store")
-    assert not (tmp_path / "was_run").exists()
 
 
 # -- scripts ----------------------------------------------------------------------------------------------------------------------
