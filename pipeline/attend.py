@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import multiprocessing
 import os
+import resource
+import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -38,6 +42,7 @@ COUNT_S = 60.0
 """How long the ledger may take to be counted, where a storage hangs."""
 PAGE_S = 300.0
 """How long the page at the end may take."""
+_SAID_BYTES = 10_000
 VAIN_PAUSE_S = 30.0
 LONGEST_VAIN_PAUSE_S = 600.0
 
@@ -153,11 +158,12 @@ class Attempt:
     def _write_page(self) -> None:
         """Leave a report beside the driver's log, by a process of its own: whatever becomes of it, the run is none the worse."""
         page, store = report_page(self.order), self.order.job.store
-        command = [sys.executable, "-m", "pipeline", "report", store, "-o", str(page)]
+        command = [sys.executable, "-P", "-m", "pipeline", "report", store, "-o", str(page)]
+        driver = self.order.spec.driver
         try:
             page.parent.mkdir(parents=True, exist_ok=True)
             limit_s = max(1.0, min(PAGE_S, self._left_s() - self.quarter_s))
-            subprocess.run(command, check=True, capture_output=True, text=True, timeout=limit_s)  # noqa: S603 (this program)
+            _run_apart(command, limit_s=limit_s, n_bytes=int(driver.memory) // 2, n_threads=driver.threads)
         except (OSError, subprocess.SubprocessError) as error:
             self.report(
                 f"the page about the store was not written ({batch.said(error)}): the run is none the worse; `featuremaps report {store}` "
@@ -307,3 +313,35 @@ class Attempt:
         until_s = time.monotonic() + seconds
         while not self.signalled.is_set() and time.monotonic() < until_s:
             time.sleep(0.1)
+
+
+def _run_apart(command: list[str], *, limit_s: float, n_bytes: int, n_threads: int) -> None:
+    """Run a command in a session of its own, with bounds for its time and for the data of each of its processes.
+
+    Once the time is over the session is killed and not waited for, since what waits for a file system that hangs cannot be ended.
+
+    Raises
+    ------
+    subprocess.SubprocessError
+        When it took too long, or failed; with what it said.
+    """
+    threads = {"OMP_NUM_THREADS": str(n_threads), "OPENBLAS_NUM_THREADS": str(n_threads), "MALLOC_ARENA_MAX": "2"}
+    with tempfile.TemporaryFile() as said:  # and no pipe, whose end might never come
+        process = subprocess.Popen(  # noqa: S603 (this program)
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=said,
+            start_new_session=True,
+            env=os.environ | threads,
+        )
+        with contextlib.suppress(ProcessLookupError):  # it is over already
+            resource.prlimit(process.pid, resource.RLIMIT_DATA, (n_bytes, n_bytes))
+        try:
+            code = process.wait(limit_s)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+        if code:
+            said.seek(0)
+            raise subprocess.CalledProcessError(code, command, stderr=said.read()[-_SAID_BYTES:].decode(errors="replace"))

@@ -169,7 +169,7 @@ def report_page(order: Order) -> Path:
 
 def attend_command(order: Order) -> list[str]:
     """What runs in the driver's job."""
-    command = [order.spec.python or sys.executable, "-m", "pipeline", "submit", str(order.job_file.absolute())]
+    command = [order.spec.python or sys.executable, "-P", "-m", "pipeline", "submit", str(order.job_file.absolute())]
     command += ["--cluster", str(order.job.cluster), "--cluster-file", str(order.cluster_file.absolute())]
     audit = ["--sample", str(order.n_sample), "--verify" if order.verify else "--no-verify"]
     return [*command, "--attempts", str(order.attempts), *audit, "--attend"]

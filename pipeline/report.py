@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import io
+import itertools
 import shlex
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from pipeline import figures
 from pipeline.analysis import FeatureStore, open_store
 from pipeline.checks import ROUNDING, TF32_ROUNDING
-from pipeline.errors import FeaturemapsError, UsageError
+from pipeline.errors import UsageError
 from pipeline.layers import receptive_field
 from pipeline.lock import current_holder
 from pipeline.objects import Place, put
@@ -35,11 +36,14 @@ THUMBNAIL_PX = 96
 SEED = 23455
 PICTURE_BYTES = 4 * 1024**2
 """What the pictures of sample images may take, as text."""
+PLOT_BYTES = 1024**2
+"""What the drawings of filters and of layers' values may take, as text; further layers have none."""
 DECODABLE = {"truncated", "corrupt", "too_small"}
 """Codes of bad images of which a decoder may show a part."""
 FIGURE_DPI = 110
 N_COUNTED = 16
 """Images whose values are counted in histograms, at least."""
+T = TypeVar("T", Sample, "Plot")
 TONES = {"complete": "good", "at work": "working", "failed": "bad", "died": "bad"}
 STATUSES = {
     "done": "its maps are in the store",
@@ -54,8 +58,9 @@ def write_report(
 ) -> None:
     """Write one HTML page about a store, whole or not at all.
 
-    Works for stores of any state, also one that a run works on; takes no lock. The page needs no network, holds at most some
-    `PICTURE_BYTES` of pictures of samples and half a megabyte more, and its script only adds to what is there without.
+    Works for stores of any state, also one that a run works on, and where the source hangs; takes no lock. The page needs no network, and
+    its script only adds to what is there without. Pictures of samples take at most `PICTURE_BYTES` of it and drawings of layers at most
+    `PLOT_BYTES`, but for the first of each; the rest is tables, and thumbnails of at most `N_THUMBNAILS` bad images.
 
     Parameters
     ----------
@@ -105,15 +110,17 @@ def render(features: FeatureStore, *, n_samples: int = 6, n_bad: int = N_BAD, se
     facts = gather(store, current_holder(features.path), n_bad)
     chosen, too_large = choose(store, max(n_samples, N_COUNTED) if features.map_layers else 0, seed)
     counted = histograms(store, chosen)
-    shown, n_left_out = _within_budget(samples(store, chosen, counted, n_samples))
+    shown, n_left_out = _within_budget(samples(store, chosen, counted, n_samples), PICTURE_BYTES)
     layers = list(_layers(features, shown))
+    location = _location(features.path)
+    plots, n_plots_left_out = _within_budget(itertools.chain(plots, _histograms(counted)), PLOT_BYTES)
     values = {
         "now": datetime.now(UTC),
         "version": VERSION,
         "spec": store.spec,
         "decode": decode_spec(store.spec),
         "origin": _origin(store.spec.extractor.get("origin", {})),
-        "location": _location(features.path),
+        "location": location,
         "facts": facts,
         "verdict": judge(facts),
         "live": LIVE,
@@ -121,6 +128,7 @@ def render(features: FeatureStore, *, n_samples: int = 6, n_bad: int = N_BAD, se
         "statuses": STATUSES,
         "runs": list(run_facts(facts.receipts[:N_RUNS], facts.holder)),
         "tones": TONES,
+        "last": as_summary(facts.last) if facts.last else None,
         "working": as_summary(facts.last_working) if facts.last_working else None,
         "n_classes": N_CLASSES,
         "rest_images": sum(c.n_live for c in facts.classes[N_CLASSES:]),
@@ -134,9 +142,10 @@ def render(features: FeatureStore, *, n_samples: int = 6, n_bad: int = N_BAD, se
         "seed": seed,
         "layers": layers,
         "doubts": list(_doubts(layers, tf32=features.extractor.tf32)),
-        "figures": [*plots, *_histograms(counted)],
+        "figures": plots,
+        "n_plots_left_out": n_plots_left_out,
         "python_code": _python_code(features.path, facts, shown),
-        "shell_code": _shell_code(features.path),
+        "shell_code": "\n".join(printable(f"featuremaps {command} {location.quoted}") for command in ("status", "verify")),
     }
     return page(values)
 
@@ -207,16 +216,6 @@ def _python_code(path: Place, facts: Facts, shown: list[Sample]) -> str:
     return "\n".join(lines)
 
 
-def _shell_code(path: Place) -> str:
-    where = shlex.quote(str(path.absolute()))
-    return printable_lines(f"featuremaps status {where}\nfeaturemaps verify {where}")
-
-
-def printable_lines(text: str) -> str:
-    """`printable`, line by line."""
-    return "\n".join(map(printable, text.split("\n")))
-
-
 class Plot(NamedTuple):
     """A drawing of matplotlib's."""
 
@@ -224,18 +223,16 @@ class Plot(NamedTuple):
     alt: str
     picture: Embedded
 
+    @property
+    def bytes(self) -> int:
+        """What it takes in a page."""
+        return len(self.picture.uri)
+
 
 def _filters(features: FeatureStore) -> Iterator[Plot]:
     first = features.extractor.layers[0]
     alt = f"The {first.filters} filters of conv1, {first.kernel[0]} x {first.kernel[1]} weights each"
-    try:
-        figure = figures.filters(features)
-    except (ValueError, RuntimeError) as error:  # Zarr's, over a damaged chunk
-        raise FeaturemapsError(
-            f"weights of {features.path} cannot be read ({error}), so nobody knows what its maps mean and no page was written: restore its "
-            "folder extractor/ from a copy"
-        ) from error
-    yield Plot("Filters of conv1", alt, _drawn(figure))
+    yield Plot("Filters of conv1", alt, _drawn(figures.filters(features)))
 
 
 def _histograms(counted: list[Histogram]) -> Iterator[Plot]:
@@ -263,16 +260,16 @@ def _drawn(figure: Any) -> Embedded:
     return Embedded(data_uri(data, "image/png"), width, height)
 
 
-def _within_budget(found: Iterator[Sample]) -> tuple[list[Sample], int]:
-    """Samples until their pictures fill the page, and how many are left out."""
-    shown: list[Sample] = []
+def _within_budget(found: Iterator[T], most: int) -> tuple[list[T], int]:
+    """Samples or plots until they take ``most`` bytes of the page, but for the first one, and how many are left out."""
+    shown: list[T] = []
     total = n_left_out = 0
-    for sample in found:
-        total += sample.bytes
-        if total > PICTURE_BYTES and shown:
+    for item in found:
+        total += item.bytes
+        if total > most and shown:
             n_left_out += 1
         else:
-            shown.append(sample)
+            shown.append(item)
     return shown, n_left_out
 
 

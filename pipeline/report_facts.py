@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -120,7 +121,7 @@ class Facts:
     @property
     def last_working(self) -> dict[str, Any] | None:
         """That of the last run that computed maps."""
-        return next((receipt for receipt in self.receipts if receipt.get("n_done")), None)
+        return next((receipt for receipt in self.receipts if as_summary(receipt).n_done), None)
 
     @property
     def disk_bytes(self) -> int | None:
@@ -241,30 +242,45 @@ def _size(entry: os.DirEntry[str]) -> int:
 def run_facts(receipts: Sequence[Mapping[str, Any]], holder: Mapping[str, Any] | None) -> Iterator[RunFacts]:
     """Runs as a person wants to see them."""
     for receipt in receipts:
-        state, exit_code = _state(receipt, holder)
-        yield RunFacts(
-            str(receipt.get("run_id", "")),
-            str(receipt.get("started", "")),
-            float(receipt.get("elapsed_s", 0.0)),
-            state,
-            exit_code,
-            int(receipt.get("n_done", 0)),
-            float(receipt.get("images_per_s", 0.0)),
-            str(receipt.get("message", "")),
-        )
+        run = as_summary(receipt)
+        state, exit_code = _state(run, holder)
+        yield RunFacts(run.run_id, run.started, run.elapsed_s, state, exit_code, run.n_done, run.images_per_s, run.message)
 
 
-def _state(receipt: Mapping[str, Any], holder: Mapping[str, Any] | None) -> tuple[str, int | None]:
-    outcome = str(receipt.get("outcome", ""))
-    if outcome == "running":
-        return ("at work" if holder and holder["run_id"] == receipt.get("run_id") else "died"), None
-    return outcome, as_summary(receipt).exit_code
+def _state(run: Summary, holder: Mapping[str, Any] | None) -> tuple[str, int | None]:
+    if run.outcome == "running":
+        return ("at work" if holder and holder["run_id"] == run.run_id else "died"), None
+    return run.outcome or "not said", run.exit_code
 
 
 def as_summary(receipt: Mapping[str, Any]) -> Summary:
-    """The summary that a receipt was made of; what another version wrote besides is passed over."""
-    names = {f.name for f in fields(Summary)}
-    return Summary(**{"run_id": ""} | {key: value for key, value in receipt.items() if key in names})
+    """The summary that a receipt was made of; what another version wrote otherwise, or besides, is passed over.
+
+    Examples
+    --------
+    >>> as_summary({"run_id": "r", "started": None, "n_done": "many", "hosts": {"a": 1, "b": []}, "new": 1}).hosts
+    {'a': 1}
+    """
+    blank = asdict(Summary("", outcome=""))
+    run = Summary(**blank | {name: _like(blank[name], value) for name, value in receipt.items() if name in blank})
+    run.versions = {name: value for name, value in run.versions.items() if isinstance(value, str)}
+    run.faults = [fault for fault in run.faults if isinstance(fault, str)]
+    run.hosts = {name: int(n) for name, n in run.hosts.items() if _is_number(n)}
+    run.stage_s = {name: seconds for name, seconds in run.stage_s.items() if _is_number(seconds)}
+    if not _is_number(run.config.get("max_quarantined")):
+        run.config = run.config | {"max_quarantined": None}
+    return run
+
+
+def _like(default: Any, value: Any) -> Any:
+    """A value of a receipt where it is of its field's kind, and else the field's default."""
+    if isinstance(default, int | float):
+        return type(default)(value) if _is_number(value) else default
+    return value if isinstance(value, type(default)) else default
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 # -- the verdict -----------------------------------------------------------------------------------------------------------------

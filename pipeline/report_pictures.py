@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from pipeline import remote
 from pipeline.chunks import Array
-from pipeline.decode import decode
-from pipeline.errors import FeaturemapsError, ImageError
-from pipeline.layers import layer_names, output_sizes
-from pipeline.paths import absolute_path, absolute_url
+from pipeline.errors import FeaturemapsError
 from pipeline.pictures import bin_edges
 from pipeline.plan import Size
-from pipeline.reading import Source, read_current
-from pipeline.remote import Url, is_url
 from pipeline.schema import ShapeClass, Status, StoredLayer
 from pipeline.settings import decode_spec, extractor_spec
 from pipeline.store import Store
-from pipeline.thumbnails import Embedded, encode
+from pipeline.thumbnails import PIXEL_LIMIT, Embedded, Photograph, encode, photographs
+from pipeline.views import map_sizes, require_values
 from pipeline.weights import dequantise
 
 MAX_VALUES = 1 << 24
@@ -147,27 +140,20 @@ def histograms(store: Store, chosen: Sequence[Chosen]) -> list[Histogram]:
 def samples(store: Store, chosen: Sequence[Chosen], counted: Sequence[Histogram], n_shown: int) -> Iterator[Sample]:
     """Read the chosen images one after another, count their values, and draw and compute anew the first ``n_shown``.
 
-    A sample whose maps cannot be read, or whose photograph is gone or has changed, says so.
+    A sample whose maps cannot be read, or whose photograph is gone, has changed or does not come, says so. Photographs are read and decoded
+    in a process of its own, as a source may hang, or be large where the store's images are resized.
     """
-    from pipeline.extractor import Extractor  # noqa: PLC0415 (torch takes a second, and an empty store needs none)
-
-    if not chosen:
-        return
-    spec = extractor_spec(store.spec)
-    source = Source(store.spec.source_root, decode_spec(store.spec))
-    extractor = Extractor(spec, store.weights())  # which keeps its float32 values as they are
-    names = layer_names(spec.layers)
+    computer = _Computer(store)
+    found = _photographs(store, chosen[:n_shown])
     for turn, (shape_class, row) in enumerate(chosen):
-        path, height, width, size_bytes, digest = (
-            store.cell(shape_class.name, name, row) for name in ("path", "input_height", "input_width", "size_bytes", "digest")
-        )
+        path, height, width = (store.cell(shape_class.name, name, row) for name in ("path", "input_height", "input_width"))
         sample = Sample(str(path), (int(height), int(width)))
-        sizes = dict(zip(names, output_sizes(spec.layers, *sample.size), strict=True))
+        sizes = map_sizes(store, *sample.size)
         is_shown = turn < n_shown
-        pixels = _photograph(source, sample, int(size_bytes), str(digest)) if is_shown else None
-        computed = {} if pixels is None else extractor.extract(pixels)
+        pixels, sample.trouble = next(found) if is_shown else Photograph(None)
         if pixels is not None:
             sample.photograph = encode(pixels, PHOTOGRAPH_PX)
+        computed = {} if pixels is None else computer.maps(pixels)
         for histogram in counted:
             name = histogram.layer.name
             try:
@@ -185,32 +171,44 @@ def samples(store: Store, chosen: Sequence[Chosen], counted: Sequence[Histogram]
             yield sample
 
 
-def _photograph(source: Source, sample: Sample, size_bytes: int, digest: str) -> Array | None:
-    """The image as the extractor saw it; the sample says why where it cannot be had."""
-    try:
-        is_same = _size_bytes(source, sample.path) == size_bytes  # asked first, because a file may have grown without end
-        data = read_current(source, sample.path) if is_same else b""
-        if not is_same or hashlib.sha256(data).hexdigest() != digest:
-            sample.trouble = "the file has changed since its maps were computed, so it is not shown beside them"
-            return None
-        return decode(data, source.decode)
-    except (ImageError, FeaturemapsError, OSError):
-        sample.trouble = "the source image cannot be read any more"
-        return None
+class _Computer:
+    """An extractor that is there once something is to be computed: torch takes a second and some 300 MB."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.extractor: Any = None
+
+    def maps(self, pixels: Array) -> dict[str, Array]:
+        """Float32 maps (channel, y, x) of each layer."""
+        if self.extractor is None:
+            from pipeline.extractor import Extractor  # noqa: PLC0415 (see above)
+
+            self.extractor = Extractor(
+                extractor_spec(self.store.spec), self.store.weights()
+            )  # which keeps its values as they are
+        found: dict[str, Array] = self.extractor.extract(pixels)
+        return found
 
 
-def _size_bytes(source: Source, path: str) -> int:
-    if is_url(source.root):
-        return Url.parse(absolute_url(source.root, path)).stat().size_bytes
-    return Path(os.fsdecode(absolute_path(source.root, path))).stat().st_size
+def _photographs(store: Store, chosen: Sequence[Chosen]) -> Iterator[Photograph]:
+    """Of each row, in order; those that are too large are not asked for."""
+    names = ("path", "size_bytes", "digest", "source_height", "source_width")
+    rows = [[store.cell(c.shape_class.name, name, c.row) for name in names] for c in chosen]
+    n_pixels = [int(height) * int(width) for *_, height, width in rows]
+    wanted = [(str(row[0]), int(row[1]), str(row[2])) for row, n in zip(rows, n_pixels, strict=True) if n <= PIXEL_LIMIT]
+    found = photographs(store.spec.source_root, decode_spec(store.spec), wanted)
+    for n in n_pixels:
+        if n > PIXEL_LIMIT:
+            yield Photograph(None, f"the source image has {n:,} pixels, and at most {PIXEL_LIMIT:,} are decoded for this page")
+        else:
+            yield next(found)
 
 
 def _maps(store: Store, shape_class: ShapeClass, layer: StoredLayer, row: int, size: Size) -> Array:
     with remote.errors(str(store.path)):
         stored = np.asarray(store.array(shape_class.name, layer.name)[row, :, : size[0], : size[1]])
     maps = dequantise(stored, layer)
-    if np.isnan(maps).any():  # which data never are
-        raise ValueError("an object is missing")
+    require_values(maps)
     return maps
 
 

@@ -1,18 +1,22 @@
-"""Small pictures for a page: encoded here, those of bad files decoded in a process of its own; the second home of Pillow."""
+"""Pictures for a page: encoded here, files of the source read and decoded in a process of its own; the second home of Pillow."""
 
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import json
 import os
-import queue
 import resource
 import subprocess
 import sys
-import threading
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,18 +26,26 @@ from pipeline.chunks import Array
 from pipeline.config import DecodeSpec
 from pipeline.decode import decode
 from pipeline.errors import FeaturemapsError, ImageError
-from pipeline.reading import Patience, Source, read_bytes
+from pipeline.paths import absolute_path, absolute_url
+from pipeline.reading import Patience, Source, read_bytes, read_current
+from pipeline.remote import Url, is_url
 
 PIXEL_LIMIT = 20_000_000
-"""Larger files are not decoded for a thumbnail."""
-FILE_BYTES = 32 * 1024**2
+"""Larger files are not decoded for a page."""
+FILE_BYTES = 64 * 1024**2
 """Nor are those that take more than this."""
-MEMORY_BYTES = 2 * 1024**3
-"""Address space of the process that decodes bad files: what asks for more fails there."""
+MEMORY_BYTES = 1024**3
+"""Address space of the process that decodes: what asks for more fails there. It begins with 170 MB."""
 IMAGE_S = 5.0
+"""How long one file is waited for."""
 TOTAL_S = 20.0
+"""How long all are, or a second for each where they are more."""
+END_S = 1.0
+"""How long a process that was killed is waited for."""
 STARTS = 4
 """Processes, one after another: each may be killed by one file."""
+_ANSWER_BYTES = 1 << 22
+_PIXELS_BYTES = 1 << 26
 _LOSSLESS_PIXELS = 48 * 48
 _QUALITY = 85
 
@@ -106,74 +118,123 @@ def thumbnails(root: str, spec: DecodeSpec, images: Sequence[tuple[str, str]], l
     longest : int
         Pixels of the longer side.
     """
-    found: list[Embedded | None] = []
-    end_s = time.monotonic() + TOTAL_S
-    for _ in range(STARTS):
-        if len(found) == len(images) or time.monotonic() >= end_s:
-            break
-        found += _try(root, spec, images[len(found) :], longest, end_s)
-    return found + [None] * (len(images) - len(found))
+    order = {"kind": "thumbnails", "root": root, "decode": spec.model_dump(mode="json"), "longest": longest}
+    return [None if not isinstance(found, list) else Embedded(*found) for found in _ask(order, images)]
 
 
-def _try(root: str, spec: DecodeSpec, images: Sequence[tuple[str, str]], longest: int, end_s: float) -> list[Embedded | None]:
-    """What one process finds, until it has done all, died, or taken too long; the file at fault counts as done."""
-    order = {"root": root, "decode": spec.model_dump(mode="json"), "images": list(images), "longest": longest}
-    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "pipeline.thumbnails"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        env=environment,
-    )
-    lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-    talk = threading.Thread(target=_talk, args=(process, json.dumps(order).encode(), lines), daemon=True)
-    talk.start()
-    found: list[Embedded | None] = []
-    try:
-        patience_s = TOTAL_S  # until it has begun
-        while len(found) < len(images):
-            line = lines.get(timeout=max(0.0, min(patience_s, end_s - time.monotonic())))
-            if not line:
-                break
-            answer = json.loads(line)
-            patience_s = IMAGE_S
-            if answer != "begun":
-                found.append(None if answer is None else Embedded(*answer))
-    except (queue.Empty, ValueError):
-        pass
-    finally:
-        process.kill()
-        process.wait()
-        talk.join()
-    return [*found, None] if len(found) < len(images) else found
+class Photograph(NamedTuple):
+    """An image as the extractor saw it, or why it cannot be had."""
+
+    pixels: Array | None
+    """(y, x, channel) uint8."""
+    trouble: str = ""
 
 
-def _talk(process: subprocess.Popen[bytes], order: bytes, lines: queue.SimpleQueue[bytes]) -> None:
-    """Hand the order in, and take lines until there are no more; an empty one is the end."""
-    try:
-        with process.stdin as stdin:  # type: ignore[union-attr]
-            stdin.write(order)
-    except OSError:
-        pass
-    with process.stdout as stdout:  # type: ignore[union-attr]
-        for line in stdout:
-            lines.put(line)
-    lines.put(b"")
+def photographs(root: str, spec: DecodeSpec, images: Sequence[tuple[str, int, str]]) -> Iterator[Photograph]:
+    """Images as the extractor saw them, read and decoded with the same bounds, one after another as they are asked for.
+
+    Parameters
+    ----------
+    root : str
+        Source root, which may hang.
+    spec : DecodeSpec
+        As of the store; of its pixel limit at most `PIXEL_LIMIT` counts.
+    images : sequence of (str, int, str)
+        Path, size in bytes and sha256 of what the maps were computed of.
+    """
+    order = {"kind": "photographs", "root": root, "decode": spec.model_dump(mode="json")}
+    for found in _ask(order, images):
+        if isinstance(found, Photograph):
+            yield found
+        else:
+            yield Photograph(None, str(found or "the source image is out of reach: reading it took too long, or too much memory"))
+
+
+def _ask(order: dict[str, Any], images: Sequence[tuple[Any, ...]]) -> Iterator[Any]:
+    """An answer for each image; None for those on which a process has died or taken too long, and once there are too many of these.
+
+    Only the time counts in which this waits.
+    """
+    left_s = max(TOTAL_S, float(len(images))) if TOTAL_S else 0.0
+    n_done = n_starts = 0
+    while n_done < len(images):
+        if n_starts == STARTS or left_s <= 0:
+            yield None
+            n_done += 1
+            continue
+        n_starts += 1
+        with _process(order | {"images": images[n_done:]}) as answers:
+            patience_s = left_s  # until it has begun
+            while n_done < len(images):
+                start_s = time.monotonic()
+                try:
+                    answer = _receive(answers, min(patience_s, left_s))
+                except (EOFError, OSError, ValueError, TypeError, KeyError):  # with TimeoutError, or no answer of ours
+                    answer, patience_s = None, 0.0
+                left_s -= time.monotonic() - start_s
+                if answer == "begun":
+                    patience_s = IMAGE_S
+                    continue
+                yield answer
+                n_done += 1
+                if not patience_s:
+                    break
+
+
+@contextmanager
+def _process(order: dict[str, Any]) -> Iterator[Connection]:
+    """One that answers. At the end it is killed and hardly waited for: while a file system hangs it cannot end."""
+    answers, theirs = Pipe(duplex=False)
+    # An allocator and a client of buckets that think of as many threads as there are cores take address space for them.
+    one = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2", "TOKIO_WORKER_THREADS": "2"}
+    with answers, tempfile.TemporaryFile() as file:
+        file.write(json.dumps(order).encode())
+        file.seek(0)
+        with theirs:
+            process = subprocess.Popen(  # noqa: S603 (this program)
+                # -P: a file json.py or a folder pipeline of the current folder is none of ours
+                [sys.executable, "-P", "-m", "pipeline.thumbnails", str(theirs.fileno())],
+                stdin=file,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+                env=os.environ | one,
+            )
+        try:
+            yield answers
+        finally:
+            process.kill()
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(END_S)
+
+
+def _receive(answers: Connection, patience_s: float) -> Any:
+    """One answer; pixels follow their shape."""
+    if not answers.poll(max(0.0, patience_s)):
+        raise TimeoutError
+    answer = json.loads(answers.recv_bytes(_ANSWER_BYTES))
+    if not isinstance(answer, dict):
+        return answer
+    pixels = np.frombuffer(answers.recv_bytes(_PIXELS_BYTES), np.uint8).reshape(answer["shape"])
+    return Photograph(pixels)
 
 
 # -- in the process that decodes -------------------------------------------------------------------------------------------------
 
 
-def answers(order: dict[str, Any]) -> Iterator[Embedded | None]:
-    """The pictures of an order, one after another."""
+def answers(order: dict[str, Any]) -> Iterator[Embedded | Array | str | None]:
+    """What is found of each image of an order: a thumbnail or pixels, words that say why there are none, or None."""
     spec = DecodeSpec(**order["decode"])
-    source = Source(order["root"], spec.model_copy(update={"pixel_limit": min(spec.pixel_limit, PIXEL_LIMIT), "resize": None}))
-    for path, fingerprint in order["images"]:
-        yield _picture(source, path, fingerprint, order["longest"])
+    spec = spec.model_copy(update={"pixel_limit": min(spec.pixel_limit, PIXEL_LIMIT)})
+    if order["kind"] == "photographs":
+        source = Source(order["root"], spec)
+        yield from (_photograph(source, path, size_bytes, digest) for path, size_bytes, digest in order["images"])
+    else:
+        source = Source(order["root"], spec.model_copy(update={"resize": None}))
+        yield from (_thumbnail(source, path, fingerprint, order["longest"]) for path, fingerprint in order["images"])
 
 
-def _picture(source: Source, path: str, fingerprint: str, longest: int) -> Embedded | None:
+def _thumbnail(source: Source, path: str, fingerprint: str, longest: int) -> Embedded | None:
     size_bytes, _, _ = fingerprint.partition("-")
     if not size_bytes.isdigit() or int(size_bytes) > FILE_BYTES:
         return None
@@ -184,15 +245,47 @@ def _picture(source: Source, path: str, fingerprint: str, longest: int) -> Embed
         return None
 
 
+def _photograph(source: Source, path: str, size_bytes: int, digest: str) -> Array | str:
+    changed = "the file has changed since its maps were computed, so it is not shown beside them"
+    if size_bytes > FILE_BYTES:
+        return f"the source image has more than {FILE_BYTES:,} bytes, so it is not shown here"
+    try:
+        if _size_bytes(source.root, path) != size_bytes:  # asked first, because a file may have grown without end
+            return changed
+        data = read_current(source, path)
+        return decode(data, source.decode) if hashlib.sha256(data).hexdigest() == digest else changed
+    except MemoryError:
+        return "the source image takes too much memory to be shown here"
+    except (ImageError, FeaturemapsError, OSError, ValueError):
+        return "the source image cannot be read any more"
+
+
+def _size_bytes(root: str, path: str) -> int:
+    if is_url(root):
+        return Url.parse(absolute_url(root, path)).stat().size_bytes
+    return Path(os.fsdecode(absolute_path(root, path))).stat().st_size
+
+
 def _main() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     order = json.load(sys.stdin)
-    ImageFile.LOAD_TRUNCATED_IMAGES = True  # here, what there is of a picture is wanted
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
-    sys.stdout.write('"begun"\n')
-    for picture in answers(order):
-        sys.stdout.write(json.dumps(picture) + "\n")
-        sys.stdout.flush()
+    if order["kind"] == "thumbnails":
+        ImageFile.LOAD_TRUNCATED_IMAGES = True  # here, what there is of a picture is wanted
+    _, most = resource.getrlimit(resource.RLIMIT_AS)
+    limit = MEMORY_BYTES if most == resource.RLIM_INFINITY else min(most, MEMORY_BYTES)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    with Connection(int(sys.argv[1]), readable=False) as connection:
+        _send(connection, "begun")
+        for found in answers(order):
+            if isinstance(found, np.ndarray):
+                _send(connection, {"shape": found.shape})
+                connection.send_bytes(np.ascontiguousarray(found).data.cast("B"))
+            else:
+                _send(connection, found)
+
+
+def _send(connection: Connection, value: Any) -> None:
+    connection.send_bytes(json.dumps(value).encode())
 
 
 if __name__ == "__main__":

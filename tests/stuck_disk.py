@@ -9,12 +9,40 @@ from __future__ import annotations
 import ctypes
 import os
 import struct
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import click
+import pytest
 
 FUSE_INIT = 26
+
+
+class StuckDisk:
+    """The file system on a folder, served by a process."""
+
+    def __init__(self, folder: Path, *options: str) -> None:
+        self.folder = folder
+        arguments = [sys.executable, "-m", "tests.stuck_disk", str(folder), *options]
+        self.server = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        self.is_mounted = self.server.stdout.readline() == b"mounted\n"
+
+    def release(self) -> None:
+        self.server.kill()
+        self.server.communicate()
+        if self.is_mounted:
+            subprocess.run(["umount", "-l", self.folder], check=True)
+            self.is_mounted = False
+
+
+def mount_stuck(folder: Path, *options: str) -> StuckDisk:
+    """Have a folder answer no more, until it is released."""
+    disk = StuckDisk(folder, *options)
+    if not disk.is_mounted:
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(f"may not mount a file system here: {disk.server.stderr.read()}")
+    return disk
 
 
 def mount(folder: Path) -> int:

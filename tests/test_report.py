@@ -31,6 +31,8 @@ from pipeline.store import Store
 from pipeline.summary import Summary, receipt
 from pipeline.weights import load_weights
 from tests.conftest import make_images
+from tests.hostile import png
+from tests.stuck_disk import mount_stuck
 
 pytestmark = pytest.mark.cluster
 ROOT = Path(__file__).parents[1]
@@ -81,7 +83,8 @@ def test_a_complete_store(store):
     assert f"store = pipeline.open_store({str(store)!r})" in text
     assert "drawn at random, seed 23455" in text
     assert Store(store).spec.extractor["weights_sha256"] in text
-    assert text.count("the image") >= 6
+    samples = re.findall(r"(img\d+\.png) (?:40 x 60|90 x 120) the image conv1, channel 0", text)
+    assert sorted(samples) == [f"img{i:05}.png" for i in range(6)]
     for stage in ("read", "decode", "extract", "write", "waiting"):
         assert f"{stage} " in text
     assert "None: every image that was looked at could be used." in text
@@ -98,13 +101,10 @@ def test_an_empty_store(tmp_path):
     assert "No run has left a receipt." in text
 
 
-def test_a_store_of_pooled_values_says_why_there_are_no_maps(store):
-    """Its root says what ``outputs: [pooled]`` makes it say; that the arrays of maps are there all the same must not matter."""
-    root = json.loads((store / "zarr.json").read_text())
-    for layer in root["attributes"]["featuremaps"]["layers"]:
-        layer["has_maps"] = False
-    (store / "zarr.json").write_text(json.dumps(root))
-    text = text_of(store)
+def test_a_store_of_pooled_values_says_why_there_are_no_maps(run, tmp_path):
+    make_images(tmp_path / "source", 6, SIZES)
+    assert run(tmp_path / "source", extractor={"outputs": ["pooled"]}).outcome == "complete"
+    text = text_of(tmp_path / "features.zarr")
     assert "Complete: all 6 images are done." in text
     assert "conv1: pooled values only, no maps" in text
     assert "The store keeps pooled values only" in text
@@ -215,14 +215,65 @@ def test_the_source_is_out_of_reach_or_a_photograph_has_changed(store):
     assert "conv1, channel 1" in text
 
 
+def test_a_source_that_hangs_costs_the_photographs_only(store, tmp_path, monkeypatch):
+    """Also where those who read from it cannot be killed."""
+    monkeypatch.setattr("pipeline.thumbnails.TOTAL_S", 10.0)
+    monkeypatch.setattr("pipeline.thumbnails.IMAGE_S", 0.5)
+    set_status(store, "40x60", [0], Status.QUARANTINED, "truncated: the file ends")
+    disk = mount_stuck(store.parent / "source")
+    try:
+        text = text_of(store)
+    finally:
+        disk.release()
+    assert text.count("the source image is out of reach: reading it took too long") == 5
+    assert "Values of conv1" in text
+    assert "conv1, channel 1" in text
+
+
+def test_photographs_that_are_large_and_were_resized_are_not_decoded_and_their_maps_are_shown(run, tmp_path):
+    make_images(tmp_path / "source", 1, [(40, 60)])
+    (tmp_path / "source" / "large.png").write_bytes(png(5000, 5000))
+    run(tmp_path / "source", decode={"resize": [28, 28]})
+    text = text_of(tmp_path / "features.zarr")
+    assert "large.png 28 x 28 the source image has 25,000,000 pixels, and at most 20,000,000 are decoded for this page" in text
+    assert text.count("conv1, channel 0") == 2
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {},
+        {"outcome": "complete", "n_done": 3},
+        {
+            "started": None,
+            "versions": None,
+            "elapsed_s": None,
+            "outcome": None,
+            "hosts": [],
+            "stage_s": {"read": "long"},
+            "n_done": 2,
+        },
+        {"outcome": "incomplete", "faults": [1, {}], "versions": {"a": 1}, "n_listed": "many", "n_done": "2", "elapsed_s": 1e999},
+        {"outcome": "complete", "config": {"max_quarantined": "ten"}, "n_bad_total": 2, "n_done_total": 1},
+        {"outcome": "running", "new": [1], "run_id": 7, "config": None},
+    ],
+    ids=["empty", "little", "null", "of other kinds", "a limit of another kind", "newer"],
+)
+def test_receipts_of_other_versions_say_what_they_have(store, odd):
+    set_status(store, "40x60", [0], Status.PENDING)
+    (store / "runs" / "20990101T000000.000Z-00000000.json").write_text(json.dumps(odd))
+    assert judge(facts_of(store)).tone in {"warning", "bad"}
+    for path in (store / "runs").glob("202*Z-*.json"):
+        path.unlink()
+    assert "All runs, newest first" in text_of(store)
+
+
 def test_maps_that_cannot_be_read_are_said_and_nothing_falls_over(store):
     for path in (store / "40x60" / "conv1").glob("c*"):
         path.write_bytes(b"damaged")
-    with pytest.raises(Exception, match=r".*"):
-        open_store(store).image("img00000.png")
     text = text_of(store)
-    assert "its maps of conv1 cannot be read" in text
-    assert "run featuremaps verify" in text
+    assert len(re.findall(r"its maps of conv1 cannot be read \([^)]+\).*?: run featuremaps verify", text)) == 4
+    assert text.count("conv1, channel 0") == 2, "of the other size"
 
 
 def test_large_images_are_left_out_and_counted(store, monkeypatch):
@@ -245,6 +296,14 @@ def test_pictures_keep_within_their_budget(store, monkeypatch):
     text = text_of(store)
     assert "5 images more were chosen, and left out to keep this page small." in text
     assert text.count("conv1, channel 0") == 1
+
+
+def test_drawings_keep_within_their_budget(store, monkeypatch):
+    monkeypatch.setattr(report, "PLOT_BYTES", 1)
+    text = text_of(store)
+    assert "Filters of conv1" in text
+    assert "Values of conv1" not in text
+    assert "Histograms of 1 more layer are left out to keep this page small." in text
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "uint16", "uint8"])
@@ -310,7 +369,8 @@ def test_damaged_weights_and_columns_are_named(store, tmp_path):
     (chunk,) = (path for path in (store / "extractor" / "conv1_weight").rglob("c*") if path.is_file())
     chunk.write_bytes(b"x")
     with pytest.raises(
-        FeaturemapsError, match=r"weights of .* cannot be read \(.*no page was written: restore its folder extractor/"
+        FeaturemapsError,
+        match=r"weights in .* cannot be read \(.*an object under extractor/ is damaged or out of reach; restore it",
     ):
         write_report(store, tmp_path / "report.html")
     (tmp_path / "other.zarr" / "40x60" / "status" / "c.0").write_bytes(b"x")

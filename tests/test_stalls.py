@@ -17,25 +17,9 @@ from pipeline.intake import Intake
 from pipeline.run import run_job
 from tests.conftest import content, make_images
 from tests.kill_rounds import wait_until
+from tests.stuck_disk import StuckDisk, mount_stuck
 
 pytestmark = [pytest.mark.kill, pytest.mark.cluster]
-
-
-class StuckDisk:
-    """`tests.stuck_disk` on a folder."""
-
-    def __init__(self, folder: Path, *options: str) -> None:
-        self.folder = folder
-        arguments = [sys.executable, "-m", "tests.stuck_disk", str(folder), *options]
-        self.server = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        self.is_mounted = self.server.stdout.readline() == b"mounted\n"
-
-    def release(self) -> None:
-        self.server.kill()
-        self.server.communicate()
-        if self.is_mounted:
-            subprocess.run(["umount", "-l", self.folder], check=True)
-            self.is_mounted = False
 
 
 @pytest.fixture
@@ -45,11 +29,7 @@ def stick(monkeypatch):
     disks: list[StuckDisk] = []
 
     def mount(folder: Path, *options: str) -> StuckDisk:
-        disks.append(StuckDisk(folder, *options))
-        if not disks[-1].is_mounted:
-            (pytest.fail if os.environ.get("CI") else pytest.skip)(
-                f"may not mount a file system here: {disks[-1].server.stderr.read()}"
-            )
+        disks.append(mount_stuck(folder, *options))
         return disks[-1]
 
     yield mount

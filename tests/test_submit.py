@@ -27,6 +27,7 @@ from pipeline.submission import last_submission
 from pipeline.submit import adopt, submit
 from pipeline.terminal import stop_on_signal
 from tests.conftest import make_images
+from tests.stuck_disk import mount_stuck
 from tests.test_scripts import condor_arguments
 
 GOLDEN = Path(__file__).parent / "golden" / "scripts"
@@ -95,6 +96,7 @@ def commands(tmp_path, monkeypatch):
 def order(tmp_path):
     def make(cluster: str = "s", **changes) -> Order:
         entry = {"groups": {"all": {"memory": "1 GiB"}}, "walltime": changes.pop("walltime", 3600)}
+        entry |= {"driver": changes.pop("driver", {})}
         (tmp_path / "cluster.yaml").write_text(
             yaml.safe_dump({"clusters": {name: {"kind": kind, **entry} for name, kind in KINDS.items()}})
         )
@@ -385,8 +387,12 @@ def complete(order, client, tmp_path):
     return finish
 
 
-def test_a_page_about_the_store_lies_beside_the_drivers_log(complete, tmp_path):
+def test_a_page_about_the_store_lies_beside_the_drivers_log(complete, tmp_path, monkeypatch):
+    """A program in the job's folder that is named as one of Python's is not run for it."""
+    (tmp_path / "json.py").write_text("open('was_run', 'w').close(); raise SystemExit")
+    monkeypatch.chdir(tmp_path)
     code, said = complete()
+    assert not (tmp_path / "was_run").exists()
     (page,) = (tmp_path / "featuremaps-logs").glob("featuremaps-*-report.html")
     assert code == 0
     assert said == [f"page about the store: {page}"]
@@ -413,6 +419,32 @@ def test_a_page_for_which_there_is_no_time_ends_nothing(complete):
     assert code == 0
     assert "was not written (Command" in said[0]
     assert "timed out" in said[0]
+
+
+def test_a_source_that_hangs_costs_the_page_its_photographs_and_a_store_that_hangs_the_page(complete, tmp_path, monkeypatch):
+    """Processes that wait for such a file system cannot be ended, and the job goes on without them."""
+    disk = mount_stuck(tmp_path / "pictures")
+    try:
+        code, said = complete()
+    finally:
+        disk.release()
+    (page,) = (tmp_path / "featuremaps-logs").glob("featuremaps-*-report.html")
+    assert (code, said) == (0, [f"page about the store: {page}"])
+    assert "the source image is out of reach" in page.read_text()
+    monkeypatch.setattr("pipeline.attend.PAGE_S", 6.0)
+    disk = mount_stuck(tmp_path / "f.zarr")
+    try:
+        code, said = complete()
+    finally:
+        disk.release()
+    assert code == 0
+    assert "timed out" in said[0]
+
+
+def test_a_page_that_takes_more_memory_than_it_may_is_not_written_and_ends_nothing(complete):
+    code, said = complete(driver={"memory": "200 MiB"})
+    assert code == 0
+    assert "the page about the store was not written" in said[0]
 
 
 # -- scripts ----------------------------------------------------------------------------------------------------------------------
@@ -457,7 +489,7 @@ def test_what_the_scripts_run_gets_its_arguments_and_variables_whole(tmp_path, m
     environment = {"PATH": os.environ["PATH"], "PBS_JOBID": "12.server"}
     subprocess.run(command, check=True, env=environment, timeout=60, cwd="/")
     arguments, variables = json.loads(said.read_text())
-    assert arguments[:4] == ["-m", "pipeline", "submit", str(tmp_path / "it's my job.yaml")]
+    assert arguments[:5] == ["-P", "-m", "pipeline", "submit", str(tmp_path / "it's my job.yaml")]
     assert arguments[-1] == "--attend"
     assert variables["NOTE"] in {"it's a\\b", "it's a\\\\b"}  # as the shell's echo has it
     assert variables["PWD"] == str(tmp_path)

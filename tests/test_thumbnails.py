@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import os
 from pathlib import Path
@@ -13,10 +14,12 @@ from PIL import Image
 
 from pipeline import thumbnails as module
 from pipeline.config import DecodeSpec
+from pipeline.decode import decode
 from pipeline.listing import fingerprint_of
-from pipeline.thumbnails import encode, thumbnails
+from pipeline.thumbnails import encode, photographs, thumbnails
 from tests.conftest import make_images
 from tests.hostile import png
+from tests.stuck_disk import mount_stuck
 
 
 def pixels(uri: str) -> np.ndarray:
@@ -26,6 +29,12 @@ def pixels(uri: str) -> np.ndarray:
 def ask(folder: Path, *names: str) -> list[tuple[int, int] | None]:
     images = [(name, fingerprint_of((folder / name).stat())) for name in names]
     return [found and (found.width, found.height) for found in thumbnails(str(folder), DecodeSpec(), images, 96)]
+
+
+def photograph(folder: Path, *names: str, spec: DecodeSpec | None = None) -> list[np.ndarray | str]:
+    images = [(n, (folder / n).stat().st_size, hashlib.sha256((folder / n).read_bytes()).hexdigest()) for n in names]
+    found = photographs(str(folder), spec or DecodeSpec(), images)
+    return [trouble if pixels is None else pixels for pixels, trouble in found]
 
 
 @pytest.fixture
@@ -61,6 +70,8 @@ def test_a_file_that_kills_its_process_costs_itself_only(folder, monkeypatch):
 
 
 def test_a_file_that_hangs_costs_its_time_only(folder, monkeypatch):
+    """Also the first one, whose time begins once the process has: what it says must not wait for the rest."""
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
     monkeypatch.setattr(module, "IMAGE_S", 0.5)
     site = folder.parent / "site"
     site.mkdir()
@@ -98,7 +109,61 @@ def test_pixels_are_made_smaller_and_kept_where_they_are_few():
 
 
 def test_what_the_process_answers_one_picture_after_another(folder):
-    order = {"root": str(folder), "decode": DecodeSpec().model_dump(mode="json"), "longest": 50}
+    order = {"kind": "thumbnails", "root": str(folder), "decode": DecodeSpec().model_dump(mode="json"), "longest": 50}
     images = [(name, fingerprint_of((folder / name).stat())) for name in ("img00000.jpg", "empty.png", "bomb.png")]
     found = list(module.answers({**order, "images": images}))
     assert [picture and picture.width for picture in found] == [50, None, None]
+
+
+def test_programs_that_lie_in_the_current_folder_are_not_run(folder, monkeypatch, tmp_path):
+    """As in a folder of notes with a json.py, or one named pipeline; the process is told to leave it alone."""
+    poison = tmp_path / "poison"
+    (poison / "pipeline").mkdir(parents=True)
+    bad = f"open({str(tmp_path / 'was_run')!r}, 'w').close(); raise SystemExit\n"
+    for name in ("json.py", "queue.py", "io.py", "numpy.py", "pipeline/__init__.py", "pipeline/thumbnails.py"):
+        (poison / name).write_text(bad)
+    monkeypatch.chdir(poison)
+    assert ask(folder, "cut.jpg") == [(96, 72)]
+    assert not (tmp_path / "was_run").exists()
+
+
+def test_photographs_are_what_the_extractor_saw(folder):
+    spec = DecodeSpec(resize=(28, 30), color="grey")
+    first, second, cut, bomb = photograph(folder, "img00000.jpg", "img00001.jpg", "cut.jpg", "bomb.png", spec=spec)
+    assert np.array_equal(first, decode((folder / "img00000.jpg").read_bytes(), spec))
+    assert np.array_equal(second, decode((folder / "img00001.jpg").read_bytes(), spec))
+    assert cut == bomb == "the source image cannot be read any more"
+
+
+def test_photographs_that_are_gone_or_others_are_said(folder, monkeypatch):
+    known = [("img00000.jpg", (folder / "img00000.jpg").stat().st_size, "0" * 64), ("img00001.jpg", 7, ""), ("gone.jpg", 7, "")]
+    found = [trouble for _, trouble in photographs(str(folder), DecodeSpec(), [*known, ("huge.jpg", module.FILE_BYTES + 1, "")])]
+    changed = "the file has changed since its maps were computed, so it is not shown beside them"
+    large = "the source image has more than 67,108,864 bytes, so it is not shown here"
+    assert found == [changed, changed, "the source image cannot be read any more", large]
+
+
+def test_the_memory_of_the_process_suffices_for_the_largest_pictures(folder):
+    """Of which WebP takes most, 32 bytes for a pixel."""
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 255, (500, 4, 3), np.uint8).repeat(9, 0).repeat(1100, 1)  # 19.8 megapixels
+    Image.fromarray(pixels).save(folder / "large.webp", quality=1, method=0)
+    Image.fromarray(pixels).save(folder / "large.png", compress_level=1)
+    assert ask(folder, "large.webp", "large.png") == [(94, 96), (94, 96)]
+
+
+def test_a_file_system_that_hangs_costs_its_time_only(folder, monkeypatch, tmp_path):
+    """Those who read from it cannot even be killed."""
+    images = [("a.jpg", 100, "0" * 64), ("b.jpg", 100, "0" * 64)]
+    monkeypatch.setattr(module, "TOTAL_S", 8.0)
+    monkeypatch.setattr(module, "IMAGE_S", 0.5)
+    (tmp_path / "lost").mkdir()
+    disk = mount_stuck(tmp_path / "lost")
+    try:
+        assert thumbnails(str(disk.folder), DecodeSpec(), [("a.jpg", "100-1")] * 2, 96) == [None, None]
+        found = list(photographs(str(disk.folder), DecodeSpec(), images))
+    finally:
+        disk.release()
+    assert [trouble for _, trouble in found] == [
+        "the source image is out of reach: reading it took too long, or too much memory"
+    ] * 2

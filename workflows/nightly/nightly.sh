@@ -6,7 +6,7 @@
 # QUIET=1          says nothing when all is well (cron mails whatever is said)
 # VERIFY_ON=Sun    audits the store, too, after a complete run that began on this day (Mon, Tue, ...); this reads all maps
 # VERIFY_SAMPLE=20 images that the audit computes anew; 0 leaves the images alone
-# REPORT=FILE.html writes a page about the store there at the end, whatever became of the night
+# REPORT=FILE.html writes a page about the store there at the end, also of a night that failed; but not of one that was told to stop
 # LOGS=FOLDER      where the log of each night goes, for 90 nights; `logs` beside the job file
 #
 # Exit codes are those of featuremaps: 0 complete, 1 failed, 2 refused, 3 too many bad images, 75 stopped early or another run has the store.
