@@ -18,6 +18,7 @@ from pipeline.errors import UsageError
 from pipeline.run import run_job
 from pipeline.schema import Status
 from pipeline.store import Store
+from pipeline.tables import write_parquet
 from tests.conftest import make_images
 
 pytestmark = pytest.mark.cluster
@@ -238,3 +239,37 @@ def test_what_matched_is_said(store, caplog):
 def test_tables_that_do_not_fit_are_refused(store, table, on, expected):
     with pytest.raises(UsageError, match=expected):
         store.join(table, on)
+
+
+# -- what goes wrong beside them -------------------------------------------------------------------------------------------------
+
+
+def test_an_image_that_was_done_after_the_table_was_read_has_no_neighbours(path, tmp_path):
+    shutil.copytree(path, tmp_path / "f.zarr")
+    changed = Store(tmp_path / "f.zarr")
+    changed.commit("50x60", np.arange(1), {"status": np.array([Status.PENDING], np.uint8)})
+    store = open_store(tmp_path / "f.zarr")
+    name = store.images.query("status == 'pending'")["path"].item()
+    changed.commit("50x60", np.arange(1), {"status": np.array([Status.DONE], np.uint8)})
+    with pytest.raises(
+        UsageError, match=r"has no finite pooled values in .*f\.zarr as it was when it was first read: open the store"
+    ):
+        store.nearest(name)
+    assert len(open_store(tmp_path / "f.zarr").nearest(name)) == 5
+
+
+def test_a_parquet_file_that_cannot_be_written_is_refused(store, tmp_path, monkeypatch):
+    with pytest.raises(
+        UsageError, match=r"s3://b/f\.parquet is a URL, and Parquet files are written to this machine's folders only"
+    ):
+        store.to_parquet("s3://b/f.parquet")
+    with pytest.raises(UsageError, match=r"f\.parquet cannot be written .*: check its folder, permissions and space"):
+        store.to_parquet(tmp_path / "none" / "f.parquet")
+    mixed = pd.DataFrame({"path": ["img00000.png", "img00001.png"], "label": pd.Series([1, "a"], dtype=object)})
+    with pytest.raises(UsageError, match=r"the table cannot be written to .*: a joined column may hold values of several kinds"):
+        store.join(mixed).to_parquet(tmp_path / "f.parquet")
+    table = pd.DataFrame({"a": [1]})  # made here: with pyarrow installed pandas imports it now and then
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(UsageError, match=r'pip install "featuremaps\[parquet\]"'):
+        write_parquet(table, tmp_path / "f.parquet")
+    assert list(tmp_path.iterdir()) == []
