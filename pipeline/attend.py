@@ -42,7 +42,7 @@ COUNT_S = 60.0
 """How long the ledger may take to be counted, where a storage hangs."""
 PAGE_S = 300.0
 """How long the page at the end may take."""
-_SAID_BYTES = 10_000
+_SAID_BYTES = 1000
 VAIN_PAUSE_S = 30.0
 LONGEST_VAIN_PAUSE_S = 600.0
 
