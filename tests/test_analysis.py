@@ -424,3 +424,17 @@ def test_damaged_weights_are_said_to_be_so(folder, tmp_path):
         FeaturemapsError, match=r"the weights in .*f.zarr cannot be read .* restore it from a copy, or make the store anew"
     ):
         open_store(tmp_path / "f.zarr").weights  # noqa: B018 (a property that reads)
+
+
+@pytest.mark.parametrize("name", ["plain", "stack"])
+def test_xarray_opens_a_whole_store_as_a_tree_of_the_same_values(folder, name):
+    ours = open_store(folder / f"{name}.zarr")
+    with pytest.warns(UserWarning, match="not recognized as a component of a Zarr hierarchy"):  # of what is in runs/
+        theirs = xr.open_datatree(folder / f"{name}.zarr", engine="zarr", consolidated=False)
+    tree = ours.tree()
+    assert set(theirs.children) == {*tree.children, "extractor", "rejected", "runs"}
+    assert set(tree.children) == set(ours.classes)
+    for group, node in tree.children.items():
+        for layer in ours.layers:
+            is_done = node["status"].values == 1
+            np.testing.assert_allclose(node[layer].values[is_done], theirs[group][layer].values[is_done], rtol=0, atol=1e-6)
