@@ -69,7 +69,7 @@ class FeatureStore:
 
     @property
     def spec(self) -> StoreSpec:
-        """What the store was made with: source, dtype, extractor, decode rules, versions."""
+        """What the store was made with, that is source, dtype, extractor, decode rules and versions."""
         return self._store.spec
 
     @cached_property
@@ -79,7 +79,7 @@ class FeatureStore:
 
     @property
     def layers(self) -> tuple[str, ...]:
-        """Names of the stored layers: of all there are pooled values."""
+        """Names of the stored layers, of all of which there are pooled values."""
         return tuple(layer.name for layer in self._store.spec.layers)
 
     @property
@@ -94,7 +94,7 @@ class FeatureStore:
 
     @cached_property
     def weights(self) -> dict[str, Array]:
-        """The weights as used: ``conv1_weight`` (filter, channel, y, x), ``conv1_bias`` (filter,), ...; float32.
+        """The weights as used, ``conv1_weight`` (filter, channel, y, x), ``conv1_bias`` (filter,), ...; float32.
 
         They are for a cross-correlation over ``pixel / 256``.
 
@@ -123,7 +123,7 @@ class FeatureStore:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Number of images per status: pending, done, quarantined and rejected."""
+        """Number of images per status, which is pending, done, quarantined or rejected."""
         return dict(self._entries.counts)
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import difflib
 import os
 from collections.abc import Sequence
 from functools import cached_property
@@ -185,6 +186,9 @@ class Entries:
     def _class(self, name: str) -> ShapeClass:
         classes = {shape_class.name: shape_class for shape_class in self.store.classes.values()}
         if name not in classes:
+            near = difflib.get_close_matches(name, classes, n=3, cutoff=0.5)
             known = ", ".join([*classes][:10]) or "none yet"
-            raise UsageError(f"{self.store.path} has no shape class {name!r}; it has {known}")
+            rest = f" and {len(classes) - 10} more, see `.classes`" if len(classes) > 10 else ""
+            hint = f"; did you mean {', '.join(map(repr, near))}?" if near else ""
+            raise UsageError(f"{self.store.path} has no shape class {name!r}; it has {known}{rest}{hint}")
         return classes[name]

@@ -18,8 +18,7 @@ from pipeline.schema import ShapeClass, Status, StoredLayer
 from pipeline.settings import decode_spec, extractor_spec
 from pipeline.store import Store
 from pipeline.thumbnails import PIXEL_LIMIT, Embedded, Photograph, encode, photographs
-from pipeline.views import map_sizes, require_values
-from pipeline.weights import dequantise
+from pipeline.views import decoded, map_sizes
 
 MAX_VALUES = 1 << 24
 """Values of all maps of one image, and of its pixels, beyond which it is no sample: 64 MiB as float32, a few times over."""
@@ -207,9 +206,7 @@ def _photographs(store: Store, chosen: Sequence[Chosen]) -> Iterator[Photograph]
 def _maps(store: Store, shape_class: ShapeClass, layer: StoredLayer, row: int, size: Size) -> Array:
     with remote.errors(str(store.path)):
         stored = np.asarray(store.array(shape_class.name, layer.name)[row, :, : size[0], : size[1]])
-    maps = dequantise(stored, layer)
-    require_values(maps)
-    return maps
+    return decoded(stored, layer)
 
 
 def _draw(layer: str, maps: Array, n: int) -> Iterator[MapPicture]:
