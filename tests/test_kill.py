@@ -33,7 +33,7 @@ def cluster(tmp_path):
     started.end()
 
 
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("seed", [1])  # of the moment; `tests.kill_rounds` tries the many
 @pytest.mark.parametrize("victim", ["driver", "worker", "nanny", "scheduler", "all"])
 def test_a_killed_process_costs_no_committed_row_and_the_next_run_finishes(place, tmp_path, victim, seed):
     result = run_round(place, victim, seed, tmp_path / "round")
