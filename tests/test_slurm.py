@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline import launch_batch
 from pipeline.cluster import connect
 from pipeline.cluster_spec import load_cluster
 from pipeline.config import make_job
@@ -205,17 +204,53 @@ def test_workers_of_another_version_are_refused(tmp_path, pictures):
 # -- how a run lives ---------------------------------------------------------------------------------------------------------------
 
 
-def test_workers_that_retire_before_their_walltime_are_replaced(tmp_path, pictures, run, monkeypatch, queue):
-    monkeypatch.setattr(launch_batch, "lifetime", lambda _: ["--lifetime", "12s"])  # a walltime has whole minutes
-    groups = slowly(tmp_path, {"all": {"workers": 2, "memory": "2 GiB"}}, delay_s=0.03)
+RETIRE = """
+import threading
+import time
+from pathlib import Path
+from pipeline import decode
+
+workers, seen, lock = [], [], threading.Lock()
+
+def dask_setup(worker):
+    if worker.lifetime:  # `dask worker` was given the option, whose time is up as soon as the worker has seen a few images
+        workers.append(worker)
+
+def retire(worker):
+    worker.loop.add_callback(worker.close_gracefully, reason="worker-lifetime-reached")
+    while worker.status.name not in {"closing", "closed", "failed"}:  # so that it leaves in the middle of its batch
+        time.sleep(0.01)
+
+if decode.decode.__name__ == "decode":  # Dask may load this twice
+    at_once = decode.decode
+
+    def decode_until_retired(*arguments):
+        with lock:
+            seen.append(1)
+            if workers and len(seen) == 20 and not Path(f"FOLDER/{workers[0].name}").exists():
+                Path(f"FOLDER/{workers[0].name}").touch()
+                retire(workers[0])
+        return at_once(*arguments)
+
+    decode.decode = decode_until_retired
+"""
+"""What workers load first, so that the first of each name retires at its 20th image, as when its lifetime is over; no later one does."""
+
+
+def test_workers_that_retire_before_their_walltime_are_replaced(tmp_path, pictures, run, queue):
+    retired = tmp_path / "retired"
+    retired.mkdir()
+    (tmp_path / "retire.py").write_text(RETIRE.replace("FOLDER", str(retired)))
+    environment = {"DASK_DISTRIBUTED__WORKER__PRELOAD": f"['{tmp_path}/retire.py']"}
+    groups = {"all": {"workers": 2, "memory": "2 GiB", "environment": environment}}
     spec = load_cluster("slurm", cluster_file(tmp_path, groups))
     run(pictures, tmp_path / "here.zarr")
     with connect(spec) as client:
-        time.sleep(6)  # so that they retire soon after the run began
         summary = run_job(make_job({"source": str(pictures), "store": str(tmp_path / "f.zarr")}), client)
     assert (summary.outcome, summary.n_done) == ("complete", 500)
     assert content(tmp_path / "f.zarr") == content(tmp_path / "here.zarr")
     numbers = {path.stem.rpartition("-")[2] for path in (tmp_path / "featuremaps-logs").glob("*.err")}
+    assert list(retired.iterdir()), "nobody retired"
     assert len(numbers) > 2, "nobody was replaced"
 
 
