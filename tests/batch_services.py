@@ -21,7 +21,7 @@ import psutil
 from tests.services import free_port
 
 _SBIN = "/usr/local/sbin:/usr/sbin:/sbin"
-_WAIT_S = 60.0
+_WAIT_S = 900.0
 
 
 def debian_program(name: str, package: str) -> str:

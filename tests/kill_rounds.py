@@ -39,9 +39,9 @@ SIZES = [(300 + 17 * k, 360 + 15 * k) for k in range(12)]
 
 N_WORKERS = 2
 MAX_RESUMES = 3
-RUN_LIMIT_S = 150.0
-LOST_LIMIT_S = 40.0  # a run whose scheduler is gone has ended by itself
-ORPHAN_LIMIT_S = 10.0  # workers whose driver is gone have ended by themselves
+RUN_LIMIT_S = 900.0
+LOST_LIMIT_S = 400.0  # a run whose scheduler is gone has ended by itself
+ORPHAN_LIMIT_S = 100.0  # workers whose driver is gone have ended by themselves
 _MARK = "FEATUREMAPS_KILL_ROUND"
 
 
@@ -139,7 +139,7 @@ class Cluster:
         self.scheduler = Process([script("dask"), "scheduler", *arguments], folder, "scheduler")
         self.workers: list[Process] = []
         self.start_workers()
-        if not wait_until(lambda: self.file.exists() and self.file.read_text().rstrip().endswith("}"), 60):
+        if not wait_until(lambda: self.file.exists() and self.file.read_text().rstrip().endswith("}"), RUN_LIMIT_S):
             self.end()
             raise TimeoutError(self.scheduler.output())
         self.address = json.loads(self.file.read_text())["address"]
@@ -161,7 +161,7 @@ class Cluster:
 
     def wait_for_workers(self) -> None:
         with Client(self.address, set_as_default=False) as client:
-            client.wait_for_workers(self.n_workers, timeout=60)
+            client.wait_for_workers(self.n_workers, timeout=900)
 
     @property
     def processes(self) -> list[Process]:
@@ -256,9 +256,9 @@ def prepare(folder: Path, n_images: int) -> Place:
     workers = ("--workers", str(N_WORKERS))
     for store, options in ((place.half, ("--limit", str(n_images // 2))), (folder / "whole.zarr", ())):
         command = place.command(store, *workers, *options)
-        wait_until((store / RUNS / "lock.json").exists, 60)
+        wait_until((store / RUNS / "lock.json").exists, RUN_LIMIT_S)
         locked = time.time()
-        wait_until(lambda store=store: last_touch(store), 60)
+        wait_until(lambda store=store: last_touch(store), RUN_LIMIT_S)
         began = time.time()
         assert command.wait(RUN_LIMIT_S) == 0, command.output()
         place.whole_s, place.work_s = last_touch(store) - locked, last_touch(store) - began

@@ -71,7 +71,7 @@ def _environment() -> dict[str, str]:
 
 
 def _wait(endpoint: str, process: subprocess.Popen[bytes]) -> None:
-    for _ in range(600):
+    for _ in range(9000):
         assert process.poll() is None, "the server ended as it started"
         try:
             urllib.request.urlopen(f"{endpoint}/{BUCKET}", timeout=5).read()
@@ -83,7 +83,7 @@ def _wait(endpoint: str, process: subprocess.Popen[bytes]) -> None:
         else:
             return
         time.sleep(0.1)
-    raise AssertionError(f"no answer from {endpoint} within 60 s")
+    raise AssertionError(f"no answer from {endpoint} within 15 minutes")
 
 
 @contextlib.contextmanager
@@ -106,7 +106,7 @@ def _wait_for_bucket(endpoint: str) -> None:
     """The server turns people without a key away before it has made its bucket."""
     keys = {key.lower(): value for key, value in environment(endpoint).items()}
     bucket = S3Store(BUCKET, config=keys, client_options={"allow_http": True})
-    for _ in range(600):
+    for _ in range(9000):
         try:
             bucket.put("probe", b"")
             bucket.delete("probe")
@@ -114,7 +114,7 @@ def _wait_for_bucket(endpoint: str) -> None:
             time.sleep(0.1)
         else:
             return
-    raise AssertionError(f"no bucket at {endpoint} within 60 s")
+    raise AssertionError(f"no bucket at {endpoint} within 15 minutes")
 
 
 @contextlib.contextmanager

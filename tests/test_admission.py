@@ -17,7 +17,7 @@ from pipeline.run import run_job
 from tests.conftest import content, make_images
 from tests.test_ssh import Scheduler
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.cluster]
 
 
 @pytest.fixture
@@ -61,13 +61,13 @@ def test_a_worker_of_another_zarr_that_joins_in_the_middle_leaves_before_it_work
     job = make_job({"source": str(source), "store": str(tmp_path / "f.zarr"), "dtype": "uint8"})
     late, touched = [], tmp_path / "it worked"
     with Client(f"tcp://127.0.0.1:{ours.port}") as client:
-        client.wait_for_workers(1, timeout=60)
+        client.wait_for_workers(1, timeout=900)
 
         def add_worker(progress) -> None:
             if progress.stage == "running" and not late:
                 waiting = client.submit(Path.touch, touched, resources={"late": 1})  # which is sent to it as soon as it is there
                 late.append(join(ours, "read=1 extract=1 write=1 late=1", *options, environment=another_zarr(tmp_path)))
-                late[0].wait(90)
+                late[0].wait(900)
                 waiting.cancel()
 
         summary = run_job(job, client, on_progress=add_worker)
@@ -85,15 +85,15 @@ def test_a_worker_of_another_zarr_that_joins_in_the_middle_leaves_before_it_work
 def test_a_worker_that_joins_without_its_gpu_is_sent_away_only_while_the_run_goes_on(ours, tmp_path):
     blind = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     with Client(f"tcp://127.0.0.1:{ours.port}") as client:
-        client.wait_for_workers(1, timeout=60)
+        client.wait_for_workers(1, timeout=900)
         with only_like_this(client):
-            join(ours, "gpu=1", environment=blind).wait(90)
+            join(ours, "gpu=1", environment=blind).wait(900)
         assert "it was to have a GPU, and torch sees none there" in (tmp_path / "late.log").read_text()
         with Client(client.scheduler.address) as killed:
             gone = only_like_this(killed)
             gone.__enter__()  # and is never left, as by a driver that was killed
         join(ours, "gpu=1", environment=blind)
-        client.wait_for_workers(2, timeout=60)
+        client.wait_for_workers(2, timeout=900)
         with (
             pytest.raises(FeaturemapsError, match="late were to have a GPU, and torch sees none there: no batch was sent"),
             only_like_this(client),
@@ -104,7 +104,7 @@ def test_a_worker_that_joins_without_its_gpu_is_sent_away_only_while_the_run_goe
 def test_workers_of_another_zarr_are_refused_at_the_start(ours, tmp_path):
     join(ours, "read=1", environment=another_zarr(tmp_path))
     with Client(f"tcp://127.0.0.1:{ours.port}") as client:
-        client.wait_for_workers(2, timeout=60)
+        client.wait_for_workers(2, timeout=900)
         with (
             pytest.raises(
                 FeaturemapsError,

@@ -278,7 +278,7 @@ def test_what_may_not_be_read_is_said_and_costs_itself_only(public):
         [sys.executable, "-c", code, str(public), *commands],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=900,
         check=False,
     )
     assert found.stdout.startswith("done\n"), found.stderr

@@ -158,7 +158,7 @@ def test_threads_that_run_out_of_memory_together_halve_the_batch_once(monkeypatc
 
     def start_or_fail(self, items):
         if len(self.pixels) > 4:
-            together.wait(10)
+            together.wait(900)
             raise RuntimeError("GET was unable to find an engine to execute this computation")
         start(self, items)
 

@@ -65,7 +65,7 @@ def site(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("site")
     (command,) = re.findall(r"python (-m sphinx .+) docs docs/_build/html$", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
     options = [*command.split(), "-q", "-d", folder / "doctrees", "docs", folder / "html"]
-    done = subprocess.run([sys.executable, *options], cwd=ROOT, capture_output=True, text=True, check=False, timeout=280)
+    done = subprocess.run([sys.executable, *options], cwd=ROOT, capture_output=True, text=True, check=False, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder / "html"
 

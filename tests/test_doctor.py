@@ -357,7 +357,7 @@ def ssh_server(tmp_path):
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
-    assert ready.wait(20)
+    assert ready.wait(900)
     yield {"hosts": ["127.0.0.1"], "port": port, "key_file": "key", "known_hosts_file": "hosts", "user": "me"}
     loop.call_soon_threadsafe(loop.stop)
     thread.join()
@@ -501,7 +501,7 @@ def test_a_doctor_that_is_asked_to_end_takes_its_jobs_back(waiting_jobs, spec, t
         if "waiting for workers (all: 0 of 1 workers; all-0: job 7 (x) PENDING: Resources" in line:
             break
     process.terminate()
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=900)
     assert process.returncode == 1
     assert "FAIL  starting: stopped while waiting for workers" in out
     assert waiting_jobs.read_text().split()[-1] == "7"
@@ -529,7 +529,7 @@ def test_a_worker_that_has_another_disk_of_the_same_name_is_found(running, small
         from distributed import Client
 
         with Client(spec.address) as client:
-            client.wait_for_workers(1, timeout=60)
+            client.wait_for_workers(1, timeout=900)
         found = {finding.what: finding for finding in check_workers.started(spec, folder / "f.zarr")}
     finally:
         process.terminate()

@@ -88,7 +88,6 @@ def all_accounted_for(summary: dict, store: Path, n_files: int) -> None:
     assert not images["error"].str.startswith("crashed").any()
 
 
-@pytest.mark.timeout(600)
 def test_all_test_images_of_pillow_run_to_the_end(client, command, pillow_images, tmp_path):
     files = [path for path in pillow_images.rglob("*") if path.is_file()]
     assert len(files) > 900

@@ -380,7 +380,7 @@ def test_folders_that_may_not_be_read():
         (folder / "closed").chmod(0o000)
         try:
             arguments = [sys.executable, "-c", AS_NOBODY, str(folder / "classes"), str(folder / "closed")]
-            found = subprocess.run(arguments, cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=60, check=False)
+            found = subprocess.run(arguments, cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=900, check=False)
         finally:
             (folder / "classes" / "locked").chmod(0o755)
             (folder / "closed").chmod(0o755)

@@ -135,7 +135,7 @@ def test_the_heartbeat_shows_that_the_holder_lives(runs, monkeypatch):
     with StoreLock(runs, "mine"):
         path = runs / "lock.json"
         os.utime(path, (1.0, 1.0))
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 900
         while path.stat().st_mtime < 2.0:
             assert time.monotonic() < deadline
             time.sleep(0.02)

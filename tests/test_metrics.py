@@ -24,7 +24,7 @@ def values(text: str, name: str, label: str = "store") -> dict[str, float]:
 
 
 def scraped(url: str) -> str:
-    with urllib.request.urlopen(url, timeout=20) as response:
+    with urllib.request.urlopen(url, timeout=900) as response:
         return str(response.read().decode())
 
 
@@ -56,7 +56,7 @@ def test_a_store_whose_name_is_hostile_is_a_label_all_the_same():
 @pytest.mark.cluster
 def test_two_runs_in_one_process_are_told_apart_by_their_store(client, tmp_path):
     source = make_images(tmp_path / "source", 3, [(50, 60)])
-    both, seen, done = threading.Barrier(2, timeout=60), [], []
+    both, seen, done = threading.Barrier(2, timeout=900), [], []
 
     def look(progress: Progress) -> None:
         if progress.stage == "starting workers":

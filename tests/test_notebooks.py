@@ -10,7 +10,7 @@ from nbclient.exceptions import CellExecutionError
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "workflows/notebooks").glob("*.ipynb"))
-LONGEST_CELL_S = 120
+LONGEST_CELL_S = 900
 
 pytestmark = pytest.mark.long
 

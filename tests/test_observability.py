@@ -51,7 +51,7 @@ COUNTED = {
 
 
 def get(url: str) -> str:
-    with urllib.request.urlopen(url, timeout=20) as response:
+    with urllib.request.urlopen(url, timeout=900) as response:
         return str(response.read().decode())
 
 
@@ -63,14 +63,14 @@ def samples(url: str) -> dict[str, float]:
 
 def until(look: Any, process: Any = None) -> Any:
     """What ``look`` finds, once it finds something, while a process is there."""
-    for _ in range(600):
+    for _ in range(9000):
         assert process is None or process.poll() is None, "it ended"
         with contextlib.suppress(OSError):
             found = look()
             if found:
                 return found
         time.sleep(0.1)
-    raise AssertionError("not seen within 60 s")
+    raise AssertionError("not seen within 15 minutes")
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +119,7 @@ def held(tmp_path_factory):
                 not wanted and self.command == "GET" and self.path == f"/{HELD}"
             ):  # of headers, which come first, a range is asked for
                 is_held.set()
-                may_go.wait(60)
+                may_go.wait(900)
             self.send_response(206 if wanted else 200)
             if wanted:
                 start, stop = int(wanted[1]), min(int(wanted[2]) + 1, len(data))
@@ -149,7 +149,7 @@ def held(tmp_path_factory):
                 until(lambda p=pattern: re.search(p, err.read_text()), process)[1]
                 for pattern in (r'"url": "(http://[^"]+)"', r"dashboard: (http://[^\"]+)/status")
             )
-            assert is_held.wait(60)
+            assert is_held.wait(900)
             yield SimpleNamespace(
                 folder=folder,
                 process=process,
@@ -265,7 +265,7 @@ def test_a_port_that_is_taken_is_refused_before_anything_is_started(held, tmp_pa
 
 def test_at_its_end_every_line_was_json_and_nobody_listens_any_more(held):
     held.go()
-    assert held.process.wait(timeout=60) == 0
+    assert held.process.wait(timeout=900) == 0
     for url in (held.metrics, held.dashboard):
         with pytest.raises(urllib.error.URLError, match="refused"):
             get(url)
@@ -297,7 +297,7 @@ def test_a_drain_ends_the_metrics_too_and_says_so_in_json(tmp_path):
             lines.append(json.loads(line))
             if lines[-1].get("stage") == "starting workers":
                 process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=60) == 75
+        assert process.wait(timeout=900) == 75
         assert process.stdout.read().startswith("stopped: 0 images done, ")
     assert [line["signal"] for line in lines if "signal" in line] == ["SIGTERM"]
     assert (lines[-1]["outcome"], lines[-1]["level"], lines[-1]["receipt"]["n_pending"]) == ("stopped", "WARNING", 5)

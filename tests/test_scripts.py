@@ -90,7 +90,7 @@ def test_what_the_scripts_run_gets_its_arguments_and_variables_whole(tmp_path, k
         (line,) = (line for line in script.splitlines() if line.startswith("Arguments = "))
         assert "$(echo" not in line, "HTCondor would take it for a macro of its own"
         command = ["/bin/sh", *condor_arguments(line.removeprefix("Arguments = "))]
-    subprocess.run(command, check=True, env={"PATH": os.environ["PATH"]}, timeout=60)
+    subprocess.run(command, check=True, env={"PATH": os.environ["PATH"]}, timeout=900)
     arguments, environment = json.loads(said.read_text())
     assert arguments[:5] == ["-m", "distributed.cli.dask_worker", "tcp://DRIVER:PORT", "--name", "read-0"]
     options = dict(pairwise(arguments))

@@ -76,7 +76,7 @@ def test_an_image_that_never_comes_costs_itself_only(client, source, tmp_path, s
     with monkeypatch.context() as patched, connect(LocalSpec(workers=2)) as own:
         patched.setattr(Intake, "append", append)
         summary = run_job(job, own, on_progress=mount)
-        own.wait_for_workers(2, timeout=60)
+        own.wait_for_workers(2, timeout=900)
     assert (summary.outcome, summary.n_done, summary.n_pending) == ("incomplete", 40, 2)
     assert summary.n_quarantined == summary.n_rejected == 0
     assert any("slow/img00000.png: the storage did not answer" in fault for fault in summary.faults)
@@ -123,11 +123,11 @@ def test_a_storage_that_answers_nobody_ends_the_run_as_incomplete(client, source
     with log.open("w") as file:
         quiet = {**os.environ, "DASK_LOGGING__DISTRIBUTED": "critical"}  # as the command itself does, before it imports Dask
         command = subprocess.Popen(arguments, stdout=file, stderr=file, env=quiet)
-    assert wait_until(lambda: (tmp_path / "now").exists() or command.poll() is not None, 60)
+    assert wait_until(lambda: (tmp_path / "now").exists() or command.poll() is not None, 900)
     disk = stick(tmp_path / what, *options)
     (tmp_path / "go").touch()
     try:
-        assert command.wait(90) == 1, log.read_text()  # it ends though some of its processes cannot
+        assert command.wait(900) == 1, log.read_text()  # it ends though some of its processes cannot
     finally:
         command.kill()
         command.wait()

@@ -364,7 +364,7 @@ sys.exit(attempt.finish(Summary("x", outcome="complete")))
 
 def test_an_audit_ends_before_the_job_is_killed_and_it_is_said_what_is_left(order, tmp_path):
     order("p")
-    done = subprocess.run([sys.executable, "-c", AUDIT], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run([sys.executable, "-c", AUDIT], cwd=tmp_path, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == EXIT_FAILED, done.stderr
     assert "the store is complete, and the job's time is up before its audit came to an end" in done.stdout
     assert "featuremaps verify f.zarr" in done.stdout
@@ -487,7 +487,7 @@ def test_what_the_scripts_run_gets_its_arguments_and_variables_whole(tmp_path, m
         assert "$(echo" not in line, "HTCondor would take it for a macro of its own"
         command = ["/bin/sh", *condor_arguments(line.removeprefix("arguments = "))]
     environment = {"PATH": os.environ["PATH"], "PBS_JOBID": "12.server"}
-    subprocess.run(command, check=True, env=environment, timeout=60, cwd="/")
+    subprocess.run(command, check=True, env=environment, timeout=900, cwd="/")
     arguments, variables = json.loads(said.read_text())
     assert arguments[:5] == ["-P", "-m", "pipeline", "submit", str(tmp_path / "it's my job.yaml")]
     assert arguments[-1] == "--attend"
