@@ -23,24 +23,16 @@ from pipeline.errors import FeaturemapsError
 from pipeline.faults import explain, scheduler_lost, why
 from pipeline.fleet import Fleet
 from pipeline.flight import Flight, Sent
-from pipeline.intake import Intake
+from pipeline.intake import Intake, work_piece
 from pipeline.ledger import Ledger
 from pipeline.listing import Listing
 from pipeline.lock import require_lock
 from pipeline.outcomes import Outcomes, note_batch
-from pipeline.plan import (
-    BATCHES_IN_FLIGHT_PER_SLOT,
-    Batch,
-    ClassLayout,
-    Size,
-    class_name,
-    cut_pieces,
-    pack_batches,
-)
+from pipeline.plan import BATCHES_IN_FLIGHT_PER_SLOT, Batch, ClassLayout, Piece, Size, class_name, cut_pieces, pack_batches
 from pipeline.schema import RUNS, Status
 from pipeline.settings import cost_s, extractor_spec, needed_size, scratch_bytes
 from pipeline.source_watch import SourceWatch
-from pipeline.stalls import find_stalls, replace_worker
+from pipeline.stalls import find_stalls
 from pipeline.store import Store
 from pipeline.summary import Progress, Summary, receipt
 from pipeline.trial import HeaderTrial, Trial
@@ -140,6 +132,7 @@ class Driver:
                 self.summary.count_time(time.monotonic() - started)
                 if time.monotonic() >= next_commit:
                     self._commit()
+                    self._check_progress()
                     self.notify(self.progress)
                     next_commit = time.monotonic() + COMMIT_S
                 if time.monotonic() >= next_receipt:
@@ -202,6 +195,7 @@ class Driver:
                 self._judge(result, survived=True)
             else:
                 note_batch(future.key, what[0], result)
+                self.flight.watch.took(sum(result.stage_s.values()))
                 self._take_batch(result)
         elif future.status == "error":
             self._take_error(kind, what, future.exception())
@@ -241,25 +235,29 @@ class Driver:
                 continue
             fault = f"{stall.what or self.store.path}: the storage did not answer for {stall.since_s:.0f} s"
             logger.warning("%s; replacing the worker that waits for it, %s", fault, stall.worker)
-            sent = self.flight.find(stall.key)
-            if sent is not None:
-                self.flight.give_up(sent)
             try:
-                replace_worker(self.client, stall.worker)
+                self.flight.begin_anew(stall)
             except FeaturemapsError as failure:
                 self._fail(failure)
                 self.is_stuck = True
                 return
-            if stall.what:
-                self.flight.leave_out(stall.what)
-            if sent is not None:
-                self.flight.send(sent.kind, sent.what)
             self.n_stalls += 1
             if self.draining or self.n_stalls >= MAX_STALLS:
                 self.is_stuck = True
                 self.summary.faults.insert(
                     0, f"{fault}, as for {self.n_stalls} tasks in a row: the run did not wait for the others"
                 )
+
+    def _check_progress(self) -> None:
+        """End a run whose workers retire before they finish anything; one that was asked to stop leaves the rest to the next."""
+        try:
+            self.flight.check_progress()
+        except FeaturemapsError as failure:
+            self.is_stuck = True
+            if self.stop.is_set():
+                self.summary.faults.insert(0, str(failure))
+            else:
+                self._fail(failure)
 
     def _fail(self, failure: FeaturemapsError) -> None:
         """Note the first failure; the loop drains and `run` raises it."""
@@ -363,19 +361,10 @@ class Driver:
         if innocent := trial.innocent():
             self.flight.send("batch", (innocent, 0 if trial.n_guilty else trial.n_before + 1))
 
-    def _work_piece(self, piece: Any) -> tasks.WorkPiece:
+    def _work_piece(self, piece: Piece) -> tasks.WorkPiece:
         images = [self.image_of[piece.size].pop(row) for row in piece.rows]
-        known = self.kept.get(piece.size, np.empty(0, np.int64))
-        kept = known[slice(*np.searchsorted(known, (piece.start, piece.stop)))].tolist()
-        return tasks.WorkPiece(
-            self.store.classes[piece.size].layout,
-            piece.start,
-            piece.stop,
-            piece.rows,
-            tuple(self.listing.paths[i] for i in images),
-            tuple(self.listing.fingerprint(i) for i in images),
-            tuple(kept),
-        )
+        layout, kept = self.store.classes[piece.size].layout, self.kept.get(piece.size, np.empty(0, np.int64))
+        return work_piece(piece, layout, self.listing, images, kept)
 
     def _take_batch(self, result: tasks.BatchResult) -> None:
         self.n_stalls *= not any((piece.status != Status.PENDING).any() for piece in result.pieces)

@@ -13,7 +13,10 @@ from distributed import Client, Future
 from distributed.client import ClosedClientError
 
 from pipeline import reading, tasks
+from pipeline.errors import FeaturemapsError
+from pipeline.progress_watch import Departures, ProgressWatch
 from pipeline.slots import ROLES
+from pipeline.stalls import Stall, replace_worker
 
 Kind = Literal["probe", "batch", "trial"]
 
@@ -46,6 +49,8 @@ class Flight:
         self._sent: dict[str, Sent] = {}
         self._finished: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._n_sent = 0
+        self.watch = ProgressWatch(target.run_id)
+        self._departures = Departures(client, self.watch)
 
     def __len__(self) -> int:
         return len(self._sent)
@@ -108,7 +113,11 @@ class Flight:
             key = self._finished.get(timeout=max(0.01, timeout_s))
             while True:
                 if key in self._sent:  # else it was given up meanwhile
-                    yield self._sent.pop(key)
+                    sent = self._sent.pop(key)
+                    if sent.future.status in {"finished", "error"}:
+                        self._departures.read()
+                        self.watch.finished()
+                    yield sent
                 key = self._finished.get_nowait()
 
     def find(self, key: str) -> Sent | None:
@@ -121,11 +130,38 @@ class Flight:
         del self._sent[sent.future.key]
         self.client.cancel([sent.future], force=True)
 
+    def check_progress(self) -> None:
+        """Look whether workers retire again and again before they finish anything.
+
+        Raises
+        ------
+        FeaturemapsError
+            When they do: what is on its way would never come back.
+        """
+        self._departures.read()
+        if self.watch.is_in_vain(self._sent):
+            raise FeaturemapsError(self.watch.describe())
+
+    def begin_anew(self, stall: Stall) -> None:
+        """Replace the worker that waits for a storage, and send what it had without the image that it waits for.
+
+        Raises as `replace_worker` does.
+        """
+        sent = self.find(stall.key)
+        if sent is not None:
+            self.give_up(sent)
+        replace_worker(self.client, stall.worker)
+        if stall.what:
+            self.leave_out(stall.what)
+        if sent is not None:
+            self.send(sent.kind, sent.what)
+
     def leave_out(self, path: str) -> None:
         """Have tasks that are sent from now on leave an image to the next run."""
         self.source = replace(self.source, hung=self.source.hung | {path})
 
     def cancel(self) -> None:
         """Give up all that is on its way."""
+        self._departures.close()
         with contextlib.suppress(OSError, CancelledError, ClosedClientError):
             self.client.cancel([sent.future for sent in self._sent.values()], force=True)

@@ -12,11 +12,12 @@ from pipeline.ledger import Ledger
 from pipeline.listing import UNREADABLE, Listing
 from pipeline.lock import require_lock
 from pipeline.logs import warn_of_image
-from pipeline.plan import ClassLayout, Size, assign_classes
+from pipeline.plan import ClassLayout, Piece, Size, assign_classes
 from pipeline.schema import REJECTED, RUNS
 from pipeline.settings import extractor_spec, layout_of
 from pipeline.source_watch import SourceWatch
 from pipeline.summary import Progress, Summary
+from pipeline.tasks import WorkPiece
 
 PROBE_BLOCK = 512
 FIRST_APPEND = 2048
@@ -25,6 +26,7 @@ MAX_APPEND = 65_536
 
 Item = tuple[int, reading.Probed]
 """An image of the listing and what its header says."""
+Rows = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
 Appended = dict[Size, list[tuple[int, int]]]
 """Per class, rows and their images of the listing."""
 
@@ -173,3 +175,28 @@ class Intake:
         if size in self.store.classes:
             return self.store.classes[size].layout
         return layout_of(size, self.spec, np.dtype(self.store.spec.dtype).itemsize, self.channels)
+
+
+def work_piece(piece: Piece, layout: ClassLayout, listing: Listing, images: Sequence[int], kept: Rows) -> WorkPiece:
+    """A piece of a batch as it is sent: with the paths of its images, and the rows in ``kept`` whose maps must not be lost.
+
+    Parameters
+    ----------
+    piece : Piece
+    layout : ClassLayout
+        Of its class.
+    listing : Listing
+    images : sequence of int
+        The images of the listing that the piece's rows are for.
+    kept : (n,) int64
+        Rows of former runs that have maps, in order.
+    """
+    return WorkPiece(
+        layout,
+        piece.start,
+        piece.stop,
+        piece.rows,
+        tuple(listing.paths[i] for i in images),
+        tuple(listing.fingerprint(i) for i in images),
+        tuple(kept[slice(*np.searchsorted(kept, (piece.start, piece.stop)))].tolist()),
+    )
