@@ -15,7 +15,6 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import UTC, datetime
 from typing import Any, TypeVar
 
 from pipeline import batch
@@ -24,7 +23,8 @@ from pipeline.errors import EXIT_FAILED, EXIT_RUN_AGAIN, FeaturemapsError, Usage
 from pipeline.launch_batch import margin_s
 from pipeline.objects import place
 from pipeline.run import run_job
-from pipeline.store import Store, is_store
+from pipeline.run_ids import next_number
+from pipeline.store import Store, is_store, receipt_ids
 from pipeline.submission import Submission, last_submission
 from pipeline.submit import adopt, hand_in, n_settled, new_submission
 from pipeline.summary import Progress, Summary
@@ -101,11 +101,11 @@ class Attempt:
         self.order, self.signalled, self.report = order, signalled, report
         self.kind = order.spec.kind
         self.job_id = os.environ.get(JOB_ID_VARIABLES[self.kind], "")
-        self.started = datetime.now(UTC).isoformat(timespec="seconds")
         walltime_s = order.spec.driver.walltime or order.spec.walltime
         self.quarter_s = margin_s(walltime_s) / 4
         self.end_s = time.monotonic() + walltime_s
         self.known: Submission | None = None
+        self._number = sys.maxsize  # that a run of this attempt must have, at least
         self._turn = threading.Lock()
         self._code: int | None = None
 
@@ -113,6 +113,7 @@ class Attempt:
         """See what is known of this job."""
         adopt(self.order, self.job_id)
         self.known = last_submission(place(self.order.job.store))
+        self._number = next_number(receipt_ids(place(self.order.job.store)))
 
     def timer(self, n_quarters: int, function: Callable[[], Any]) -> threading.Timer:
         """Start one that ends some quarters of the margin before the walltime."""
@@ -289,7 +290,7 @@ class Attempt:
         """Images that this attempt compared with their digests, by its receipt; 0 when it left none."""
         store = place(self.order.job.store)
         receipt = Store(store).last_receipt() if is_store(store) else None
-        return int(receipt["n_checked"]) if receipt is not None and receipt["started"] >= self.started else 0
+        return int(receipt["n_checked"]) if receipt is not None and receipt.get("number", 0) >= self._number else 0
 
     # -- time --------------------------------------------------------------------------------------------------------------------
 

@@ -136,7 +136,7 @@ class Driver:
                     self.notify(self.progress)
                     next_commit = time.monotonic() + COMMIT_S
                 if time.monotonic() >= next_receipt:
-                    self.summary.touch()
+                    self.summary.touch(time.monotonic() - self.progress.began_s)
                     self.store.write_receipt(self.summary.run_id, receipt(self.summary))
                     next_receipt = time.monotonic() + RECEIPT_S
                     self._check_workers()

@@ -25,7 +25,13 @@ logger = logging.getLogger(__name__)
 HEARTBEAT_S = 10.0
 WORKER_TTL_S = 60.0
 LOCK_TTL_S = 3 * HEARTBEAT_S + WORKER_TTL_S
+WATCH_S = 1.0
+"""How often a lock is looked at while a heartbeat is waited for."""
 _NAME = "lock.json"
+
+
+class _FromAheadError(StoreBusyError):
+    """The last heartbeat lies ahead of the clock, which therefore does not tell how old it is."""
 
 
 class StoreLock:
@@ -54,9 +60,10 @@ class StoreLock:
         self.took_over = False
         self._lock = _ObjectLock(folder / _NAME, sole_writer) if isinstance(folder, Url) else _FileLock(folder / _NAME)
         self._stop = threading.Event()
+        self._unheard: Any = None  # a heartbeat that lies ahead, and that no other followed
         held.add(run_id)
         try:
-            self._lock.take(asdict(Holder.current(run_id)), self._judge)
+            self._take(asdict(Holder.current(run_id)))
         except BaseException:
             held.discard(run_id)
             raise
@@ -77,6 +84,19 @@ class StoreLock:
         with contextlib.suppress(OSError, ConflictError):
             self._lock.give_back()
 
+    def _take(self, document: dict[str, Any]) -> None:
+        """Take the lock; where the clock does not tell whether its holder lives, wait for a heartbeat."""
+        try:
+            self._lock.take(document, self._judge)
+        except _FromAheadError as error:
+            logger.warning("%s; waiting up to %.0f s for another heartbeat", error, LOCK_TTL_S)
+            self._unheard, until_s = self._lock.stamp(), time.monotonic() + LOCK_TTL_S
+            while time.monotonic() < until_s:
+                time.sleep(min(WATCH_S, LOCK_TTL_S))
+                if self._lock.stamp() not in {self._unheard, None}:
+                    raise StoreBusyError(str(error)) from None
+            self._lock.take(document, self._judge)
+
     def _judge(self, content: bytes, silent_s: float) -> None:
         """Refuse unless the lock is that of a run that is surely over."""
         try:
@@ -88,11 +108,13 @@ class StoreLock:
             ) from error
         if holder is None:
             return
-        if not holder.is_dead() and silent_s < LOCK_TTL_S:
+        is_ahead = silent_s < -HEARTBEAT_S
+        is_silent = self._unheard == self._lock.stamp() if is_ahead else silent_s >= LOCK_TTL_S
+        if not holder.is_dead() and not is_silent:
             job = f" (job {holder.job_id})" if holder.job_id else ""
-            raise StoreBusyError(
-                f"store {self.folder.parent} is held by run {holder.run_id}, process {holder.pid} on {holder.host}{job}, last "
-                f"heard {max(0.0, silent_s):.0f} s ago: two runs on one store never mix, so this one did nothing; run again when it "
+            raise (_FromAheadError if is_ahead else StoreBusyError)(
+                f"store {self.folder.parent} is held by run {holder.run_id}, process {holder.pid} on {holder.host}{job}, "
+                f"{last_heard(silent_s)}: two runs on one store never mix, so this one did nothing; run again when it "
                 f"has ended (a run that is silent for {LOCK_TTL_S:.0f} s is taken over)"
             )
         logger.warning("taking the store over from run %s of process %s on %s", holder.run_id, holder.pid, holder.host)
@@ -132,6 +154,13 @@ class _FileLock:
             raise _taken(self.path) from None
         finally:
             temporary.unlink()
+
+    def stamp(self) -> Any:
+        """What each heartbeat changes; None where there is no lock."""
+        try:
+            return self.path.stat().st_mtime_ns
+        except FileNotFoundError:
+            return None
 
     def beat(self) -> None:
         if holds(self.path.parent, self.run_id):
@@ -199,6 +228,13 @@ class _ObjectLock:
     def _is_ours(self, content: bytes) -> bool:
         return bool(json.loads(content).get("run_id") == self.document["run_id"])
 
+    def stamp(self) -> Any:
+        """What each heartbeat changes; None where there is no lock."""
+        try:
+            return self.url.fetch()[0]
+        except FileNotFoundError:
+            return None
+
     def beat(self) -> None:
         try:
             self._put(self.condition)
@@ -239,6 +275,14 @@ def holds(folder: Place, run_id: str) -> bool:
         return False
 
 
+def last_holder(folder: Place) -> str:
+    """The run that holds or held the store, alive or not, whose ``runs`` folder this is; empty where that is not on record."""
+    try:
+        return str(json.loads((folder / _NAME).read_bytes()).get("run_id", ""))
+    except (OSError, ValueError, AttributeError):
+        return ""
+
+
 def require_lock(folder: Place, run_id: str) -> None:
     """Refuse to go on for a run that no longer holds the store.
 
@@ -253,8 +297,26 @@ def require_lock(folder: Place, run_id: str) -> None:
         )
 
 
+def last_heard(silent_s: float) -> str:
+    """When a heartbeat was, for a person.
+
+    Examples
+    --------
+    >>> last_heard(12), last_heard(-0.5)
+    ('last heard 12 s ago', 'last heard 0 s ago')
+    >>> last_heard(-259200)
+    'last heard nobody knows when (its heartbeat lies 259200 s ahead: a clock is or was wrong)'
+    """
+    if silent_s < -HEARTBEAT_S:
+        return f"last heard nobody knows when (its heartbeat lies {-silent_s:.0f} s ahead: a clock is or was wrong)"
+    return f"last heard {max(0.0, silent_s):.0f} s ago"
+
+
 def current_holder(store: Place) -> dict[str, Any] | None:
-    """Who works on a store now, as far as can be seen from here, and for how many seconds nothing was heard of it."""
+    """Who works on a store now, as far as can be seen from here, and for how many seconds nothing was heard of it.
+
+    ``ahead_s`` is how far its heartbeat lies ahead of this clock, if it does; then nobody knows how old it is.
+    """
     path = store / "runs" / _NAME
     try:
         if isinstance(path, Url):
@@ -268,4 +330,4 @@ def current_holder(store: Place) -> dict[str, Any] | None:
     silent_s = time.time() - modified_s
     if holder is None or holder.is_dead() or silent_s >= LOCK_TTL_S:
         return None
-    return asdict(holder) | {"silent_s": max(0.0, silent_s)}
+    return asdict(holder) | {"silent_s": max(0.0, silent_s), "ahead_s": max(0.0, -silent_s)}

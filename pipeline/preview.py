@@ -21,7 +21,7 @@ from pipeline.config import Job
 from pipeline.errors import UsageError
 from pipeline.fleet import judge
 from pipeline.listing import Listing
-from pipeline.lock import current_holder
+from pipeline.lock import current_holder, last_heard
 from pipeline.machine import local_workers
 from pipeline.objects import Place, free_bytes, place
 from pipeline.plan import (
@@ -287,8 +287,8 @@ class StoreStatus:
             left = f", about {self.left_s:.0f} s left" if self.left_s is not None else ""
             job = f" (job {self.holder['job_id']})" if self.holder["job_id"] else ""
             lines.append(
-                f"run {self.holder['run_id']} works on it: process {self.holder['pid']} on {self.holder['host']}{job}, last heard "
-                f"{self.holder['silent_s']:.0f} s ago{left}"
+                f"run {self.holder['run_id']} works on it: process {self.holder['pid']} on {self.holder['host']}{job}, "
+                f"{last_heard(self.holder['silent_s'] - self.holder['ahead_s'])}{left}"
             )
         if self.last_run:
             run = self.last_run

@@ -5,10 +5,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import platform
-import secrets
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
@@ -28,12 +27,13 @@ from pipeline.creation import check_folder, create_store, prepare_folder
 from pipeline.decode import decode_versions
 from pipeline.errors import StoppedError, UsageError
 from pipeline.listing import Listing
-from pipeline.lock import StoreLock, require_lock
+from pipeline.lock import StoreLock, last_holder, require_lock
 from pipeline.objects import Place, place
 from pipeline.remote import Url
+from pipeline.run_ids import new_run_id, next_number
 from pipeline.schema import REJECTED, RUNS, Status, StoreSpec, difference
 from pipeline.settings import VERSION, needed_size, store_spec
-from pipeline.store import Store, is_store
+from pipeline.store import Store, is_store, receipt_ids
 from pipeline.summary import Progress, Summary, receipt, working
 from pipeline.weights import load_weights
 
@@ -76,7 +76,6 @@ def run_job(
     FeaturemapsError
         When the run had to end early; what was committed stands and the same call goes on from there.
     """
-    started = time.monotonic()
     path = place(job.store).absolute()
     progress = Progress()
     notify = on_progress or (lambda _: None)
@@ -87,16 +86,14 @@ def run_job(
     spec, weights = check_job(job, listing, cluster_file if client is None else None)
     durable = job.durability == "machine"
     prepare_folder(path, durable=durable)
-    summary = Summary(
-        new_run_id(), started=_now(), config=job.model_dump(mode="json"), versions=_versions(), n_listed=len(listing)
-    )
+    summary = Summary("", started=_now(), config=job.model_dump(mode="json"), versions=_versions(), n_listed=len(listing))
     summary.ignored = dict(listing.ignored)
     summary.unreadable_folders = list(listing.unreadable[:100])
-    with StoreLock(path / RUNS, summary.run_id, sole_writer=job.sole_writer) as lock, working(str(path), summary, progress):
+    with _numbered(path, summary, sole_writer=job.sole_writer) as took_over, working(str(path), summary, progress):
         store = open_for(path, spec) or create_store(path, spec, weights, durable=durable)
         store.durable = durable
         store.fence = partial(require_lock, path / RUNS, summary.run_id)
-        if lock.took_over or (store.last_receipt() or {}).get("outcome") != "complete":
+        if took_over or (store.last_receipt() or {}).get("outcome") != "complete":
             store.repair()
         try:
             _work(job, store, listing, summary, progress, notify, client, stop or threading.Event(), cluster_file)
@@ -107,10 +104,24 @@ def run_job(
             summary.outcome, summary.message = "failed", f"{type(error).__name__}: {error}"
             raise
         finally:
-            summary.elapsed_s, summary.ended = time.monotonic() - started, _now()
+            summary.elapsed_s, summary.ended = time.monotonic() - progress.began_s, _now()
             with contextlib.suppress(*([OSError] if summary.outcome == "failed" else [])):  # a full disk has been told of already
                 store.write_receipt(summary.run_id, receipt(summary))
     return summary
+
+
+@contextlib.contextmanager
+def _numbered(path: Place, summary: Summary, *, sole_writer: bool) -> Iterator[bool]:
+    """Hold the store for a run with the highest number of all; yields whether it was taken over from a run that died."""
+    took_over = False
+    while True:
+        number = next_number([*receipt_ids(path), last_holder(path / RUNS)])
+        summary.run_id, summary.number = new_run_id(number, datetime.now(UTC)), number
+        with StoreLock(path / RUNS, summary.run_id, sole_writer=sole_writer) as lock:
+            took_over |= lock.took_over
+            if number >= next_number(receipt_ids(path)):  # else another run came and went before the lock was ours
+                yield took_over
+                return
 
 
 def _work(
@@ -292,13 +303,6 @@ def count_statuses(store: Store) -> dict[str, int]:
             counts[Status(value).name.lower()] += number
     counts["rejected"] = int((store.column(REJECTED, "status") < Status.REMOVED).sum())
     return counts
-
-
-def new_run_id() -> str:
-    """A name for a run that sorts by time."""
-    return f"{datetime.now(UTC).isoformat(timespec='milliseconds')[:23]}Z-{secrets.token_hex(4)}".replace(":", "").replace(
-        "-", "", 2
-    )
 
 
 def _now() -> str:

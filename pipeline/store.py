@@ -35,6 +35,7 @@ from pipeline.objects import (
     remove_folder,
 )
 from pipeline.plan import ClassLayout, LayerLayout, Size, class_name
+from pipeline.run_ids import run_order
 from pipeline.schema import (
     CLASS_NAME,
     EXTRACTOR,
@@ -133,9 +134,9 @@ class Store:
     def receipts(self, n: int | None = None) -> list[dict[str, Any]]:
         """The receipts of the last ``n`` runs, or of all, newest first; but for those that a power cut left empty."""
         found = []
-        for name in sorted(self._receipt_names(), reverse=True)[:n]:
+        for run_id in self.run_ids()[::-1][:n]:
             with contextlib.suppress(FeaturemapsError):
-                found.append(read_json(self.path / RUNS / name))
+                found.append(read_json(self.path / RUNS / f"{run_id}.json"))
         return found
 
     def last_receipt(self) -> dict[str, Any] | None:
@@ -143,11 +144,8 @@ class Store:
         return next(iter(self.receipts(1)), None)
 
     def run_ids(self) -> list[str]:
-        """Names of the runs that left a receipt, oldest first; they begin with the time."""
-        return sorted(name.removesuffix(".json") for name in self._receipt_names())
-
-    def _receipt_names(self) -> list[str]:
-        return [name for name in children(self.path / RUNS) if fnmatch(name, "*Z-*.json")]
+        """Names of the runs that left a receipt, oldest first; no clock decides the order."""
+        return receipt_ids(self.path)
 
     def _read_chunk(self, group: str, name: str, dtype: str, chunk: tuple[int, ...], i: int) -> Array:
         path = self.path / group / name / object_key(i, len(chunk))
@@ -287,7 +285,7 @@ class Store:
 def _is_fresh(litter: Place) -> bool:
     """Whether a temporary file of the lock may be that of a run that waits for it just now, by the clock of the file server."""
     try:
-        return modified_s(litter.parent / "lock.json") - modified_s(litter) < LOCK_TTL_S
+        return abs(modified_s(litter.parent / "lock.json") - modified_s(litter)) < LOCK_TTL_S  # a clock may have been ahead
     except FileNotFoundError:
         return True
 
@@ -326,6 +324,14 @@ def _understood(path: Place) -> Iterator[None]:
             f"metadata of {path} does not say what a store of format {FORMAT} says ({type(error).__name__}: {error}), so nobody knows "
             "what its maps mean; restore its zarr.json files from a copy"
         ) from error
+
+
+def receipt_ids(path: Place) -> list[str]:
+    """As `Store.run_ids`, also of a folder that is no store yet."""
+    names: list[str] = []
+    with contextlib.suppress(FileNotFoundError):
+        names = children(path / RUNS)
+    return sorted((name.removesuffix(".json") for name in names if fnmatch(name, "*Z-*.json")), key=run_order)
 
 
 def is_store(path: Place) -> bool:

@@ -8,13 +8,12 @@ import os
 import subprocess
 import uuid
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from pipeline import batch
 from pipeline.errors import StaleWriterError, StoreBusyError
-from pipeline.objects import Place, delete, fetch, put, put_json
+from pipeline.objects import Place, delete, fetch, modified_s, put, put_json
 from pipeline.remote import Url
 from pipeline.schema import RUNS
 
@@ -110,13 +109,23 @@ class Claim:
         known = self.known
         if known is None or known.job_id:
             return
-        age_s = (datetime.now(UTC) - datetime.fromisoformat(known.submitted)).total_seconds()
-        if age_s < CLAIM_S:
+        if abs(self._age_s()) < CLAIM_S:  # further ahead lies only what was written while a clock was wrong
             raise StoreBusyError(
                 f"a job for store {self._store} is being handed in on {known.host} since {known.submitted}, or that broke off: two runs on "
                 f"one store never mix, so nothing was handed in; look at `featuremaps status {self._store}`, and submit again when "
                 f"{CLAIM_S / 60:.0f} minutes are over"
             )
+
+    def _age_s(self) -> float:
+        """How old the claim is by the clock of the server that holds it, which one host's clock does not change."""
+        probe = self._store / RUNS / f"{_NAME}.{uuid.uuid4().hex}.partial"
+        try:
+            put(probe, b"")
+            return modified_s(probe) - modified_s(self._path)
+        except FileNotFoundError:  # given back just now
+            return CLAIM_S
+        finally:
+            delete(probe)
 
     def take(self, submission: Submission) -> None:
         """Put a submission without a number in the place of what was looked at.

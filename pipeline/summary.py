@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -33,6 +34,8 @@ class Progress:
     """Address of Dask's dashboard, where there is one."""
     last_commit_s: float = 0.0
     """When outcomes were last written to the ledger, in seconds since 1970; 0 for not yet."""
+    began_s: float = field(default_factory=time.monotonic)
+    """By the monotonic clock, which no step of the wall clock moves."""
 
 
 @dataclass(slots=True)
@@ -40,6 +43,8 @@ class Summary:
     """What a run did; its receipt in ``runs/`` holds the same."""
 
     run_id: str
+    number: int = 0
+    """Orders the runs of a store, whatever their clocks said; 0 in receipts of versions before numbers."""
     outcome: str = "running"
     """running, complete, stopped, incomplete (passing faults left rows pending) or failed."""
     started: str = ""
@@ -130,13 +135,9 @@ class Summary:
         self.slot_s += (compute_s - self.compute_s) * self.slots
         self.compute_s = compute_s
 
-    def touch(self) -> None:
-        """Note the time, before a receipt is written while the run is at work."""
-        now = datetime.now(UTC)
-        self.updated, self.elapsed_s = (
-            now.isoformat(timespec="seconds"),
-            (now - datetime.fromisoformat(self.started)).total_seconds(),
-        )
+    def touch(self, elapsed_s: float) -> None:
+        """Note the time, and how long the run takes so far, before a receipt is written while it is at work."""
+        self.updated, self.elapsed_s = datetime.now(UTC).isoformat(timespec="seconds"), elapsed_s
 
     def shares(self) -> dict[str, float]:
         """Share of each stage, and of `WAITING`, in the workers' time; they sum to 1 when anything ran."""

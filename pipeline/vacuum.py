@@ -14,7 +14,7 @@ from pipeline.errors import FeaturemapsError
 from pipeline.lock import StoreLock, require_lock
 from pipeline.objects import Place, delete, size_bytes
 from pipeline.plan import ClassLayout, LayerLayout, group_by_shard
-from pipeline.run import new_run_id
+from pipeline.run_ids import new_run_id
 from pipeline.schema import RUNS, STATISTICS, ShapeClass, Status, StoredLayer, encode_rows, object_keys, stack
 from pipeline.store import Store, read_maps, write_maps
 

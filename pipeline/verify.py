@@ -34,7 +34,7 @@ from pipeline.chunks import Array
 from pipeline.lock import StoreLock, require_lock
 from pipeline.machine import local_workers
 from pipeline.objects import Place
-from pipeline.run import new_run_id
+from pipeline.run_ids import new_run_id
 from pipeline.schema import (
     EXTRACTOR,
     LEDGER_COLUMNS,

@@ -218,7 +218,7 @@ def receipt_of(store, run_id, **values):
 
 
 def test_while_a_run_works_the_status_says_who_and_how_long_it_takes(finished):
-    with StoreLock(finished / RUNS, "20990101T000000Z-new") as lock:
+    with StoreLock(finished / RUNS, "20990101T000000Z-999999-ee") as lock:
         status = store_status(finished)
         assert status.left_s is None  # its receipt is not there yet, and the last run's pace says nothing of its own
         receipt_of(
@@ -243,15 +243,17 @@ def test_while_a_run_works_the_status_says_who_and_how_long_it_takes(finished):
 
 
 def test_the_time_left_of_a_limited_run_is_not_negative(finished):
-    with StoreLock(finished / RUNS, "20990101T000000Z-new") as lock:
+    with StoreLock(finished / RUNS, "20990101T000000Z-999999-ee") as lock:
         receipt_of(Store(finished), lock.run_id, n_listed=5, n_unchanged=3, n_done=1, n_rejected=0, images_per_s=0.5)
         assert store_status(finished).left_s == pytest.approx(2.0)
 
 
 def test_a_run_that_failed_says_why_and_one_that_did_nothing_claims_no_pace(finished):
-    receipt_of(Store(finished), "20990101T000000Z-new", outcome="failed", n_done=0, bottleneck="waiting", message="OSError: no")
+    receipt_of(
+        Store(finished), "20990101T000000Z-999999-ee", outcome="failed", n_done=0, bottleneck="waiting", message="OSError: no"
+    )
     described = store_status(finished).describe()
-    assert "last run 20990101T000000Z-new: failed, 0 done -- OSError: no" in described
+    assert "last run 20990101T000000Z-999999-ee: failed, 0 done -- OSError: no" in described
 
 
 def test_a_store_without_a_run_has_a_status(finished):

@@ -69,7 +69,7 @@ def set_status(store: Path, group: str, rows: list[int], status: Status, error: 
 def leave_receipt(store: Path, **values: object) -> None:
     """What one more run would have left."""
     before = Store(store).last_receipt() or receipt(Summary("x"))
-    (store / "runs" / "20990101T000000.000Z-00000000.json").write_text(json.dumps({**before, "run_id": "later", **values}))
+    (store / "runs" / "20990101T000000.000Z-999999-00000000.json").write_text(json.dumps({**before, "run_id": "later", **values}))
 
 
 # -- states -----------------------------------------------------------------------------------------------------------------------
@@ -261,7 +261,7 @@ def test_photographs_that_are_large_and_were_resized_are_not_decoded_and_their_m
 )
 def test_receipts_of_other_versions_say_what_they_have(store, odd):
     set_status(store, "40x60", [0], Status.PENDING)
-    (store / "runs" / "20990101T000000.000Z-00000000.json").write_text(json.dumps(odd))
+    (store / "runs" / "20990101T000000.000Z-999999-00000000.json").write_text(json.dumps(odd))
     assert judge(facts_of(store)).tone in {"warning", "bad"}
     for path in (store / "runs").glob("202*Z-*.json"):
         path.unlink()

@@ -71,7 +71,7 @@ def page_file(client, tmp_path_factory) -> Path:
     rows = np.arange(len(HOSTILE))
     store.commit(REJECTED, rows, {"error": np.array([f"corrupt: {text}" for text in HOSTILE], object)})
     receipt = store.last_receipt() | {"message": f"</script><script>{HACK}</script>", "hosts": {"<i>host": 3}, "run_id": "x"}
-    store.write_receipt("20990101T000000.000Z-00000000", receipt | {"outcome": "failed"})
+    store.write_receipt("20990101T000000.000Z-999999-00000000", receipt | {"outcome": "failed"})
     write_report(str(where), str(folder / "report.html"), n_samples=12)
     return folder / "report.html"
 

@@ -23,6 +23,8 @@ from pipeline.creation import prepare_folder
 from pipeline.driver_job import Order, driver_script
 from pipeline.errors import EXIT_FAILED, EXIT_RUN_AGAIN, FeaturemapsError, StoreBusyError
 from pipeline.run import run_job
+from pipeline.run_ids import next_number
+from pipeline.store import receipt_ids
 from pipeline.submission import last_submission
 from pipeline.submit import adopt, submit
 from pipeline.terminal import stop_on_signal
@@ -190,11 +192,12 @@ def test_what_counts_as_progress(commands, order, attempt, client, tmp_path):
     make_images(tmp_path / "pictures", 4, [(30, 40)])
 
     def vain(receipt: dict | None = None) -> int:
+        tried = attempt(made)
         if receipt is not None:
-            made_up = {"outcome": "incomplete", "n_done": 0, "started": "2999-01-01T00:00:00+00:00", **receipt}
-            n = len(list((store / "runs").iterdir()))
-            (store / "runs" / f"20990101T000000.000Z-{n:08}.json").write_text(json.dumps(made_up))
-        attempt(made).come_back()
+            number = next_number(receipt_ids(store))
+            made_up = {"outcome": "incomplete", "n_done": 0, "number": number, **receipt}
+            (store / "runs" / f"20000101T000000.000Z-{number:06}-00000000.json").write_text(json.dumps(made_up))
+        tried.come_back()
         return last_submission(store).n_vain
 
     submit(made)

@@ -50,9 +50,9 @@ def test_the_time_of_the_slots_counts_those_that_there_were():
 
 def test_a_receipt_that_is_written_while_a_run_is_at_work_says_when_and_after_how_long():
     summary = Summary("r", started="2026-01-01T00:00:00+00:00")
-    summary.touch()
+    summary.touch(2.5)
     assert summary.updated > summary.started
-    assert summary.elapsed_s > 0
+    assert summary.elapsed_s == 2.5
 
 
 def test_a_run_is_at_work_until_it_ends_or_fails():
