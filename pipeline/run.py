@@ -9,6 +9,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
@@ -22,7 +23,7 @@ from pipeline import kernel
 from pipeline.capacity import WORKER_BASE_BYTES, wanted_limit_bytes
 from pipeline.changes import Changes, Entries
 from pipeline.chunks import Array
-from pipeline.collection import absolute_source, list_collection, walks_into
+from pipeline.collection import list_collection, walks_into
 from pipeline.config import Job
 from pipeline.creation import check_folder, create_store, prepare_folder
 from pipeline.decode import decode_versions
@@ -33,6 +34,7 @@ from pipeline.objects import Place, place
 from pipeline.remote import Url
 from pipeline.schema import REJECTED, RUNS, Status, StoreSpec, difference
 from pipeline.settings import VERSION, needed_size, store_spec
+from pipeline.sources import is_same_folder, is_same_source
 from pipeline.store import Store, is_store
 from pipeline.summary import Progress, Summary, receipt, working
 from pipeline.weights import load_weights
@@ -227,7 +229,7 @@ def check_apart(store: Place, source: str, root: str) -> None:
         )
 
 
-def open_for(path: Place, spec: Any) -> Store | None:
+def open_for(path: Place, spec: StoreSpec) -> Store | None:
     """Open an existing store if it was made with the same settings; None where there is none.
 
     Raises
@@ -238,6 +240,8 @@ def open_for(path: Place, spec: Any) -> Store | None:
     if not is_store(path):
         return None
     store = Store(path)
+    if is_same_folder(store.spec.source_root, spec.source_root):
+        spec = replace(spec, source_root=store.spec.source_root)  # through a link
     lines = difference(store.spec, spec)
     if lines:
         has_maps = any((store.column(c.name, "maps_digest") != "").any() for c in store.classes.values())
@@ -253,7 +257,7 @@ def compare_with_store(job: Job, store: Store | None, listing: Listing) -> Chang
     """`changes.compare` for a store on disk; without one everything is new."""
     groups = [] if store is None else [*(c.name for c in store.classes.values()), REJECTED]
     entries = (_entries(store, group) for group in groups if store is not None)
-    complete = listing.complete and (store is None or store.spec.source == absolute_source(job.source))
+    complete = listing.complete and (store is None or is_same_source(store.spec.source, job.source))
     return ledger_changes.compare(
         entries,
         listing.paths,
