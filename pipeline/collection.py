@@ -13,10 +13,8 @@ is depth first, each folder sorted by the bytes of its names. Patterns follow th
 
 from __future__ import annotations
 
-import fnmatch
 import logging
 import os
-import re
 import stat
 from array import array
 from collections import Counter
@@ -25,7 +23,6 @@ from dataclasses import replace
 from functools import partial
 from itertools import chain
 from operator import attrgetter
-from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import TYPE_CHECKING
 
@@ -33,13 +30,15 @@ from pipeline.errors import UsageError
 from pipeline.listing import Listing, clamp_time
 from pipeline.lists import READERS, read_list
 from pipeline.paths import absolute_path, absolute_url, encode_path, nothing_listed, suffix_of
+from pipeline.patterns import Pattern, absolute, absolute_patterns, has_unknown_user, is_pattern, what_to_type
 from pipeline.remote import CONCURRENCY, Meta, Url, is_url
+from pipeline.sources import bucket_pattern, named_by
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator
 
-    State = frozenset[int]  # places in a pattern that a path has reached
-    Step = Callable[[State, bytes], State]
+    from pipeline.patterns import State
+
     Found = tuple[str, Callable[[], os.stat_result]]  # a path and how to stat it
     Folders = dict[tuple[int, int], tuple[State, list[os.DirEntry[bytes]]]]  # by device and inode
 
@@ -50,8 +49,6 @@ SUFFIXES = frozenset(
 )
 """Lower-case suffixes of the files in a folder that count as images."""
 
-_MAGIC = re.compile(r"[*?[]")
-
 
 def list_collection(source: str) -> Listing:
     """List every image of a source.
@@ -59,7 +56,7 @@ def list_collection(source: str) -> Listing:
     Parameters
     ----------
     source : str
-        A folder, a glob pattern (``**`` is any depth; every file that it matches counts, whatever its suffix), or a list:
+        A folder, a glob pattern (`patterns`: ``**`` is any depth; every file that it matches counts, whatever its suffix), or a list:
         .txt (a path per line; blank lines and those that start with ``#`` do not count), .csv or .parquet (column
         ``path``). Relative entries of a list are relative to its folder; ``..`` is resolved without looking at links.
 
@@ -88,24 +85,25 @@ def list_collection(source: str) -> Listing:
     return _measured(root, found, [], lambda: f"list {path!r} names no image")
 
 
-def absolute_source(source: str) -> str:
-    """A source as a store remembers it."""
-    return str(Url.parse(source)) if is_url(source) else str(Path(source).absolute())
-
-
 def _recognise(source: str) -> tuple[str, str]:
     """``folder``, ``pattern`` or the suffix of a list, and the absolute path."""
-    path = _absolute(source)
+    path = absolute(source)
     try:
         mode = os.stat(source and path).st_mode
     except (OSError, ValueError) as error:
-        if isinstance(error, OSError) and _MAGIC.search(source):
-            return "pattern", path
+        if isinstance(error, OSError) and is_pattern(source):
+            named = named_by(absolute_patterns(source))
+            return ("pattern", path) if named is None else (_kind(source, os.stat(named).st_mode), named)
+        user = "; there is no user of that name" if has_unknown_user(source) else ""
         raise UsageError(
-            f"source {source!r} does not exist or cannot be reached ({error}), so nothing was listed and nothing was marked as "
+            f"source {source!r} does not exist or cannot be reached ({error}{user}), so nothing was listed and nothing was marked as "
             "removed; give a folder, a glob pattern or a .txt, .csv or .parquet list, and check that its disk is mounted"
         ) from error
-    return ("folder" if stat.S_ISDIR(mode) else _list_suffix(source, mode)), path
+    return _kind(source, mode), path
+
+
+def _kind(source: str, mode: int) -> str:
+    return "folder" if stat.S_ISDIR(mode) else _list_suffix(source, mode)
 
 
 def _list_suffix(source: str, mode: int) -> str:
@@ -121,10 +119,6 @@ def _list_suffix(source: str, mode: int) -> str:
             f"give a folder, a glob pattern, or a regular file that ends in {', '.join(READERS)}"
         )
     return suffix
-
-
-def _absolute(path: str) -> str:
-    return "/" + os.path.abspath(path).lstrip("/")  # POSIX keeps a leading "//"
 
 
 def _measured(root: str, found: Iterable[Found], unreadable: list[str], nothing: Callable[[], str]) -> Listing:
@@ -161,7 +155,7 @@ def _list_url(source: str) -> Listing:
             f"source {str(url)!r} has a query (?...), so nothing was listed; give the URL of a list or a folder without one"
         )
     try:
-        if _is_list(source) and not _MAGIC.search(url.key):
+        if suffix_of(source) in READERS and not is_pattern(url.key):
             return _list_urls(source, *_fetch_list(url))
         if not url.is_bucket:
             raise UsageError(
@@ -188,30 +182,33 @@ def _fetch_list(url: Url) -> tuple[str, list[str]]:
 
 def _list_bucket(source: str, url: Url) -> Listing:
     """Every object below a prefix, or of a pattern, by the bytes of its key."""
-    if suffix_of(url.key) in SUFFIXES and not _MAGIC.search(url.key):
+    if suffix_of(url.key) in SUFFIXES and not is_pattern(url.key):
         raise UsageError(
             f"source {source!r} is a single image, and a source is a collection, so nothing was listed; give its folder"
         )
-    names = url.key.split("/") if url.key else []
-    first = next((i for i, name in enumerate(names) if _MAGIC.search(name)), len(names))
-    root, parts = Url(url.base, "/".join(names[:first])), tuple(names[first:])
-    others: Counter[str] = Counter()
-    listing = _listing_of(str(root), _objects(root, parts, others))
+    pattern = bucket_pattern(url)
+    root, others = Url(url.base, pattern.root), Counter[str]()
+    listing = _listing_of(str(root), _objects(root, pattern, others))
     if not listing.paths:
-        raise nothing_listed(f"pattern {source!r} matches no object" if parts else _without_images(str(root), others))
+        nothing = (
+            f"pattern {source!r} matches no object{what_to_type(url.key)}"
+            if pattern.tails
+            else _without_images(str(root), others)
+        )
+        raise nothing_listed(nothing)
     order = sorted(range(len(listing)), key=listing.paths.__getitem__)
     sizes = array("q", (listing.size_bytes[i] for i in order))
     paths, identities = ([column[i] for i in order] for column in (listing.paths, listing.identities))
     return replace(listing, paths=paths, size_bytes=sizes, identities=identities, ignored=dict(others.most_common()))
 
 
-def _objects(root: Url, parts: Sequence[str], others: Counter[str]) -> Iterator[tuple[str, Meta]]:
+def _objects(root: Url, pattern: Pattern, others: Counter[str]) -> Iterator[tuple[str, Meta]]:
     """What counts of the objects below a prefix, as it is listed."""
     for key, meta in root.walk():
-        state = _reach(parts, 0)
-        for name in key.split("/") if parts else ():
-            state = _advance(parts, state, name.encode())
-        if len(parts) in state if parts else _is_image(key.rpartition("/")[2], others):
+        state = pattern.start
+        for name in key.split("/") if pattern.tails else ():
+            state = pattern.step(state, name.encode())
+        if pattern.ends(state) if pattern.tails else _is_image(key.rpartition("/")[2], others):
             yield encode_path(key.encode()), meta
 
 
@@ -248,9 +245,7 @@ def _listing_of(root: str, found: Iterable[tuple[str, Meta | None]]) -> Listing:
 def _list_folder(root: str) -> Listing:
     others: Counter[str] = Counter()
     unreadable: list[str] = []
-    # a folder is the pattern "**" that matches hidden names too: always at its only part, and always at its end
-    walk = _walk(root, lambda state, _: state, frozenset({0, 1}), 1, unreadable)
-    found = ((path, entry.stat) for path, entry in walk if _is_image(entry.name, others))
+    found = ((path, entry.stat) for path, entry in _walk(root, None, unreadable) if _is_image(entry.name, others))
     listing = _measured(root, found, unreadable, partial(_without_images, root, others))
     return replace(listing, ignored=dict(others.most_common()))
 
@@ -272,96 +267,83 @@ def _is_image(name: bytes | str, others: Counter[str]) -> bool:
 
 
 def _list_pattern(source: str) -> Listing:
-    root, parts = _split_pattern(source)
+    spelled = absolute_patterns(source)
+    for alternative in spelled if len(spelled) > 1 else ():  # each is refused as it would be alone
+        _check_folder(Pattern.of([alternative]).root or "/")
+    pattern = Pattern.of(spelled)
     unreadable: list[str] = []
-    walk = _walk(root, partial(_advance, parts), _reach(parts, 0), len(parts), unreadable)
-    found = ((path, entry.stat) for path, entry in walk)
-    return _measured(root, found, unreadable, lambda: f"pattern {source!r} matches no file")
+    found = ((path, entry.stat) for path, entry in _walk(pattern.root or "/", pattern, unreadable))
+    nothing = f"pattern {source!r} matches no file{what_to_type(source)}"
+    return _measured(pattern.root or "/", found, unreadable, lambda: nothing)
 
 
-def _is_list(source: str) -> bool:
-    return suffix_of(source) in READERS and (is_url(source) or os.path.isfile(source))
-
-
-def _split_pattern(source: str) -> tuple[str, tuple[str, ...]]:
-    """Return the absolute folder before the first wildcard, and the parts of the pattern below it."""
-    parts = os.path.normpath(source).split("/")
-    first = next((i for i, part in enumerate(parts) if _MAGIC.search(part)), len(parts))
-    root = _absolute("/".join(parts[:first]) + "/" if first else ".")
-    return root, tuple(part for i, part in enumerate(parts) if i >= first and not part == parts[i - 1] == "**")
-
-
-def _reach(parts: Sequence[str], place: int) -> State:
-    """Return the places reached with ``place``: ``**`` may also match nothing."""
-    return frozenset({place, place + 1} if parts[place : place + 1] == ("**",) else {place})
-
-
-def _advance(parts: Sequence[str], state: State, name: bytes) -> State:
-    """Return the places of the pattern after one more name of a path."""
-    text = os.fsdecode(name)
-    after: State = frozenset()
-    for place in state - {len(parts)}:
-        part = parts[place]
-        if text.startswith(".") and not part.startswith("."):
-            continue
-        if part == "**":
-            after |= _reach(parts, place)
-        elif fnmatch.fnmatchcase(text, part):
-            after |= _reach(parts, place + 1)
-    return after
+def _check_folder(folder: str) -> None:
+    try:
+        with os.scandir(folder):
+            pass
+    except OSError as error:
+        raise _cannot_be_read(folder, error) from error
 
 
 def walks_into(source: str, root: str, folder: str) -> bool:
     """Whether listing ``source``, whose root is ``root``, looks into an absolute ``folder``."""
-    if is_url(source) != is_url(folder) or _is_list(source):
+    if is_url(source) != is_url(folder):
         return False
     if is_url(source):
-        if not f"{folder}/".startswith(f"{root}/"):
+        url = Url.parse(source)
+        if not f"{folder}/".startswith(f"{root}/") or (suffix_of(source) in READERS and not is_pattern(url.key)):
             return False
-        below = folder[len(root) + 1 :].split("/")
-    else:
-        below = os.path.relpath(folder, os.path.realpath(root)).split("/")
-    if below[0] == "..":
+        pattern = bucket_pattern(url)
+        return not pattern.tails or _goes_into(pattern, folder[len(root) + 1 :].split("/"))
+    kind = _recognise(source)[0]
+    below = os.path.relpath(folder, os.path.realpath(root)).split("/")
+    if kind in READERS or below[0] == "..":
         return False
-    if not _MAGIC.search(source) if is_url(source) else os.path.isdir(source):
-        return True
-    parts = _split_pattern(source)[1]
-    state = _reach(parts, 0)
-    for name in below:
-        state = _advance(parts, state, os.fsencode(name)) if name != "." else state
-    return min(state, default=len(parts)) < len(parts)
+    return kind == "folder" or _goes_into(Pattern.of(absolute_patterns(source)), below)
 
 
-def _walk(root: str, step: Step, start: State, end: int, unreadable: list[str]) -> Iterator[tuple[str, os.DirEntry[bytes]]]:
-    """Yield what lies below ``root``, is no folder and brings the pattern to its end; lost folders go to ``unreadable``."""
+def _goes_into(pattern: Pattern, names: list[str]) -> bool:
+    """Whether the pattern looks into a folder below its root."""
+    state = pattern.start
+    for name in names:
+        state = pattern.step(state, os.fsencode(name)) if name != "." else state
+    return pattern.goes_on(state)
+
+
+def _walk(root: str, pattern: Pattern | None, unreadable: list[str]) -> Iterator[tuple[str, os.DirEntry[bytes]]]:
+    """Yield what lies below ``root``, is no folder and matches the pattern, if there is one; lost folders go to ``unreadable``."""
     top = os.fsencode(root)
     skip = len(os.path.join(top, b""))
     folders: Folders = {}  # from the root to the folder at hand
     try:
-        _enter(folders, top, start)
+        _enter(folders, top, pattern.start if pattern else frozenset())
     except OSError as error:
-        raise UsageError(
-            f"folder {root!r} cannot be read ({error.strerror}), so nothing was listed and nothing was marked as removed; "
-            "check the path, its permissions and that its disk is mounted"
-        ) from error
+        raise _cannot_be_read(root, error) from error
     while folders:
         state, entries = folders[next(reversed(folders))]
         if not entries:
             folders.popitem()
             continue
         entry = entries.pop()
-        after = step(state, entry.name)
-        if not after:
+        after = pattern.step(state, entry.name) if pattern else state
+        if pattern and not after:
             continue
         is_folder = _is_folder(entry)
-        if is_folder is not False and min(after) < end:
+        if is_folder is not False and (not pattern or pattern.goes_on(after)):
             try:
                 _enter(folders, entry.path, after)
             except OSError as error:
                 unreadable.append(encode_path(entry.path[skip:]))
                 log.warning("folder %r cannot be read (%s): its images stay as they are", entry.path, error.strerror)
-        if not is_folder and end in after:
+        if not is_folder and (not pattern or pattern.ends(after)):
             yield encode_path(entry.path[skip:]), entry
+
+
+def _cannot_be_read(root: str, error: OSError) -> UsageError:
+    return UsageError(
+        f"folder {root!r} cannot be read ({error.strerror}), so nothing was listed and nothing was marked as removed; "
+        "check the path, its permissions and that its disk is mounted"
+    )
 
 
 def _enter(folders: Folders, folder: bytes, state: State) -> None:

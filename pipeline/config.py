@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import reprlib
 from pathlib import Path
 from types import NoneType, UnionType
@@ -12,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from pipeline.errors import UsageError
+from pipeline.patterns import escape, has_unknown_user, home, is_pattern
 
 Activation = Literal["sigmoid", "tanh", "relu", "none"]
 Dtype = Literal["float32", "float16", "uint16", "uint8"]
@@ -217,7 +219,7 @@ def load_job(path: str | Path, overrides: dict[str, Any] | None = None) -> Job:
         raise UsageError(f"job file {path} holds {type(data).__name__}, not keys and values; it needs at least source and store")
     for key in ("source", "store"):
         if isinstance(data.get(key), str):
-            data[key] = _beside(path, data[key])
+            data[key] = _beside(path, data[key], is_source=key == "source")
     extractor = data.get("extractor")
     if isinstance(extractor, dict) and isinstance(extractor.get("weights"), str):
         extractor["weights"] = _beside(path, extractor["weights"])
@@ -266,11 +268,14 @@ def _check_values(content: Any, seen: set[int]) -> None:
             _check_values(value, seen)
 
 
-def _beside(path: Path, value: str) -> str:
-    try:
-        return value if "://" in value else str(path.absolute().parent / Path(value).expanduser())
-    except RuntimeError as error:
-        raise UsageError(f"job file {path} names {value!r}, whose home folder is not known: write the path out") from error
+def _beside(path: Path, value: str, *, is_source: bool = False) -> str:
+    """A path in a job file, which is relative to the file's folder."""
+    if "://" in value:
+        return value
+    if has_unknown_user(value):
+        raise UsageError(f"job file {path} names {value!r}, whose home folder is not known: write the path out")
+    folder = str(path.absolute().parent)
+    return os.path.join(escape(folder) if is_source and is_pattern(value) else folder, home(value))  # noqa: PTH118 (it keeps ./~)
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

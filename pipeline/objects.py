@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 from pipeline.errors import FeaturemapsError, StaleWriterError, UsageError
+from pipeline.patterns import home
 from pipeline.remote import CONCURRENCY, ConflictError, Meta, Url, is_url
 
 Place: TypeAlias = Path | Url
@@ -21,7 +22,7 @@ R = TypeVar("R")
 
 
 def place(store: str | Place) -> Place:
-    """Where a store is or will be.
+    """Where a store is or will be; a leading ``~`` is the home folder.
 
     Raises
     ------
@@ -29,7 +30,7 @@ def place(store: str | Place) -> Place:
         When it is a URL that nothing can be written to.
     """
     if not isinstance(store, str) or not is_url(store):
-        return store if isinstance(store, Url) else Path(store)
+        return store if isinstance(store, Url) else Path(home(store) if isinstance(store, str) else store)
     url = Url.parse(store)
     if not url.is_bucket or not url.key:
         raise UsageError(

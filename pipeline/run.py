@@ -8,6 +8,7 @@ import platform
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
@@ -21,7 +22,7 @@ from pipeline import kernel
 from pipeline.capacity import WORKER_BASE_BYTES, wanted_limit_bytes
 from pipeline.changes import Changes, Entries
 from pipeline.chunks import Array
-from pipeline.collection import absolute_source, list_collection, walks_into
+from pipeline.collection import list_collection, walks_into
 from pipeline.config import Job
 from pipeline.creation import check_folder, create_store, prepare_folder
 from pipeline.decode import decode_versions
@@ -33,6 +34,7 @@ from pipeline.remote import Url
 from pipeline.run_ids import new_run_id, next_number
 from pipeline.schema import REJECTED, RUNS, Status, StoreSpec, difference
 from pipeline.settings import VERSION, needed_size, store_spec
+from pipeline.sources import is_same_folder, is_same_source
 from pipeline.store import Store, is_store, receipt_ids
 from pipeline.summary import Progress, Summary, receipt, working
 from pipeline.weights import load_weights
@@ -238,7 +240,7 @@ def check_apart(store: Place, source: str, root: str) -> None:
         )
 
 
-def open_for(path: Place, spec: Any) -> Store | None:
+def open_for(path: Place, spec: StoreSpec) -> Store | None:
     """Open an existing store if it was made with the same settings; None where there is none.
 
     Raises
@@ -249,6 +251,8 @@ def open_for(path: Place, spec: Any) -> Store | None:
     if not is_store(path):
         return None
     store = Store(path)
+    if is_same_folder(store.spec.source_root, spec.source_root):
+        spec = replace(spec, source_root=store.spec.source_root)  # through a link
     lines = difference(store.spec, spec)
     if lines:
         has_maps = any((store.column(c.name, "maps_digest") != "").any() for c in store.classes.values())
@@ -264,7 +268,7 @@ def compare_with_store(job: Job, store: Store | None, listing: Listing) -> Chang
     """`changes.compare` for a store on disk; without one everything is new."""
     groups = [] if store is None else [*(c.name for c in store.classes.values()), REJECTED]
     entries = (_entries(store, group) for group in groups if store is not None)
-    complete = listing.complete and (store is None or store.spec.source == absolute_source(job.source))
+    complete = listing.complete and (store is None or is_same_source(store.spec.source, job.source))
     return ledger_changes.compare(
         entries,
         listing.paths,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import glob
 import json
@@ -18,19 +19,24 @@ import tempfile
 import tracemalloc
 from array import array
 from dataclasses import FrozenInstanceError
+from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
 
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pipeline import collection
-from pipeline.collection import SUFFIXES, list_collection
+from pipeline import collection, patterns
+from pipeline.collection import SUFFIXES, list_collection, walks_into
+from pipeline.config import load_job
 from pipeline.errors import UsageError
 from pipeline.listing import Listing
+from pipeline.objects import place
 from pipeline.paths import absolute_path, decode_path, encode_path
+from pipeline.remote import Meta, Url
+from pipeline.sources import absolute_source, is_same_source
 
 HOSTILE_NAMES = [
     b"plain.jpg",
@@ -680,3 +686,239 @@ def test_a_parquet_list_without_pyarrow(tmp_path: Path, monkeypatch: pytest.Monk
     assert 'needs pyarrow, which is not installed, so nothing was listed; install it with pip install "featuremaps[parquet]"' in (
         refusal(tmp_path / "list.parquet")
     )
+
+
+# one source, however it is written
+
+NAMES = st.sampled_from(["a", "raw", "b c", ".h", "é", "x1"])
+FILES = st.lists(
+    st.tuples(st.lists(NAMES, max_size=3), st.sampled_from(["a.jpg", "b.png", ".h.jpg", "raw"])), min_size=1, max_size=8
+)
+PARTS = st.lists(
+    st.sampled_from(["**", "*", "a", "raw", "?*", "[a-r]*", "*.jpg", "a.*", ".h", ".*", "*a*"]), min_size=1, max_size=4
+)
+
+
+def spellings(folder: Path, pattern: str) -> dict[str, str]:
+    """One pattern below ``folder``, as one would write it there, which is the current folder."""
+    (folder.parent / "link").unlink(missing_ok=True)
+    (folder.parent / "link").symlink_to(folder)
+    job = folder / "job.yaml"
+    job.write_text(json.dumps({"source": pattern, "store": "../f.zarr"}), encoding="utf-8")
+    from_job = load_job(job).source
+    job.unlink()
+    return {
+        "relative": pattern,
+        "absolute": f"{folder}/{pattern}",
+        "dot": f"./{pattern}",
+        "trailing slash": f"{pattern}/",
+        "doubled slashes": f"//{folder}//{pattern.replace('/', '//')}",
+        "dots within": pattern.replace("/", "/./"),
+        "from another folder": f"../{folder.name}/{pattern}",
+        "braces": f"{{{pattern},{folder}/{pattern}}}",
+        "home folder": f"~/{folder.name}/{pattern}",
+        "job file": from_job,
+        "through a link": f"../link/{pattern}",
+        "as a store remembers it": absolute_source(pattern),
+    }
+
+
+def listed_files(source: str) -> list[str]:
+    """Absolute paths of what a source lists; none where it is refused."""
+    try:
+        listing = list_collection(source)
+    except UsageError:
+        return []
+    return [os.fsdecode(absolute_path(listing.root, path)) for path in listing.paths]
+
+
+@settings(deadline=None, max_examples=60)
+@given(files=FILES, parts=PARTS.filter(lambda parts: patterns.is_pattern("/".join(parts))))
+@example(files=[([], "a.jpg"), (["raw"], "a.jpg"), (["x1", "raw", "a"], "a.jpg")], parts=["**", "raw", "**"])
+@example(files=[([], "a.jpg"), (["x1"], "raw")], parts=["*", "**"])
+def test_a_source_lists_what_the_standard_library_finds_however_it_is_written(files: list, parts: list[str]) -> None:
+    with tempfile.TemporaryDirectory() as home, pytest.MonkeyPatch.context() as patch:
+        folder = Path(home) / "photos"
+        make(folder, "keep/me.txt")
+        for above, name in files:
+            with contextlib.suppress(OSError):  # one name as a folder and a file
+                make(folder, "/".join([*above, name]))
+        patch.chdir(folder)
+        patch.setenv("HOME", home)
+        pattern = "/".join(parts)
+        found = {os.path.realpath(path) for path in glob.glob(pattern, recursive=True) if os.path.isfile(path)}
+        for spelling, source in spellings(folder, pattern).items():
+            listed = listed_files(source)
+            assert {os.path.realpath(path) for path in listed} == found, spelling
+            assert len(set(listed)) == len(listed)
+            assert listed == sorted(listed, key=lambda path: os.fsencode(path).split(b"/"))
+            assert is_same_source(source, pattern), spelling
+            assert is_same_source(absolute_source(pattern), source), spelling
+            assert not is_same_source(source, f"{pattern}x")
+            if "link" not in spelling:
+                assert absolute_source(source) == absolute_source(pattern), spelling
+
+
+def test_a_relative_pattern_that_begins_and_ends_with_any_depth_loses_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(tmp_path, "raw/a.jpg", "x/raw/b.jpg", "x/raw/y/c.jpg", "x/d.jpg")
+    monkeypatch.chdir(tmp_path)
+    assert list_collection("**/raw/**").paths == ["raw/a.jpg", "x/raw/b.jpg", "x/raw/y/c.jpg"]
+    assert list_collection("**/raw/**") == list_collection(f"{tmp_path}/**/raw/**")
+    assert not walks_into("**/raw/**", str(tmp_path), "/elsewhere")
+    assert walks_into("**/raw/**", str(tmp_path), f"{tmp_path}/x/f.zarr")
+    assert not walks_into("raw/*", str(tmp_path / "raw"), f"{tmp_path}/raw/f.zarr/deep")
+
+
+@pytest.mark.parametrize(
+    ("folder", "source"),
+    [
+        ("photos [2024]", "photos [2024]"),
+        ("photos [2024]", "photos [2024]/*.jpg"),
+        ("photos [2024]", "photos [[]2024]/*.jpg"),
+        ("photos [2024]", "photos [[]2024[]]/*.{jpg,png}"),
+        ("photos [2024]", "photos [[]2024]"),
+        ("photos [2024]/in [1]", "photos [2024]/in [1]/**"),
+        ("a {b,c}", "a {b,c}/*.jpg"),
+        ("a {b,c}", "a {b,c}"),
+        ("a {b,c}", "a [{]b,c}/*.jpg"),
+        ("{b}", "{b}/*.jpg"),
+        ("a*b?", "a*b?"),
+        ("a*b?", "a[*]b[?]/*.jpg"),
+        ("~", "./~/*.jpg"),
+    ],
+)
+def test_a_folder_whose_name_has_wildcards_is_named_as_it_is_or_escaped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str, source: str
+) -> None:
+    make(tmp_path, f"{folder}/a.jpg", "photos 2/b.jpg", "aXbY/b.jpg", "a b/b.jpg")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "job.yaml").write_text(json.dumps({"source": source, "store": "f.zarr"}))
+    for spelled in (
+        source,
+        f"{tmp_path}/{source.removeprefix('./')}",
+        load_job(tmp_path / "job.yaml").source,
+        absolute_source(source),
+    ):
+        listing = list_collection(spelled)
+        assert (listing.root, listing.paths) == (str(tmp_path / folder), ["a.jpg"]), spelled
+        assert is_same_source(spelled, source)
+    monkeypatch.chdir(tmp_path / folder)  # whose own name is no pattern
+    assert list_collection("*.jpg").root == str(tmp_path / folder)
+    (tmp_path / folder / "job.yaml").write_text("{source: '*.jpg', store: f.zarr}")
+    assert list_collection(load_job(tmp_path / folder / "job.yaml").source).root == str(tmp_path / folder)
+
+
+def test_what_is_no_name_is_still_a_pattern(tmp_path: Path) -> None:
+    make(tmp_path, "set[1]/a.jpg", "set1/b.jpg", "set2/c.jpg")
+    assert list_collection(f"{tmp_path}/set[12]/*").paths == ["set1/b.jpg", "set2/c.jpg"]
+    assert list_collection(f"{tmp_path}/set[1]/*").paths == ["a.jpg"]  # where there is a folder of that name
+    assert list_collection(f"{tmp_path}/set*/*").paths == ["set1/b.jpg", "set2/c.jpg", "set[1]/a.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "typed"),
+    [
+        ("photos [2024]/*.jpg", "type 'photos [[]2024]/*.jpg'"),
+        ("photos [2024]/[[]/*.jpg", "type 'photos [[]2024]/[[]/*.jpg'"),
+        ("*.{jpg}", r"braces need a comma, as in *.{jpg,png}"),
+    ],
+)
+def test_a_pattern_that_matches_nothing_says_what_to_type(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str, typed: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert typed in refusal(pattern)
+    assert "type" not in refusal("x*.png").split("nothing to do")[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "expanded"),
+    [
+        ("*.{jpg,png}", ["*.jpg", "*.png"]),
+        ("{a,b}{1,2}", ["a1", "a2", "b1", "b2"]),
+        ("{a,{b,c}d}e", ["ae", "bde", "cde"]),
+        ("a{,b}", ["a", "ab"]),
+        ("{a{b,c}}", ["{ab}", "{ac}"]),
+        ("{a{b,c}", ["{ab", "{ac"]),
+        ("{x}{a,b}", ["{x}a", "{x}b"]),
+        ("{a/b,c}/*", ["a/b/*", "c/*"]),
+        ("{3..1}", ["3", "2", "1"]),
+        ("{08..10}", ["08", "09", "10"]),
+        ("{1..7..3}", ["1", "4", "7"]),
+        ("{a..c}", ["a", "b", "c"]),
+        ("{}", ["{}"]),
+        ("a,b}", ["a,b}"]),
+    ],
+)
+def test_braces_are_expanded_as_a_shell_expands_them(text: str, expanded: list[str]) -> None:
+    done = subprocess.run(["bash", "-fc", f"printf '%s\\n' {text}"], capture_output=True, text=True, check=True)
+    assert patterns.expand(text) == expanded == done.stdout.splitlines()
+
+
+def test_braces_list_each_image_once_and_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(tmp_path, "a/1.jpg", "a/2.png", "b/1.jpg", "b/3.gif")
+    monkeypatch.chdir(tmp_path)
+    assert list_collection("*/*.{jpg,png}").paths == ["a/1.jpg", "a/2.png", "b/1.jpg"]
+    assert list_collection("{b,a,*}/*.jpg").paths == ["a/1.jpg", "b/1.jpg"]
+    assert list_collection("{a,b}/*.jpg").root == str(tmp_path)
+    assert absolute_source("*/*.{jpg,png}") == absolute_source("./{*/*.png,*/*.jpg}") == f"{tmp_path}/{{*/*.jpg,*/*.png}}"
+    assert "folder '" + str(tmp_path / "c") + "' cannot be read" in refusal("{a,c}/*.jpg")  # its disk may not be mounted
+    assert "stand for 2500 patterns, more than 1000" in refusal("{1..50}{1..50}")
+    assert "stands for 5000 names, more than 1000" in refusal("{1..5000}")
+
+
+def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(tmp_path, "photos/a.jpg", "photos/~odd/b.jpg", "photos/~nobody-of-that-name/c.jpg")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path / "photos")
+    (tmp_path / "list.txt").write_text("photos/a.jpg")
+    for source in ("~/photos/*.jpg", "~/photos", "~/list.txt", "{~/photos/*.jpg,/nowhere*}"):
+        assert list_collection(source).paths[0] in {"a.jpg", "photos/a.jpg", f"{tmp_path}/photos/a.jpg".lstrip("/")}
+    assert list_collection("~nobody-of-that-name").paths == ["c.jpg"]  # as a shell leaves it
+    assert "there is no user of that name" in refusal("~nobody-else-of-that-name/x")
+    assert place("~/f.zarr") == tmp_path / "f.zarr"
+
+
+def test_another_spelling_of_a_pattern_is_not_another_pattern(tmp_path: Path) -> None:
+    make(tmp_path, "a/1.jpg", "b/1.jpg")
+    (tmp_path / "link").symlink_to("a")
+    assert is_same_source(f"{tmp_path}/link/*.jpg", f"{tmp_path}/a/*.jpg")
+    assert is_same_source(f"{tmp_path}/link", f"{tmp_path}/a/")
+    assert not is_same_source(f"{tmp_path}/a/*.jpg", f"{tmp_path}/b/*.jpg")
+    assert not is_same_source(f"{tmp_path}/a", f"{tmp_path}/a/*.jpg")
+    assert not is_same_source(f"{tmp_path}/a", "s3://bucket/a")
+    assert is_same_source("s3://bucket/{a,b}/*.jpg", "s3://bucket/{b,a}/*.jpg/")
+    assert not is_same_source("s3://bucket/a", "s3://other/a")
+
+
+@pytest.mark.parametrize(
+    ("key", "root", "found"),
+    [
+        ("**/raw/**", "", ["raw/a.jpg", "x/raw/b.jpg"]),
+        ("x/*/*.{jpg,png}", "x", ["raw/b.jpg"]),
+        ("{raw,x/raw}/*.jpg", "", ["raw/a.jpg", "x/raw/b.jpg"]),
+        ("in [[]1]", "in [1]", ["c.jpg"]),
+        ("in [[]1]/*.jpg", "in [1]", ["c.jpg"]),
+        ("in [1]/*.jpg", None, r"type 'in \[\[\]1\]/\*.jpg'"),
+        ("x", "x", ["raw/b.jpg"]),
+    ],
+)
+def test_patterns_of_a_bucket_are_the_same(
+    monkeypatch: pytest.MonkeyPatch, key: str, root: str | None, found: list[str] | str
+) -> None:
+    keys = ["raw/a.jpg", "x/raw/b.jpg", "in [1]/c.jpg"]
+    meta = Meta(1, datetime.now(UTC), "e")
+
+    def walk(url: Url) -> list[tuple[str, Meta]]:  # in place of a server's listing; tests/test_buckets.py has a real one
+        above = f"{url.key}/" if url.key else ""
+        return [(name[len(above) :], meta) for name in keys if name.startswith(above)]
+
+    monkeypatch.setattr(Url, "walk", walk)
+    if root is None:
+        assert re.search(str(found), refusal(f"s3://bucket/{key}"))
+        return
+    listing = list_collection(f"s3://bucket/{key}")
+    assert (listing.root, listing.paths) == (f"s3://bucket/{root}".rstrip("/"), found)
+    assert walks_into(f"s3://bucket/{key}", listing.root, f"{listing.root}/raw") == (key != "in [[]1]/*.jpg")

@@ -10,7 +10,7 @@ import pytest
 
 from pipeline import preview
 from pipeline.capacity import WORKER_BASE_BYTES, wanted_limit_bytes
-from pipeline.config import make_job
+from pipeline.config import load_job, make_job
 from pipeline.errors import UsageError
 from pipeline.lock import StoreLock
 from pipeline.preview import plan_job, store_status
@@ -91,6 +91,27 @@ def test_a_plan_for_an_existing_store_counts_what_is_left_to_do(client, tmp_path
     assert (planned.n_returned, planned.n_to_compute, planned.n_unchanged) == (1, 0, 15)
     assert "0 to mark removed, 1 back" in planned.describe()
     assert run_job(job, client).n_returned == 1
+
+
+def test_a_store_knows_its_pattern_however_it_is_written(client, tmp_path, monkeypatch):
+    source = make_images(tmp_path / "photos", 2, [(50, 60)])
+    make_images(source / "raw", 2, [(50, 60)], seed=1)
+    make_images(source / "x" / "raw", 2, [(50, 60)], seed=2)
+    (tmp_path / "link").symlink_to(source)
+    store = tmp_path / "f.zarr"
+    assert run_job(job_of(f"{source}/**/raw/**", store), client).n_done == 4
+    monkeypatch.chdir(source)
+    (source / "job.yaml").write_text("{source: ./**/raw/**, store: ../f.zarr}")
+    from_job = load_job(source / "job.yaml").source
+    spelled = ["**/raw/**", "./**//raw/**/", "../photos/**/raw/**", "../link/**/raw/**", from_job]
+    for n_removed in (0, 1):
+        for spelling in spelled:
+            planned = plan_job(job_of(spelling, store, max_removed=0.5))
+            assert (planned.n_listed, planned.n_to_compute, planned.n_removed) == (4 - n_removed, 0, n_removed), spelling
+        (source / "raw" / "img00001.png").unlink(missing_ok=True)
+    assert plan_job(job_of("**/raw/*0.png", store)).n_removed == 0  # another pattern says nothing of what it does not list
+    summary = run_job(job_of("../link/**/raw/**", store, max_removed=0.5), client)
+    assert (summary.n_removed, summary.n_unchanged) == (1, 3)
 
 
 def test_an_image_that_comes_back_before_it_was_computed_is_to_compute(client, tmp_path):
