@@ -11,10 +11,10 @@ import struct
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import version
 from itertools import product
-from typing import IO, TYPE_CHECKING, Any, BinaryIO, cast, get_args
+from typing import TYPE_CHECKING, Any, BinaryIO, cast, get_args
 
 import numpy as np
 from PIL import (
@@ -31,6 +31,7 @@ from PIL import (
 from pipeline.config import DEFAULT_PIXEL_LIMIT, DecodeSpec, ImageFormat
 from pipeline.errors import ImageError
 from pipeline.headers import HEADER_BYTES, HeaderStream, StorageFault, check_pixels, check_tiff, check_webp, gif_size, n_scans
+from pipeline.png import load_png, open_png
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -162,8 +163,10 @@ def decode(data: bytes, spec: DecodeSpec) -> np.ndarray:
                 return pixels
         _mend_colour_key(image)
         if isinstance(image, PngImagePlugin.PngImageFile):
-            image.load_end = lambda: None  # type: ignore[method-assign]  # nothing that follows the pixels counts
-        image.load()
+            is_as_wanted = turn is None and spec.resize is None and image.mode == ("RGB" if spec.color == "rgb" else "L")
+            load_png(image, keep_spare_row=is_as_wanted and image.height > BAND_ROWS)
+        else:
+            image.load()
         flat = _flatten(image, spec.background)
         turned = flat if turn is None else flat.transpose(turn)
         return _to_array(turned, spec)
@@ -254,7 +257,7 @@ def _open(stream: HeaderStream, spec: DecodeSpec) -> tuple[Image.Image, int]:
     elif head.startswith(b"\xff\xd8"):
         stream.begin_jpeg()
     try:
-        image = Image.open(cast("IO[bytes]", stream), formats=spec.formats)
+        image = open_png(partial(Image.open, formats=spec.formats), stream)
     except UnidentifiedImageError as error:
         raise ImageError("not_an_image", _explain_unidentified(head, spec)) from error
     check_pixels("the image has", image.height, image.width, spec.pixel_limit)

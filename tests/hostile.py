@@ -121,7 +121,7 @@ def corpus() -> dict[str, tuple[bytes, str]]:
         "bomb.avif": (avif_of(16384, 16384), too_many),
         "bomb beyond avif.avif": (avif_of(60000, 60000), "not_an_image: "),
         "bomb of a tile.tif": (tiff(10, 10, 8, tile, black), too_many + "a tile has 6000 x 6000 pixels"),
-        "more pixels than needed.png": (png(10, 10, data=zlib.compress(bytes(10**8), 9)), "done"),
+        "more pixels than needed.png": (png(10, 10, data=zlib.compress(bytes(10**8), 9)), cost + "its compressed pixels go on"),
         "delta.bmp": (bmp(4_000_000, 4, 8, 1, b"\0\2\xff\xff" * 4), "done"),
         "empty lines.bmp": (bmp(400_000, 10, 8, 1, b"\1\1\0\0" * 10), "done"),
         "black.png": (png(4000, 4000), "done"),
@@ -149,7 +149,7 @@ def corpus() -> dict[str, tuple[bytes, str]]:
         "exif upon itself.png": (png(10, 10, chunk(b"eXIf", exif)), "done"),
         "text.png": (
             png(10, 10, *[chunk(b"iTXt", b"k%d\0\1\0\0\0" % i + text) for i in range(60)]),
-            cost + "Too much memory used in text",
+            "done",
         ),
         "text behind.png": (
             png(10, 10, after=b"".join([chunk(b"iTXt", b"k%d\0\1\0\0\0" % i + text) for i in range(60)])),
@@ -157,7 +157,7 @@ def corpus() -> dict[str, tuple[bytes, str]]:
         ),
         "profile.png": (
             png(10, 10, chunk(b"iCCP", b"x\0\0" + zlib.compress(bytes(10**8), 9))),
-            cost + "Decompressed data too large",
+            "done",
         ),
         "chunks.png": (png(10, 10, chunk(b"prVt", b"") * 300_000), reads),
         "chunks behind.png": (png(10, 10, after=chunk(b"prVt", b"") * 300_000), "done"),

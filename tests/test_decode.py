@@ -475,7 +475,7 @@ def test_probe_decodes_no_pixel():
     xmp = b'XML:com.adobe.xmp\0\0\0\0\0<rdf:Description tiff:Orientation="6"/>'
     data = png(WIDTH, HEIGHT, 8, 2, [b"far too short"], (b"iTXt", xmp))
     assert probe(data, RGB) == ImageSize(WIDTH, HEIGHT, WIDTH, HEIGHT)
-    with pytest.raises(ImageError, match="truncated"):
+    with pytest.raises(ImageError, match="its compressed pixels end before the last row"):
         decode(data, RGB)
 
 
@@ -578,7 +578,7 @@ def test_corrupt():
     rows = [row.tobytes() for row in PIXELS]
     data = png(WIDTH, HEIGHT, 8, 2, rows)
     start = data.index(b"IDAT") + 4
-    with pytest.raises(ImageError, match=r"^corrupt: the image cannot be decoded \(broken data stream"):
+    with pytest.raises(ImageError, match=r"^corrupt: the image cannot be decoded \(an IDAT chunk has a wrong checksum\)$"):
         decode(data[:start] + b"\xff" * 20 + data[start + 20 :], RGB)
 
 
