@@ -20,7 +20,7 @@ from pipeline.weights import load_weights
 from tests.test_decode import FILES
 
 CODES = {"empty", "not_an_image", "too_many_pixels", "too_large", "truncated", "corrupt", "unsupported_mode"}
-SLOW_S = 5.0
+SLOW_S = 100.0
 BOUNDED = DecodeSpec(pixel_limit=1_000_000)
 INTERESTING = [
     b"\0",

@@ -321,10 +321,9 @@ def test_there_must_be_a_store(tmp_path):
 
 def test_importing_the_package_imports_nothing_heavy():
     code = (
-        "import sys, time; started = time.process_time(); import pipeline; elapsed = time.process_time() - started\n"
+        "import sys, pipeline\n"
         "heavy = {'torch', 'dask', 'distributed', 'zarr', 'xarray', 'numpy', 'pandas', 'PIL', 'matplotlib'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
-        "assert elapsed < 0.5, elapsed\n"
         "from pipeline import open_store\n"
         "assert 'torch' not in sys.modules\n"
     )

@@ -39,6 +39,7 @@ from pipeline.submission import Claim, Submission, last_submission
 from pipeline.vacuum import vacuum_store
 from pipeline.verify import verify_store
 from tests.conftest import content, make_images
+from tests.kill_rounds import wait_until
 from tests.services import BUCKET, SECRET, environment, faulty, rclone, seaweedfs, website
 
 pytestmark = pytest.mark.cluster
@@ -435,8 +436,7 @@ def test_a_heartbeat_keeps_a_lock_in_a_bucket_and_ends_where_another_took_it(buc
     folder = bucket / RUNS
     with StoreLock(folder, "first"):
         before = (folder / "lock.json").stat().e_tag
-        time.sleep(1)
-        assert (folder / "lock.json").stat().e_tag != before
+        assert wait_until(lambda: (folder / "lock.json").stat().e_tag != before, 900)
         _stale(folder, "thief")
         time.sleep(1)
         assert holds(folder, "thief")

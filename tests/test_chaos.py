@@ -89,7 +89,7 @@ def sh(*arguments) -> None:
 def make_read_only(disk: Path) -> None:
     """The kernel refuses while a file is open for writing, so this waits for a moment between two."""
     command = ["mount", "-o", "remount,ro", disk]
-    assert wait_until(lambda: subprocess.run(command, capture_output=True, check=False).returncode == 0, 10, 0.002)
+    assert wait_until(lambda: subprocess.run(command, capture_output=True, check=False).returncode == 0, 900, 0.002)
 
 
 def test_a_disk_that_others_fill_stops_the_run_before_it_is_full(client, images, expected, disturbed, small_disk):

@@ -371,7 +371,7 @@ def test_a_run_over_tls_makes_the_same_store_and_nobody_without_the_certificate_
         for spec in strangers:
             with pytest.raises(FeaturemapsError, match=r"no Dask scheduler answers at .* certificates under tls"), connect(spec):
                 pass
-        monkeypatch.setattr(cluster, "CONNECT_TIMEOUT_S", 20.0)
+        monkeypatch.setattr(cluster, "CONNECT_TIMEOUT_S", 200.0)
         with connect(AddressSpec(kind="address", address=address, tls=TlsSpec(**ours))) as known:
             assert run_job(job, known).n_done == 12
     assert content(tmp_path / "f.zarr") == content(tmp_path / "plain.zarr")

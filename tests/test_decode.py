@@ -709,7 +709,7 @@ def check_outcome(data: bytes) -> None:
     """``decode`` and ``probe`` raise nothing but ImageError, agree on the size, and end quickly."""
     started_s = time.perf_counter()
     pixels, size = outcome(decode, data), outcome(probe, data)
-    assert time.perf_counter() - started_s < 5
+    assert time.perf_counter() - started_s < 100  # a hang, not a slow machine
     if pixels is not None:
         assert size is not None
         assert pixels.shape == (size.input_height, size.input_width, 3)

@@ -138,7 +138,7 @@ def test_a_hostile_file_ends_soon_with_its_code_and_within_the_planned_memory(co
     found = costs[name]
     assert found["decode"].startswith(end)
     assert found["probe"] in {"done", found["decode"]}
-    assert found["elapsed_s"] < 10
+    assert found["elapsed_s"] < 100  # a hang, not a slow machine
     assert found["taken_bytes"] <= max(found["decode_bytes"], 64 * 2**20 + 3 * len(data))
 
 

@@ -157,7 +157,7 @@ def test_a_pod_that_runs_gives_no_reasons():
 
 @pytest.fixture
 def operator(kubernetes_operator, monkeypatch):
-    monkeypatch.setattr(kubernetes, "DELETE_TIMEOUT_S", 5.0)
+    monkeypatch.setattr(kubernetes, "DELETE_TIMEOUT_S", 30.0)
     yield kubernetes_operator
     assert not kubernetes_operator.processes, "everything was deleted"
     kubernetes_operator.posted.clear()

@@ -109,16 +109,22 @@ def test_a_lock_that_cannot_be_understood_is_refused(runs):
 
 def test_only_one_of_many_contenders_wins(runs):
     code = (
-        "import sys, time, pathlib; from pipeline.lock import StoreLock\n"
+        "import sys, pathlib; from pipeline.lock import StoreLock\n"
         "from pipeline.errors import StoreBusyError\n"
-        "try:\n    StoreLock(pathlib.Path(sys.argv[1]), sys.argv[2]); print('won', flush=True); time.sleep(3)\n"
+        "try:\n    StoreLock(pathlib.Path(sys.argv[1]), sys.argv[2]); print('won', flush=True); sys.stdin.read()\n"
         "except StoreBusyError:\n    print('busy')\n"
     )
     (runs / "lock.json").write_text(json.dumps({**_current(), "process_started": 1.0}))
     processes = [
-        subprocess.Popen([sys.executable, "-c", code, str(runs), str(i)], stdout=subprocess.PIPE, text=True) for i in range(6)
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(runs), str(i)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        for i in range(6)
     ]
-    assert sorted(process.communicate()[0] for process in processes) == ["busy\n"] * 5 + ["won\n"]
+    said = [process.stdout.readline() for process in processes]  # the winner holds it until all have said theirs
+    for process in processes:
+        process.communicate()
+    assert sorted(said) == ["busy\n"] * 5 + ["won\n"]
 
 
 def test_a_task_of_a_run_that_lost_the_store_is_refused(runs):

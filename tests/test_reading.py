@@ -61,7 +61,7 @@ def n_descriptors():
 def soon():
     started = time.monotonic()
     yield
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 100  # a hang, not a slow machine
 
 
 # -- probing ---------------------------------------------------------------------------------------------------------------------

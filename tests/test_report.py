@@ -217,7 +217,7 @@ def test_the_source_is_out_of_reach_or_a_photograph_has_changed(store):
 
 def test_a_source_that_hangs_costs_the_photographs_only(store, tmp_path, monkeypatch):
     """Also where those who read from it cannot be killed."""
-    monkeypatch.setattr("pipeline.thumbnails.TOTAL_S", 10.0)
+    monkeypatch.setattr("pipeline.thumbnails.TOTAL_S", 100.0)
     monkeypatch.setattr("pipeline.thumbnails.IMAGE_S", 0.5)
     set_status(store, "40x60", [0], Status.QUARANTINED, "truncated: the file ends")
     disk = mount_stuck(store.parent / "source")

@@ -59,7 +59,7 @@ def finish(client, job, whole: Path) -> None:
     ids=["a header", "an image, stuck in the kernel"],
 )
 def test_an_image_that_never_comes_costs_itself_only(client, source, tmp_path, stick, monkeypatch, stage, options):
-    job = make_job({"source": str(source), "store": str(tmp_path / "f.zarr"), "deadline_s": 2.0})
+    job = make_job({"source": str(source), "store": str(tmp_path / "f.zarr"), "deadline_s": 5.0})
     disks = []
     real = Intake.append
 
@@ -117,7 +117,7 @@ main()
 )
 def test_a_storage_that_answers_nobody_ends_the_run_as_incomplete(client, source, tmp_path, stick, when, what, options, message):
     job_file = tmp_path / "job.yaml"
-    job_file.write_text("source: source\nstore: f.zarr\ndeadline_s: 2\nworkers: 2\n")
+    job_file.write_text("source: source\nstore: f.zarr\ndeadline_s: 5\nworkers: 2\n")
     arguments = [sys.executable, "-c", COMMAND, when, str(tmp_path), "run", str(job_file)]
     log = tmp_path / "log"
     with log.open("w") as file:
