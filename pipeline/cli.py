@@ -143,13 +143,17 @@ def run(what: tuple[str, ...], as_json: bool, verbose: int, log_format: str, met
 @cli.command()
 @_job_options
 def plan(what: tuple[str, ...], as_json: bool, verbose: int, log_format: str, **options: Any) -> int:
-    """Say what run would do: images, classes, shards, bytes, memory, disk. Changes nothing."""
+    """Say what run would do: images, classes, shards, bytes, memory, disk, exit code. Changes nothing.
+
+    Ends with the exit code that the run would have, as far as listing, headers and store tell: 0 complete, 1 failed (source, storage
+    or disk), 2 refused (settings, memory, too many removed), 3 too many bad images or none that is done, 75 another run has the store.
+    """
     job = _begin(what, options, verbose, log_format)
     from pipeline.preview import plan_job
 
     preview = plan_job(job)
     click.echo(json.dumps(preview.to_dict(), indent=1) if as_json else preview.describe())
-    return EXIT_COMPLETE if preview.fits else EXIT_FAILED
+    return preview.exit_code
 
 
 @cli.command()

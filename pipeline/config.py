@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from pipeline.errors import UsageError
+from pipeline.layer_words import read_layer
 from pipeline.patterns import escape, has_unknown_user, home, is_pattern
 
 Activation = Literal["sigmoid", "tanh", "relu", "none"]
@@ -87,28 +88,14 @@ class LayerSpec(StrictModel):
         Raises
         ------
         UsageError
-            When the text does not have that form.
+            When the text does not have that form: each word is used once, or refused.
 
         Examples
         --------
         >>> LayerSpec.parse("20x5x5:tanh:pool2")
         LayerSpec(filters=20, kernel=(5, 5), pool=(2, 2), activation='tanh')
         """
-        try:
-            size, *rest = text.split(":")
-            filters, height, width = (int(part) for part in size.split("x"))
-            values: dict[str, Any] = {"filters": filters, "kernel": (height, width)}
-            for word in rest:
-                if word.startswith("pool"):
-                    values["pool"] = int(word.removeprefix("pool"))
-                else:
-                    values["activation"] = word
-            return cls(**values)
-        except ValueError as error:
-            raise UsageError(
-                f"layer {text!r} is not of the form FILTERSxHEIGHTxWIDTH[:ACTIVATION][:poolN], so no extractor can be built "
-                f"from it; write for instance 2x9x9:sigmoid or 20x5x5:tanh:pool2 (activations: {', '.join(get_args(Activation))})"
-            ) from error
+        return cls(**read_layer(text, get_args(Activation)))
 
 
 class ExtractorSpec(StrictModel):

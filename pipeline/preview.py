@@ -18,8 +18,9 @@ from pipeline.changes import check_removals
 from pipeline.cluster import cluster_of
 from pipeline.collection import list_collection
 from pipeline.config import Job
-from pipeline.errors import UsageError
+from pipeline.errors import EXIT_COMPLETE, UsageError
 from pipeline.fleet import judge
+from pipeline.forecast import Forecast, end_of_run
 from pipeline.listing import Listing
 from pipeline.lock import current_holder, last_heard
 from pipeline.machine import local_workers
@@ -78,15 +79,25 @@ class Preview:
 
     ignored: dict[str, int] = field(default_factory=dict)
     """Files that are no images by their name: number per suffix."""
-
-    @property
-    def _is_too_large(self) -> bool:
-        return self.free_bytes is not None and self.maps_bytes > self.free_bytes
+    exit_code: int = EXIT_COMPLETE
+    """What a run would end with, as far as can be known before it starts; ``plan`` ends with the same."""
+    verdict: str = ""
+    """Why, for a person."""
 
     @property
     def fits(self) -> bool:
         """Whether disk and memory hold it; `run` refuses what they do not."""
-        return not self._is_too_large and not 0 < self.worker_limit_bytes < self.worker_memory_bytes
+        return self.fits_disk and self.fits_memory
+
+    @property
+    def fits_disk(self) -> bool:
+        """Whether the disk holds the maps, should they not compress at all."""
+        return self.free_bytes is None or self.maps_bytes <= self.free_bytes
+
+    @property
+    def fits_memory(self) -> bool:
+        """Whether a worker holds it, where its limit is known."""
+        return not 0 < self.worker_limit_bytes < self.worker_memory_bytes
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""
@@ -106,10 +117,10 @@ class Preview:
             f"shards: {self.n_shards}, batches: {self.n_batches}, workers: {self.workers}; roughly {max(1, self.work_s):.0f} s of one core",
             f"maps up to {self.maps_bytes / 1e6:,.0f} MB before compression, "
             + ("in a bucket" if self.free_bytes is None else f"{self.free_bytes / 1e6:,.0f} MB free")
-            + (" -- DOES NOT FIT" if self._is_too_large else ""),
+            + ("" if self.fits_disk else " -- DOES NOT FIT"),
             f"up to {self.worker_memory_bytes / 2**20:.0f} MiB per worker"
             + (f" of {self.worker_limit_bytes / 2**20:.0f} MiB" if self.worker_limit_bytes else "")
-            + (" -- DOES NOT FIT" if 0 < self.worker_limit_bytes < self.worker_memory_bytes else ""),
+            + ("" if self.fits_memory else " -- DOES NOT FIT"),
         ]
         if self.n_to_check:
             lines.append(
@@ -123,6 +134,7 @@ class Preview:
             )
         if self.n_faults:
             lines.append(f"{count(self.n_faults, 'image')} could not be reached just now and would be tried again")
+        lines.append(f"a run would end with exit code {self.exit_code}: {self.verdict}")
         return "\n".join(lines)
 
 
@@ -140,7 +152,9 @@ def plan_job(job: Job, cluster_file: Path = Path("cluster.yaml")) -> Preview:
     spec, _ = check_job(job, listing, cluster_file)
     store = open_for(place(job.store), spec)
     found = compare_with_store(job, store, listing)
-    check_removals(found, job.max_removed)
+    holder = current_holder(place(job.store).absolute())
+    if holder is None:
+        check_removals(found, job.max_removed)  # which a run does once it holds the store
     slots = planned_slots(cluster_of(job, cluster_file))
     needs = judge(slots) if slots else None
     workers = sum(worker.extract for worker in slots) or local_workers(job.workers)
@@ -167,12 +181,12 @@ def plan_job(job: Job, cluster_file: Path = Path("cluster.yaml")) -> Preview:
         default=0,
     )
     reasons: Counter[str] = Counter()
-    for p in _probe_all(job, listing, found.new, local_workers(None)):
+    forecast = Forecast(store, listing, found)
+    for i, probed in zip(found.new, _probe_all(job, listing, found.new, local_workers(None)), strict=True):
+        p = forecast.take(i, probed)
         if p.error:
             reasons[p.error.split(":", 1)[0]] += 1
-        elif p.fault:
-            preview.n_faults += 1
-        else:
+        elif not p.fault:
             sizes.append((p.input_height, p.input_width))
             decode_bytes = max(decode_bytes, p.decode_bytes)
     new = Counter(assign_classes(sizes, existing))
@@ -188,7 +202,14 @@ def plan_job(job: Job, cluster_file: Path = Path("cluster.yaml")) -> Preview:
         kind,
         decode_bytes,
     )
-    preview.reasons, preview.n_to_reject = dict(reasons), sum(reasons.values())
+    preview.reasons, preview.n_to_reject, preview.n_faults = dict(reasons), sum(reasons.values()), forecast.n_faults
+    preview.exit_code, preview.verdict = end_of_run(
+        forecast,
+        holder=holder,
+        fits_memory=preview.fits_memory or not preview.n_to_compute,
+        fits_disk=preview.fits_disk,
+        max_quarantined=job.max_quarantined,
+    )
     return preview
 
 

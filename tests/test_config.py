@@ -4,6 +4,8 @@ import re
 from pathlib import Path
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from pipeline.config import DecodeSpec, ExtractorSpec, Job, LayerSpec, load_job, make_job, validate_model
@@ -142,6 +144,62 @@ def test_a_layer_of_another_form_is_refused_with_an_example(text):
     )
     with pytest.raises(UsageError, match=expected):
         LayerSpec.parse(text)
+
+
+WORDS = st.one_of(
+    st.sampled_from(["sigmoid", "tanh", "relu", "none", "pool1", "pool2", "pool4", "pool02"]),
+    st.sampled_from(
+        ["pad1", "pad", "stride2", "s2", "dilation2", "foo", "", "Tanh", "tanh ", "pool", "pool0", "pool-1", "pool2x2"]
+    ),
+    st.text(max_size=6).filter(lambda word: ":" not in word),
+)
+
+
+@given(
+    words=st.lists(WORDS, max_size=4), size=st.sampled_from(["2x9x9", "20x5x3", "0x9x9", "2x9", " 2x9x9", "2x+9x9", "1_0x9x9"])
+)
+@example(words=["pad1", "relu"], size="8x3x3")
+@example(words=["stride2", "relu"], size="8x3x3")
+@example(words=["foo", "tanh"], size="8x3x3")
+@example(words=["relu", "tanh"], size="8x3x3")
+@example(words=["relu", "relu"], size="8x3x3")
+@example(words=["pool2", "pool4"], size="8x3x3")
+def test_every_word_of_a_layer_is_used_once_or_the_layer_is_refused(words, size):
+    text = ":".join([size, *words])
+    acts = [word for word in words if word in ("sigmoid", "tanh", "relu", "none")]
+    pools = [word for word in words if re.fullmatch("pool0*[1-9][0-9]*", word)]
+    is_right = len(acts) + len(pools) == len(words) and len(acts) <= 1 and len(pools) <= 1
+    if not is_right or not re.fullmatch("[1-9][0-9]*x[1-9][0-9]*x[1-9][0-9]*", size):
+        with pytest.raises(UsageError, match=r"is not of the form FILTERSxHEIGHTxWIDTH\[:ACTIVATION\]\[:poolN\]"):
+            LayerSpec.parse(text)
+        return
+    filters, height, width = map(int, size.split("x"))
+    pool = int(pools[0].removeprefix("pool")) if pools else 1
+    expected = {"filters": filters, "kernel": (height, width), "pool": (pool, pool), "activation": (acts or ["sigmoid"])[0]}
+    assert LayerSpec.parse(text).model_dump() == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("8x3x3:foo:tanh", "'foo' is no word of a layer; the nearest is 'pool2'"),
+        ("8x3x3:thanh", "'thanh' is no word of a layer; the nearest is 'tanh'"),
+        ("8x3x3:ReLU", "'ReLU' is no word of a layer; the nearest is 'relu'"),
+        ("8x3x3:pad1:relu", "'pad1' cannot be chosen, because convolutions are valid (no padding), with stride 1"),
+        ("8x3x3:stride2:relu", "'stride2' cannot be chosen, because convolutions are valid (no padding), with stride 1"),
+        ("8x3x3:relu:tanh", "'tanh' is one word too many, because 'relu' is an activation and a layer has one"),
+        ("8x3x3:relu:relu", "'relu' is one word too many, because 'relu' is an activation and a layer has one"),
+        ("8x3x3:pool2:pool4", "'pool4' is one word too many, because 'pool2' is a pool and a layer has one"),
+        ("8x3x3:pool2x2", "'pool2x2' is no pool: behind pool stands one positive number, as in pool2"),
+        ("8x3x3:", "a word between two colons, or after the last one, is missing"),
+        ("8x3:tanh", "'8x3' is not three positive numbers, filters x height x width"),
+    ],
+)
+def test_a_refused_layer_says_which_word_and_what_to_write(text, expected):
+    with pytest.raises(UsageError) as caught:
+        LayerSpec.parse(text)
+    assert expected in str(caught.value)
+    assert str(caught.value).endswith("or 20x5x5:tanh:pool2 (activations: sigmoid, tanh, relu, none)")
 
 
 def test_outputs_come_first_layer_first_whatever_their_order():

@@ -11,7 +11,7 @@ import pytest
 from pipeline import preview
 from pipeline.capacity import WORKER_BASE_BYTES, wanted_limit_bytes
 from pipeline.config import load_job, make_job
-from pipeline.errors import UsageError
+from pipeline.errors import FeaturemapsError, UsageError
 from pipeline.lock import StoreLock
 from pipeline.preview import plan_job, store_status
 from pipeline.run import run_job
@@ -91,6 +91,84 @@ def test_a_plan_for_an_existing_store_counts_what_is_left_to_do(client, tmp_path
     assert (planned.n_returned, planned.n_to_compute, planned.n_unchanged) == (1, 0, 15)
     assert "0 to mark removed, 1 back" in planned.describe()
     assert run_job(job, client).n_returned == 1
+
+
+def code_of(action, *args) -> int:
+    """The exit code that the command would end with."""
+    try:
+        return action(*args).exit_code
+    except FeaturemapsError as error:
+        return error.exit_code
+
+
+def assert_the_plan_ends_as_the_run(client, job, code: int, why: str = "") -> None:
+    if code != 2:
+        planned = plan_job(job)
+        assert planned.describe().splitlines()[-1] == f"a run would end with exit code {code}: {planned.verdict}"
+        assert why in planned.verdict
+        assert planned.to_dict()["exit_code"] == code
+    assert (code_of(plan_job, job), code_of(run_job, job, client)) == (code, code)
+
+
+def test_a_plan_of_images_that_are_all_missing_ends_as_the_run(client, tmp_path):
+    make_images(tmp_path, 1, [(50, 60)])
+    for n, code, why in (
+        (100, 3, "no image would be done, and 100 are bad"),
+        (600, 1, "most of 500 images in a row cannot be read"),
+    ):
+        (tmp_path / "list.txt").write_text("".join(f"gone{i}.jpg\n" for i in range(n)))
+        assert_the_plan_ends_as_the_run(client, job_of(tmp_path / "list.txt", tmp_path / f"{n}.zarr"), code, why)
+    (tmp_path / "list.txt").write_text("img00000.png\ngone.jpg\n")
+    assert_the_plan_ends_as_the_run(client, job_of(tmp_path / "list.txt", tmp_path / "some.zarr"), 0, "complete, if")
+    assert_the_plan_ends_as_the_run(client, job_of(tmp_path / "list.txt", tmp_path / "some.zarr"), 0)
+
+
+def test_a_plan_whose_source_cannot_be_read_just_now_ends_as_the_run(client, tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.reading.RETRY_PAUSES_S", ())
+    (tmp_path / "lists").mkdir()
+    (tmp_path / "lists" / "list.txt").write_text(f"{tmp_path}/unmounted/1.jpg\n{tmp_path}/unmounted/2.jpg\n")
+    job = job_of(tmp_path / "lists" / "list.txt", tmp_path / "f.zarr")
+    assert_the_plan_ends_as_the_run(client, job, 1, "2 images cannot be read just now")
+
+
+def test_a_plan_counts_bad_images_as_the_run(client, source, tmp_path):
+    store = tmp_path / "f.zarr"
+    assert_the_plan_ends_as_the_run(
+        client, job_of(source, tmp_path / "g.zarr", max_quarantined=3), 3, "4 images of the store would be bad"
+    )
+    assert_the_plan_ends_as_the_run(client, job_of(source, store, max_quarantined=4), 0)
+    assert_the_plan_ends_as_the_run(client, job_of(source, store, max_quarantined=3), 3)  # those of an earlier run count
+    assert_the_plan_ends_as_the_run(client, job_of(source, store, max_quarantined=3, retry_quarantined=True), 3)
+    assert_the_plan_ends_as_the_run(client, job_of(source, store, max_quarantined=4, retry_quarantined=True), 0)
+    (source / "text.jpg").write_text("another text")
+    assert_the_plan_ends_as_the_run(client, job_of(source, store, max_quarantined=4), 0)
+    shutil.copy(source / "img00000.png", source / "text.jpg")
+    (source / "text2.jpg").unlink()
+    assert_the_plan_ends_as_the_run(client, job_of(source, store, max_quarantined=2), 0)
+    assert_the_plan_ends_as_the_run(client, job_of(source, store, max_quarantined=1), 3)
+    for path in sorted(source.iterdir())[:50]:
+        path.unlink()
+    assert_the_plan_ends_as_the_run(client, job_of(source, store), 2)
+    assert_the_plan_ends_as_the_run(client, job_of(source, store, max_removed=1.0), 0)
+
+
+def test_a_plan_for_a_store_that_is_held_ends_with_75_and_says_by_whom(finished, source, client):
+    with StoreLock(finished / RUNS, "20990101T000000Z-other"):
+        held = "the store is held by run 20990101T000000Z-other, process "
+        assert_the_plan_ends_as_the_run(client, job_of(source, finished), 75, held)
+        for path in sorted(source.iterdir())[:50]:
+            path.unlink()
+        assert_the_plan_ends_as_the_run(client, job_of(source, finished), 75, held)
+
+
+def test_a_plan_of_what_does_not_fit_ends_as_the_run(client, source, tmp_path, monkeypatch):
+    small = job_of(source, tmp_path / "m.zarr", workers=1, memory_limit_bytes=wanted_limit_bytes(WORKER_BASE_BYTES))
+    planned = plan_job(small)
+    assert (planned.exit_code, "do not fit a worker's memory" in planned.verdict) == (2, True)
+    assert code_of(run_job, small) == 2  # with workers of its own, of this limit
+    monkeypatch.setattr(preview, "free_bytes", lambda _: 1000)
+    monkeypatch.setattr("pipeline.capacity.free_bytes", lambda _: 1000)
+    assert_the_plan_ends_as_the_run(client, job_of(source, tmp_path / "d.zarr"), 1, "the maps may not fit the disk")
 
 
 def test_a_store_knows_its_pattern_however_it_is_written(client, tmp_path, monkeypatch):
