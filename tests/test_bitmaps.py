@@ -88,7 +88,7 @@ def test_palettes_of_every_size_are_read_or_refused(bits, kind, header):
         ends[right_or_refused(data, colors[index])] += 1
     assert ends.keys() <= {"done", "unsupported_mode"}
     assert ends["done"] == ends.total() or (
-        kind in {"counting", "scaled"} and bits > 1 and header != 12 or (kind, bits, header) == ("counting", 4, 12)
+        (kind in {"counting", "scaled"} and bits > 1 and header != 12) or (kind, bits, header) == ("counting", 4, 12)
     )
 
 
@@ -190,10 +190,9 @@ def test_runs_of_other_bits_than_their_compression_are_refused(compression, bits
 @pytest.mark.parametrize("maximum", [1, 3, 15, 100, 254, 255, 256, 1000, 4095, 65534, 65535])
 def test_every_maximum_is_scaled_to_255(maximum, channels):
     samples = np.random.default_rng(maximum).integers(0, maximum + 1, (5, 7, channels))
+    wanted = np.rint(samples / maximum * 255)
     if channels == 1 and maximum > 255:
         wanted = np.rint(np.rint(samples / maximum * 65535) / 257)
-    else:
-        wanted = np.rint(samples / maximum * 255)
     wanted = np.broadcast_to(wanted, (5, 7, 3)).astype(np.uint8)
     magic = {1: 5, 3: 6}[channels]
     binary = b"P%d 7 5 %d\n" % (magic, maximum) + samples.astype(">u2" if maximum > 255 else "u1").tobytes()

@@ -364,12 +364,14 @@ def test_a_flipped_bit_gives_the_right_pixels_or_none(name):
 def main() -> None:
     """The same for larger files of many kinds; prints how they ended."""
     ends: Counter[str] = Counter()
-    for (color, depth), interlaced, seed in product(KINDS, (False, True), range(5)):
-        samples = noise(13, 17, depth, color, seed) & (-1 if seed % 2 else 1)
+    for (color, depth), interlaced, seed in product(KINDS, (False, True), range(2)):
+        samples = noise(9, 11, depth, color, seed)
         before = [chunk(b"PLTE", palette(depth).tobytes())] if color == 3 else []
         data = write(samples, depth, color, *before, interlaced=interlaced, n_chunks=1 + seed)
         ends += flips(data, [expected(samples, depth, color, transparent=False)])
-    sys.stdout.write(f"{ends.total()} flips: " + ", ".join(f"{n} {end}" for end, n in ends.most_common()) + ", none with wrong pixels\n")
+    sys.stdout.write(
+        f"{ends.total()} flips: " + ", ".join(f"{n} {end}" for end, n in ends.most_common()) + ", none with wrong pixels\n"
+    )
 
 
 if __name__ == "__main__":
