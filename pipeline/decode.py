@@ -28,6 +28,7 @@ from PIL import (
     features,
 )
 
+from pipeline.bitmaps import check_bitmap
 from pipeline.config import DEFAULT_PIXEL_LIMIT, DecodeSpec, ImageFormat
 from pipeline.errors import ImageError
 from pipeline.headers import HEADER_BYTES, HeaderStream, StorageFault, check_pixels, check_tiff, check_webp, gif_size, n_scans
@@ -261,6 +262,7 @@ def _open(stream: HeaderStream, spec: DecodeSpec) -> tuple[Image.Image, int]:
     except UnidentifiedImageError as error:
         raise ImageError("not_an_image", _explain_unidentified(head, spec)) from error
     check_pixels("the image has", image.height, image.width, spec.pixel_limit)
+    check_bitmap(image, head)
     if image.mode == "F" or (image.mode == "I" and image.format != "PPM"):
         raise ImageError("unsupported_mode", f"{image.format} of mode {image.mode}: integers or floats without a known range")
     return image, _orientation(image)

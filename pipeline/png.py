@@ -41,8 +41,7 @@ class Header(Protocol):
 
     size_bytes: int
 
-    def read(self, size: int = -1, /) -> bytes: ...
-
+    read: Callable[[int], bytes]
     seek: Callable[..., int]
 
 

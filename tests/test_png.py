@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import io
 import struct
+import sys
 import zlib
 from collections import Counter
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 
 import numpy as np
@@ -64,7 +65,7 @@ def raw_pixels(samples: np.ndarray, depth: int, *, interlaced: bool) -> bytes:
 def write(samples: np.ndarray, depth: int, color: int, *before: bytes, interlaced: bool = False, n_chunks: int = 1) -> bytes:
     data = zlib.compress(raw_pixels(samples, depth, interlaced=interlaced))
     bounds = np.linspace(0, len(data), n_chunks + 1).astype(int)
-    parts = [chunk(b"IDAT", data[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)]
+    parts = [chunk(b"IDAT", data[a:b]) for a, b in pairwise(bounds)]
     return SIGNATURE + header(samples, depth, color, interlaced=interlaced) + b"".join([*before, *parts, END])
 
 
@@ -363,12 +364,14 @@ def test_a_flipped_bit_gives_the_right_pixels_or_none(name):
 def main() -> None:
     """The same for larger files of many kinds; prints how they ended."""
     ends: Counter[str] = Counter()
-    for (color, depth), interlaced, seed in product(KINDS, (False, True), range(5)):
-        samples = noise(13, 17, depth, color, seed) & (-1 if seed % 2 else 1)
+    for (color, depth), interlaced in product(KINDS, (False, True)):
+        samples = noise(9, 11, depth, color)
         before = [chunk(b"PLTE", palette(depth).tobytes())] if color == 3 else []
-        data = write(samples, depth, color, *before, interlaced=interlaced, n_chunks=1 + seed)
+        data = write(samples, depth, color, *before, interlaced=interlaced, n_chunks=1)
         ends += flips(data, [expected(samples, depth, color, transparent=False)])
-    print(f"{ends.total()} flips: " + ", ".join(f"{n} {end}" for end, n in ends.most_common()) + ", none with wrong pixels")
+    sys.stdout.write(
+        f"{ends.total()} flips: " + ", ".join(f"{n} {end}" for end, n in ends.most_common()) + ", none with wrong pixels\n"
+    )
 
 
 if __name__ == "__main__":

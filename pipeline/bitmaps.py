@@ -1,0 +1,56 @@
+"""BMP and PNM: formats without a checksum, of which Pillow reads some otherwise than their header says."""
+
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+import numpy as np
+
+from pipeline.errors import ImageError
+
+_RAW_MODES = {1: {"1", "P;1"}, 4: {"P;4"}, 8: {"P", "L"}}  # that Pillow must use for indices of so many bits
+_RUN_BITS = {1: 8, 2: 4}  # by compression
+
+
+def check_bitmap(image: Any, head: bytes) -> None:
+    """Refuse a BMP or PNM that Pillow would misread; other formats pass.
+
+    Parameters
+    ----------
+    image : PIL.Image.Image
+        Opened, not loaded.
+    head : bytes
+        The first 30 bytes of the file.
+
+    Raises
+    ------
+    ImageError
+        ``unsupported_mode`` (BMP), or ``corrupt`` for samples above the maximum of a PNM whose bytes are at hand.
+    """
+    if image.format == "BMP":
+        _check_bmp(image, head)
+    elif image.format == "PPM" and image.tile[0].codec_name == "ppm" and hasattr(image.fp, "getvalue"):
+        _check_samples(image, image.fp.getvalue())
+
+
+def _check_bmp(image: Any, head: bytes) -> None:
+    bits = struct.unpack_from("<H", head, 24 if head[14] == 12 else 28)[0]
+    codec, _, offset, (raw_mode, *_) = image.tile[0]
+    compression, text = image.info["compression"], ""
+    if codec == "bmp_rle" and (_RUN_BITS[compression] != bits or offset % 2 or image.mode == "1"):
+        text = f"runs (compression {compression}) of {bits} bits at byte {offset}"
+    elif codec == "raw" and bits in _RAW_MODES and raw_mode not in _RAW_MODES[bits]:
+        text = f"indices of {bits} bits with a palette of greys"
+    if text:
+        raise ImageError("unsupported_mode", f"BMP with {text}: Pillow reads it otherwise; save it as PNG")
+
+
+def _check_samples(image: Any, data: bytes) -> None:
+    """Pillow lowers samples above the maximum to it."""
+    maximum, n_bytes = image.tile[0].args[-1], 1 + (image.tile[0].args[-1] > 255)
+    n_samples = image.width * image.height * len(image.getbands())
+    body = memoryview(data)[image.tile[0].offset :][: n_samples * n_bytes]
+    samples = np.frombuffer(body[: len(body) // n_bytes * n_bytes], f">u{n_bytes}")
+    if samples.size and samples.max() > maximum:
+        raise ImageError("corrupt", f"the image cannot be decoded (a sample is {samples.max()}, above its maximum {maximum})")
