@@ -18,6 +18,7 @@ from pipeline.changes import check_removals
 from pipeline.cluster import cluster_of
 from pipeline.collection import list_collection
 from pipeline.config import Job
+from pipeline.dropped import describe_dropped
 from pipeline.errors import UsageError
 from pipeline.fleet import judge
 from pipeline.listing import Listing
@@ -78,6 +79,8 @@ class Preview:
 
     ignored: dict[str, int] = field(default_factory=dict)
     """Files that are no images by their name: number per suffix."""
+    dropped: dict[str, int] = field(default_factory=dict)
+    """Images to enter of which something would be dropped, per code of `dropped.dropped`."""
 
     @property
     def _is_too_large(self) -> bool:
@@ -117,6 +120,7 @@ class Preview:
             )
         if self.reasons:
             lines.append("to reject: " + ", ".join(f"{n} {code}" for code, n in self.reasons.items()))
+        lines += describe_dropped(self.dropped)
         if self.ignored:
             lines.append(
                 f"{count(sum(self.ignored.values()), 'other file')} passed over, by their suffix: {', '.join(map(printable, self.ignored))}"
@@ -167,6 +171,7 @@ def plan_job(job: Job, cluster_file: Path = Path("cluster.yaml")) -> Preview:
         default=0,
     )
     reasons: Counter[str] = Counter()
+    dropped: Counter[str] = Counter()
     for p in _probe_all(job, listing, found.new, local_workers(None)):
         if p.error:
             reasons[p.error.split(":", 1)[0]] += 1
@@ -175,6 +180,7 @@ def plan_job(job: Job, cluster_file: Path = Path("cluster.yaml")) -> Preview:
         else:
             sizes.append((p.input_height, p.input_width))
             decode_bytes = max(decode_bytes, p.decode_bytes)
+            dropped.update(p.dropped)
     new = Counter(assign_classes(sizes, existing))
     pending = {size: rows for size, rows in pending.items() if rows}
     kind = WorkerKind(1) if needs is None else needs.kind
@@ -188,6 +194,7 @@ def plan_job(job: Job, cluster_file: Path = Path("cluster.yaml")) -> Preview:
         kind,
         decode_bytes,
     )
+    preview.dropped = dict(dropped)
     preview.reasons, preview.n_to_reject = dict(reasons), sum(reasons.values())
     return preview
 
@@ -262,6 +269,8 @@ class StoreStatus:
     """The newest receipt; that of a run at work is written every 10 s."""
     submission: dict[str, Any] | None = None
     """What was handed to a batch system, with ``state`` in words and the ``jobs`` that work for the store."""
+    dropped: dict[str, int] = field(default_factory=dict)
+    """Images that the runs have entered and of which something is dropped, per code of `dropped.dropped`."""
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""
@@ -314,6 +323,7 @@ class StoreStatus:
             known = self.submission
             lines.append(f"handed to {known['kind']} as job {known['job_id'] or '?'} on {known['submitted']}: {known['state']}")
             lines += [f"  {QueuedJob(**job)}" for job in known["jobs"] if job["job_id"] != known["job_id"]]
+        lines += describe_dropped(self.dropped)
         lines += [f"  {printable(item['path'])}  {printable(item['error'])}" for item in self.bad]
         n_more = self.counts["quarantined"] + self.counts["rejected"] - len(self.bad)
         if n_more:
@@ -344,6 +354,7 @@ def store_status(path: Place, n_bad: int = 20) -> StoreStatus:
         )
     state, jobs = ("", []) if submission is None else submission.look()
     store = Store(path)
+    last = store.last_receipt()
     return StoreStatus(
         str(path),
         store.spec.source,
@@ -353,8 +364,9 @@ def store_status(path: Place, n_bad: int = 20) -> StoreStatus:
         count_statuses(store),
         _bad_images(store, n_bad),
         current_holder(path),
-        store.last_receipt(),
+        last,
         None if submission is None else asdict(submission) | {"state": state, "jobs": jobs},
+        (last or {}).get("dropped_total") or {},
     )
 
 
