@@ -10,7 +10,7 @@ import logging
 import struct
 import warnings
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from importlib.metadata import version
 from itertools import product
@@ -30,6 +30,7 @@ from PIL import (
 
 from pipeline.bitmaps import check_bitmap
 from pipeline.config import DEFAULT_PIXEL_LIMIT, DecodeSpec, ImageFormat
+from pipeline.dropped import dropped, is_far
 from pipeline.errors import ImageError
 from pipeline.headers import HEADER_BYTES, HeaderStream, StorageFault, check_pixels, check_tiff, check_webp, gif_size, n_scans
 from pipeline.png import load_png, open_png
@@ -79,6 +80,8 @@ class ImageSize:
     """Pixels, as the extractor sees the image."""
     decode_bytes: int = field(default=0, compare=False)
     """Memory that decoding takes, at most: the file, pixels as Pillow holds them, oriented, flattened, and as an array."""
+    dropped: tuple[str, ...] = field(default=(), compare=False)
+    """Codes of what `decode` drops; see `dropped.dropped`."""
 
 
 def plain_decode_bytes(height: int, width: int, file_bytes: int) -> int:
@@ -112,7 +115,9 @@ def probe(data: BinaryIO | bytes, spec: DecodeSpec) -> ImageSize:
     try:
         with _blaming_the_image():
             image, orientation = _open(stream, spec)
-            return _measure(image, orientation, spec, stream.size_bytes)
+            size = _measure(image, orientation, spec, stream.size_bytes)
+            found = dropped(image, stream, is_far=is_far(data))
+            return replace(size, dropped=found) if found else size
     except StorageFault as fault:
         raise fault.error from None
 

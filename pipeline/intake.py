@@ -139,6 +139,7 @@ class Intake:
         self.decode_bytes = max([self.decode_bytes, *(p.decode_bytes for _, p in good)])
         check_capacity(layouts, {size: len(items) for size, items in groups.items()})
         require_lock(self.store.path / RUNS, self.summary.run_id)
+        self.summary.note_dropped(code for _, p in good for code in p.dropped)
         appended: Appended = {}
         for size, items in groups.items():
             rows = self.ledger.append(size, layouts[size], items)

@@ -18,6 +18,7 @@ from pipeline.changes import check_removals
 from pipeline.cluster import cluster_of
 from pipeline.collection import list_collection
 from pipeline.config import Job
+from pipeline.dropped import describe_dropped
 from pipeline.errors import EXIT_COMPLETE, UsageError
 from pipeline.fleet import judge
 from pipeline.forecast import Forecast, end_of_run
@@ -83,6 +84,8 @@ class Preview:
     """What a run would end with, as far as can be known before it starts; ``plan`` ends with the same."""
     verdict: str = ""
     """Why, for a person."""
+    dropped: dict[str, int] = field(default_factory=dict)
+    """Images to enter of which something would be dropped, per code of `dropped.dropped`."""
 
     @property
     def fits(self) -> bool:
@@ -128,6 +131,7 @@ class Preview:
             )
         if self.reasons:
             lines.append("to reject: " + ", ".join(f"{n} {code}" for code, n in self.reasons.items()))
+        lines += describe_dropped(self.dropped)
         if self.ignored:
             lines.append(
                 f"{count(sum(self.ignored.values()), 'other file')} passed over, by their suffix: {', '.join(map(printable, self.ignored))}"
@@ -181,6 +185,7 @@ def plan_job(job: Job, cluster_file: Path = Path("cluster.yaml")) -> Preview:
         default=0,
     )
     reasons: Counter[str] = Counter()
+    dropped: Counter[str] = Counter()
     forecast = Forecast(store, listing, found)
     for i, probed in zip(found.new, _probe_all(job, listing, found.new, local_workers(None)), strict=True):
         p = forecast.take(i, probed)
@@ -189,6 +194,7 @@ def plan_job(job: Job, cluster_file: Path = Path("cluster.yaml")) -> Preview:
         elif not p.fault:
             sizes.append((p.input_height, p.input_width))
             decode_bytes = max(decode_bytes, p.decode_bytes)
+            dropped.update(p.dropped)
     new = Counter(assign_classes(sizes, existing))
     pending = {size: rows for size, rows in pending.items() if rows}
     kind = WorkerKind(1) if needs is None else needs.kind
@@ -202,6 +208,7 @@ def plan_job(job: Job, cluster_file: Path = Path("cluster.yaml")) -> Preview:
         kind,
         decode_bytes,
     )
+    preview.dropped = dict(dropped)
     preview.reasons, preview.n_to_reject, preview.n_faults = dict(reasons), sum(reasons.values()), forecast.n_faults
     preview.exit_code, preview.verdict = end_of_run(
         forecast,
@@ -283,6 +290,8 @@ class StoreStatus:
     """The newest receipt; that of a run at work is written every 10 s."""
     submission: dict[str, Any] | None = None
     """What was handed to a batch system, with ``state`` in words and the ``jobs`` that work for the store."""
+    dropped: dict[str, int] = field(default_factory=dict)
+    """Images that the runs have entered and of which something is dropped, per code of `dropped.dropped`."""
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""
@@ -335,6 +344,7 @@ class StoreStatus:
             known = self.submission
             lines.append(f"handed to {known['kind']} as job {known['job_id'] or '?'} on {known['submitted']}: {known['state']}")
             lines += [f"  {QueuedJob(**job)}" for job in known["jobs"] if job["job_id"] != known["job_id"]]
+        lines += describe_dropped(self.dropped)
         lines += [f"  {printable(item['path'])}  {printable(item['error'])}" for item in self.bad]
         n_more = self.counts["quarantined"] + self.counts["rejected"] - len(self.bad)
         if n_more:
@@ -365,6 +375,7 @@ def store_status(path: Place, n_bad: int = 20) -> StoreStatus:
         )
     state, jobs = ("", []) if submission is None else submission.look()
     store = Store(path)
+    last = store.last_receipt()
     return StoreStatus(
         str(path),
         store.spec.source,
@@ -374,8 +385,9 @@ def store_status(path: Place, n_bad: int = 20) -> StoreStatus:
         count_statuses(store),
         _bad_images(store, n_bad),
         current_holder(path),
-        store.last_receipt(),
+        last,
         None if submission is None else asdict(submission) | {"state": state, "jobs": jobs},
+        (last or {}).get("dropped_total") or {},
     )
 
 

@@ -58,6 +58,8 @@ class Probed(NamedTuple):
     error: str = ""
     fault: str = ""
     decode_bytes: int = 0
+    dropped: tuple[str, ...] = ()
+    """As of `decode.ImageSize`."""
 
 
 class Patience:
@@ -120,7 +122,7 @@ def _probe(source: Source, needed: tuple[int, int], patience: Patience, path: st
         )
         return Probed(error=str(ImageError("too_small", text)))
     sizes = size.source_height, size.source_width, size.input_height, size.input_width
-    return Probed(*sizes, decode_bytes=size.decode_bytes)
+    return Probed(*sizes, decode_bytes=size.decode_bytes, dropped=size.dropped)
 
 
 def _begin(source: Source, path: str) -> None:

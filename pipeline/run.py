@@ -95,7 +95,9 @@ def run_job(
         store = open_for(path, spec) or create_store(path, spec, weights, durable=durable)
         store.durable = durable
         store.fence = partial(require_lock, path / RUNS, summary.run_id)
-        if took_over or (store.last_receipt() or {}).get("outcome") != "complete":
+        previous = store.last_receipt() or {}
+        summary.dropped_total = dict(previous.get("dropped_total") or {})
+        if took_over or previous.get("outcome") != "complete":
             store.repair()
         try:
             _work(job, store, listing, summary, progress, notify, client, stop or threading.Event(), cluster_file)

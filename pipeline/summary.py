@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
+from pipeline.dropped import describe_dropped
 from pipeline.errors import EXIT_COMPLETE, EXIT_FAILED, EXIT_QUARANTINED, EXIT_RUN_AGAIN
 
 STAGES = ("read", "decode", "extract", "write")
@@ -85,6 +86,10 @@ class Summary:
     """Images that this run has quarantined or rejected, per code."""
     bad: list[dict[str, str]] = field(default_factory=list)
     """The first of them: path and error."""
+    dropped: dict[str, int] = field(default_factory=dict)
+    """Images that this run has entered and of which something is dropped, per code of `dropped.dropped`."""
+    dropped_total: dict[str, int] = field(default_factory=dict)
+    """The same of all runs of the store since they count it; images that left meanwhile included."""
     n_bad_total: int = 0
     """Quarantined and rejected images of the whole store."""
     pixels: int = 0
@@ -122,6 +127,12 @@ class Summary:
         self.reasons[code] = self.reasons.get(code, 0) + 1
         if len(self.bad) < MAX_BAD:
             self.bad.append({"path": path, "error": error})
+
+    def note_dropped(self, codes: Iterable[str]) -> None:
+        """Note what is dropped of some images."""
+        for code in codes:
+            self.dropped[code] = self.dropped.get(code, 0) + 1
+            self.dropped_total[code] = self.dropped_total.get(code, 0) + 1
 
     @property
     def did_anything(self) -> bool:
@@ -297,6 +308,7 @@ def describe(summary: Summary, store: str) -> str:
         lines.append(
             f"{count(summary.n_unreachable, 'image')} could not be looked at and keep what they have: check links and permissions"
         )
+    lines += describe_dropped(summary.dropped)
     if summary.ignored:
         suffixes = ", ".join(printable(suffix) or "none" for suffix in list(summary.ignored)[:8])
         lines.append(f"passed over by their suffix: {count(sum(summary.ignored.values()), 'other file')} ({suffixes})")
