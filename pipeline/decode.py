@@ -255,7 +255,7 @@ def _open(stream: HeaderStream, spec: DecodeSpec) -> tuple[Image.Image, int]:
     elif head.startswith(b"RIFF") and head[8:12] == b"WEBP":
         check_webp(head, stream.size_bytes, spec.pixel_limit)
     elif head.startswith(tuple(TiffImagePlugin.PREFIXES)):
-        check_tiff(stream)
+        check_tiff(stream, spec.pixel_limit)
     elif head.startswith(b"\xff\xd8"):
         stream.begin_jpeg()
     try:

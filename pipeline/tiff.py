@@ -15,6 +15,7 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from pipeline.errors import ImageError
+from pipeline.headers import check_pixels
 
 if TYPE_CHECKING:
     from typing import BinaryIO
@@ -101,15 +102,15 @@ class Layout:
         return rows * -(-row_bits // 8)
 
 
-def check_tiff(stream: HeaderStream) -> None:
+def check_tiff(stream: HeaderStream, pixel_limit: int) -> None:
     """Refuse a TIFF that Pillow is not proven to read right, or whose pixels lie beyond the file.
 
     Raises
     ------
     ImageError
-        ``unsupported_mode``, ``truncated`` or ``corrupt``, with the property that is at fault.
+        ``unsupported_mode``, ``truncated``, ``too_many_pixels`` or ``corrupt``, with the property that is at fault.
     """
-    _read_layout(stream, stream.size_bytes)
+    _read_layout(stream, stream.size_bytes, pixel_limit)
 
 
 def check_streams(data: bytes) -> None:
@@ -137,13 +138,16 @@ def _fault_of_stream(layout: Layout, stored: memoryview, wanted: int) -> str:
     return "" if unpacker.eof else "its end is missing"
 
 
-def _read_layout(stream: BinaryIO | HeaderStream, size_bytes: int) -> Layout:
+def _read_layout(stream: BinaryIO | HeaderStream, size_bytes: int, pixel_limit: int | None = None) -> Layout:
     order, tags = _read_tags(stream)
     _check_depth(tags)
     layout = _layout(order, tags)
     reason = _unproven(layout, tags)
     if reason:
         raise ImageError("unsupported_mode", f"TIFF with {reason}")
+    if pixel_limit is not None:
+        check_pixels("the image has", layout.height, layout.width, pixel_limit)
+        check_pixels("a tile has", layout.block_height, layout.block_width, pixel_limit)
     return _check_blocks(layout, size_bytes)
 
 
@@ -275,7 +279,9 @@ def _unproven_compression(layout: Layout, tags: dict[int, tuple[int, ...]]) -> s
         return "YCbCr of halved colour that is not JPEG, which Pillow misreads; save it as RGB"
     if compression == _JPEG and layout.bits not in {8, 12}:
         return f"JPEG of {layout.bits} bits"
-    if compression == _JPEG and (layout.photometric == _LAB or (layout.extra and layout.photometric != _BLACK_0 and not layout.is_separate)):
+    if compression == _JPEG and (
+        layout.photometric == _LAB or (layout.extra and layout.photometric != _BLACK_0 and not layout.is_separate)
+    ):
         return f"JPEG of {_NAMES[layout.photometric]} with {len(layout.extra)} extra channels"
     return ""
 
@@ -287,7 +293,13 @@ def _unproven_samples(layout: Layout) -> str:
         table = _SEPARATE_PLAIN if layout.compression == _NONE else _SEPARATE
         is_plain_16 = layout.compression == _NONE and bits != 8
         is_jpeg_ycbcr = layout.compression == _JPEG and kind == _YCBCR
-        if bits not in {8, 16} or is_plain_16 or is_jpeg_ycbcr or extra not in table.get(kind, ()) or (bits == 16 and kind == _YCBCR):
+        if (
+            bits not in {8, 16}
+            or is_plain_16
+            or is_jpeg_ycbcr
+            or extra not in table.get(kind, ())
+            or (bits == 16 and kind == _YCBCR)
+        ):
             return f"{what} in separate planes, which Pillow misreads; save it with interleaved channels"
         return ""
     if extra and bits in {8, 16} and extra not in (_INTERLEAVED if bits == 8 else _INTERLEAVED_16).get(kind, ()):
@@ -323,4 +335,3 @@ def _check_blocks(layout: Layout, size_bytes: int) -> Layout:
         if n_stored < n_needed:
             raise ImageError("truncated", f"one of the {what} has {n_stored} bytes, its rows need {n_needed}")
     return replace(layout, block_bytes=stored)
-

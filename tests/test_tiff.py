@@ -110,5 +110,7 @@ def test_strips_beyond_the_file_or_too_short_for_their_rows_are_truncated():
     tifffile.imwrite(file, np.zeros((20, 20), np.uint8), photometric="minisblack", metadata=None, software=False)
     whole = file.getvalue()
     for read in (decode, probe):
-        with pytest.raises(ImageError, match=r"^truncated: the file ends before the image does \(one of its strips ends at byte "):
+        with pytest.raises(
+            ImageError, match=r"^truncated: the file ends before the image does \(one of its strips ends at byte "
+        ):
             read(whole[:-1], SPEC)

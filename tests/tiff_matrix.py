@@ -196,7 +196,9 @@ def rule(samples: np.ndarray, case: Case) -> np.ndarray | None:
     colour, alpha = values[..., :n], values[..., n : n + 1].astype(int)
     if base in {"cmyk", "ycbcr", "lab"} and not (base == "ycbcr" and case.compression == "jpeg"):
         mode = {"cmyk": "CMYK", "ycbcr": "YCbCr", "lab": "LAB"}[base]
-        colour = np.asarray(Image.frombytes(mode, (WIDTH, HEIGHT), np.ascontiguousarray(colour).tobytes(), "raw", mode).convert("RGB"))
+        colour = np.asarray(
+            Image.frombytes(mode, (WIDTH, HEIGHT), np.ascontiguousarray(colour).tobytes(), "raw", mode).convert("RGB")
+        )
     if extra and extra[0] in {"alpha", "assoc"}:
         if extra[0] == "assoc":
             colour = np.where(alpha == 0, 0, np.minimum(255, 255 * colour.astype(int) // np.maximum(alpha, 1)))
