@@ -44,8 +44,8 @@ _NAMES = {_WHITE_0: "grey whose white is zero", _BLACK_0: "grey", _RGB: "RGB", _
 _NAMES |= {_YCBCR: "YCbCr", _LAB: "CIELAB"}
 _OTHER, _ASSOCIATED, _ALPHA = 0, 1, 2
 # Extra samples that Pillow reads right with 8 bits and pixels interleaved.
-_RGB_EXTRA = {()} | {(kind, *rest) for kind in (_OTHER, _ASSOCIATED, _ALPHA) for rest in ((), (0,), (0, 0))}
-_INTERLEAVED = {
+_RGB_EXTRA: set[tuple[int, ...]] = {()} | {(kind, *rest) for kind in (_OTHER, _ASSOCIATED, _ALPHA) for rest in ((), (0,), (0, 0))}
+_INTERLEAVED: dict[int, set[tuple[int, ...]]] = {
     _WHITE_0: {()},
     _BLACK_0: {(), (_OTHER,), (_ASSOCIATED,), (_ALPHA,)},
     _RGB: _RGB_EXTRA,
@@ -54,10 +54,19 @@ _INTERLEAVED = {
     _YCBCR: {()},
     _LAB: {()},
 }
-_INTERLEAVED_16 = {_WHITE_0: {()}, _BLACK_0: {()}, _RGB: {(), (0,), (_ASSOCIATED,), (_ALPHA,)}, _CMYK: {()}}
+_INTERLEAVED_16: dict[int, set[tuple[int, ...]]] = {
+    _WHITE_0: {()},
+    _BLACK_0: {()},
+    _RGB: {(), (0,), (_ASSOCIATED,), (_ALPHA,)},
+    _CMYK: {()},
+}
 # The same for separate planes, of uncompressed and of compressed files.
-_SEPARATE_PLAIN = {_RGB: {(), (_ALPHA,)}, _CMYK: {()}}
-_SEPARATE = {_RGB: {(), (0,), (0, 0), (_ASSOCIATED,), (_ALPHA,)}, _CMYK: {(), (0,)}, _YCBCR: {()}}
+_SEPARATE_PLAIN: dict[int, set[tuple[int, ...]]] = {_RGB: {(), (_ALPHA,)}, _CMYK: {()}}
+_SEPARATE: dict[int, set[tuple[int, ...]]] = {
+    _RGB: {(), (0,), (0, 0), (_ASSOCIATED,), (_ALPHA,)},
+    _CMYK: {(), (0,)},
+    _YCBCR: {()},
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -297,15 +306,15 @@ def _unproven_samples(layout: Layout) -> str:
             bits not in {8, 16}
             or is_plain_16
             or is_jpeg_ycbcr
-            or extra not in table.get(kind, ())
+            or extra not in table.get(kind, set())
             or (bits == 16 and kind == _YCBCR)
         ):
             return f"{what} in separate planes, which Pillow misreads; save it with interleaved channels"
         return ""
-    if extra and bits in {8, 16} and extra not in (_INTERLEAVED if bits == 8 else _INTERLEAVED_16).get(kind, ()):
+    if extra and bits in {8, 16} and extra not in (_INTERLEAVED if bits == 8 else _INTERLEAVED_16).get(kind, set()):
         return f"{what} and extra channels {extra}, which are not supported"
     if bits in {8, 16}:
-        is_known = extra in (_INTERLEAVED if bits == 8 else _INTERLEAVED_16).get(kind, ())
+        is_known = extra in (_INTERLEAVED if bits == 8 else _INTERLEAVED_16).get(kind, set())
     elif bits == 12:
         is_known = kind == _BLACK_0 and not extra and layout.order == "<"
     else:

@@ -89,9 +89,9 @@ def cases(*, everything: bool = False) -> Iterator[Case]:
             continue
         if compression in {"jpeg", "webp"} and depth not in {"8", "12"}:
             continue
-        if DEPTHS[depth][0][0] in "if" or DEPTHS[depth][1] > 16:  # refused whatever the rest
-            if compression not in {None, "deflate"} or "+" in kind or predictor or kind in {"ycbcr", "lab"}:
-                continue
+        is_refused = DEPTHS[depth][0][0] in "if" or DEPTHS[depth][1] > 16  # whatever the rest
+        if is_refused and (compression not in {None, "deflate"} or "+" in kind or predictor or kind in {"ycbcr", "lab"}):
+            continue
         for plane in planes:
             picked = rest if everything else [rest[(n * 29 + n // 64 * 13 + n // 2) % len(rest)]]
             for layout, orientation, is_big in picked:
