@@ -32,8 +32,9 @@ from pipeline.bitmaps import check_bitmap
 from pipeline.config import DEFAULT_PIXEL_LIMIT, DecodeSpec, ImageFormat
 from pipeline.dropped import dropped, is_far
 from pipeline.errors import ImageError
-from pipeline.headers import HEADER_BYTES, HeaderStream, StorageFault, check_pixels, check_tiff, check_webp, gif_size, n_scans
+from pipeline.headers import HEADER_BYTES, HeaderStream, StorageFault, check_pixels, check_webp, gif_size, n_scans
 from pipeline.png import load_png, open_png
+from pipeline.tiff import check_streams, check_tiff
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -43,6 +44,8 @@ Image.preinit()  # registers BMP, GIF, JPEG, PNG and PPM; without this the first
 Image.MAX_IMAGE_PIXELS = None  # `DecodeSpec.pixel_limit` decides, before anything large is allocated
 # Texts are of no use here, and 64 MiB of them fit into a file of 64 kB.
 PngImagePlugin.MAX_TEXT_MEMORY = 4 * PngImagePlugin.MAX_TEXT_CHUNK
+# Grey of 16 bits whose white is zero, big-endian: `_scale_grey` inverts it, as it does for the other order.
+TiffImagePlugin.OPEN_INFO[(b"MM", 0, (1,), 1, (16,), ())] = ("I;16B", "I;16B")
 AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # a worker thread is one core's work; by default every image starts a thread per core
 # Remarks on odd files ("Corrupt EXIF data ...") are no use among millions of images: what matters becomes an ImageError.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
@@ -157,6 +160,8 @@ def decode(data: bytes, spec: DecodeSpec) -> np.ndarray:
         image, orientation = _open(stream, spec)
         _measure(image, orientation, spec, len(data))
         _check_cost(image, data)
+        if image.format == "TIFF":
+            check_streams(data)
         stream.end_of_header()
         turn = _turn(image, orientation, spec)
         if (
@@ -259,7 +264,7 @@ def _open(stream: HeaderStream, spec: DecodeSpec) -> tuple[Image.Image, int]:
     elif head.startswith(b"RIFF") and head[8:12] == b"WEBP":
         check_webp(head, stream.size_bytes, spec.pixel_limit)
     elif head.startswith(tuple(TiffImagePlugin.PREFIXES)):
-        check_tiff(head, stream)
+        check_tiff(stream, spec.pixel_limit)
     elif head.startswith(b"\xff\xd8"):
         stream.begin_jpeg()
     try:

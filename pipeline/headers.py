@@ -14,9 +14,6 @@ _SIDE_LIMIT = (2**31 - 1) // 32  # of Pillow, whose longer rows end in a MemoryE
 _HEADER_READS = 1 << 18
 # Of a JPEG, whose EXIF segments Pillow joins one by one; of others, it is the share of a file that is no pixels.
 HEADER_BYTES = 16 * 1024**2
-_TIFF_VALUES = 1 << 17  # of one tag: Pillow makes an object of each strip or tile, whatever the size of the image
-# Bits, strips, colours, tiles, samples: what Pillow unpacks to open a file.
-_TIFF_LAYOUT = frozenset({258, 273, 279, 320, 324, 325, 338, 339})
 _JPEG_MARKER = re.compile(rb"\xff[^\0\xff\xd0-\xd7]")
 
 
@@ -102,23 +99,6 @@ def check_webp(head: bytes, found_bytes: int, limit: int) -> None:
         bits = int.from_bytes(head[21:25], "little")
         sides = 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
     check_pixels("the image has", sides[1], sides[0], limit)
-
-
-def check_tiff(head: bytes, stream: HeaderStream) -> None:
-    """Refuse a TIFF with far too many strips, tiles or samples, before Pillow makes objects of them."""
-    order, is_big = "<>"[head.startswith(b"M")], head[2] == 43  # as Pillow tells a BigTIFF
-    start, count, entry = (struct.Struct(order + form) for form in (("8xQ", "Q", "HHQ8x") if is_big else ("4xI", "H", "HHI4x")))
-    if len(head) < start.size:
-        return
-    stream.seek(*start.unpack_from(head))
-    number = stream.read(count.size)
-    n_tags = min(*count.unpack(number), 65536) if len(number) == count.size else 0
-    directory = stream.read(n_tags * entry.size)
-    for tag, _, n_values in entry.iter_unpack(directory[: len(directory) // entry.size * entry.size]):
-        if tag in _TIFF_LAYOUT and n_values > _TIFF_VALUES:
-            raise ImageError(
-                "corrupt", f"the image cannot be decoded (tag {tag} has {n_values} values, the limit is {_TIFF_VALUES})"
-            )
 
 
 def n_scans(data: bytes, n_colours: int) -> int:

@@ -60,7 +60,7 @@ BAD = {
     "cut.png": (picture(50, 60, "PNG")[:4000], "truncated: the file ends before the image does"),
     "cut header.jpg": (picture(50, 60, "JPEG")[:100], ""),
     "empty.png": (b"", "empty: the file has 0 bytes"),
-    "float.tif": (float_tiff(), "unsupported_mode: TIFF of mode F"),
+    "float.tif": (float_tiff(), "unsupported_mode: TIFF with 32-bit floats"),
     "small.png": (picture(8, 60, "PNG"), "too_small: 8 x 60 pixels, smaller than the 9 x 9 that one output needs"),
     "text.jpg": (b"this is no image\n", "not_an_image: the content is none of"),
 }
