@@ -31,6 +31,7 @@ from PIL import (
 from pipeline.config import DEFAULT_PIXEL_LIMIT, DecodeSpec, ImageFormat
 from pipeline.errors import ImageError
 from pipeline.headers import HEADER_BYTES, HeaderStream, StorageFault, check_pixels, check_tiff, check_webp, gif_size, n_scans
+from pipeline.jpeg import check_scans, load_jpeg
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -151,6 +152,8 @@ def decode(data: bytes, spec: DecodeSpec) -> np.ndarray:
         _measure(image, orientation, spec, len(data))
         _check_cost(image, data)
         stream.end_of_header()
+        if isinstance(image, JpegImagePlugin.JpegImageFile):
+            check_scans(data)
         turn = _turn(image, orientation, spec)
         if (
             turn is None
@@ -163,6 +166,8 @@ def decode(data: bytes, spec: DecodeSpec) -> np.ndarray:
         _mend_colour_key(image)
         if isinstance(image, PngImagePlugin.PngImageFile):
             image.load_end = lambda: None  # type: ignore[method-assign]  # nothing that follows the pixels counts
+        if isinstance(image, JpegImagePlugin.JpegImageFile):
+            load_jpeg(image, data, Image)
         image.load()
         flat = _flatten(image, spec.background)
         turned = flat if turn is None else flat.transpose(turn)
