@@ -13,7 +13,7 @@ from pipeline.errors import ImageError
 _END = b"\xff\xd9"
 _END_OF_DATA = re.compile(rb"\xff+[^\x00\xff\xd0-\xd7]")  # what is not a stuffed byte, a fill byte or a restart
 _MARKER = re.compile(rb"\xff[\xc0-\xfe]")
-_FRAMES = {marker for marker in range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
+_FRAMES = set(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _ALL = range(64)  # coefficients of a block
 # Where `struct jpeg_error_mgr` holds the number of its last message and the count of warnings, on 64 bits.
 _MESSAGE_BYTES, _WARNINGS_BYTES = 40, 128
@@ -83,6 +83,11 @@ class _Layout:
     context: int
     errors: int
     end_message: int
+
+
+def counts_warnings(pillow: Any) -> bool:
+    """Whether libjpeg's warnings can be seen here; ``pillow`` is the module ``PIL.Image``."""
+    return _layout(pillow) is not None
 
 
 class _Trial:

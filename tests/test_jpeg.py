@@ -164,7 +164,7 @@ def test_a_flaw_of_the_header_costs_no_image():
 
 
 def test_libjpegs_warnings_are_found():
-    assert jpeg._layout(Image) is not None
+    assert jpeg.counts_warnings(Image)
     image = Image.open(io.BytesIO(FILES["grey"]))
     trial = jpeg._Trial(image, Image)
     assert [trial.decode(data)[2] for data in (FILES["grey"], FILES["grey"][:-40] + END)] == [0, 1]
