@@ -168,3 +168,14 @@ def test_libjpegs_warnings_are_found():
     image = Image.open(io.BytesIO(FILES["grey"]))
     trial = jpeg._Trial(image, Image)
     assert [trial.decode(data)[2] for data in (FILES["grey"], FILES["grey"][:-40] + END)] == [0, 1]
+
+
+def test_missing_blocks_are_seen_without_libjpegs_warnings(monkeypatch):
+    monkeypatch.setattr(decode_module, "_fast_decoder", lambda: None)
+    monkeypatch.setattr(jpeg, "_layout", lambda pillow: None)
+    for name in ("37x45 4:2:0 baseline", "37x45 4:2:0 progressive", "restarts", "grey", "cmyk"):
+        data = FILES[name]
+        np.testing.assert_array_equal(decode(data, RGB), plain_pixels(data))
+        np.testing.assert_array_equal(decode(data[:-2], RGB), plain_pixels(data))
+        assert end_of(data[: len(data) * 3 // 4] + END) == "truncated", name
+    assert end_of((CASES / "half_eoi.jpg").read_bytes()) == "truncated"
