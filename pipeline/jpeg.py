@@ -137,6 +137,8 @@ class _Trial:
 
 def _is_whole(trial: _Trial, data: bytes) -> bool:
     """Say what is wrong with a JPEG that libjpeg warned of, refused or wanted more of."""
+    if _is_arithmetic(data):  # whose decoder does not warn of missing data
+        raise ImageError("truncated", "the file ends before the image does (it has no end marker, and arithmetic codes)")
     start, end = _last_scan(data)
     picture = data[:end]
     n_before = trial.decode(data[:start])[2]
@@ -184,6 +186,14 @@ def _is_filled(data: bytes, end: int) -> bool:
     )
 
 
+def _is_arithmetic(data: bytes) -> bool:
+    """Whether the first frame has arithmetic codes."""
+    place = 2
+    while (found := _MARKER.search(data, place)) and found[0][1] not in _FRAMES:
+        place = found.end() + int.from_bytes(data[found.end() : found.end() + 2], "big")
+    return found is not None and found[0][1] >= 0xC9
+
+
 def _last_scan(data: bytes) -> tuple[int, int]:
     """Where the data of the last scan begin, and where they end: at a marker, or with the file."""
     place, start, end = 2, len(data), len(data)
@@ -196,7 +206,7 @@ def _last_scan(data: bytes) -> tuple[int, int]:
         if kind in _FRAMES:
             if n_colours:
                 break  # of another picture
-            n_colours, is_progressive = data[found.end() + 7], kind == 0xC2
+            n_colours, is_progressive = data[found.end() + 7], kind & 3 == 2
         elif kind == 0xDA:
             start = place
             stop = _END_OF_DATA.search(data, start)
