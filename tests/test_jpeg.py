@@ -179,3 +179,10 @@ def test_missing_blocks_are_seen_without_libjpegs_warnings(monkeypatch):
         np.testing.assert_array_equal(decode(data[:-2], RGB), plain_pixels(data))
         assert end_of(data[: len(data) * 3 // 4] + END) == "truncated", name
     assert end_of((CASES / "half_eoi.jpg").read_bytes()) == "truncated"
+
+
+def test_arithmetic_codes_need_their_end_marker():
+    data = FILES["grey"].replace(b"\xff\xc0", b"\xff\xc9", 1)
+    assert not jpeg._is_arithmetic(FILES["grey"])
+    with pytest.raises(ImageError, match=r"^truncated: .* it has no end marker, and arithmetic codes"):
+        jpeg._is_whole(None, data)
