@@ -33,6 +33,7 @@ from pipeline.config import DEFAULT_PIXEL_LIMIT, DecodeSpec, ImageFormat
 from pipeline.dropped import dropped, is_far
 from pipeline.errors import ImageError
 from pipeline.headers import HEADER_BYTES, HeaderStream, StorageFault, check_pixels, check_webp, gif_size, n_scans
+from pipeline.jpeg import check_scans, load_jpeg
 from pipeline.png import load_png, open_png
 from pipeline.tiff import check_streams, check_tiff
 
@@ -163,6 +164,8 @@ def decode(data: bytes, spec: DecodeSpec) -> np.ndarray:
         if image.format == "TIFF":
             check_streams(data)
         stream.end_of_header()
+        if isinstance(image, JpegImagePlugin.JpegImageFile):
+            check_scans(data)
         turn = _turn(image, orientation, spec)
         if (
             turn is None
@@ -177,6 +180,8 @@ def decode(data: bytes, spec: DecodeSpec) -> np.ndarray:
             is_as_wanted = turn is None and spec.resize is None and image.mode == ("RGB" if spec.color == "rgb" else "L")
             load_png(image, keep_spare_row=is_as_wanted and image.height > BAND_ROWS)
         else:
+            if isinstance(image, JpegImagePlugin.JpegImageFile):
+                load_jpeg(image, data, Image)
             image.load()
         flat = _flatten(image, spec.background)
         turned = flat if turn is None else flat.transpose(turn)
