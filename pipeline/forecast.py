@@ -97,7 +97,7 @@ def end_of_run(
     if forecast.n_faults:
         return EXIT_FAILED, f"{count(forecast.n_faults, 'image')} cannot be read just now; run again when the storage is well"
     n_bad, n_done = forecast.totals()
-    summary = Summary("", "complete", config={"max_quarantined": max_quarantined}, n_bad_total=n_bad, n_done_total=n_done)
+    summary = Summary("", outcome="complete", config={"max_quarantined": max_quarantined}, n_bad_total=n_bad, n_done_total=n_done)
     if summary.exit_code != EXIT_QUARANTINED:
         return summary.exit_code, "complete, if the images decode as their headers promise"
     if not n_done:
