@@ -35,7 +35,7 @@ from pipeline.errors import ImageError
 from pipeline.headers import HEADER_BYTES, HeaderStream, StorageFault, check_pixels, check_webp, gif_size, n_scans
 from pipeline.jpeg import check_scans, load_jpeg
 from pipeline.png import load_png, open_png
-from pipeline.tiff import check_streams, check_tiff
+from pipeline.tiff import check_tiff, unpack
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -67,6 +67,7 @@ _JPEG_SCANS = 500  # as libjpeg-turbo's own fuzzers: an empty scan of 14 bytes c
 _PLAIN_COMMENTS = 10_000  # Pillow copies up to a megabyte for each
 _OTHER_BYTES, _CODEC_BYTES = 20, 32  # per pixel at most, as measured: of other modes, of WebP and AVIF
 _DECODE_BASE_BYTES = 32 * 1024**2  # objects made of a header, a block of plain PNM as words
+_CHECKSUMMED = {"tiff_adobe_deflate", "tiff_deflate", "lzma"}  # as Pillow names compressions of a TIFF
 _TRUNCATED = ("truncat", "not enough image data", "reached eof", "cannot load this image")
 
 
@@ -161,20 +162,18 @@ def decode(data: bytes, spec: DecodeSpec) -> np.ndarray:
         image, orientation = _open(stream, spec)
         _measure(image, orientation, spec, len(data))
         _check_cost(image, data)
-        if image.format == "TIFF":
-            check_streams(data)
         stream.end_of_header()
         if isinstance(image, JpegImagePlugin.JpegImageFile):
             check_scans(data)
         turn = _turn(image, orientation, spec)
-        if (
-            turn is None
-            and type(image) is JpegImagePlugin.JpegImageFile
-            and (image.mode, spec.color, spec.resize) == ("RGB", "rgb", None)
-        ):
-            pixels = _decode_fast(data)
-            if pixels is not None and pixels.shape == (image.height, image.width, 3):
-                return pixels
+        pixels = None
+        if image.info.get("compression") in _CHECKSUMMED:
+            pixels = unpack(data)
+        elif type(image) is JpegImagePlugin.JpegImageFile:
+            pixels = _decode_fast(data) if (image.mode, spec.color, spec.resize, turn) == ("RGB", "rgb", None, None) else None
+        if pixels is not None and _is_wanted(pixels, image, orientation, spec):
+            pixels.flags.writeable = False
+            return pixels
         _mend_colour_key(image)
         if isinstance(image, PngImagePlugin.PngImageFile):
             is_as_wanted = turn is None and spec.resize is None and image.mode == ("RGB" if spec.color == "rgb" else "L")
@@ -197,8 +196,13 @@ def _decode_fast(data: bytes) -> np.ndarray | None:
         pixels: np.ndarray = decode_jpeg(data, colorspace="RGB", strict=True)
     except Exception:  # noqa: BLE001 (a flaw, also one that Pillow passes over: it decides)
         return None
-    pixels.flags.writeable = False
     return pixels
+
+
+def _is_wanted(pixels: np.ndarray, image: Image.Image, orientation: int, spec: DecodeSpec) -> bool:
+    """Whether pixels that did not come from Pillow are what it would give."""
+    is_turned = isinstance(image, TiffImagePlugin.TiffImageFile) and orientation != 1
+    return not is_turned and spec.resize is None and pixels.shape == (image.height, image.width, spec.channels)
 
 
 def _is_common(data: bytes) -> bool:

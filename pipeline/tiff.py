@@ -1,7 +1,7 @@
 """What the header of a TIFF declares, and whether Pillow is proven to read it right.
 
 Pillow opens more kinds of TIFF than it reads right. `check_tiff` accepts the kinds that ``tests/tiff_matrix.py`` compares with
-another library in every pixel. It refuses all others, and says why. `check_streams` proves deflate and LZMA data sound.
+another library in every pixel. It refuses all others, and says why. `unpack` proves deflate and LZMA data sound.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import zlib
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from pipeline.errors import ImageError
 from pipeline.headers import check_pixels
@@ -122,29 +124,50 @@ def check_tiff(stream: HeaderStream, pixel_limit: int) -> None:
     _read_layout(stream, stream.size_bytes, pixel_limit)
 
 
-def check_streams(data: bytes) -> None:
-    """Refuse deflate or LZMA data that end too early or whose checksum is wrong: libtiff stops before it looks at that."""
+def unpack(data: bytes) -> np.ndarray | None:
+    """Decompress the deflate or LZMA data of a TIFF and look at their ends: libtiff stops before it looks at the checksum.
+
+    Returns
+    -------
+    np.ndarray or None
+        Pixels ``(height, width, channel) uint8`` of plain grey or RGB in strips, as stored. None leaves all others to Pillow.
+
+    Raises
+    ------
+    ImageError
+        ``corrupt``: a strip or tile ends too early, or its checksum is wrong.
+    """
     layout = _read_layout(io.BytesIO(data), len(data))
-    if layout.compression not in _DEFLATE | {_LZMA}:
-        return
+    kind = layout.bits, layout.photometric, layout.n_samples, layout.is_separate, layout.is_tiled
+    is_plain = kind in {(8, _BLACK_0, 1, False, False), (8, _RGB, 3, False, False)}
+    pixels = np.empty((layout.height, layout.width, layout.n_samples) if is_plain else 0, np.uint8)
     view = memoryview(data)
     for block, (offset, n_bytes) in enumerate(zip(layout.offsets, layout.block_bytes, strict=True)):
-        fault = _fault_of_stream(layout, view[offset : offset + n_bytes], layout.n_bytes(block))
-        if fault:
-            raise ImageError("corrupt", f"the compressed data of strip or tile {block} are damaged ({fault})")
+        unpacked = _unpack_block(layout, view[offset : offset + n_bytes], block)
+        if is_plain:
+            rows = pixels[block * layout.block_height :][: layout.block_height]
+            rows[...] = np.frombuffer(unpacked, np.uint8, rows.size).reshape(rows.shape)
+            del unpacked  # before the next copy
+            if layout.predictor == 2:
+                np.add.accumulate(rows, axis=1, dtype=np.uint8, out=rows)
+    return pixels if is_plain else None
 
 
-def _fault_of_stream(layout: Layout, stored: memoryview, wanted: int) -> str:
-    """Say what is wrong with one compressed strip or tile; nothing where all is well."""
-    most = layout.n_bytes(0) + 1  # some writers fill the last strip up to its full height
+def _unpack_block(layout: Layout, stored: memoryview, block: int) -> bytes:
+    """One strip or tile, decompressed to its end."""
+    wanted, most = layout.n_bytes(block), layout.n_bytes(0) + 1  # some writers fill the last strip up to its full height
     unpacker = zlib.decompressobj() if layout.compression in _DEFLATE else lzma.LZMADecompressor()
+    fault, unpacked = "", b""
     try:
-        found = len(unpacker.decompress(stored, most))
+        unpacked = unpacker.decompress(stored, most)
     except (zlib.error, lzma.LZMAError, EOFError) as error:
-        return str(error)
-    if found < wanted:
-        return f"{found} of {wanted} bytes"
-    return "" if unpacker.eof else "its end is missing"
+        fault = str(error)
+    if not fault and len(unpacked) < wanted:
+        fault = f"{len(unpacked)} of {wanted} bytes"
+    if fault or not unpacker.eof:
+        text = fault or "its end is missing"
+        raise ImageError("corrupt", f"the compressed data of strip or tile {block} are damaged ({text})")
+    return unpacked
 
 
 def _read_layout(stream: BinaryIO | HeaderStream, size_bytes: int, pixel_limit: int | None = None) -> Layout:
