@@ -11,7 +11,8 @@ from typing import Any
 from pipeline.errors import ImageError
 
 _END = b"\xff\xd9"
-_END_OF_DATA = re.compile(rb"\xff+[^\x00\xff\xd0-\xd7]")  # what is not a stuffed byte, a fill byte or a restart
+# What is not a stuffed byte, a fill byte or a restart; begun once per run of fill bytes, of which there may be millions.
+_END_OF_DATA = re.compile(rb"(?<!\xff)\xff++[^\x00\xd0-\xd7]")
 _MARKER = re.compile(rb"\xff[\xc0-\xfe]")
 _FRAMES = set(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _ALL = range(64)  # coefficients of a block

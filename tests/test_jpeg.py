@@ -163,6 +163,15 @@ def test_a_flaw_of_the_header_costs_no_image():
     np.testing.assert_array_equal(decode(data[:table] + b"abc" + data[table:], RGB), plain_pixels(data))
 
 
+def test_a_megabyte_of_fill_bytes_is_looked_at_once():
+    data = file_of(40, 40)
+    start = jpeg._last_scan(data)[0]
+    filled = data[: start + 100] + b"\xff" * 1_000_000  # at once; some hours when each byte of them begins a search
+    assert jpeg._last_scan(filled + b"\0") == (start, len(filled) + 1)
+    assert jpeg._last_scan(filled + END) == (start, start + 100)
+    assert end_of(filled + b"\0") != "done"
+
+
 def test_libjpegs_warnings_are_found():
     assert jpeg.counts_warnings(Image)
     image = Image.open(io.BytesIO(FILES["grey"]))
