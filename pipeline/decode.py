@@ -127,7 +127,7 @@ def probe(data: BinaryIO | bytes, spec: DecodeSpec) -> ImageSize:
         raise fault.error from None
 
 
-def decode(data: bytes, spec: DecodeSpec) -> np.ndarray:
+def decode(data: bytes, spec: DecodeSpec, *, partial: bool = False) -> np.ndarray:
     """Decode one image file to pixels.
 
     - RGB as is; grey three times over, or once for ``color: grey``; 1 bit as 0 and 255; palettes expanded
@@ -144,6 +144,8 @@ def decode(data: bytes, spec: DecodeSpec) -> np.ndarray:
         The whole file.
     spec : DecodeSpec
         Colour, background, orientation, limit, formats and resizing.
+    partial : bool
+        Give what there is of a damaged image, to look at: no proof is asked for. The caller sets Pillow's ``LOAD_TRUNCATED_IMAGES``.
 
     Returns
     -------
@@ -163,11 +165,12 @@ def decode(data: bytes, spec: DecodeSpec) -> np.ndarray:
         _measure(image, orientation, spec, len(data))
         _check_cost(image, data)
         stream.end_of_header()
-        if isinstance(image, JpegImagePlugin.JpegImageFile):
+        is_jpeg = isinstance(image, JpegImagePlugin.JpegImageFile)
+        if is_jpeg and not partial:
             check_scans(data)
         turn = _turn(image, orientation, spec)
         pixels = None
-        if image.info.get("compression") in _CHECKSUMMED:
+        if image.info.get("compression") in _CHECKSUMMED and not partial:
             pixels = unpack(data)
         elif type(image) is JpegImagePlugin.JpegImageFile:
             pixels = _decode_fast(data) if (image.mode, spec.color, spec.resize, turn) == ("RGB", "rgb", None, None) else None
@@ -175,11 +178,11 @@ def decode(data: bytes, spec: DecodeSpec) -> np.ndarray:
             pixels.flags.writeable = False
             return pixels
         _mend_colour_key(image)
-        if isinstance(image, PngImagePlugin.PngImageFile):
+        if isinstance(image, PngImagePlugin.PngImageFile) and not partial:
             is_as_wanted = turn is None and spec.resize is None and image.mode == ("RGB" if spec.color == "rgb" else "L")
             load_png(image, keep_spare_row=is_as_wanted and image.height > BAND_ROWS)
         else:
-            if isinstance(image, JpegImagePlugin.JpegImageFile):
+            if is_jpeg and not partial:
                 load_jpeg(image, data, Image)
             image.load()
         flat = _flatten(image, spec.background)

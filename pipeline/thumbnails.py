@@ -240,7 +240,7 @@ def _thumbnail(source: Source, path: str, fingerprint: str, longest: int) -> Emb
         return None
     try:
         data = read_bytes(source, path, fingerprint, Patience())
-        return encode(decode(data, source.decode), longest)
+        return encode(decode(data, source.decode, partial=True), longest)
     except (ImageError, FeaturemapsError, OSError, MemoryError, ValueError):
         return None
 

@@ -29,10 +29,10 @@ _TYPES = {1: "B", 3: "H", 4: "I", 16: "Q"}  # of whole numbers without a sign
 _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC, _FILL_ORDER = 256, 257, 258, 259, 262, 266
 _STRIP_OFFSETS, _SAMPLES, _STRIP_ROWS, _STRIP_BYTES, _PLANES, _PREDICTOR = 273, 277, 278, 279, 284, 317
 _COLOURS, _TILE_WIDTH, _TILE_HEIGHT, _TILE_OFFSETS, _TILE_BYTES = 320, 322, 323, 324, 325
-_EXTRA, _FORMAT, _SUBSAMPLING = 338, 339, 530
+_EXTRA, _FORMAT, _SUBSAMPLING, _INKS = 338, 339, 530, 332
 _LAYOUT = frozenset({_WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC, _FILL_ORDER, _STRIP_OFFSETS, _SAMPLES, _STRIP_ROWS})
 _LAYOUT |= {_STRIP_BYTES, _PLANES, _PREDICTOR, _COLOURS, _TILE_WIDTH, _TILE_HEIGHT, _TILE_OFFSETS, _TILE_BYTES, _EXTRA, _FORMAT}
-_LAYOUT |= {_SUBSAMPLING}
+_LAYOUT |= {_SUBSAMPLING, _INKS}
 _NONE, _FAX, _LZW, _JPEG, _PACKBITS, _ZSTD, _LZMA = 1, {2, 3, 4}, 5, 7, 32773, 50000, 34925
 _DEFLATE = {8, 32946}
 _GENERAL = _DEFLATE | {_LZW, _ZSTD, _LZMA}  # those that a predictor goes with
@@ -255,6 +255,10 @@ def _layout(order: str, tags: dict[int, tuple[int, ...]]) -> Layout:
         raise ImageError("corrupt", f"the image cannot be decoded ({n_samples} samples per pixel, depths of {len(bits)})")
     width, height = _one(tags, _WIDTH), _one(tags, _HEIGHT)
     is_tiled = _TILE_OFFSETS in tags
+    if not is_tiled and (_TILE_WIDTH in tags or _TILE_HEIGHT in tags):
+        raise ImageError(
+            "unsupported_mode", "TIFF with strips and the size of a tile, which Pillow misreads; save it without tiles"
+        )
     if is_tiled and _STRIP_OFFSETS in tags:
         raise ImageError("corrupt", "the image cannot be decoded (it has strips and tiles)")
     block = (_one(tags, _TILE_WIDTH), _one(tags, _TILE_HEIGHT)) if is_tiled else (width, _one(tags, _STRIP_ROWS, height))
@@ -293,6 +297,10 @@ def _unproven(layout: Layout, tags: dict[int, tuple[int, ...]]) -> str:
         )
     if layout.photometric == _PALETTE and len(tags.get(_COLOURS, ())) != 3 << layout.bits:
         return f"a colour table of {len(tags.get(_COLOURS, ()))} values, where {layout.bits} bits need {3 << layout.bits}"
+    if layout.photometric == _PALETTE and 0 < max(tags[_COLOURS]) < 256:
+        return "a colour table whose values are all below 256 instead of 65536, so that its scale is not known"
+    if layout.photometric == _CMYK and tags.get(_INKS, (1,)) != (1,):
+        return "inks other than cyan, magenta, yellow and black, which are not supported; save it as RGB"
     return _unproven_compression(layout, tags) or _unproven_samples(layout)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 import zlib
 from itertools import islice
 from pathlib import Path
@@ -116,3 +117,22 @@ def test_strips_beyond_the_file_or_too_short_for_their_rows_are_truncated():
             ImageError, match=r"^truncated: the file ends before the image does \(one of its strips ends at byte "
         ):
             read(whole[:-1], SPEC)
+
+
+@pytest.mark.parametrize(
+    ("photometric", "n_samples", "tags", "message"),
+    [
+        ("palette", 1, [(320, 3, 768, tuple(range(256)) * 3, True)], "a colour table whose values are all below 256"),
+        ("separated", 4, [(332, 3, 1, 2, True)], "inks other than cyan, magenta, yellow and black"),
+        ("minisblack", 1, [(65322, 3, 1, 16, True), (65323, 3, 1, 16, True)], "strips and the size of a tile"),
+    ],
+)
+def test_tags_that_pillow_passes_over_are_refused(photometric, n_samples, tags, message):
+    file, pixels = io.BytesIO(), np.zeros((16, 16, n_samples), np.uint8)
+    options = {"colormap": np.tile(np.arange(256, dtype=np.uint16), (3, 1))} if photometric == "palette" else {"extratags": tags}
+    tifffile.imwrite(file, pixels[..., 0] if n_samples == 1 else pixels, photometric=photometric, metadata=None, **options)
+    data = file.getvalue()
+    for tag in (322, 323):  # which tifffile does not write for strips
+        data = data.replace(struct.pack("<HHI", 65000 + tag, 3, 1), struct.pack("<HHI", tag, 3, 1))
+    with pytest.raises(ImageError, match=f"^unsupported_mode: TIFF with {message}"):
+        decode(data, SPEC)
