@@ -67,7 +67,7 @@ _JPEG_SCANS = 500  # as libjpeg-turbo's own fuzzers: an empty scan of 14 bytes c
 _PLAIN_COMMENTS = 10_000  # Pillow copies up to a megabyte for each
 _OTHER_BYTES, _CODEC_BYTES = 20, 32  # per pixel at most, as measured: of other modes, of WebP and AVIF
 _DECODE_BASE_BYTES = 32 * 1024**2  # objects made of a header, a block of plain PNM as words
-_CHECKSUMMED = {"tiff_adobe_deflate", "tiff_deflate", "lzma"}  # as Pillow names compressions of a TIFF
+_ENDED = {"tiff_adobe_deflate", "tiff_deflate", "lzma", "group4"}  # as Pillow names compressions of a TIFF
 _TRUNCATED = ("truncat", "not enough image data", "reached eof", "cannot load this image")
 
 
@@ -170,7 +170,7 @@ def decode(data: bytes, spec: DecodeSpec, *, partial: bool = False) -> np.ndarra
             check_scans(data)
         turn = _turn(image, orientation, spec)
         pixels = None
-        if image.info.get("compression") in _CHECKSUMMED and not partial:
+        if image.info.get("compression") in _ENDED and not partial:
             pixels = unpack(data)
         elif type(image) is JpegImagePlugin.JpegImageFile:
             pixels = _decode_fast(data) if (image.mode, spec.color, spec.resize, turn) == ("RGB", "rgb", None, None) else None
@@ -287,7 +287,16 @@ def _open(stream: HeaderStream, spec: DecodeSpec) -> tuple[Image.Image, int]:
     check_bitmap(image, head)
     if image.mode == "F" or (image.mode == "I" and image.format != "PPM"):
         raise ImageError("unsupported_mode", f"{image.format} of mode {image.mode}: integers or floats without a known range")
+    if isinstance(image, PngImagePlugin.PngImageFile) and "transparency" in image.info and _raw_mode(image) == "RGB;16B":
+        raise ImageError(
+            "unsupported_mode",
+            "a PNG of 16-bit RGB with a transparent colour, of which Pillow drops the low bits; save it with alpha",
+        )
     return image, _orientation(image)
+
+
+def _raw_mode(image: PngImagePlugin.PngImageFile) -> Any:
+    return image.tile[0].args if image.tile else None
 
 
 def _check_cost(image: Image.Image, data: bytes) -> None:
@@ -369,10 +378,8 @@ def _mend_colour_key(image: Image.Image) -> None:
     key: Any = image.info.get("transparency")
     if key is None or not isinstance(image, PngImagePlugin.PngImageFile):
         return
-    raw_mode = image.tile[0].args
-    if raw_mode == "RGB;16B":
-        image.info["transparency"] = tuple(value >> 8 for value in key)
-    elif raw_mode in {"L;2", "L;4"}:
+    raw_mode = _raw_mode(image)
+    if raw_mode in {"L;2", "L;4"}:
         image.info["transparency"] = key * (85 if raw_mode == "L;2" else 17)
 
 

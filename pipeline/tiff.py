@@ -33,10 +33,21 @@ _EXTRA, _FORMAT, _SUBSAMPLING, _INKS = 338, 339, 530, 332
 _LAYOUT = frozenset({_WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC, _FILL_ORDER, _STRIP_OFFSETS, _SAMPLES, _STRIP_ROWS})
 _LAYOUT |= {_STRIP_BYTES, _PLANES, _PREDICTOR, _COLOURS, _TILE_WIDTH, _TILE_HEIGHT, _TILE_OFFSETS, _TILE_BYTES, _EXTRA, _FORMAT}
 _LAYOUT |= {_SUBSAMPLING, _INKS}
-_NONE, _FAX, _LZW, _JPEG, _PACKBITS, _ZSTD, _LZMA = 1, {2, 3, 4}, 5, 7, 32773, 50000, 34925
+_NONE, _GROUP_4, _LZW, _JPEG, _PACKBITS, _ZSTD, _LZMA = 1, 4, 5, 7, 32773, 50000, 34925
 _DEFLATE = {8, 32946}
+_END_OF_FAX = 0x001001  # of group 4, ITU-T T.6: twice 000000000001
+_REVERSED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 _GENERAL = _DEFLATE | {_LZW, _ZSTD, _LZMA}  # those that a predictor goes with
-_OTHERS = {6: "old-style JPEG", 50001: "WebP", 34712: "JPEG 2000", 33003: "JPEG 2000", 33005: "JPEG 2000", 34887: "LERC"}
+_OTHERS = {
+    2: "fax of group 3",
+    3: "fax of group 3",
+    6: "old-style JPEG",
+    50001: "WebP",
+    34712: "JPEG 2000",
+    33003: "JPEG 2000",
+    33005: "JPEG 2000",
+    34887: "LERC",
+}
 _OTHERS |= {32809: "ThunderScan", 34676: "SGI LogLuv", 34677: "SGI LogLuv", 50002: "JPEG XL", 52546: "JPEG XL"}
 _FORMATS = {2: "signed {}-bit integers", 3: "{}-bit floats", 4: "{}-bit values of an undefined format"}
 _FORMATS |= {5: "complex integers", 6: "complex floats"}
@@ -125,7 +136,7 @@ def check_tiff(stream: HeaderStream, pixel_limit: int) -> None:
 
 
 def unpack(data: bytes) -> np.ndarray | None:
-    """Decompress the deflate or LZMA data of a TIFF and look at their ends: libtiff stops before it looks at the checksum.
+    """Look at the ends of a TIFF's compressed data, which libtiff does not: checksums of deflate and LZMA, the end code of group 4.
 
     Returns
     -------
@@ -138,6 +149,9 @@ def unpack(data: bytes) -> np.ndarray | None:
         ``corrupt``: a strip or tile ends too early, or its checksum is wrong.
     """
     layout = _read_layout(io.BytesIO(data), len(data))
+    if layout.compression == _GROUP_4:
+        _check_fax(layout, data)
+        return None
     kind = layout.bits, layout.photometric, layout.n_samples, layout.is_separate, layout.is_tiled
     is_plain = kind in {(8, _BLACK_0, 1, False, False), (8, _RGB, 3, False, False)}
     pixels = np.empty((layout.height, layout.width, layout.n_samples) if is_plain else 0, np.uint8)
@@ -151,6 +165,15 @@ def unpack(data: bytes) -> np.ndarray | None:
             if layout.predictor == 2:
                 np.add.accumulate(rows, axis=1, dtype=np.uint8, out=rows)
     return pixels if is_plain else None
+
+
+def _check_fax(layout: Layout, data: bytes) -> None:
+    """Refuse group 4 data without the end code that each strip has: libtiff leaves the rows that are missing as they are."""
+    for block, (offset, n_bytes) in enumerate(zip(layout.offsets, layout.block_bytes, strict=True)):
+        end = data[offset : offset + n_bytes].rstrip(b"\0")[-4:]
+        bits = int.from_bytes(end.translate(_REVERSED) if layout.fill_order == 2 else end, "big")
+        if not bits or (bits // (bits & -bits)) & 0xFFFFFF != _END_OF_FAX:
+            raise ImageError("truncated", f"the fax data of strip or tile {block} have no end code: rows are missing")
 
 
 def _unpack_block(layout: Layout, stored: memoryview, block: int) -> bytes:
@@ -306,13 +329,15 @@ def _unproven(layout: Layout, tags: dict[int, tuple[int, ...]]) -> str:
 
 def _unproven_compression(layout: Layout, tags: dict[int, tuple[int, ...]]) -> str:
     compression = layout.compression
-    if compression not in _GENERAL | _FAX | {_NONE, _JPEG, _PACKBITS}:
+    if compression not in _GENERAL | {_NONE, _GROUP_4, _JPEG, _PACKBITS}:
         return f"{_OTHERS.get(compression, f'compression {compression}')} inside, which is not supported; save it with deflate or LZW"
-    if compression in _FAX and (layout.bits, layout.n_samples, layout.photometric > 1) != (1, 1, False):
+    if compression == _GROUP_4 and (layout.bits, layout.n_samples, layout.photometric > 1) != (1, 1, False):
         return "fax compression of other than 1-bit grey"
     if layout.predictor != 1 and (layout.predictor != 2 or compression not in _GENERAL or layout.bits not in {8, 16}):
         return f"predictor {layout.predictor}, which is not supported with {layout.bits} bits and compression {compression}"
-    if layout.fill_order != 1 and (compression not in _FAX | {_NONE} or layout.bits > 8 or layout.extra or layout.n_samples > 1):
+    if layout.fill_order != 1 and (
+        compression not in {_NONE, _GROUP_4} or layout.bits > 8 or layout.extra or layout.n_samples > 1
+    ):
         return f"fill order {layout.fill_order}, which is only supported for uncompressed or fax grey and palettes"
     is_subsampled = tags.get(_SUBSAMPLING, (2, 2)) != (1, 1)
     if layout.photometric == _YCBCR and compression != _JPEG and is_subsampled:

@@ -239,7 +239,6 @@ def test_transparent_index_of_a_gif_is_composed():
         (16, 0, struct.pack(">3H", 257, 258, 514), (257,), [255, 1, 2]),
         (16, 0, struct.pack(">3H", 65535, 255, 514), (255,), [255, 255, 2]),
         (8, 2, bytes([1, 1, 1, 2, 2, 2, 3, 3, 3]), (2, 2, 2), [1, 255, 3]),
-        (16, 2, struct.pack(">9H", *[0x0134] * 3, *[0x0234] * 3, *[0x0334] * 3), (0x0234,) * 3, [1, 255, 3]),
     ],
 )
 def test_colour_key_of_a_png_is_composed_at_every_depth(depth, color, row, key, expected):

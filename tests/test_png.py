@@ -101,8 +101,7 @@ def expected(samples: np.ndarray, depth: int, color: int, *, transparent: bool) 
     colors = np.broadcast_to(values[..., : 3 if color in {2, 6} else 1], (*samples.shape[:2], 3))
     if color in {4, 6}:
         return over(colors, values[..., -1])
-    keyed = values if (depth, color) == (16, 2) else samples
-    return over(colors, np.where(transparent & (keyed == keyed[0, 0]).all(axis=2), 0, 255))
+    return over(colors, np.where(transparent & (samples == samples[0, 0]).all(axis=2), 0, 255))
 
 
 @pytest.mark.parametrize("transparent", [False, True], ids=["opaque", "transparent"])
@@ -116,6 +115,11 @@ def test_every_kind_is_read_as_it_was_written(color, depth, interlaced, transpar
         samples = noise(height, width, depth, color, height)
         after = [transparency(samples, depth, color)] if transparent else []
         data = write(samples, depth, color, *before, *after, interlaced=interlaced, n_chunks=n_chunks)
+        if transparent and (color, depth) == (2, 16):
+            for read in (decode, probe):
+                with pytest.raises(ImageError, match=r"^unsupported_mode: a PNG of 16-bit RGB with a transparent colour"):
+                    read(data, RGB)
+            continue
         wanted = expected(samples, depth, color, transparent=transparent)
         np.testing.assert_array_equal(decode(data, RGB), wanted)
         assert (probe(data, RGB).input_height, probe(data, RGB).input_width) == (height, width)
@@ -318,7 +322,7 @@ def small_files() -> dict[str, tuple[bytes, list[np.ndarray]]]:
         samples = np.minimum(samples, 15) if color == 3 else samples
         pixels = expected(samples, depth, color, transparent=False) if color != 3 else palette(min(depth, 4))[samples[..., 0]]
         found[f"{color} {depth}"] = write(samples, depth, color, *before), [pixels]
-        if color < 3:
+        if color < 3 and (color, depth) != (2, 16):  # which is refused
             key = transparency(samples, depth, color)
             keyed = write(samples, depth, color, key, interlaced=depth == 8)
             found[f"{color} {depth} key"] = keyed, [expected(samples, depth, color, transparent=True)]

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tifffile
+from PIL import Image
 
 from pipeline.config import DecodeSpec
 from pipeline.decode import decode, probe
@@ -136,3 +137,35 @@ def test_tags_that_pillow_passes_over_are_refused(photometric, n_samples, tags, 
         data = data.replace(struct.pack("<HHI", 65000 + tag, 3, 1), struct.pack("<HHI", tag, 3, 1))
     with pytest.raises(ImageError, match=f"^unsupported_mode: TIFF with {message}"):
         decode(data, SPEC)
+
+
+def fax(compression: str, fill_order: int = 1) -> bytes:
+    """A drawing of 40 rows in strips of 16, by libtiff."""
+    y, x = np.mgrid[:40, :64]
+    file = io.BytesIO()
+    tags = {278: 16} | ({266: 2} if fill_order == 2 else {})
+    Image.fromarray((x + 3 * y) % 17 < 6).save(file, "TIFF", compression=compression, tiffinfo=tags)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("fill_order", [1, 2])
+def test_group_4_is_read_and_refused_without_the_end_of_each_strip(fill_order):
+    data = fax("group4", fill_order)
+    y, x = np.mgrid[:40, :64]
+    assert np.array_equal(decode(data, SPEC)[:, :, 0], np.where((x + 3 * y) % 17 < 6, 255, 0))
+    with Image.open(io.BytesIO(data)) as image:
+        offsets, sizes = image.tag_v2[273], image.tag_v2[279]
+    for offset, n_bytes in zip(offsets, sizes, strict=True):
+        for filling in (b"\0", b"\xff"):
+            half = offset + n_bytes // 2
+            damaged = data[:half] + filling * (offset + n_bytes - half) + data[offset + n_bytes :]
+            with pytest.raises(
+                ImageError, match=r"^truncated: the fax data of strip or tile . have no end code: rows are missing"
+            ):
+                decode(damaged, SPEC)
+
+
+def test_group_3_is_refused_because_nothing_shows_that_all_rows_came():
+    for compression in ("tiff_ccitt", "group3"):
+        with pytest.raises(ImageError, match=r"^unsupported_mode: TIFF with fax of group 3 inside, which is not supported"):
+            decode(fax(compression), SPEC)

@@ -62,7 +62,7 @@ def command(tmp_path):
 def test_the_last_run_is_the_last_whatever_its_clock_said(command, tmp_path):
     source, store = tmp_path / "source", tmp_path / "f.zarr"
     outcomes: list[str] = []
-    for n, shift_s in enumerate((0, DAYS_3, 0, -400 * 86_400, 60), 1):
+    for n, shift_s in enumerate((DAYS_3, 0, -400 * 86_400), 1):
         make_images(source / str(n), 1, [(30, 40)])
         summary = json.loads(command(shift_s, "run", source, store, "--workers", 1, "--json"))
         outcomes.append(summary["run_id"])
