@@ -320,5 +320,7 @@ def describe(summary: Summary, store: str) -> str:
         lines.append(
             f"{count(summary.n_bad_total, 'bad image')} in all: featuremaps status {store} lists them with their reasons"
         )
+        if summary.exit_code == EXIT_QUARANTINED and summary.n_done_total:
+            lines.append(f"exit code 3: more images are bad than --max-quarantined {summary.config['max_quarantined']} allows")
     lines.append(f"store {store}, receipt runs/{summary.run_id}.json")
     return "\n".join(lines)

@@ -80,6 +80,13 @@ def test_one_image_is_singular_and_a_run_that_did_nothing_says_so():
     assert describe_bottleneck("read") == "read"
 
 
+def test_a_run_that_ends_with_3_says_why():
+    limited = Summary("r", outcome="complete", n_bad_total=3, n_done_total=1, config={"max_quarantined": 2})
+    assert "\nexit code 3: more images are bad than --max-quarantined 2 allows\n" in describe(limited, "s.zarr")
+    limited.config["max_quarantined"] = 3
+    assert "exit code" not in describe(limited, "s.zarr")
+
+
 @pytest.mark.parametrize(
     ("name", "shown"),
     [("plain name 50%25.jpg", "plain name 50%25.jpg"), ("ü日本.png", "ü日本.png"), ("a\nb\t\x1b[2J", r"a\nb\t\x1b[2J")],
