@@ -39,7 +39,7 @@ def read_layer(text: str, activations: Sequence[str]) -> dict[str, Any]:
     size, *words = text.split(":")
     match = _SIZE.fullmatch(size)
     if match is None or not all(map(int, match.groups())):
-        raise _refusal(text, activations, f"{size!r} is not three positive numbers, filters x height x width")
+        raise _refusal(text, activations, _explain_size(size))
     filters, height, width = map(int, match.groups())
     values: dict[str, Any] = {"filters": filters, "kernel": (height, width)}
     used: dict[str, str] = {}  # the word that set each value
@@ -63,6 +63,16 @@ def _refusal(text: str, activations: Sequence[str], why: str) -> UsageError:
         f"layer {text!r} is not of the form {FORM}, so no extractor can be built from it: {why}; write for instance 2x9x9:sigmoid or "
         f"20x5x5:tanh:pool2 (activations: {', '.join(activations)})"
     )
+
+
+def _explain_size(size: str) -> str:
+    """What is wrong with the first word of a layer."""
+    why = f"{size!r} is not three positive numbers, filters x height x width"
+    if "," in size:
+        return f"{why}; give --layers once for each layer"
+    if not _SIZE.fullmatch(size) and _SIZE.fullmatch(size.lower().replace("*", "x")):
+        return f"{why}, with a small x between them"
+    return why
 
 
 def _explain(word: str, activations: Sequence[str]) -> str:

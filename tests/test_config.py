@@ -193,6 +193,9 @@ def test_every_word_of_a_layer_is_used_once_or_the_layer_is_refused(words, size)
         ("8x3x3:pool2x2", "'pool2x2' is no pool: behind pool stands one positive number, as in pool2"),
         ("8x3x3:", "a word between two colons, or after the last one, is missing"),
         ("8x3:tanh", "'8x3' is not three positive numbers, filters x height x width"),
+        ("8X3X3", "'8X3X3' is not three positive numbers, filters x height x width, with a small x between them; write"),
+        ("0x3x3", "'0x3x3' is not three positive numbers, filters x height x width; write"),
+        ("8x3x3,4x3x3", "filters x height x width; give --layers once for each layer; write"),
     ],
 )
 def test_a_refused_layer_says_which_word_and_what_to_write(text, expected):
