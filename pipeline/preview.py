@@ -41,7 +41,7 @@ from pipeline.settings import cost_s, layout_of, needed_size, scratch_bytes
 from pipeline.slots import planned_slots
 from pipeline.store import Store, is_store
 from pipeline.submission import GONE, last_submission
-from pipeline.summary import count, describe_bottleneck, printable
+from pipeline.summary import MAX_BAD, count, describe_bottleneck, printable
 
 BLOCK = 2048
 INLINE = 4 * BLOCK
@@ -63,6 +63,8 @@ class Preview:
     """Images that would be read and compared with their digests; those that differ are computed too."""
     reasons: dict[str, int] = field(default_factory=dict)
     """Images to reject per code."""
+    bad: list[dict[str, str]] = field(default_factory=list)
+    """The first of them: path and error."""
     classes: dict[str, int] = field(default_factory=dict)
     """Images to compute per shape class."""
     n_new_classes: int = 0
@@ -131,6 +133,9 @@ class Preview:
             )
         if self.reasons:
             lines.append("to reject: " + ", ".join(f"{n} {code}" for code, n in self.reasons.items()))
+            lines += [f"  {printable(item['path'])}  {printable(item['error'])}" for item in self.bad]
+            n_more = self.n_to_reject - len(self.bad)
+            lines += [f"  and {n_more} more"] if n_more else []
         lines += describe_dropped(self.dropped)
         if self.ignored:
             lines.append(
@@ -191,6 +196,8 @@ def plan_job(job: Job, cluster_file: Path = Path("cluster.yaml")) -> Preview:
         p = forecast.take(i, probed)
         if p.error:
             reasons[p.error.split(":", 1)[0]] += 1
+            if len(preview.bad) < MAX_BAD:
+                preview.bad.append({"path": listing.paths[i], "error": p.error})
         elif not p.fault:
             sizes.append((p.input_height, p.input_width))
             decode_bytes = max(decode_bytes, p.decode_bytes)

@@ -262,9 +262,8 @@ def test_a_plan_is_printed_for_people_and_as_json(command, folder, tmp_path):
     code, out, _ = command("plan", folder / "source", tmp_path / "new.zarr")
     assert code == 0
     assert out.startswith("7 images listed: 5 to compute, 0 unchanged, 2 to reject, 0 to mark removed\n2 shape classes (2 new): ")
-    assert out.endswith(
-        "to reject: 1 empty, 1 not_an_image\na run would end with exit code 0: complete, if the images decode as their headers promise\n"
-    )
+    assert "\nto reject: 1 empty, 1 not_an_image\n  bad.png  empty: the file has 0 bytes\n  worse.jpg  not_an_image: " in out
+    assert out.endswith("\na run would end with exit code 0: complete, if the images decode as their headers promise\n")
     code, out, _ = command("plan", folder / "source", tmp_path / "new.zarr", "--json", "--limit", 3, "--workers", 1)
     found = json.loads(out)
     assert (found["n_listed"], found["workers"]) == (3, 1)
