@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import struct
 from typing import Any
 
@@ -30,8 +31,12 @@ def check_bitmap(image: Any, head: bytes) -> None:
     """
     if image.format == "BMP":
         _check_bmp(image, head)
-    elif image.format == "PPM" and image.tile[0].codec_name == "ppm" and hasattr(image.fp, "getvalue"):
-        _check_samples(image, image.fp.getvalue())
+    elif image.format == "PPM" and hasattr(image.fp, "getvalue"):
+        codec = image.tile[0].codec_name
+        if codec == "ppm":
+            _check_samples(image, image.fp.getvalue())
+        elif codec == "ppm_plain" and image.mode != "1":
+            _check_last_number(image, image.fp.getvalue())
 
 
 def _check_bmp(image: Any, head: bytes) -> None:
@@ -54,3 +59,10 @@ def _check_samples(image: Any, data: bytes) -> None:
     samples = np.frombuffer(body[: len(body) // n_bytes * n_bytes], f">u{n_bytes}")
     if samples.size and samples.max() > maximum:
         raise ImageError("corrupt", f"the image cannot be decoded (a sample is {samples.max()}, above its maximum {maximum})")
+
+
+def _check_last_number(image: Any, data: bytes) -> None:
+    """Refuse a plain PNM that ends within what may be a longer number: 2 where 255 was. Nothing else shows that it was cut."""
+    number, maximum = re.search(rb"[0-9]*\Z", data[-8:])[0], image.tile[0].args[-1]  # type: ignore[index]
+    if number and int(number) * 10 <= maximum:
+        raise ImageError("truncated", f"the file ends with the digits {int(number)} and no line end: more digits may be missing")

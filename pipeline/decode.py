@@ -67,7 +67,7 @@ _JPEG_SCANS = 500  # as libjpeg-turbo's own fuzzers: an empty scan of 14 bytes c
 _PLAIN_COMMENTS = 10_000  # Pillow copies up to a megabyte for each
 _OTHER_BYTES, _CODEC_BYTES = 20, 32  # per pixel at most, as measured: of other modes, of WebP and AVIF
 _DECODE_BASE_BYTES = 32 * 1024**2  # objects made of a header, a block of plain PNM as words
-_ENDED = {"tiff_adobe_deflate", "tiff_deflate", "lzma", "group4"}  # as Pillow names compressions of a TIFF
+_ENDED = {"tiff_adobe_deflate", "tiff_deflate", "lzma", "group4", "jpeg"}  # as Pillow names compressions of a TIFF
 _TRUNCATED = ("truncat", "not enough image data", "reached eof", "cannot load this image")
 
 

@@ -71,17 +71,25 @@ def check_pixels(what: str, height: int, width: int, limit: int) -> None:
 def gif_size(stream: HeaderStream) -> tuple[int, int]:
     """Height and width of a GIF's canvas, stretched as Pillow does by a first frame that reaches beyond it."""
     stream.seek(6)
-    width, height, flags = struct.unpack("<HHBxx", stream.read(7))
+    width, height, flags, background = struct.unpack("<HHBBx", stream.read(7))
+    is_clear = False
     if flags & 0x80:  # a global palette
         stream.read(6 << (flags & 7))
     while (kind := stream.read(1)) and kind != b";":
         if kind == b",":  # the first frame
-            left, top, frame_width, frame_height = struct.unpack("<4H", stream.read(8))
-            return max(height, top + frame_height), max(width, left + frame_width)
+            left, top, frame_width, frame_height, frame_flags = struct.unpack("<4HB", stream.read(9))
+            height, width = max(height, top + frame_height), max(width, left + frame_width)
+            is_whole = (left, top, frame_width, frame_height) == (0, 0, width, height)
+            if not (is_whole or is_clear) and (background or frame_flags & 0x80 or not flags & 0x80):
+                text = "a GIF whose first picture leaves a part of the canvas to a background that Pillow misreads"
+                raise ImageError("unsupported_mode", f"{text}; save it with a picture of the whole canvas, or as PNG")
+            return height, width
         if kind == b"!":  # an extension: its label, then blocks led by their length
-            stream.read(1)
+            label = stream.read(1)
             while (length := stream.read(1)) > b"\0":
-                stream.read(length[0])
+                block = stream.read(length[0])
+                if label == b"\xf9" and block:
+                    is_clear = bool(block[0] & 1)
     return height, width
 
 

@@ -136,7 +136,7 @@ def check_tiff(stream: HeaderStream, pixel_limit: int) -> None:
 
 
 def unpack(data: bytes) -> np.ndarray | None:
-    """Look at the ends of a TIFF's compressed data, which libtiff does not: checksums of deflate and LZMA, the end code of group 4.
+    """Look at the ends of a TIFF's compressed data, which libtiff does not: checksums, the end of fax, the end marker of JPEG.
 
     Returns
     -------
@@ -149,8 +149,8 @@ def unpack(data: bytes) -> np.ndarray | None:
         ``corrupt``: a strip or tile ends too early, or its checksum is wrong.
     """
     layout = _read_layout(io.BytesIO(data), len(data))
-    if layout.compression == _GROUP_4:
-        _check_fax(layout, data)
+    if layout.compression in {_GROUP_4, _JPEG}:
+        (_check_fax if layout.compression == _GROUP_4 else _check_jpegs)(layout, data)
         return None
     kind = layout.bits, layout.photometric, layout.n_samples, layout.is_separate, layout.is_tiled
     is_plain = kind in {(8, _BLACK_0, 1, False, False), (8, _RGB, 3, False, False)}
@@ -174,6 +174,13 @@ def _check_fax(layout: Layout, data: bytes) -> None:
         bits = int.from_bytes(end.translate(_REVERSED) if layout.fill_order == 2 else end, "big")
         if not bits or (bits // (bits & -bits)) & 0xFFFFFF != _END_OF_FAX:
             raise ImageError("truncated", f"the fax data of strip or tile {block} have no end code: rows are missing")
+
+
+def _check_jpegs(layout: Layout, data: bytes) -> None:
+    """Refuse JPEG data without an end marker: libtiff puts one where they end and fills what is missing with grey."""
+    for block, (offset, n_bytes) in enumerate(zip(layout.offsets, layout.block_bytes, strict=True)):
+        if not data[offset : offset + n_bytes].rstrip(b"\0").endswith(b"\xff\xd9"):
+            raise ImageError("truncated", f"the JPEG data of strip or tile {block} have no end marker: pixels are missing")
 
 
 def _unpack_block(layout: Layout, stored: memoryview, block: int) -> bytes:
