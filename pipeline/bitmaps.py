@@ -39,6 +39,21 @@ def check_bitmap(image: Any, head: bytes) -> None:
             _check_last_number(image, image.fp.getvalue())
 
 
+def check_indices(image: Any) -> None:
+    """Refuse pixels of an index that the palette does not have, which Pillow makes black and others do not.
+
+    Parameters
+    ----------
+    image : PIL.Image.Image
+        Of mode P, loaded.
+    """
+    n_colours = len(image.palette.palette) // len(image.palette.mode)
+    beyond = [index for index, n in enumerate(image.histogram()) if n and index >= n_colours]
+    if beyond and beyond != [image.info.get("transparency")]:
+        text = f"a pixel has the index {beyond[-1]}, and the palette has {n_colours} colours"
+        raise ImageError("corrupt", f"the image cannot be decoded ({text})")
+
+
 def _check_bmp(image: Any, head: bytes) -> None:
     bits = struct.unpack_from("<H", head, 24 if head[14] == 12 else 28)[0]
     codec, _, offset, (raw_mode, *_) = image.tile[0]

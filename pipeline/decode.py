@@ -28,11 +28,20 @@ from PIL import (
     features,
 )
 
-from pipeline.bitmaps import check_bitmap
+from pipeline.bitmaps import check_bitmap, check_indices
 from pipeline.config import DEFAULT_PIXEL_LIMIT, DecodeSpec, ImageFormat
 from pipeline.dropped import dropped, is_far
 from pipeline.errors import ImageError
-from pipeline.headers import HEADER_BYTES, HeaderStream, StorageFault, check_pixels, check_webp, gif_size, n_scans
+from pipeline.headers import (
+    HEADER_BYTES,
+    HeaderStream,
+    StorageFault,
+    check_pixels,
+    check_webp,
+    check_webp_chunks,
+    gif_size,
+    n_scans,
+)
 from pipeline.jpeg import check_scans, load_jpeg
 from pipeline.png import load_png, open_png
 from pipeline.tiff import check_tiff, unpack
@@ -168,6 +177,8 @@ def decode(data: bytes, spec: DecodeSpec, *, partial: bool = False) -> np.ndarra
         is_jpeg = isinstance(image, JpegImagePlugin.JpegImageFile)
         if is_jpeg and not partial:
             check_scans(data)
+        if image.format == "WEBP" and not partial:
+            check_webp_chunks(data)
         turn = _turn(image, orientation, spec)
         pixels = None
         if image.info.get("compression") in _ENDED and not partial:
@@ -185,6 +196,8 @@ def decode(data: bytes, spec: DecodeSpec, *, partial: bool = False) -> np.ndarra
             if is_jpeg and not partial:
                 load_jpeg(image, data, Image)
             image.load()
+        if image.mode == "P" and not partial:
+            check_indices(image)
         flat = _flatten(image, spec.background)
         turned = flat if turn is None else flat.transpose(turn)
         return _to_array(turned, spec)

@@ -109,6 +109,27 @@ def check_webp(head: bytes, found_bytes: int, limit: int) -> None:
     check_pixels("the image has", sides[1], sides[0], limit)
 
 
+def check_webp_chunks(data: bytes) -> None:
+    """Refuse a WebP whose header says other than its chunks of its transparency, or whose canvas Pillow fills with black."""
+    if data[12:16] != b"VP8X":
+        return
+    flags, canvas, place, kinds = data[20], data[24:30], 30, set()
+    while place + 8 <= len(data):
+        kind, n_bytes = data[place : place + 4], int.from_bytes(data[place + 4 : place + 8], "little")
+        if kind == b"ANMF":  # the first frame: two places, then two sides, as in the header
+            if not flags & 0x10 and (any(data[place + 8 : place + 14]) or data[place + 14 : place + 20] != canvas):
+                text = "a WebP without transparency whose first frame leaves a part of the canvas out"
+                raise ImageError("unsupported_mode", f"{text}; save that frame as PNG")
+            return
+        kinds.add(kind)
+        if kind == b"VP8 ":
+            break
+        place += 8 + n_bytes + n_bytes % 2
+    if b"VP8 " in kinds and bool(flags & 0x10) != (b"ALPH" in kinds):
+        text = "its header and its chunks disagree on whether it has an alpha channel"
+        raise ImageError("corrupt", f"the image cannot be decoded ({text})")
+
+
 def n_scans(data: bytes, n_colours: int) -> int:
     """Scans of a JPEG that libjpeg looks at, up to its end: what follows may be anything, a film for instance.
 

@@ -33,6 +33,7 @@ _DOT = (  # a grey square of 8 x 8 pixels, in parts: garbage between them is wor
 def check_scans(data: bytes) -> None:
     """Refuse a JPEG whose scans do not send every coefficient of every colour down to its last bit."""
     missing: dict[int, set[int]] = {}
+    lowest: dict[tuple[int, int], int] = {}  # bit so far, by colour and coefficient: the next scan must go on from it
     place, is_progressive = 2, False
     while (found := _MARKER.search(data, place)) and found[0] != _END:
         kind, start = found[0][1], found.end()
@@ -49,6 +50,9 @@ def check_scans(data: bytes) -> None:
             for colour in data[start + 3 : start + 3 + 2 * n : 2]:
                 known = missing.setdefault(colour, set())
                 known.update(band) if is_progressive and bits & 15 else known.difference_update(band)
+                if is_progressive and any(lowest.get((colour, index), 0) != bits >> 4 for index in band):
+                    raise ImageError("truncated", "a scan of its pixels is missing, which a later one goes on from")
+                lowest.update(((colour, index), bits & 15) for index in band)
             if not is_progressive and not any(missing.values()):
                 return
     if not missing or any(missing.values()):

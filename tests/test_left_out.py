@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import struct
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import tifffile
+from PIL import Image
 
 from pipeline.config import DecodeSpec
 from pipeline.decode import decode
@@ -71,3 +73,59 @@ def test_the_rest_of_a_gif_is_its_background_or_transparent():
     assert black[2, 2].tolist() == list(PALETTE[3:6])
     for settings in ({}, {"background": 7}, {"local": True}):
         assert decode(gif(control=CLEAR, **settings), RGB)[0, 0].tolist() == [255, 255, 255]
+
+
+def webp(alpha: int, *, animated: bool = False, **options) -> bytes:
+    pixels = np.dstack([PIXELS, np.full(PIXELS.shape[:2], alpha, np.uint8)]) if alpha < 255 else PIXELS
+    images, file = [Image.fromarray(pixels), Image.fromarray(pixels[::-1].copy())], io.BytesIO()
+    images[0].save(file, "WEBP", save_all=animated, append_images=images[1:] if animated else [], **options)
+    return file.getvalue()
+
+
+def test_a_webp_that_lost_its_alpha_is_refused():
+    data = webp(100)
+    start = data.index(b"ALPH")
+    end = data.index(b"VP8 ")
+    lost = data[:start] + data[end:]
+    lost = lost[:4] + (len(lost) - 8).to_bytes(4, "little") + lost[8:]
+    flagless = data[:20] + bytes([data[20] & ~0x10]) + data[21:]
+    assert decode(data, RGB).shape == PIXELS.shape
+    for damaged in (lost, flagless):
+        with pytest.raises(ImageError, match="disagree on whether it has an alpha channel"):
+            decode(damaged, RGB)
+
+
+def test_a_first_frame_of_a_webp_that_leaves_the_canvas_out_is_refused():
+    data = webp(255, animated=True, lossless=True)
+    assert np.array_equal(decode(data, RGB), PIXELS)
+    larger = data[:24] + (63).to_bytes(3, "little") + data[27:]
+    with pytest.raises(ImageError, match="leaves a part of the canvas out"):
+        decode(larger, RGB)
+
+
+def test_an_index_beyond_the_palette_is_refused():
+    index = np.array([[0, 1, 2, 3]], np.uint8)
+    palette = bytes(range(12))
+    for n_colours in (4, 3):
+        info = struct.pack("<IiiHHIIiiII", 40, 4, 1, 1, 8, 0, 4, 0, 0, n_colours, 0) + palette[: 4 * n_colours].ljust(
+            4 * n_colours
+        )
+        head = b"BM" + struct.pack("<IHHI", 14 + len(info) + 4, 0, 0, 14 + len(info))
+        if n_colours == 4:
+            assert decode(head + info + index.tobytes(), RGB).shape == (1, 4, 3)
+        else:
+            with pytest.raises(ImageError, match="the index 3, and the palette has 3 colours"):
+                decode(head + info + index.tobytes(), RGB)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_a_progressive_jpeg_without_any_one_of_its_scans_is_refused(mode):
+    ramp = np.add.outer(np.arange(40) * 4, np.arange(56) * 3)
+    file = io.BytesIO()
+    Image.fromarray(np.stack([ramp, ramp // 2, 255 - ramp], 2).astype(np.uint8)).convert(mode).save(file, "JPEG", progressive=True)
+    data = file.getvalue()
+    starts = [place for place in range(len(data)) if data[place : place + 2] == b"\xff\xda"]
+    assert decode(data, RGB).shape == (40, 56, 3)
+    for start, end in pairwise(starts):
+        with pytest.raises(ImageError):
+            decode(data[:start] + data[end:], RGB)
