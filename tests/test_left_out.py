@@ -122,7 +122,9 @@ def test_an_index_beyond_the_palette_is_refused():
 def test_a_progressive_jpeg_without_any_one_of_its_scans_is_refused(mode):
     ramp = np.add.outer(np.arange(40) * 4, np.arange(56) * 3)
     file = io.BytesIO()
-    Image.fromarray(np.stack([ramp, ramp // 2, 255 - ramp], 2).astype(np.uint8)).convert(mode).save(file, "JPEG", progressive=True)
+    Image.fromarray(np.stack([ramp, ramp // 2, 255 - ramp], 2).astype(np.uint8)).convert(mode).save(
+        file, "JPEG", progressive=True
+    )
     data = file.getvalue()
     starts = [place for place in range(len(data)) if data[place : place + 2] == b"\xff\xda"]
     assert decode(data, RGB).shape == (40, 56, 3)
