@@ -50,7 +50,9 @@ def check_scans(data: bytes) -> None:
             for colour in data[start + 3 : start + 3 + 2 * n : 2]:
                 known = missing.setdefault(colour, set())
                 known.update(band) if is_progressive and bits & 15 else known.difference_update(band)
-                if is_progressive and any(lowest.get((colour, index), 0) != bits >> 4 for index in band):
+                if not is_progressive:
+                    continue
+                if any(lowest.get((colour, index), 0) != bits >> 4 for index in band):
                     raise ImageError("truncated", "a scan of its pixels is missing, which a later one goes on from")
                 lowest.update(((colour, index), bits & 15) for index in band)
             if not is_progressive and not any(missing.values()):
