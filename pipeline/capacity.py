@@ -12,7 +12,7 @@ from pipeline.errors import FeaturemapsError, UsageError
 from pipeline.objects import Place, free_bytes
 from pipeline.plan import BATCH_BYTES, GPU_STAGES, SHARD_BYTES, ClassLayout, LayerLayout, Size, gpu_batch
 from pipeline.reading import READ_AHEAD_BYTES
-from pipeline.remote import Url, is_url
+from pipeline.urls import Url, is_url
 
 # What a worker holds whatever the images: interpreter, torch, dask and zarr. Measured for torch's build for processors; those with
 # CUDA bring more along, also where there is no GPU.

@@ -15,8 +15,8 @@ from pipeline.findings import Finding
 from pipeline.lock import HEARTBEAT_S, current_holder, server_clock_s
 from pipeline.objects import Place, free_bytes, modified_s, nearest_folder
 from pipeline.preview import Preview
-from pipeline.remote import Url, is_url
 from pipeline.store import Store, is_store
+from pipeline.urls import Url, is_url
 
 MAX_SKEW_S = 3 * HEARTBEAT_S
 """From which on nobody can tell by the clock whether a run is alive."""

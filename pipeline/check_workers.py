@@ -16,8 +16,8 @@ from pipeline.cluster_spec import AddressSpec, BatchSpec, ClusterSpec, CudaSpec,
 from pipeline.errors import FeaturemapsError
 from pipeline.findings import Finding
 from pipeline.objects import Place, delete, nearest_folder, put
-from pipeline.remote import Url
 from pipeline.slots import scheduler_workers, worker_slots
+from pipeline.urls import Url
 from pipeline.versions import asking_for_versions, n_gpus_there
 
 MAX_WAIT_S = 120.0

@@ -31,8 +31,8 @@ from pipeline.listing import Listing, clamp_time
 from pipeline.lists import READERS, read_list
 from pipeline.paths import absolute_path, absolute_url, encode_path, nothing_listed, suffix_of
 from pipeline.patterns import Pattern, absolute, absolute_patterns, has_unknown_user, is_pattern, what_to_type
-from pipeline.remote import CONCURRENCY, Meta, Url, is_url
 from pipeline.sources import bucket_pattern, named_by
+from pipeline.urls import CONCURRENCY, Meta, Url, is_url
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator

@@ -18,7 +18,7 @@ from typing import Any
 from pipeline.errors import FeaturemapsError, StaleWriterError, StoreBusyError, UsageError
 from pipeline.holder import Holder, held
 from pipeline.objects import Place
-from pipeline.remote import ConflictError, Url
+from pipeline.urls import ConflictError, Url
 
 logger = logging.getLogger(__name__)
 

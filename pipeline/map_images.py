@@ -10,7 +10,7 @@ import dask
 import numpy as np
 import pandas as pd
 
-from pipeline import remote
+from pipeline import urls
 from pipeline.chunks import Array
 from pipeline.errors import FeaturemapsError, UsageError
 from pipeline.objects import Place
@@ -122,7 +122,7 @@ def _read(piece: Piece) -> list[Array]:
     """Decoded maps of a piece's images, each cropped to its valid extent."""
     rows = np.array(piece.rows)
     try:
-        with remote.errors(str(piece.store)):
+        with urls.errors(str(piece.store)):
             array = open_array(piece.store / piece.group / piece.layer.name)
             is_run = rows[-1] - rows[0] == len(rows) - 1
             block = np.asarray(array[rows[0] : rows[-1] + 1] if is_run else array.oindex[rows])

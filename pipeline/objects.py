@@ -13,7 +13,7 @@ from typing import Any, TypeAlias, TypeVar
 
 from pipeline.errors import FeaturemapsError, StaleWriterError, UsageError
 from pipeline.patterns import home
-from pipeline.remote import CONCURRENCY, ConflictError, Meta, Url, is_url
+from pipeline.urls import CONCURRENCY, ConflictError, Meta, Url, is_url
 
 Place: TypeAlias = Path | Url
 """A store, or an object or folder in it; joined with ``/``."""

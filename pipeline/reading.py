@@ -19,7 +19,7 @@ from pipeline.config import DecodeSpec
 from pipeline.errors import ImageError, PassingFaultError
 from pipeline.listing import fingerprint_of
 from pipeline.paths import absolute_path, absolute_url
-from pipeline.remote import Url, is_url
+from pipeline.urls import Url, is_url
 
 READ_AHEAD = 16
 READ_AHEAD_BYTES = 32 * 1024**2

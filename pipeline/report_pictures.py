@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pipeline import remote
+from pipeline import urls
 from pipeline.chunks import Array
 from pipeline.errors import FeaturemapsError
 from pipeline.pictures import bin_edges
@@ -204,7 +204,7 @@ def _photographs(store: Store, chosen: Sequence[Chosen]) -> Iterator[Photograph]
 
 
 def _maps(store: Store, shape_class: ShapeClass, layer: StoredLayer, row: int, size: Size) -> Array:
-    with remote.errors(str(store.path)):
+    with urls.errors(str(store.path)):
         stored = np.asarray(store.array(shape_class.name, layer.name)[row, :, : size[0], : size[1]])
     return decoded(stored, layer)
 

@@ -30,13 +30,13 @@ from pipeline.errors import StoppedError, UsageError
 from pipeline.listing import Listing
 from pipeline.lock import StoreLock, last_holder, require_lock
 from pipeline.objects import Place, place
-from pipeline.remote import Url
 from pipeline.run_ids import new_run_id, next_number
 from pipeline.schema import REJECTED, RUNS, Status, StoreSpec, difference
 from pipeline.settings import VERSION, needed_size, store_spec
 from pipeline.sources import is_same_folder, is_same_source
 from pipeline.store import Store, is_store, receipt_ids
 from pipeline.summary import Progress, Summary, receipt, working
+from pipeline.urls import Url
 from pipeline.weights import load_weights
 
 logger = logging.getLogger(__name__)

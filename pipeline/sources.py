@@ -7,7 +7,7 @@ import os
 from pipeline.lists import READERS
 from pipeline.paths import suffix_of
 from pipeline.patterns import Pattern, absolute, absolute_patterns, escape, expand, is_pattern, literal
-from pipeline.remote import Url, is_url
+from pipeline.urls import Url, is_url
 
 
 def absolute_source(source: str) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 import zarr
 from zarr.storage import ObjectStore
 
-from pipeline import remote
+from pipeline import urls
 from pipeline.chunks import Array, compress, decompress
 from pipeline.errors import FeaturemapsError, StaleWriterError, UsageError
 from pipeline.lock import LOCK_TTL_S, require_lock
@@ -384,8 +384,8 @@ def _size(group: str) -> Size:
 
 def open_array(folder: Place) -> zarr.Array[Any]:
     """An array of a store, for reading."""
-    with remote.errors(str(folder)):
-        where = ObjectStore(remote.connect(str(folder)), read_only=True) if isinstance(folder, remote.Url) else str(folder)
+    with urls.errors(str(folder)):
+        where = ObjectStore(urls.connect(str(folder)), read_only=True) if isinstance(folder, urls.Url) else str(folder)
         return zarr.open_array(where, mode="r", zarr_format=3)
 
 
@@ -464,7 +464,7 @@ def read_maps(path: Place, layout: ClassLayout, layer: str, start: int, stop: in
     """
     folder = path / class_name(layout.size) / layer
     try:
-        with remote.errors(str(folder)):
+        with urls.errors(str(folder)):
             return np.asarray(open_array(folder)[start:stop])
     except (ValueError, RuntimeError) as error:
         raise FeaturemapsError(

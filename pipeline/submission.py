@@ -14,8 +14,8 @@ from typing import Any
 from pipeline import batch
 from pipeline.errors import StaleWriterError, StoreBusyError
 from pipeline.objects import Place, delete, fetch, modified_s, put, put_json
-from pipeline.remote import Url
 from pipeline.schema import RUNS
+from pipeline.urls import Url
 
 _NAME = "submitted.json"
 GONE = "not in the queue any more"

@@ -28,7 +28,7 @@ from pipeline.decode import decode
 from pipeline.errors import FeaturemapsError, ImageError
 from pipeline.paths import absolute_path, absolute_url
 from pipeline.reading import Patience, Source, read_bytes, read_current
-from pipeline.remote import Url, is_url
+from pipeline.urls import Url, is_url
 
 PIXEL_LIMIT = 20_000_000
 """Larger files are not decoded for a page."""

@@ -10,7 +10,7 @@ import dask.array as da
 import numpy as np
 import xarray as xr
 
-from pipeline import remote
+from pipeline import urls
 from pipeline.chunks import Array
 from pipeline.decode import decode
 from pipeline.errors import FeaturemapsError, ImageError, UsageError
@@ -62,7 +62,7 @@ def _row(store: Store, group: str, layer: StoredLayer, row: int, size: Size) -> 
     """One image's maps and pooled values of a layer, read without the rest of their shard."""
     dims = tuple(f"{layer.name}_{axis}" for axis in ("channel", "y", "x"))
     if layer.has_maps:
-        with remote.errors(str(store.path)):
+        with urls.errors(str(store.path)):
             stored = np.asarray(store.array(group, layer.name)[row, :, : size[0], : size[1]])
         yield layer.name, (dims, decoded(stored, layer), {"error_bound": layer.error_bound})
     for statistic in STATISTICS:

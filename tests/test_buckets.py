@@ -29,13 +29,13 @@ from pipeline.errors import FeaturemapsError, StaleWriterError, StoreBusyError, 
 from pipeline.holder import Holder
 from pipeline.lock import LOCK_TTL_S, StoreLock, current_holder, holds, require_lock
 from pipeline.objects import Place, children, each, exists, place, read_json, remove_folder
-from pipeline.remote import ConflictError, Url, errors
-from pipeline.remote import connect as connect_bucket
 from pipeline.report import write_report
 from pipeline.run import run_job
 from pipeline.schema import RUNS
 from pipeline.store import Store
 from pipeline.submission import Claim, Submission, last_submission
+from pipeline.urls import ConflictError, Url, errors
+from pipeline.urls import connect as connect_bucket
 from pipeline.vacuum import vacuum_store
 from pipeline.verify import verify_store
 from tests.conftest import content, make_images

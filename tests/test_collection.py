@@ -35,8 +35,8 @@ from pipeline.errors import UsageError
 from pipeline.listing import Listing
 from pipeline.objects import place
 from pipeline.paths import absolute_path, decode_path, encode_path
-from pipeline.remote import Meta, Url
 from pipeline.sources import absolute_source, is_same_source
+from pipeline.urls import Meta, Url
 
 HOSTILE_NAMES = [
     b"plain.jpg",

@@ -25,7 +25,7 @@ from pipeline.findings import Finding, look
 from pipeline.lock import StoreLock
 from pipeline.objects import place
 from pipeline.preview import Preview
-from pipeline.remote import connect as connect_bucket
+from pipeline.urls import connect as connect_bucket
 from pipeline.versions import own_versions
 from tests.conftest import make_images
 from tests.services import BUCKET, environment, free_port, rclone, seaweedfs
