@@ -22,11 +22,11 @@ from typing import Any
 from benchmarks.images import FOLDER, machine, make
 from benchmarks.main_job import STORE, fresh
 from pipeline import tasks
-from pipeline.collection import list_collection
 from pipeline.lock import StoreLock
-from pipeline.reading import Source
 from pipeline.schema import RUNS, Status
 from pipeline.settings import decode_spec, extractor_spec
+from pipeline.source.fetch import Source
+from pipeline.source.listing import list_collection
 from pipeline.store import Store
 from pipeline.summary import STAGES
 

@@ -17,10 +17,11 @@ import torch
 from torch.nn.functional import conv2d
 
 from benchmarks.images import FOLDER, machine, make
-from pipeline import chunks, decode, kernel, objects, tasks
+from pipeline import chunks, kernel, objects, tasks
 from pipeline.config import Job, make_job
 from pipeline.extractor import Extractor, use_one_thread
 from pipeline.settings import layout_of, store_spec
+from pipeline.source import decoding
 from pipeline.weights import load_weights
 
 N = 52
@@ -38,7 +39,7 @@ def stages(dtype: str) -> dict[str, Callable[[], object]]:
     extractor = Extractor(job.extractor, weights, spec.layers)
     files = [path.read_bytes() for path in sorted(folder.glob("*/*.jpg"))[:N]]
     assert len(files) == N
-    images = [decode.decode(data, job.decode) for data in files]
+    images = [decoding.decode(data, job.decode) for data in files]
     layout = layout_of((516, 639), job.extractor, np.dtype(dtype).itemsize, 3)
     (layer,) = layout.layers
     rows = min(layout.shard_rows, N)
@@ -63,7 +64,7 @@ def stages(dtype: str) -> dict[str, Callable[[], object]]:
     encoded = chunks.encode_shard(block, layer.chunk_rows, rows, q.fill_value)
     plain = block.tobytes()
     return {
-        "decode": lambda: [decode.decode(data, job.decode) for data in files],
+        "decode": lambda: [decoding.decode(data, job.decode) for data in files],
         "extract": extract,
         "digest": lambda: [tasks.maps_digest([block[i % rows]]) for i in range(N)],
         "encode": lambda: [chunks.encode_shard(block, layer.chunk_rows, rows, q.fill_value) for _ in range(N // rows)],

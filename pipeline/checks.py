@@ -18,7 +18,6 @@ from pipeline.errors import FeaturemapsError, ImageError
 from pipeline.layers import layer_names, output_sizes
 from pipeline.objects import Place, read_json
 from pipeline.plan import ClassLayout, class_name, group_by_shard
-from pipeline.reading import Source, digest_block, read_current
 from pipeline.schema import (
     EXTRACTOR,
     LEDGER_COLUMNS,
@@ -38,6 +37,7 @@ from pipeline.schema import (
     weights_document,
 )
 from pipeline.settings import check_spec, decode_spec, extractor_spec
+from pipeline.source.fetch import Source, digest_block, read_current
 from pipeline.store import Store, read_maps
 from pipeline.weights import dequantise
 
@@ -333,8 +333,8 @@ class Recomputed:
 
 def recompute(job: tuple[Place, Sequence[Sample]]) -> Recomputed:
     """Read, decode and extract in float64 with the stored weights, and compare with what is stored."""
-    from pipeline.decode import decode  # noqa: PLC0415 (only where something is recomputed)
     from pipeline.extractor import Extractor, use_one_thread  # noqa: PLC0415 (as above)
+    from pipeline.source.decoding import decode  # noqa: PLC0415 (only where something is recomputed)
 
     use_one_thread()
     path, samples = job

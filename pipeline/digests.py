@@ -18,10 +18,10 @@ from pipeline.chunks import Array
 from pipeline.errors import FeaturemapsError
 from pipeline.faults import scheduler_lost, why
 from pipeline.fleet import Fleet
-from pipeline.listing import Listing
-from pipeline.reading import Digested, digest_block
 from pipeline.schema import stack
-from pipeline.source_watch import SourceWatch
+from pipeline.source.fetch import Digested, digest_block
+from pipeline.source.fingerprints import Listing
+from pipeline.source.health import SourceWatch
 from pipeline.stalls import find_stalls, replace_worker
 from pipeline.store import Store
 from pipeline.summary import Progress, Summary

@@ -14,7 +14,7 @@ import numpy as np
 from distributed import Client, KilledWorker
 from distributed.client import ClosedClientError
 
-from pipeline import reading, tasks
+from pipeline import tasks
 from pipeline.activity import ActivityPlugin
 from pipeline.capacity import bucket_bytes, guess_decode_bytes, require_memory, require_room, require_space
 from pipeline.changes import Changes
@@ -25,13 +25,14 @@ from pipeline.fleet import Fleet
 from pipeline.flight import Flight, Sent
 from pipeline.intake import Intake, work_piece
 from pipeline.ledger import Ledger
-from pipeline.listing import Listing
 from pipeline.lock import require_lock
 from pipeline.outcomes import Outcomes, note_batch
 from pipeline.plan import BATCHES_IN_FLIGHT_PER_SLOT, Batch, ClassLayout, Piece, Size, class_name, cut_pieces, pack_batches
 from pipeline.schema import RUNS, Status
 from pipeline.settings import cost_s, extractor_spec, needed_size, scratch_bytes
-from pipeline.source_watch import SourceWatch
+from pipeline.source import fetch
+from pipeline.source.fingerprints import Listing
+from pipeline.source.health import SourceWatch
 from pipeline.stalls import find_stalls
 from pipeline.store import Store
 from pipeline.summary import Progress, Summary, receipt
@@ -81,7 +82,7 @@ class Driver:
         self.channels = job.decode.channels
         self.extractor = f"extractor-{store.spec.extractor['sha256'][:16]}-{job.dtype}"
         target = tasks.Target(str(store.path), summary.run_id, self.extractor, durable=store.durable)
-        self.flight = Flight(client, reading.Source(listing.root, job.decode), target, needed_size(self.spec))
+        self.flight = Flight(client, fetch.Source(listing.root, job.decode), target, needed_size(self.spec))
         self.ready: deque[Batch] = deque()
         self.image_of: dict[Size, dict[int, int]] = {}  # rows of the store that are not sent yet -> image of the listing
         self.waiting: dict[Size, list[int]] = {}  # those of them that are in no batch

@@ -12,10 +12,11 @@ from typing import Any, Literal, NamedTuple
 from distributed import Client, Future
 from distributed.client import ClosedClientError
 
-from pipeline import reading, tasks
+from pipeline import tasks
 from pipeline.errors import FeaturemapsError
 from pipeline.progress_watch import Departures, ProgressWatch
 from pipeline.slots import ROLES
+from pipeline.source import fetch
 from pipeline.stalls import Stall, replace_worker
 
 Kind = Literal["probe", "batch", "trial"]
@@ -42,7 +43,7 @@ class Flight:
         Smallest input height and width that leave a map.
     """
 
-    def __init__(self, client: Client, source: reading.Source, target: tasks.Target, needed: tuple[int, int]) -> None:
+    def __init__(self, client: Client, source: fetch.Source, target: tasks.Target, needed: tuple[int, int]) -> None:
         self.client, self.source, self.target, self.needed = client, source, target, needed
         self.is_whole = True
         """Whether one task does all of a batch."""
@@ -83,7 +84,7 @@ class Flight:
 
     def _probe(self, key: str, paths: list[str]) -> Future:
         arguments, options = (self.source, paths, self.needed), {"resources": {"read": 1}, "priority": 10, "pure": False}
-        return self.client.submit(reading.probe_block, *arguments, key=key, **options)
+        return self.client.submit(fetch.probe_block, *arguments, key=key, **options)
 
     def _batch(self, name: str, pieces: list[tasks.WorkPiece]) -> Future:
         """Only the last task's result, a few kB, comes back."""

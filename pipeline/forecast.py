@@ -9,10 +9,10 @@ import numpy as np
 from pipeline.changes import Changes, Entry
 from pipeline.errors import EXIT_FAILED, EXIT_QUARANTINED, EXIT_RUN_AGAIN, EXIT_USAGE
 from pipeline.ledger import Ledger
-from pipeline.listing import UNREADABLE, Listing
-from pipeline.reading import Probed
 from pipeline.schema import REJECTED, Status
-from pipeline.source_watch import SAMPLE, SourceWatch
+from pipeline.source.fetch import Probed
+from pipeline.source.fingerprints import UNREADABLE, Listing
+from pipeline.source.health import SAMPLE, SourceWatch
 from pipeline.store import Store
 from pipeline.summary import Summary, count
 

@@ -6,16 +6,16 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from pipeline import reading
 from pipeline.changes import Changes
 from pipeline.ledger import Ledger
-from pipeline.listing import UNREADABLE, Listing
 from pipeline.lock import require_lock
 from pipeline.logs import warn_of_image
 from pipeline.plan import ClassLayout, Piece, Size, assign_classes
 from pipeline.schema import REJECTED, RUNS
 from pipeline.settings import extractor_spec, layout_of
-from pipeline.source_watch import SourceWatch
+from pipeline.source import fetch
+from pipeline.source.fingerprints import UNREADABLE, Listing
+from pipeline.source.health import SourceWatch
 from pipeline.summary import Progress, Summary
 from pipeline.tasks import WorkPiece
 
@@ -24,7 +24,7 @@ FIRST_APPEND = 2048
 APPEND_GROWTH = 4
 MAX_APPEND = 65_536
 
-Item = tuple[int, reading.Probed]
+Item = tuple[int, fetch.Probed]
 """An image of the listing and what its header says."""
 Rows = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
 Appended = dict[Size, list[tuple[int, int]]]
@@ -64,7 +64,7 @@ class Intake:
         """The most that decoding one of the images probed so far takes."""
         self._next_probe = self._next_append = 0  # blocks
         self._n_appended = 0
-        self._probed: dict[int, Sequence[reading.Probed]] = {}
+        self._probed: dict[int, Sequence[fetch.Probed]] = {}
         self._buffer: list[Item] = []  # in the order of the listing, not appended
 
     @property
@@ -96,7 +96,7 @@ class Intake:
     def _images(self, block: int) -> list[int]:
         return self.found.new[block * PROBE_BLOCK : (block + 1) * PROBE_BLOCK]
 
-    def take(self, block: int, probed: Sequence[reading.Probed]) -> None:
+    def take(self, block: int, probed: Sequence[fetch.Probed]) -> None:
         """Keep what the headers of a block say until those before it are here."""
         self._probed[block] = probed
 
@@ -156,13 +156,13 @@ class Intake:
         self._n_appended += len(good)
         return appended
 
-    def _doubt(self, i: int, found: reading.Probed) -> Item:
+    def _doubt(self, i: int, found: fetch.Probed) -> Item:
         """An image that can be read, but could not be looked at when it was listed, has no fingerprint: the next run does it."""
         if self.listing.fingerprint(i) == UNREADABLE and not found.error and not found.fault:
-            found = reading.Probed(fault=f"{self.listing.paths[i]}: could not be looked at when the source was listed")
+            found = fetch.Probed(fault=f"{self.listing.paths[i]}: could not be looked at when the source was listed")
         return i, found
 
-    def _is_known(self, i: int, found: reading.Probed) -> bool:
+    def _is_known(self, i: int, found: fetch.Probed) -> bool:
         """Whether an image that was tried again is rejected for the reason on record; the entry stands."""
         entry = self.found.replaces.get(i)
         known = (

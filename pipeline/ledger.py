@@ -9,10 +9,10 @@ import numpy as np
 
 from pipeline.changes import Entry, is_inaccessible
 from pipeline.chunks import Array
-from pipeline.listing import Listing
 from pipeline.plan import ClassLayout, Size, class_name
-from pipeline.reading import Probed
 from pipeline.schema import REJECTED, STATISTICS, Status, StoredLayer, stack
+from pipeline.source.fetch import Probed
+from pipeline.source.fingerprints import Listing
 from pipeline.store import Store
 from pipeline.tasks import PieceResult
 

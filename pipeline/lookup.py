@@ -15,8 +15,8 @@ import numpy as np
 from pipeline.chunks import Array, decompress_bytes, find_text, texts
 from pipeline.errors import FeaturemapsError
 from pipeline.objects import each, fetch
-from pipeline.paths import encode_path
 from pipeline.schema import COLUMN_ROWS, REJECTED, Status, object_key
+from pipeline.source.names import encode_path
 from pipeline.store import Store
 
 SCANS = 100

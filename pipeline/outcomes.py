@@ -14,7 +14,7 @@ from pipeline.ledger import Ledger, has_inaccessible
 from pipeline.logs import warn_of_image
 from pipeline.plan import class_name
 from pipeline.schema import Status
-from pipeline.source_watch import SourceWatch
+from pipeline.source.health import SourceWatch
 from pipeline.summary import Progress, Summary, count
 
 logger = logging.getLogger(__name__)

@@ -22,18 +22,18 @@ from pipeline import kernel
 from pipeline.capacity import WORKER_BASE_BYTES, wanted_limit_bytes
 from pipeline.changes import Changes, Entries
 from pipeline.chunks import Array
-from pipeline.collection import list_collection, walks_into
 from pipeline.config import Job
 from pipeline.creation import check_folder, create_store, prepare_folder
-from pipeline.decode import decode_versions
 from pipeline.errors import StoppedError, UsageError
-from pipeline.listing import Listing
 from pipeline.lock import StoreLock, last_holder, require_lock
 from pipeline.objects import Place, place
 from pipeline.run_ids import new_run_id, next_number
 from pipeline.schema import REJECTED, RUNS, Status, StoreSpec, difference
 from pipeline.settings import VERSION, needed_size, store_spec
-from pipeline.sources import is_same_folder, is_same_source
+from pipeline.source.decoding import decode_versions
+from pipeline.source.fingerprints import Listing
+from pipeline.source.identity import is_same_folder, is_same_source
+from pipeline.source.listing import list_collection, walks_into
 from pipeline.store import Store, is_store, receipt_ids
 from pipeline.summary import Progress, Summary, receipt, working
 from pipeline.urls import Url

@@ -15,7 +15,7 @@ from pipeline.config import POOLED, DecodeSpec, ExtractorSpec, Job
 from pipeline.layers import layer_names, output_bounds, output_sizes, receptive_field
 from pipeline.plan import ClassLayout, Size, class_layout, image_cost_s
 from pipeline.schema import StoredLayer, StoreSpec, with_digest
-from pipeline.sources import absolute_source
+from pipeline.source.identity import absolute_source
 from pipeline.weights import RANGE_MARGIN, TF32_MARGIN, quantisation, weights_digest
 
 DECODER = "pillow"

@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
-from pipeline.dropped import describe_dropped
 from pipeline.errors import EXIT_COMPLETE, EXIT_FAILED, EXIT_QUARANTINED, EXIT_RUN_AGAIN
+from pipeline.source.dropped import describe_dropped
 
 STAGES = ("read", "decode", "extract", "write")
 MAX_BAD = 20

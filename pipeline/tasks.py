@@ -16,15 +16,16 @@ from dataclasses import dataclass, field
 import numpy as np
 from distributed import Worker, WorkerPlugin, get_worker
 
-from pipeline import activity, decode, store
+from pipeline import activity, store
 from pipeline.chunks import Array, maps_digest
 from pipeline.config import ExtractorSpec
 from pipeline.errors import FeaturemapsError, ImageError, PassingFaultError
 from pipeline.layers import layer_names, output_sizes
 from pipeline.objects import place
 from pipeline.plan import ClassLayout, LayerLayout
-from pipeline.reading import Patience, Source, read_ahead
 from pipeline.schema import STATISTICS, Status, StoredLayer
+from pipeline.source import decoding
+from pipeline.source.fetch import Patience, Source, read_ahead
 
 KEPT_BYTES = 16 * 1024**2
 """Maps of earlier runs that are read at once, about."""
@@ -240,7 +241,7 @@ def _read_image(
         data = next(files)()
         outcome.digest[i] = hashlib.sha256(data).hexdigest()
     with _timed(result, "decode"):
-        image = decode.decode(data, source.decode)
+        image = decoding.decode(data, source.decode)
     height, width = image.shape[:2]
     if height > piece.layout.size[0] or width > piece.layout.size[1]:
         raise ImageError("changed", f"decoded to {height} x {width} pixels, more than its header said")

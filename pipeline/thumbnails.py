@@ -24,10 +24,10 @@ from PIL import Image, ImageFile
 
 from pipeline.chunks import Array
 from pipeline.config import DecodeSpec
-from pipeline.decode import decode
 from pipeline.errors import FeaturemapsError, ImageError
-from pipeline.paths import absolute_path, absolute_url
-from pipeline.reading import Patience, Source, read_bytes, read_current
+from pipeline.source.decoding import decode
+from pipeline.source.fetch import Patience, Source, read_bytes, read_current
+from pipeline.source.names import absolute_path, absolute_url
 from pipeline.urls import Url, is_url
 
 PIXEL_LIMIT = 20_000_000

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from pipeline.reading import Probed
 from pipeline.schema import Status
+from pipeline.source.fetch import Probed
 from pipeline.tasks import PieceResult, WorkPiece
 
 GUILTY = (

@@ -42,7 +42,7 @@ from pipeline.schema import (
     RUNS,
     Status,
 )
-from pipeline.source_watch import SourceWatch
+from pipeline.source.health import SourceWatch
 from pipeline.store import Store
 from pipeline.summary import printable
 

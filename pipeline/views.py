@@ -12,13 +12,13 @@ import xarray as xr
 
 from pipeline import urls
 from pipeline.chunks import Array
-from pipeline.decode import decode
 from pipeline.errors import FeaturemapsError, ImageError, UsageError
 from pipeline.layers import layer_names, output_sizes, receptive_field
 from pipeline.plan import Size
-from pipeline.reading import Source, read_current
 from pipeline.schema import LEDGER_COLUMNS, STATISTICS, ShapeClass, Status, StoredLayer
 from pipeline.settings import decode_spec, extractor_spec
+from pipeline.source.decoding import decode
+from pipeline.source.fetch import Source, read_current
 from pipeline.store import Store
 from pipeline.weights import dequantise
 

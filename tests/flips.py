@@ -10,8 +10,8 @@ import numpy as np
 from PIL import Image, features
 
 from pipeline.config import DecodeSpec
-from pipeline.decode import decode
 from pipeline.errors import ImageError
+from pipeline.source.decoding import decode
 
 SPEC = DecodeSpec(pixel_limit=1_000_000)
 

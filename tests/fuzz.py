@@ -14,8 +14,8 @@ import numpy as np
 from safetensors.numpy import save
 
 from pipeline.config import DecodeSpec, ExtractorSpec, load_job
-from pipeline.decode import decode, probe
 from pipeline.errors import ImageError, UsageError
+from pipeline.source.decoding import decode, probe
 from pipeline.weights import load_weights
 from tests.test_decode import FILES
 

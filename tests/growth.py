@@ -34,12 +34,12 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from PIL import Image
 
 from pipeline import driver, intake, plan
-from pipeline.collection import list_collection
 from pipeline.config import make_job
 from pipeline.errors import UsageError
 from pipeline.run import run_job
 from pipeline.schema import REJECTED, Status
 from pipeline.slots import ROLES
+from pipeline.source.listing import list_collection
 from pipeline.store import Store
 from pipeline.summary import Summary
 from pipeline.vacuum import vacuum_store

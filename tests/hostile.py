@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pipeline import decode as decode_module
 from pipeline.config import DecodeSpec
-from pipeline.decode import decode, probe
 from pipeline.errors import ImageError
+from pipeline.source import decoding as decode_module
+from pipeline.source.decoding import decode, probe
 from tests.test_decode import FILES, HEIGHT, WIDTH, chunk, gif, vp8x
 
 SPEC = DecodeSpec(pixel_limit=16_000_000)

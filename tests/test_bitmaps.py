@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from pipeline.config import DecodeSpec
-from pipeline.decode import decode, probe
 from pipeline.errors import ImageError
+from pipeline.source.decoding import decode, probe
 from tests.test_decode import over
 
 RGB = DecodeSpec()

@@ -20,10 +20,9 @@ import psutil
 import pytest
 import xarray as xr
 
-from pipeline import lock, objects, open_store, reading
+from pipeline import lock, objects, open_store
 from pipeline.cluster import connect
 from pipeline.cluster_spec import LocalSpec
-from pipeline.collection import list_collection
 from pipeline.config import make_job
 from pipeline.errors import FeaturemapsError, StaleWriterError, StoreBusyError, UsageError
 from pipeline.holder import Holder
@@ -32,6 +31,8 @@ from pipeline.objects import Place, children, each, exists, place, read_json, re
 from pipeline.report import write_report
 from pipeline.run import run_job
 from pipeline.schema import RUNS
+from pipeline.source import fetch
+from pipeline.source.listing import list_collection
 from pipeline.store import Store
 from pipeline.submission import Claim, Submission, last_submission
 from pipeline.urls import ConflictError, Url, errors
@@ -324,9 +325,9 @@ def test_names_and_patterns_of_a_bucket(bucket):
     listing = list_collection(f"{bucket}/")
     assert listing.paths == sorted(["a b+%2541#?é.jpg", "deep/er/ü.PNG", "deep/er/.hidden.jpg", "a-b/x.jpg", "a/x.jpg"])
     assert (listing.root, listing.ignored) == (str(bucket), {".txt": 1, "._*": 1})
-    source = reading.Source(listing.root, make_job({"source": "x", "store": "y"}).decode)
+    source = fetch.Source(listing.root, make_job({"source": "x", "store": "y"}).decode)
     for i, path in enumerate(listing.paths):
-        assert reading.read_bytes(source, path, listing.fingerprint(i), reading.Patience()) == b"x"
+        assert fetch.read_bytes(source, path, listing.fingerprint(i), fetch.Patience()) == b"x"
     assert list_collection(f"{bucket}/**/*.jpg").paths == ["a b+%2541#?é.jpg", "a-b/x.jpg", "a/x.jpg"]
     assert list_collection(f"{bucket}/a*/*").paths == ["a-b/x.jpg", "a/x.jpg"]
     with pytest.raises(UsageError, match="matches no object"):
@@ -379,13 +380,13 @@ def test_reading_ahead_is_in_order_bounded_and_fails_in_its_turn(bucket, monkeyp
     listing = [f"1000-{(bucket / name).stat().identity}" for name in names]
     listing[7] = "1000-other"
     under_way = []
-    real = reading.read_bytes
-    monkeypatch.setattr(reading, "read_bytes", lambda *a: under_way.append(a[1]) or real(*a))
-    source = reading.Source(str(bucket), make_job({"source": "x", "store": "y"}).decode)
-    for limit, most in ((32 * 2**20, reading.READ_AHEAD), (2500, 2), (10, 1)):
-        monkeypatch.setattr(reading, "READ_AHEAD_BYTES", limit)
+    real = fetch.read_bytes
+    monkeypatch.setattr(fetch, "read_bytes", lambda *a: under_way.append(a[1]) or real(*a))
+    source = fetch.Source(str(bucket), make_job({"source": "x", "store": "y"}).decode)
+    for limit, most in ((32 * 2**20, fetch.READ_AHEAD), (2500, 2), (10, 1)):
+        monkeypatch.setattr(fetch, "READ_AHEAD_BYTES", limit)
         under_way.clear()
-        for i, result in enumerate(reading.read_ahead(source, names, listing, reading.Patience())):
+        for i, result in enumerate(fetch.read_ahead(source, names, listing, fetch.Patience())):
             if i == 7:
                 with pytest.raises(Exception, match="changed after it was listed"):
                     result()

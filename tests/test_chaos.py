@@ -15,13 +15,13 @@ import pytest
 from distributed import WorkerPlugin
 from PIL import Image
 
-from pipeline import decode
 from pipeline.cluster import connect
 from pipeline.cluster_spec import LocalSpec
 from pipeline.config import make_job
 from pipeline.errors import FeaturemapsError
 from pipeline.run import run_job
 from pipeline.slots import scheduler_workers
+from pipeline.source import decoding
 from tests.conftest import content, make_images
 from tests.kill_rounds import done_rows, litter, wait_until
 
@@ -176,7 +176,7 @@ class Ballast(WorkerPlugin):
         self.sign = sign
 
     def setup(self, worker) -> None:
-        real = decode.decode
+        real = decoding.decode
 
         def swell(data, spec):
             image = real(data, spec)
@@ -187,7 +187,7 @@ class Ballast(WorkerPlugin):
                 del ballast
             return image
 
-        decode.decode = swell
+        decoding.decode = swell
 
 
 def test_a_worker_that_runs_out_of_memory_is_replaced_and_its_images_are_done(client, tmp_path):

@@ -28,14 +28,15 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pipeline import collection, patterns
-from pipeline.collection import SUFFIXES, list_collection, walks_into
+from pipeline import patterns
 from pipeline.config import load_job
 from pipeline.errors import UsageError
-from pipeline.listing import Listing
 from pipeline.objects import place
-from pipeline.paths import absolute_path, decode_path, encode_path
-from pipeline.sources import absolute_source, is_same_source
+from pipeline.source import listing as collection
+from pipeline.source.fingerprints import Listing
+from pipeline.source.identity import absolute_source, is_same_source
+from pipeline.source.listing import SUFFIXES, list_collection, walks_into
+from pipeline.source.names import absolute_path, decode_path, encode_path
 from pipeline.urls import Meta, Url
 
 HOSTILE_NAMES = [
@@ -310,7 +311,7 @@ def test_a_path_too_long_for_the_system_is_an_unreadable_folder(tmp_path: Path, 
 AS_NOBODY = """
 import json, os, sys
 sys.path.insert(0, sys.argv[1])
-from pipeline.collection import list_collection
+from pipeline.source.listing import list_collection
 from pipeline.errors import UsageError
 root = sys.argv[2]
 if os.getuid() == 0:

@@ -1,4 +1,4 @@
-"""Tests of pipeline/decode.py: expected pixels are computed here with numpy, never by the function under test."""
+"""Tests of pipeline/source/decoding.py: expected pixels are computed here with numpy, never by the function under test."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import AvifImagePlugin, Image, features
 
-from pipeline import decode as decode_module
 from pipeline.config import DecodeSpec
-from pipeline.decode import ImageSize, decode, decode_versions, probe
 from pipeline.errors import ImageError
+from pipeline.source import decoding as decode_module
+from pipeline.source.decoding import ImageSize, decode, decode_versions, probe
 
 # pytest restores the warning filters that decode.py sets at import; that they work is tested in a process of its own.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")
@@ -758,7 +758,7 @@ def test_odd_files_make_no_noise(tmp_path):
     code = """if True:
         import pathlib, sys, warnings
         from pipeline.config import DecodeSpec
-        from pipeline.decode import decode
+        from pipeline.source.decoding import decode
         from pipeline.errors import ImageError
         for path in sorted(pathlib.Path(sys.argv[1]).iterdir()):
             try:

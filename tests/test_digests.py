@@ -10,12 +10,13 @@ from unittest.mock import Mock
 import pytest
 from distributed import KilledWorker
 
-from pipeline import digests, reading
+from pipeline import digests
 from pipeline.config import make_job
 from pipeline.errors import FeaturemapsError
 from pipeline.preview import plan_job
 from pipeline.run import run_job
 from pipeline.schema import Status
+from pipeline.source import fetch
 from pipeline.store import Store
 from tests.conftest import content, make_images
 
@@ -104,7 +105,7 @@ def test_what_cannot_be_reached_keeps_what_it_has(run, source, store, monkeypatc
 
     def deny(root, images):
         found = [digest_block(root, [image])[0] for image in images]
-        return tuple(reading.Digested(error="permission_denied: no") if "0002" in images[i][0] else found[i] for i in range(6))
+        return tuple(fetch.Digested(error="permission_denied: no") if "0002" in images[i][0] else found[i] for i in range(6))
 
     monkeypatch.setattr("pipeline.digests.digest_block", deny)
     edit(source / "img00002.bmp")
@@ -117,7 +118,7 @@ def test_faults_that_may_pass_leave_the_run_incomplete_and_the_store_as_it_is(ru
     before = content(store)
 
     def fail(root, images):
-        return tuple(reading.Digested(fault=f"{path}: Input/output error") for path, _ in images)
+        return tuple(fetch.Digested(fault=f"{path}: Input/output error") for path, _ in images)
 
     with monkeypatch.context() as patch:
         patch.setattr("pipeline.digests.digest_block", fail)
@@ -128,11 +129,11 @@ def test_faults_that_may_pass_leave_the_run_incomplete_and_the_store_as_it_is(ru
 
 
 def test_when_most_images_cannot_be_read_the_source_is_at_fault(run, tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.source_watch.SAMPLE", 8)
+    monkeypatch.setattr("pipeline.source.health.SAMPLE", 8)
     folder = make_images(tmp_path / "source", 12, SIZES)
     run(folder)
     before = content(tmp_path / "features.zarr")
-    gone = tuple(reading.Digested(error="missing: gone") for _ in range(6))
+    gone = tuple(fetch.Digested(error="missing: gone") for _ in range(6))
     monkeypatch.setattr("pipeline.digests.digest_block", lambda root, images: gone[: len(images)])
     with pytest.raises(FeaturemapsError, match=r"most of 8 images in a row cannot be read at all: the source .* is at fault"):
         run(folder, **DIGEST)
@@ -192,15 +193,15 @@ def test_the_command_says_how_many_were_compared(command, source, store):
 def test_a_file_that_changes_while_it_is_read_has_no_digest(tmp_path, monkeypatch):
     folder = make_images(tmp_path, 1, SIZES)
     name = "img00000.png"
-    fingerprint = reading.fingerprint_of((folder / name).stat())
-    digest = reading.hashlib.file_digest
+    fingerprint = fetch.fingerprint_of((folder / name).stat())
+    digest = fetch.hashlib.file_digest
 
     def touch(file, algorithm):
         os.utime(folder / name, ns=(1, 1))
         return digest(file, algorithm)
 
-    monkeypatch.setattr("pipeline.reading.hashlib.file_digest", touch)
-    (found,) = reading.digest_block(str(folder), [(name, fingerprint)])
+    monkeypatch.setattr("pipeline.source.fetch.hashlib.file_digest", touch)
+    (found,) = fetch.digest_block(str(folder), [(name, fingerprint)])
     assert found.error.startswith("changed: the file changed after it was listed")
     assert not found.digest
 
@@ -208,9 +209,9 @@ def test_a_file_that_changes_while_it_is_read_has_no_digest(tmp_path, monkeypatc
 def test_a_file_is_digested_as_sha256sum_does_and_a_missing_one_says_so(tmp_path):
     folder = make_images(tmp_path, 1, SIZES)
     name = "img00000.png"
-    fingerprint = reading.fingerprint_of((folder / name).stat())
-    found, missing = reading.digest_block(str(folder), [(name, fingerprint), ("none.png", "1-1")])
-    assert found == reading.Digested(hashlib.sha256((folder / name).read_bytes()).hexdigest())
+    fingerprint = fetch.fingerprint_of((folder / name).stat())
+    found, missing = fetch.digest_block(str(folder), [(name, fingerprint), ("none.png", "1-1")])
+    assert found == fetch.Digested(hashlib.sha256((folder / name).read_bytes()).hexdigest())
     assert missing.error.startswith("missing:")
 
 
@@ -220,7 +221,7 @@ def test_faults_of_the_storage_are_told_from_the_images_own(tmp_path, monkeypatc
     def fail(*_):
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr("pipeline.reading.RETRY_PAUSES_S", (0.0,))
-    monkeypatch.setattr("pipeline.reading._open", fail)
-    (found,) = reading.digest_block(str(folder), [("img00000.png", "1-1")])
-    assert found == reading.Digested(fault="img00000.png: [Errno 5] Input/output error")
+    monkeypatch.setattr("pipeline.source.fetch.RETRY_PAUSES_S", (0.0,))
+    monkeypatch.setattr("pipeline.source.fetch._open", fail)
+    (found,) = fetch.digest_block(str(folder), [("img00000.png", "1-1")])
+    assert found == fetch.Digested(fault="img00000.png: [Errno 5] Input/output error")

@@ -15,8 +15,8 @@ import tifffile
 from PIL import Image
 
 from pipeline.config import DecodeSpec
-from pipeline.decode import decode, probe
-from pipeline.dropped import describe_dropped
+from pipeline.source.decoding import decode, probe
+from pipeline.source.dropped import describe_dropped
 from pipeline.store import Store
 from tests.conftest import make_images
 
@@ -149,7 +149,7 @@ def test_every_beginning_of_a_file_is_probed_as_without_the_count(monkeypatch):
 
     cut = [data[:n] for data, _ in CASES.values() for n in range(0, min(len(data), 400), 7)]
     with_it = [tried(data).partition("dropped")[0] for data in cut]
-    monkeypatch.setattr("pipeline.decode.dropped", lambda *_, **__: ())
+    monkeypatch.setattr("pipeline.source.decoding.dropped", lambda *_, **__: ())
     assert with_it == [tried(data).partition("dropped")[0] for data in cut]
 
 

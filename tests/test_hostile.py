@@ -23,8 +23,8 @@ from pipeline import open_store
 from pipeline.cluster import connect
 from pipeline.cluster_spec import LocalSpec
 from pipeline.config import DecodeSpec, ExtractorSpec, load_job
-from pipeline.decode import decode, probe
 from pipeline.errors import ImageError, UsageError
+from pipeline.source.decoding import decode, probe
 from pipeline.weights import load_weights
 from tests.conftest import make_images
 from tests.fuzz import fuzz
@@ -172,7 +172,7 @@ def test_scans_are_counted_up_to_the_end_of_the_picture_only():
 
 def test_an_image_for_which_there_is_no_memory_costs_itself_only(client, run, tmp_path):
     def break_decoder():
-        from pipeline import decode as module
+        from pipeline.source import decoding as module
 
         real = module.decode
 
@@ -184,7 +184,7 @@ def test_an_image_for_which_there_is_no_memory_costs_itself_only(client, run, tm
         module.decode, module.real = short_of_memory, real
 
     def mend_decoder():
-        from pipeline import decode as module
+        from pipeline.source import decoding as module
 
         module.decode = module.real
 

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline import decode as decode_module
-from pipeline import jpeg
 from pipeline.config import DecodeSpec
-from pipeline.decode import decode
 from pipeline.errors import ImageError
-from pipeline.jpeg import check_scans
+from pipeline.source import decoding as decode_module
+from pipeline.source import jpeg
+from pipeline.source.decoding import decode
+from pipeline.source.jpeg import check_scans
 
 RGB = DecodeSpec()
 CASES = Path(__file__).parent / "cases"

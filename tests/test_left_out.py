@@ -12,8 +12,8 @@ import tifffile
 from PIL import Image
 
 from pipeline.config import DecodeSpec
-from pipeline.decode import decode
 from pipeline.errors import ImageError
+from pipeline.source.decoding import decode
 
 RGB = DecodeSpec()
 PIXELS = np.random.default_rng(0).integers(0, 256, (32, 48, 3)).astype(np.uint8)

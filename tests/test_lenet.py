@@ -354,7 +354,7 @@ def test_a_folder_that_is_not_there(tmp_path):
 AS_NOBODY = """
 import os, sys
 from pathlib import Path
-import pipeline.lists, pipeline.headers, PIL.PngImagePlugin
+import pipeline.source.path_lists, pipeline.source.header_limits, PIL.PngImagePlugin
 from pipeline.errors import UsageError
 from workflows.lenet import data
 

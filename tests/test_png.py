@@ -1,4 +1,4 @@
-"""Tests of pipeline/png.py: files are written here, and their pixels are known before; ``python -m tests.test_png`` flips more bits."""
+"""Tests of pipeline/source/png.py, on files whose pixels are known; ``python -m tests.test_png`` flips more bits."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import pytest
 from PIL import Image
 
 from pipeline.config import DecodeSpec
-from pipeline.decode import decode, probe
 from pipeline.errors import ImageError
+from pipeline.source.decoding import decode, probe
 from tests.test_decode import chunk, exif, over
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")

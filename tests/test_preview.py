@@ -124,7 +124,7 @@ def test_a_plan_of_images_that_are_all_missing_ends_as_the_run(client, tmp_path)
 
 
 def test_a_plan_whose_source_cannot_be_read_just_now_ends_as_the_run(client, tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.reading.RETRY_PAUSES_S", ())
+    monkeypatch.setattr("pipeline.source.fetch.RETRY_PAUSES_S", ())
     (tmp_path / "lists").mkdir()
     (tmp_path / "lists" / "list.txt").write_text(f"{tmp_path}/unmounted/1.jpg\n{tmp_path}/unmounted/2.jpg\n")
     job = job_of(tmp_path / "lists" / "list.txt", tmp_path / "f.zarr")
@@ -241,7 +241,7 @@ def test_the_process_pool_finds_what_one_process_finds(source, tmp_path, monkeyp
 
 
 def test_images_that_cannot_be_reached_just_now_are_said(source, tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.reading.RETRY_PAUSES_S", ())
+    monkeypatch.setattr("pipeline.source.fetch.RETRY_PAUSES_S", ())
     real = preview.probe_block
     faulty = preview.Probed(fault="img00000.png: [Errno 5] Input/output error")
     monkeypatch.setattr(preview, "probe_block", lambda *args: [faulty, *real(*args)[1:]])

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from distributed import WorkerPlugin
 
-from pipeline import decode
 from pipeline.cluster import connect
 from pipeline.cluster_spec import LocalSpec
 from pipeline.config import make_job
@@ -16,6 +15,7 @@ from pipeline.errors import FeaturemapsError
 from pipeline.progress_watch import MAX_LOSSES, ProgressWatch
 from pipeline.run import run_job
 from pipeline.schema import RUNS
+from pipeline.source import decoding
 from tests.conftest import content, make_images
 
 A, B = "process-RUN-0", "process-RUN-1"
@@ -120,7 +120,7 @@ class Retiring(WorkerPlugin):
         self.name = "retiring"
 
     def setup(self, worker) -> None:
-        real, seen = decode.decode, []
+        real, seen = decoding.decode, []
 
         def retire(*arguments):
             seen.append(1)
@@ -130,7 +130,7 @@ class Retiring(WorkerPlugin):
                     time.sleep(0.01)
             return real(*arguments)
 
-        decode.decode = retire
+        decoding.decode = retire
 
 
 @pytest.mark.cluster

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from pipeline import reading
 from pipeline.config import DecodeSpec
 from pipeline.errors import ImageError, PassingFaultError
-from pipeline.listing import fingerprint_of
-from pipeline.reading import Patience, Source, probe_block, read_bytes, read_current
+from pipeline.source import fetch
+from pipeline.source.fetch import Patience, Source, probe_block, read_bytes, read_current
+from pipeline.source.fingerprints import fingerprint_of
 from tests.conftest import make_images
 
 
@@ -28,7 +28,7 @@ def source(tmp_path):
 def pauses(monkeypatch):
     """The pauses that were made, which take no time."""
     made = []
-    monkeypatch.setattr("pipeline.reading.time.sleep", made.append)
+    monkeypatch.setattr("pipeline.source.fetch.time.sleep", made.append)
     return made
 
 
@@ -45,7 +45,7 @@ def storage(monkeypatch):
             raise OSError(number, os.strerror(number))
         return real(path, flags, *args, **kwargs)
 
-    monkeypatch.setattr("pipeline.reading.os.open", fail)
+    monkeypatch.setattr("pipeline.source.fetch.os.open", fail)
     return faults
 
 
@@ -148,7 +148,7 @@ def test_a_fault_that_stays_is_reported_and_blames_no_image(source, storage, pau
     storage["img00000.png"] = [errno.EIO] * 99
     (found,) = probe_block(source, ["img00000.png"], (9, 9))
     assert (found.error, found.fault) == ("", "img00000.png: [Errno 5] Input/output error")
-    assert pauses == list(reading.RETRY_PAUSES_S)
+    assert pauses == list(fetch.RETRY_PAUSES_S)
 
 
 def test_storage_is_waited_for_once_per_batch_not_for_every_image(source, storage, pauses):
@@ -156,12 +156,12 @@ def test_storage_is_waited_for_once_per_batch_not_for_every_image(source, storag
         storage[name] = [errno.EIO] * 99
     found = probe_block(source, [f"img0000{i}.png" for i in (0, 1, 2)], (9, 9))
     assert [bool(p.fault) for p in found] == [True, True, False]
-    assert pauses == list(reading.RETRY_PAUSES_S)
+    assert pauses == list(fetch.RETRY_PAUSES_S)
     patience = Patience()
     for _ in range(2):
         with pytest.raises(PassingFaultError, match=r"img00000\.png: .*Input/output error"):
             read_bytes(source, "img00000.png", "", patience)
-    assert pauses == 2 * list(reading.RETRY_PAUSES_S)
+    assert pauses == 2 * list(fetch.RETRY_PAUSES_S)
 
 
 def test_a_fault_in_the_middle_of_a_header_is_the_storages_not_the_images(source, monkeypatch, pauses):
@@ -183,7 +183,7 @@ def test_a_fault_in_the_middle_of_a_header_is_the_storages_not_the_images(source
                 raise OSError(errno.EIO, "Input/output error")
             return self.file.read(8)
 
-    monkeypatch.setattr("pipeline.reading.os.fdopen", lambda descriptor, mode: Failing(open(descriptor, mode)))  # noqa: PTH123, SIM115
+    monkeypatch.setattr("pipeline.source.fetch.os.fdopen", lambda descriptor, mode: Failing(open(descriptor, mode)))  # noqa: PTH123, SIM115
     (found,) = probe_block(source, ["img00000.png"], (9, 9))
     assert found.error == ""
     assert "Input/output error" in found.fault

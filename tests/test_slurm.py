@@ -28,7 +28,7 @@ GROUPS = {
 }
 SLOW = """
 import time
-from pipeline import decode
+from pipeline.source import decoding as decode
 
 if decode.decode.__name__ == "decode":  # Dask may load this twice
     at_once = decode.decode
@@ -208,7 +208,7 @@ RETIRE = """
 import threading
 import time
 from pathlib import Path
-from pipeline import decode
+from pipeline.source import decoding as decode
 
 workers, seen, lock = [], [], threading.Lock()
 

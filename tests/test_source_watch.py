@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from pipeline.errors import FeaturemapsError
-from pipeline.source_watch import SAMPLE, SourceWatch
+from pipeline.source.health import SAMPLE, SourceWatch
 
 
 def note(watch: SourceWatch, *errors: str, is_fault: bool = False) -> None:

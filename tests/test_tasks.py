@@ -12,15 +12,16 @@ import pytest
 import xxhash
 from distributed.core import Status as WorkerStatus
 
-from pipeline import reading, tasks
-from pipeline.collection import list_collection
+from pipeline import tasks
 from pipeline.config import DecodeSpec, make_job
 from pipeline.creation import create_store, prepare_folder
 from pipeline.errors import PassingFaultError, StaleWriterError
 from pipeline.lock import StoreLock
-from pipeline.reading import Source
 from pipeline.schema import RUNS, Status, stack
 from pipeline.settings import extractor_spec, layout_of, store_spec
+from pipeline.source import fetch
+from pipeline.source.fetch import Source
+from pipeline.source.listing import list_collection
 from pipeline.tasks import ExtractorPlugin, Target, WorkPiece, extract, keep_memory, maps_digest, process, read, write
 from pipeline.weights import load_weights
 from tests.conftest import make_images
@@ -126,8 +127,8 @@ def test_an_image_that_decodes_larger_than_its_class_is_not_squeezed_in(work):
 
 
 def test_a_passing_fault_leaves_the_row_pending(work, monkeypatch):
-    monkeypatch.setattr("pipeline.reading.RETRY_PAUSES_S", ())
-    monkeypatch.setattr("pipeline.reading.os.open", lambda *_: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+    monkeypatch.setattr("pipeline.source.fetch.RETRY_PAUSES_S", ())
+    monkeypatch.setattr("pipeline.source.fetch.os.open", lambda *_: (_ for _ in ()).throw(OSError(5, "Input/output error")))
     outcome = read(work.source, [work.piece]).result.pieces[0]
     assert outcome.status.tolist() == [Status.PENDING] * 5
     assert outcome.error[0] == "img00000.png: [Errno 5] Input/output error"
@@ -138,7 +139,7 @@ def test_the_time_of_reads_that_fail_is_that_of_reading(work, monkeypatch):
         time.sleep(0.05)
         raise PassingFaultError("gone")
 
-    monkeypatch.setattr(reading, "read_bytes", slow)
+    monkeypatch.setattr(fetch, "read_bytes", slow)
     seconds = process(work.source, work.target, [work.piece]).stage_s
     assert seconds["read"] >= 5 * 0.05 > seconds["extract"]
 

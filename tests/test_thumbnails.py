@@ -14,8 +14,8 @@ from PIL import Image
 
 from pipeline import thumbnails as module
 from pipeline.config import DecodeSpec
-from pipeline.decode import decode
-from pipeline.listing import fingerprint_of
+from pipeline.source.decoding import decode
+from pipeline.source.fingerprints import fingerprint_of
 from pipeline.thumbnails import encode, photographs, thumbnails
 from tests.conftest import make_images
 from tests.hostile import png
@@ -60,7 +60,7 @@ def test_a_file_that_kills_its_process_costs_itself_only(folder, monkeypatch):
     site = folder.parent / "site"
     site.mkdir()
     (site / "sitecustomize.py").write_text(
-        "import pipeline.reading as r\nbefore = r.read_bytes\n"
+        "import pipeline.source.fetch as r\nbefore = r.read_bytes\n"
         f"def read_bytes(source, path, *rest):\n    {crash}\n    return before(source, path, *rest)\nr.read_bytes = read_bytes\n"
     )
     monkeypatch.setenv("PYTHONPATH", f"{site}:{os.environ.get('PYTHONPATH', '')}")
@@ -76,7 +76,7 @@ def test_a_file_that_hangs_costs_its_time_only(folder, monkeypatch):
     site = folder.parent / "site"
     site.mkdir()
     (site / "sitecustomize.py").write_text(
-        "import time\nimport pipeline.reading as r\nbefore = r.read_bytes\n"
+        "import time\nimport pipeline.source.fetch as r\nbefore = r.read_bytes\n"
         "def read_bytes(source, path, *rest):\n    if path == 'img00001.jpg': time.sleep(1000)\n"
         "    return before(source, path, *rest)\nr.read_bytes = read_bytes\n"
     )

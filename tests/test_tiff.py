@@ -14,8 +14,8 @@ import tifffile
 from PIL import Image
 
 from pipeline.config import DecodeSpec
-from pipeline.decode import decode, probe
 from pipeline.errors import ImageError
+from pipeline.source.decoding import decode, probe
 from tests.tiff_matrix import Case, cases, outcome
 
 CASES = Path(__file__).parent / "cases"

@@ -8,14 +8,15 @@ import time
 import pytest
 from distributed import WorkerPlugin
 
-from pipeline import dask_settings, decode
+from pipeline import dask_settings
 from pipeline.cluster import connect
 from pipeline.cluster_spec import LocalSpec
 from pipeline.config import make_job
 from pipeline.plan import class_layout
-from pipeline.reading import Probed
 from pipeline.run import run_job
 from pipeline.schema import Status
+from pipeline.source import decoding
+from pipeline.source.fetch import Probed
 from pipeline.tasks import WorkPiece
 from pipeline.trial import GUILTY, HeaderTrial, Trial
 from tests.conftest import content, make_images
@@ -49,7 +50,7 @@ class Poison(WorkerPlugin):
     name = "poison"
 
     def setup(self, worker) -> None:
-        real = decode.decode
+        real = decoding.decode
 
         def crash(data, spec):
             image = real(data, spec)
@@ -58,7 +59,7 @@ class Poison(WorkerPlugin):
                 time.sleep(60)
             return image
 
-        decode.decode = crash
+        decoding.decode = crash
 
 
 class PoisonHeader(WorkerPlugin):
@@ -67,9 +68,9 @@ class PoisonHeader(WorkerPlugin):
     name = "poison-header"
 
     def setup(self, worker) -> None:
-        from pipeline import reading
+        from pipeline.source import fetch
 
-        real = reading._probe
+        real = fetch._probe
 
         def crash(source, needed, patience, path):
             if path == "poison.png":
@@ -77,7 +78,7 @@ class PoisonHeader(WorkerPlugin):
                 time.sleep(60)
             return real(source, needed, patience, path)
 
-        reading._probe = crash
+        fetch._probe = crash
 
 
 def test_headers_are_tried_one_by_one():

@@ -232,9 +232,9 @@ def test_a_source_that_is_gone_is_given_up_soon_and_is_no_fault_of_the_store(cli
     source = make_images(tmp_path / "source", 9, [(20, 20)])
     run_job(make_job({"source": str(source), "store": str(tmp_path / "f.zarr")}), client)
     shutil.rmtree(source)
-    monkeypatch.setattr("pipeline.reading.RETRY_PAUSES_S", ())
+    monkeypatch.setattr("pipeline.source.fetch.RETRY_PAUSES_S", ())
     monkeypatch.setattr("pipeline.checks.ORIGINALS", 2)
-    monkeypatch.setattr("pipeline.source_watch.SAMPLE", 4)
+    monkeypatch.setattr("pipeline.source.health.SAMPLE", 4)
     looked = []
     check = verify.check_originals
     monkeypatch.setattr("pipeline.verify.check_originals", lambda part: looked.append(part) or check(part))

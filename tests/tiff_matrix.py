@@ -20,8 +20,8 @@ import tifffile
 from PIL import Image
 
 from pipeline.config import DecodeSpec
-from pipeline.decode import decode
 from pipeline.errors import ImageError
+from pipeline.source.decoding import decode
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -15,11 +15,11 @@ from typing import Any, TypeAlias
 import numpy as np
 from PIL import Image
 
-from pipeline.collection import list_collection
 from pipeline.config import DecodeSpec
-from pipeline.decode import decode
 from pipeline.errors import ImageError, UsageError
-from pipeline.paths import absolute_path
+from pipeline.source.decoding import decode
+from pipeline.source.listing import list_collection
+from pipeline.source.names import absolute_path
 
 Array: TypeAlias = np.ndarray[Any, Any]
 

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterator
 
 from pipeline.errors import UsageError
-from pipeline.paths import decode_path, encode_path, nothing_listed, suffix_of
+from pipeline.source.names import decode_path, encode_path, nothing_listed, suffix_of
 from pipeline.urls import Url, is_object
 
 Reader = Callable[[str], Iterator[tuple[int, bytes]]]  # of a list: each entry with its line

@@ -28,11 +28,11 @@ from PIL import (
     features,
 )
 
-from pipeline.bitmaps import check_bitmap, check_indices
 from pipeline.config import DEFAULT_PIXEL_LIMIT, DecodeSpec, ImageFormat
-from pipeline.dropped import dropped, is_far
 from pipeline.errors import ImageError
-from pipeline.headers import (
+from pipeline.source.bitmaps import check_bitmap, check_indices
+from pipeline.source.dropped import dropped, is_far
+from pipeline.source.header_limits import (
     HEADER_BYTES,
     HeaderStream,
     StorageFault,
@@ -42,9 +42,9 @@ from pipeline.headers import (
     gif_size,
     n_scans,
 )
-from pipeline.jpeg import check_scans, load_jpeg
-from pipeline.png import load_png, open_png
-from pipeline.tiff import check_tiff, unpack
+from pipeline.source.jpeg import check_scans, load_jpeg
+from pipeline.source.png import load_png, open_png
+from pipeline.source.tiff import check_tiff, unpack
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
-from pipeline import activity, decode
+from pipeline import activity
 from pipeline.config import DecodeSpec
 from pipeline.errors import ImageError, PassingFaultError
-from pipeline.listing import fingerprint_of
-from pipeline.paths import absolute_path, absolute_url
+from pipeline.source import decoding
+from pipeline.source.fingerprints import fingerprint_of
+from pipeline.source.names import absolute_path, absolute_url
 from pipeline.urls import Url, is_url
 
 READ_AHEAD = 16
@@ -132,12 +133,12 @@ def _begin(source: Source, path: str) -> None:
     activity.note(path)
 
 
-def _probe_file(source: Source, path: str, patience: Patience) -> decode.ImageSize:
+def _probe_file(source: Source, path: str, patience: Patience) -> decoding.ImageSize:
     if is_url(source.root):
         with _url(source.root, path).open_header(patient=patience.is_left) as header:
-            return decode.probe(header, source.decode)
+            return decoding.probe(header, source.decode)
     with _open(source.root, path) as file:
-        return decode.probe(file, source.decode)
+        return decoding.probe(file, source.decode)
 
 
 def _url(root: str, path: str) -> Url:

@@ -27,11 +27,11 @@ from tempfile import NamedTemporaryFile
 from typing import TYPE_CHECKING
 
 from pipeline.errors import UsageError
-from pipeline.listing import Listing, clamp_time
-from pipeline.lists import READERS, read_list
-from pipeline.paths import absolute_path, absolute_url, encode_path, nothing_listed, suffix_of
 from pipeline.patterns import Pattern, absolute, absolute_patterns, has_unknown_user, is_pattern, what_to_type
-from pipeline.sources import bucket_pattern, named_by
+from pipeline.source.fingerprints import Listing, clamp_time
+from pipeline.source.identity import bucket_pattern, named_by
+from pipeline.source.names import absolute_path, absolute_url, encode_path, nothing_listed, suffix_of
+from pipeline.source.path_lists import READERS, read_list
 from pipeline.urls import CONCURRENCY, Meta, Url, is_url
 
 if TYPE_CHECKING:

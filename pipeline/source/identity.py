@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 
-from pipeline.lists import READERS
-from pipeline.paths import suffix_of
 from pipeline.patterns import Pattern, absolute, absolute_patterns, escape, expand, is_pattern, literal
+from pipeline.source.names import suffix_of
+from pipeline.source.path_lists import READERS
 from pipeline.urls import Url, is_url
 
 

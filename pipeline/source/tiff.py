@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pipeline.errors import ImageError
-from pipeline.headers import check_pixels
+from pipeline.source.header_limits import check_pixels
 
 if TYPE_CHECKING:
     from typing import BinaryIO
 
-    from pipeline.headers import HeaderStream
+    from pipeline.source.header_limits import HeaderStream
 
 _VALUES = 1 << 17  # of one tag: Pillow makes an object of each strip or tile, whatever the size of the image
 _TYPES = {1: "B", 3: "H", 4: "I", 16: "Q"}  # of whole numbers without a sign
