@@ -39,10 +39,10 @@ def make_store() -> None:
 
     from pipeline.config import make_job
     from pipeline.creation import create_store, prepare_folder
+    from pipeline.extract.weights import load_weights
     from pipeline.schema import RUNS, Status, stack
     from pipeline.settings import extractor_spec, layout_of, store_spec
     from pipeline.store import write_maps
-    from pipeline.weights import load_weights
 
     shutil.rmtree(STORE, ignore_errors=True)
     rng = np.random.default_rng(0)

@@ -36,9 +36,9 @@ def model(kind: str, dtype: str) -> Callable[[np.ndarray], np.ndarray]:
     from torch.nn.functional import conv2d
 
     from pipeline.config import ExtractorSpec, make_job
-    from pipeline.extractor import Extractor, use_one_thread
+    from pipeline.extract.cpu import Extractor, use_one_thread
+    from pipeline.extract.weights import load_weights
     from pipeline.settings import store_spec
-    from pipeline.weights import load_weights
 
     job = make_job({"source": ".", "store": "./f.zarr", "dtype": dtype})
     weights = load_weights(ExtractorSpec(), 3)

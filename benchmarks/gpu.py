@@ -24,10 +24,10 @@ from torch.nn.functional import conv2d
 from benchmarks.images import FOLDER, machine, make
 from benchmarks.main_job import fresh
 from pipeline.config import make_job
-from pipeline.device import DeviceExtractor, n_gpus
-from pipeline.extractor import quantise
+from pipeline.extract.cpu import quantise
+from pipeline.extract.gpu import DeviceExtractor, n_gpus
+from pipeline.extract.weights import load_weights
 from pipeline.settings import multiply_adds, store_spec
-from pipeline.weights import load_weights
 
 SIZE = (516, 639)
 REPEATS = 20

@@ -17,12 +17,13 @@ import torch
 from torch.nn.functional import conv2d
 
 from benchmarks.images import FOLDER, machine, make
-from pipeline import chunks, kernel, objects, tasks
+from pipeline import chunks, objects, tasks
 from pipeline.config import Job, make_job
-from pipeline.extractor import Extractor, use_one_thread
+from pipeline.extract import kernel
+from pipeline.extract.cpu import Extractor, use_one_thread
+from pipeline.extract.weights import load_weights
 from pipeline.settings import layout_of, store_spec
 from pipeline.source import decoding
-from pipeline.weights import load_weights
 
 N = 52
 REPEATS = 7

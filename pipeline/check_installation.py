@@ -11,7 +11,7 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-from pipeline import kernel
+from pipeline.extract import kernel
 from pipeline.findings import Finding
 from pipeline.versions import PACKAGES
 
@@ -82,7 +82,7 @@ def gpus(devices: Path = Path("/dev")) -> Iterator[Finding]:
     if not n_devices:
         yield Finding("ok", "GPUs", "no device files of NVIDIA's driver: processors compute")
         return
-    from pipeline.device import n_gpus  # noqa: PLC0415 (torch only where there may be a GPU)
+    from pipeline.extract.gpu import n_gpus  # noqa: PLC0415 (torch only where there may be a GPU)
 
     n, named = n_gpus(), os.environ.get("CUDA_VISIBLE_DEVICES")
     found = f"{n_devices} device files, and torch {_version('torch')} sees {n}"

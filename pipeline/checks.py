@@ -15,7 +15,8 @@ import numpy as np
 
 from pipeline.chunks import Array, maps_digest
 from pipeline.errors import FeaturemapsError, ImageError
-from pipeline.layers import layer_names, output_sizes
+from pipeline.extract.layers import layer_names, output_sizes
+from pipeline.extract.weights import dequantise
 from pipeline.objects import Place, read_json
 from pipeline.plan import ClassLayout, class_name, group_by_shard
 from pipeline.schema import (
@@ -39,7 +40,6 @@ from pipeline.schema import (
 from pipeline.settings import check_spec, decode_spec, extractor_spec
 from pipeline.source.fetch import Source, digest_block, read_current
 from pipeline.store import Store, read_maps
-from pipeline.weights import dequantise
 
 ROUNDING = 1e-5
 """Float32 maps agree with exact ones to this, on whatever kind of processor."""
@@ -333,7 +333,7 @@ class Recomputed:
 
 def recompute(job: tuple[Place, Sequence[Sample]]) -> Recomputed:
     """Read, decode and extract in float64 with the stored weights, and compare with what is stored."""
-    from pipeline.extractor import Extractor, use_one_thread  # noqa: PLC0415 (as above)
+    from pipeline.extract.cpu import Extractor, use_one_thread  # noqa: PLC0415 (as above)
     from pipeline.source.decoding import decode  # noqa: PLC0415 (only where something is recomputed)
 
     use_one_thread()

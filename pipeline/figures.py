@@ -20,7 +20,7 @@ import numpy as np
 
 from pipeline import panels, pictures
 from pipeline.errors import UsageError
-from pipeline.layers import layer_names
+from pipeline.extract.layers import layer_names
 from pipeline.panels import MAX_PANELS
 from pipeline.summary import WAITING, count, printable
 

@@ -27,7 +27,7 @@ def local_gpus(wanted: int | None) -> int:
     """
     found = 0
     if wanted or (wanted is None and any(Path("/dev").glob("nvidia[0-9]*"))):
-        from pipeline.device import n_gpus  # noqa: PLC0415 (torch only where there may be a GPU)
+        from pipeline.extract.gpu import n_gpus  # noqa: PLC0415 (torch only where there may be a GPU)
 
         found = n_gpus()
     if wanted is not None and wanted > found:

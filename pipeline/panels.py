@@ -9,7 +9,7 @@ import numpy as np
 
 from pipeline import pictures
 from pipeline.errors import UsageError
-from pipeline.layers import layer_names, receptive_field
+from pipeline.extract.layers import layer_names, receptive_field
 from pipeline.summary import count
 
 if TYPE_CHECKING:

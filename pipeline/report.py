@@ -14,7 +14,7 @@ from pipeline import figures
 from pipeline.analysis import FeatureStore, open_store
 from pipeline.checks import ROUNDING, TF32_ROUNDING
 from pipeline.errors import UsageError
-from pipeline.layers import receptive_field
+from pipeline.extract.layers import receptive_field
 from pipeline.lock import current_holder
 from pipeline.objects import Place, put
 from pipeline.report_facts import LIVE, BadImage, Facts, as_summary, count_of, gather, judge, run_facts

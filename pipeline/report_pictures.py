@@ -180,7 +180,7 @@ class _Computer:
     def maps(self, pixels: Array) -> dict[str, Array]:
         """Float32 maps (channel, y, x) of each layer."""
         if self.extractor is None:
-            from pipeline.extractor import Extractor  # noqa: PLC0415 (see above)
+            from pipeline.extract.cpu import Extractor  # noqa: PLC0415 (see above)
 
             self.extractor = Extractor(
                 extractor_spec(self.store.spec), self.store.weights()

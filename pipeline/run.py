@@ -18,13 +18,14 @@ from typing import Any
 import numpy as np
 
 from pipeline import changes as ledger_changes
-from pipeline import kernel
 from pipeline.capacity import WORKER_BASE_BYTES, wanted_limit_bytes
 from pipeline.changes import Changes, Entries
 from pipeline.chunks import Array
 from pipeline.config import Job
 from pipeline.creation import check_folder, create_store, prepare_folder
 from pipeline.errors import StoppedError, UsageError
+from pipeline.extract import kernel
+from pipeline.extract.weights import load_weights
 from pipeline.lock import StoreLock, last_holder, require_lock
 from pipeline.objects import Place, place
 from pipeline.run_ids import new_run_id, next_number
@@ -37,7 +38,6 @@ from pipeline.source.listing import list_collection, walks_into
 from pipeline.store import Store, is_store, receipt_ids
 from pipeline.summary import Progress, Summary, receipt, working
 from pipeline.urls import Url
-from pipeline.weights import load_weights
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ import pandas as pd
 
 from pipeline.chunks import Array
 from pipeline.errors import UsageError
-from pipeline.layers import layer_names
+from pipeline.extract.layers import layer_names
 from pipeline.lookup import similar_names, stored_forms
 from pipeline.schema import LEDGER_COLUMNS, STATISTICS, Status, StoredLayer, StoreSpec
 from pipeline.settings import extractor_spec

@@ -20,7 +20,7 @@ from pipeline import activity, store
 from pipeline.chunks import Array, maps_digest
 from pipeline.config import ExtractorSpec
 from pipeline.errors import FeaturemapsError, ImageError, PassingFaultError
-from pipeline.layers import layer_names, output_sizes
+from pipeline.extract.layers import layer_names, output_sizes
 from pipeline.objects import place
 from pipeline.plan import ClassLayout, LayerLayout
 from pipeline.schema import STATISTICS, Status, StoredLayer
@@ -156,8 +156,8 @@ class ExtractorPlugin(WorkerPlugin):  # type: ignore[misc]
         keep_memory()
         n_threads = int(worker.state.total_resources.get("extract", 0))
         if n_threads:
-            from pipeline.device import best_extractor  # noqa: PLC0415 (torch only where something is computed)
-            from pipeline.extractor import use_one_thread  # noqa: PLC0415 (as above)
+            from pipeline.extract.cpu import use_one_thread  # noqa: PLC0415 (as above)
+            from pipeline.extract.gpu import best_extractor  # noqa: PLC0415 (torch only where something is computed)
 
             use_one_thread()
             last = str(worker.name).rpartition("-")[2]

@@ -68,7 +68,7 @@ def differences(theirs: Mapping[str, str], ours: Mapping[str, str]) -> list[str]
 
 def n_gpus_there() -> int:
     """GPUs that torch sees in this process."""
-    from pipeline.device import n_gpus  # noqa: PLC0415 (torch only where there is a GPU)
+    from pipeline.extract.gpu import n_gpus  # noqa: PLC0415 (torch only where there is a GPU)
 
     return n_gpus()
 

@@ -13,14 +13,14 @@ import xarray as xr
 from pipeline import urls
 from pipeline.chunks import Array
 from pipeline.errors import FeaturemapsError, ImageError, UsageError
-from pipeline.layers import layer_names, output_sizes, receptive_field
+from pipeline.extract.layers import layer_names, output_sizes, receptive_field
+from pipeline.extract.weights import dequantise
 from pipeline.plan import Size
 from pipeline.schema import LEDGER_COLUMNS, STATISTICS, ShapeClass, Status, StoredLayer
 from pipeline.settings import decode_spec, extractor_spec
 from pipeline.source.decoding import decode
 from pipeline.source.fetch import Source, read_current
 from pipeline.store import Store
-from pipeline.weights import dequantise
 
 
 def class_dataset(store: Store, shape_class: ShapeClass, layers: Sequence[StoredLayer]) -> xr.Dataset:

@@ -15,8 +15,8 @@ from safetensors.numpy import save
 
 from pipeline.config import DecodeSpec, ExtractorSpec, load_job
 from pipeline.errors import ImageError, UsageError
+from pipeline.extract.weights import load_weights
 from pipeline.source.decoding import decode, probe
-from pipeline.weights import load_weights
 from tests.test_decode import FILES
 
 CODES = {"empty", "not_an_image", "too_many_pixels", "too_large", "truncated", "corrupt", "unsupported_mode"}

@@ -423,7 +423,7 @@ def digest(file: File) -> str:
 def _context() -> multiprocessing.context.ForkServerContext:
     """Processes that begin with everything imported: without this, each would take three seconds."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.growth", "pipeline.extractor"])
+    context.set_forkserver_preload(["tests.growth", "pipeline.extract.cpu"])
     return context
 
 

@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline import device
 from pipeline.config import ExtractorSpec, LayerSpec
-from pipeline.device import DeviceExtractor, best_extractor, n_gpus
 from pipeline.errors import FeaturemapsError
-from pipeline.extractor import Extractor
-from pipeline.layers import layer_names, output_bounds, output_sizes
+from pipeline.extract import gpu
+from pipeline.extract.cpu import Extractor
+from pipeline.extract.gpu import DeviceExtractor, best_extractor, n_gpus
+from pipeline.extract.layers import layer_names, output_bounds, output_sizes
+from pipeline.extract.weights import dequantise, quantisation, seeded_weights
 from pipeline.plan import GPU_STAGES
 from pipeline.schema import StoredLayer
-from pipeline.weights import dequantise, quantisation, seeded_weights
 
 DEVICES = ["cpu", *(f"cuda:{i}" for i in range(n_gpus()))]
 ONE = ExtractorSpec()
@@ -133,7 +133,7 @@ def test_memory_that_runs_out_halves_the_batch_and_loses_nothing(monkeypatch):
     """Stands for a GPU whose memory others take: the device's own allocator cannot be made to fail on a CPU."""
     batched, single, _ = make()
     batched._batch[SIZE] = 8
-    start, sizes = device._Stage.start, []
+    start, sizes = gpu._Stage.start, []
 
     def start_or_fail(self, items):
         sizes.append(len(self.pixels))
@@ -141,7 +141,7 @@ def test_memory_that_runs_out_halves_the_batch_and_loses_nothing(monkeypatch):
             raise torch.OutOfMemoryError("CUDA out of memory")
         start(self, items)
 
-    monkeypatch.setattr(device._Stage, "start", start_or_fail)
+    monkeypatch.setattr(gpu._Stage, "start", start_or_fail)
     items = work(ONE, [SIZE] * 13)
     assert len(list(batched.extract_each(SIZE, items))) == 13
     assert sizes == [8, 4, 2, 2, 2, 2, 1, 1, 1, 1, 1, 1, 1]
@@ -154,7 +154,7 @@ def test_threads_that_run_out_of_memory_together_halve_the_batch_once(monkeypatc
     """As above."""
     batched, single, _ = make(threads=6)
     batched._batch[SIZE] = 8
-    together, start = threading.Barrier(6), device._Stage.start
+    together, start = threading.Barrier(6), gpu._Stage.start
 
     def start_or_fail(self, items):
         if len(self.pixels) > 4:
@@ -162,7 +162,7 @@ def test_threads_that_run_out_of_memory_together_halve_the_batch_once(monkeypatc
             raise RuntimeError("GET was unable to find an engine to execute this computation")
         start(self, items)
 
-    monkeypatch.setattr(device._Stage, "start", start_or_fail)
+    monkeypatch.setattr(gpu._Stage, "start", start_or_fail)
     batches = [work(ONE, [SIZE] * 9, seed=i) for i in range(6)]
     with ThreadPoolExecutor(6) as pool:
         assert [len(found) for found in pool.map(lambda items: list(batched.extract_each(SIZE, items)), batches)] == [9] * 6
@@ -189,7 +189,7 @@ def test_other_errors_of_the_device_are_not_taken_for_a_lack_of_memory(monkeypat
     def fail(*_):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    monkeypatch.setattr(device._Stage, "start", fail)
+    monkeypatch.setattr(gpu._Stage, "start", fail)
     with pytest.raises(RuntimeError, match="illegal memory access"):
         list(batched.extract_each(SIZE, work(ONE, [SIZE])))
 
@@ -202,7 +202,7 @@ def test_one_image_beyond_the_memory_is_an_error_that_says_what_to_do(monkeypatc
     def fail(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(device._Stage, "start", fail)
+    monkeypatch.setattr(gpu._Stage, "start", fail)
     with pytest.raises(FeaturemapsError, match=r"one image of 40 x 52 pixels does not fit the memory of cpu .*--gpus 0"):
         list(batched.extract_each(SIZE, work(ONE, [SIZE])))
 
@@ -221,7 +221,7 @@ def test_the_batch_follows_from_the_size_the_layers_and_the_memory():
 
 
 def test_a_worker_without_a_gpu_computes_on_its_processor(monkeypatch):
-    monkeypatch.setattr(device, "n_gpus", lambda: 0)
+    monkeypatch.setattr(gpu, "n_gpus", lambda: 0)
     weights = seeded_weights(ONE, 3)
     assert isinstance(best_extractor(ONE, weights, (), 3, 1), Extractor)
 

@@ -15,12 +15,12 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch.nn.functional import conv2d, max_pool2d
 
-from pipeline import extractor
 from pipeline.config import ExtractorSpec, LayerSpec
 from pipeline.errors import FeaturemapsError, ImageError, UsageError
-from pipeline.extractor import Extractor, Layer, Pooled, pool, quantise_into
-from pipeline.layers import output_bounds, output_sizes
-from pipeline.weights import dequantise, load_weights, quantisation, seeded_weights, weights_digest
+from pipeline.extract import cpu
+from pipeline.extract.cpu import Extractor, Layer, Pooled, pool, quantise_into
+from pipeline.extract.layers import output_bounds, output_sizes
+from pipeline.extract.weights import dequantise, load_weights, quantisation, seeded_weights, weights_digest
 
 GOLDEN = Path(__file__).parent / "golden"
 DTYPES = ("float32", "float16", "uint16", "uint8")
@@ -56,7 +56,7 @@ def random_image(height: int, width: int, channels: int = 3, seed: int = 0) -> n
 
 @pytest.fixture(autouse=True, scope="module")
 def _one_thread() -> None:
-    extractor.use_one_thread()
+    cpu.use_one_thread()
 
 
 # -- golden ------------------------------------------------------------------------------------------------------------------
@@ -100,7 +100,7 @@ def test_golden_float32(conv_sigmoid: dict[str, np.ndarray]) -> None:
 def test_the_reference_is_computed_in_bands_because_torch_unfolds_its_input(monkeypatch, conv_sigmoid, values) -> None:
     fast = Extractor(DEFAULT, seeded_weights(DEFAULT, 3))
     whole = fast.reference(conv_sigmoid["image"])["conv1"]
-    monkeypatch.setattr(extractor, "UNFOLDED_VALUES", values)
+    monkeypatch.setattr(cpu, "UNFOLDED_VALUES", values)
     np.testing.assert_allclose(fast.reference(conv_sigmoid["image"])["conv1"], whole, rtol=0, atol=1e-13)
 
 
@@ -125,7 +125,7 @@ LENET = ExtractorSpec(
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("float64", 1e-12), ("float32", 5e-7)])
-def test_golden_lenet(precision: extractor.Precision, tolerance: float) -> None:
+def test_golden_lenet(precision: cpu.Precision, tolerance: float) -> None:
     with np.load(GOLDEN / "lenet_tanh_28x28.npz") as file:
         golden = dict(file)
     flipped = {f"conv{i + 1}_weight": golden[f"layer{i}_W"][:, :, ::-1, ::-1] for i in (0, 1)}
@@ -328,7 +328,7 @@ def test_pooled_statistics_of_a_large_map_are_accurate() -> None:
     block=st.none() | st.tuples(st.integers(1, 4), st.integers(1, 4)),
     pooling=st.sampled_from([(1, 1), (2, 2), (3, 1)]),
     more=st.tuples(st.integers(3, 40), st.integers(3, 40)),
-    band=st.sampled_from([1, 300, extractor.BAND_OUTPUTS]),
+    band=st.sampled_from([1, 300, cpu.BAND_OUTPUTS]),
     seed=st.integers(0, 2**32 - 1),
 )
 def test_blocked_equals_plain_convolution(
@@ -347,10 +347,10 @@ def test_blocked_equals_plain_convolution(
     bias = torch.from_numpy(rng.uniform(-0.5, 0.5, filters).astype(np.float32))
     spec = LayerSpec(filters=filters, kernel=kernel, pool=pooling, activation="none")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(extractor, "BAND_OUTPUTS", band)
+        patch.setattr(cpu, "BAND_OUTPUTS", band)
         if block is not None:
-            patch.setattr(extractor, "block_shape", lambda *_: block)
-            patch.setattr(extractor, "padded_extent", lambda extent, step: -(-extent // step) * step)
+            patch.setattr(cpu, "block_shape", lambda *_: block)
+            patch.setattr(cpu, "padded_extent", lambda extent, step: -(-extent // step) * step)
         layer = Layer(spec, weight, bias, 1.0)
         image = torch.from_numpy(rng.random((channels, kernel[0] + more[0], kernel[1] + more[1]), np.float32))
         ((height, width),) = output_sizes([spec], *image.shape[1:])
@@ -364,7 +364,7 @@ def test_blocked_equals_plain_convolution(
 @pytest.mark.parametrize("outputs", ["last", "first and last", "all"])
 def test_stacks_in_bands_equal_the_reference(monkeypatch, n_layers: int, outputs: str, dtype: str) -> None:
     """No layer may overwrite the input that its next band needs."""
-    monkeypatch.setattr(extractor, "BAND_OUTPUTS", 500)
+    monkeypatch.setattr(cpu, "BAND_OUTPUTS", 500)
     names = [f"conv{i + 1}" for i in range(n_layers)]
     kept = {"last": names[-1:], "first and last": [names[0], names[-1]], "all": names}[outputs]
     layers = tuple(LayerSpec(filters=3 + i % 2, kernel=(3, 3), activation=("relu", "tanh")[i % 2]) for i in range(n_layers))
@@ -433,10 +433,10 @@ def test_stored_maps_and_statistics_are_those_of_the_float32_maps(dtype: str) ->
 def test_results_do_not_depend_on_what_ran_before(dtype: str) -> None:
     extract, images = make(TWO_LAYERS, dtype), [random_image(h, w, seed=h) for h, w in [(30, 40), (90, 110), (31, 17), (64, 64)]]
     first = [extract.extract(image) for image in images]
-    vars(extractor._scratch).clear()
+    vars(cpu._scratch).clear()
     for order in ([3, 2, 1, 0], [1, 1, 2, 0, 3]):
         for i in order:
-            for buffer in vars(extractor._scratch).values():
+            for buffer in vars(cpu._scratch).values():
                 buffer.fill_(math.nan)
             for name, maps in extract.extract(images[i]).items():
                 np.testing.assert_array_equal(maps, first[i][name])
@@ -444,12 +444,12 @@ def test_results_do_not_depend_on_what_ran_before(dtype: str) -> None:
 
 def test_scratch_grows_to_the_largest_image_and_no_further() -> None:
     extract = make()
-    vars(extractor._scratch).clear()
+    vars(cpu._scratch).clear()
     extract.extract(random_image(100, 120))
-    held = {role: buffer.numel() for role, buffer in vars(extractor._scratch).items()}
+    held = {role: buffer.numel() for role, buffer in vars(cpu._scratch).items()}
     for side in range(20, 100):
         extract.extract(random_image(side, 119 - side))
-    assert held == {role: buffer.numel() for role, buffer in vars(extractor._scratch).items()}
+    assert held == {role: buffer.numel() for role, buffer in vars(cpu._scratch).items()}
 
 
 def test_threads_do_not_disturb_each_other() -> None:

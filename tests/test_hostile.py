@@ -24,8 +24,8 @@ from pipeline.cluster import connect
 from pipeline.cluster_spec import LocalSpec
 from pipeline.config import DecodeSpec, ExtractorSpec, load_job
 from pipeline.errors import ImageError, UsageError
+from pipeline.extract.weights import load_weights
 from pipeline.source.decoding import decode, probe
-from pipeline.weights import load_weights
 from tests.conftest import make_images
 from tests.fuzz import fuzz
 from tests.hostile import SPEC, corpus, jpeg_of, png

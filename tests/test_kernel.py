@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import conv2d
 
-from pipeline import kernel
 from pipeline.config import ExtractorSpec, LayerSpec
-from pipeline.extractor import Extractor
-from pipeline.layers import output_bounds
-from pipeline.weights import dequantise, quantisation, seeded_weights
+from pipeline.extract import kernel
+from pipeline.extract.cpu import Extractor
+from pipeline.extract.layers import output_bounds
+from pipeline.extract.weights import dequantise, quantisation, seeded_weights
 
 ACTIVATIONS = {"none": lambda x: x, "sigmoid": torch.sigmoid, "tanh": torch.tanh, "relu": torch.relu}
 HAS_COMPILER = shutil.which("cc") is not None
@@ -105,7 +105,10 @@ def test_an_installation_without_a_compiler_falls_back_to_torch(tmp_path):
     """The package alone, as it is before anything is compiled."""
     shutil.copytree("pipeline", tmp_path / "pipeline", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     (tmp_path / "pipeline" / "_kernel.foreign.so").write_bytes(b"another platform's")
-    code = "from pipeline import kernel, weights; print(kernel.version(), kernel.is_available(weights.quantisation((0, 1), 'uint8')))"
+    code = (
+        "from pipeline.extract import kernel; from pipeline.extract import weights; "
+        "print(kernel.version(), kernel.is_available(weights.quantisation((0, 1), 'uint8')))"
+    )
     found = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert found.stdout == "torch False\n"
 

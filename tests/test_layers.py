@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline import layers
 from pipeline.config import LayerSpec
+from pipeline.extract import layers
 
 ACTIVATIONS = ("sigmoid", "tanh", "relu", "none")
 sides = st.integers(1, 4)

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline import pictures
+from pipeline.extract.weights import quantisation
 from pipeline.pictures import Picture
-from pipeline.weights import quantisation
 
 
 def stored(dtype: str, low: float = 0.0, high: float = 1.0) -> SimpleNamespace:

@@ -19,6 +19,7 @@ from pipeline.chunks import Array
 from pipeline.config import make_job
 from pipeline.creation import create_store, prepare_folder
 from pipeline.errors import EXIT_USAGE, FeaturemapsError, UsageError
+from pipeline.extract.weights import load_weights
 from pipeline.lock import StoreLock
 from pipeline.objects import Place
 from pipeline.report import write_report
@@ -29,7 +30,6 @@ from pipeline.schema import Status
 from pipeline.settings import store_spec
 from pipeline.store import Store
 from pipeline.summary import Summary, receipt
-from pipeline.weights import load_weights
 from tests.conftest import make_images
 from tests.hostile import png
 from tests.stuck_disk import mount_stuck

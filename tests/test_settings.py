@@ -9,6 +9,7 @@ from safetensors.numpy import save_file
 
 from pipeline.config import DecodeSpec, ExtractorSpec, LayerSpec, make_job
 from pipeline.errors import UsageError
+from pipeline.extract.weights import load_weights, weights_digest
 from pipeline.schema import difference
 from pipeline.settings import (
     cost_s,
@@ -21,7 +22,6 @@ from pipeline.settings import (
     store_spec,
     torch_values,
 )
-from pipeline.weights import load_weights, weights_digest
 
 LAYERS = [{"filters": 4, "kernel": 5, "pool": 2, "activation": "tanh"}, {"filters": 6, "kernel": [3, 1]}]
 
@@ -139,9 +139,9 @@ def test_layers_that_are_not_stored_take_memory_too_unless_compiled_code_has_non
     assert scratch_bytes(spec, "uint8", (402, 602), 3) == 4 * (64 * 400 * 600 + 2 * 2 * 49 * 74)
     maps = 4 * 2 * 508 * 631
     assert scratch_bytes(ExtractorSpec(), "float16", (516, 639), 3) == 2 * maps
-    monkeypatch.setattr("pipeline.kernel.version", lambda *_: "avx2")
+    monkeypatch.setattr("pipeline.extract.kernel.version", lambda *_: "avx2")
     assert scratch_bytes(ExtractorSpec(), "uint8", (516, 639), 3) == 0
-    monkeypatch.setattr("pipeline.kernel.version", lambda *_: "torch")
+    monkeypatch.setattr("pipeline.extract.kernel.version", lambda *_: "torch")
     assert scratch_bytes(ExtractorSpec(), "uint8", (516, 639), 3) == 2 * maps
 
 

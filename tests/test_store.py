@@ -28,6 +28,7 @@ from pipeline import creation, objects, schema
 from pipeline import store as store_module
 from pipeline.creation import create_store, prepare_folder
 from pipeline.errors import FeaturemapsError, StaleWriterError, UsageError
+from pipeline.extract.weights import dequantise, quantisation
 from pipeline.lock import LOCK_TTL_S, require_lock
 from pipeline.objects import free_bytes, put, read_json
 from pipeline.plan import ClassLayout, LayerLayout, class_layout, class_name
@@ -46,7 +47,6 @@ from pipeline.schema import (
     stack,
 )
 from pipeline.store import Store, is_store, read_maps, write_maps
-from pipeline.weights import dequantise, quantisation
 
 DTYPES = ("float32", "float16", "uint16", "uint8")
 RUN = "20261123T000000Z-0"

@@ -16,6 +16,7 @@ from pipeline import tasks
 from pipeline.config import DecodeSpec, make_job
 from pipeline.creation import create_store, prepare_folder
 from pipeline.errors import PassingFaultError, StaleWriterError
+from pipeline.extract.weights import load_weights
 from pipeline.lock import StoreLock
 from pipeline.schema import RUNS, Status, stack
 from pipeline.settings import extractor_spec, layout_of, store_spec
@@ -23,7 +24,6 @@ from pipeline.source import fetch
 from pipeline.source.fetch import Source
 from pipeline.source.listing import list_collection
 from pipeline.tasks import ExtractorPlugin, Target, WorkPiece, extract, keep_memory, maps_digest, process, read, write
-from pipeline.weights import load_weights
 from tests.conftest import make_images
 
 SIZE = (40, 50)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pipeline.weights import INTEGER_MAX, Array, StoredAs
+from pipeline.extract.weights import INTEGER_MAX, Array, StoredAs
 
 if TYPE_CHECKING:
     from pipeline.config import Activation

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import FeaturemapsError
-from pipeline.extractor import Extractor, Pooled, check_range, pixels, pool, quantise
-from pipeline.layers import layer_names, output_sizes
+from pipeline.extract.cpu import Extractor, Pooled, check_range, pixels, pool, quantise
+from pipeline.extract.layers import layer_names, output_sizes
+from pipeline.extract.weights import Array
 from pipeline.plan import GPU_STAGES, gpu_batch
-from pipeline.weights import Array
 
 if TYPE_CHECKING:
     from pipeline.config import ExtractorSpec
-    from pipeline.weights import StoredOutput
+    from pipeline.extract.weights import StoredOutput
 
 MAX_DEVICE_BYTES = 1 << 32  # of the device's memory that a batch may take
 _FLOAT_COPIES = 4  # of a layer's maps that are alive at once: its input, convolution, activation and what is stored

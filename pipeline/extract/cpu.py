@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, max_pool2d
 
-from pipeline import kernel
 from pipeline.errors import FeaturemapsError, ImageError
-from pipeline.layers import block_shape, layer_names, output_sizes, padded_extent, receptive_field
-from pipeline.weights import INTEGER_MAX, Array, StoredAs, StoredOutput, quantisation, storable_range
+from pipeline.extract import kernel
+from pipeline.extract.layers import block_shape, layer_names, output_sizes, padded_extent, receptive_field
+from pipeline.extract.weights import INTEGER_MAX, Array, StoredAs, StoredOutput, quantisation, storable_range
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping

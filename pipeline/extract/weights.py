@@ -12,7 +12,7 @@ import numpy as np
 from safetensors import SafetensorError, deserialize
 
 from pipeline.errors import UsageError
-from pipeline.layers import weight_shapes
+from pipeline.extract.layers import weight_shapes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
