@@ -38,11 +38,11 @@ def make_store() -> None:
     import numpy as np
 
     from pipeline.config import make_job
-    from pipeline.creation import create_store, prepare_folder
     from pipeline.extract.weights import load_weights
-    from pipeline.schema import RUNS, Status, stack
-    from pipeline.settings import extractor_spec, layout_of, store_spec
-    from pipeline.store import write_maps
+    from pipeline.store.create import create_store, prepare_folder
+    from pipeline.store.schema import RUNS, Status, stack
+    from pipeline.store.settings import extractor_spec, layout_of, store_spec
+    from pipeline.store.store import write_maps
 
     shutil.rmtree(STORE, ignore_errors=True)
     rng = np.random.default_rng(0)
@@ -111,7 +111,7 @@ def with_maps() -> list[str]:
     """Some paths whose maps are there, found without this package's look-up."""
     import random
 
-    from pipeline.store import Store
+    from pipeline.store.store import Store
 
     reader = Store(STORE)
     paths = reader.column("28x28", "path").tolist()
@@ -133,7 +133,7 @@ def child(step: str) -> dict[str, float]:
     found["open_ms"] = 1e3 * (time.perf_counter() - started)
     found["open_peak_mib"] = peak_mib()
     if step == "image":
-        from pipeline.lookup import SCANS
+        from pipeline.store.path_index import SCANS
 
         times = [ms(lambda p=path: store.image(p)) for path in given]  # type: ignore[misc]
         found |= {"first_ms": times[0], "next_ms": statistics.median(times[1:SCANS]), "next_largest_ms": max(times[1:SCANS])}

@@ -26,9 +26,9 @@ from pipeline import driver, run, tasks
 from pipeline.cluster import connect
 from pipeline.cluster_spec import LocalSpec
 from pipeline.config import make_job
-from pipeline.schema import STATISTICS, Status
 from pipeline.source.fetch import Probed, ProbedBlock
 from pipeline.source.fingerprints import Listing
+from pipeline.store.schema import STATISTICS, Status
 
 SIZE = (516, 639)
 IDLE_S = 5.0

@@ -38,7 +38,7 @@ def model(kind: str, dtype: str) -> Callable[[np.ndarray], np.ndarray]:
     from pipeline.config import ExtractorSpec, make_job
     from pipeline.extract.cpu import Extractor, use_one_thread
     from pipeline.extract.weights import load_weights
-    from pipeline.settings import store_spec
+    from pipeline.store.settings import store_spec
 
     job = make_job({"source": ".", "store": "./f.zarr", "dtype": dtype})
     weights = load_weights(ExtractorSpec(), 3)

@@ -27,7 +27,7 @@ from pipeline.config import make_job
 from pipeline.extract.cpu import quantise
 from pipeline.extract.gpu import DeviceExtractor, n_gpus
 from pipeline.extract.weights import load_weights
-from pipeline.settings import multiply_adds, store_spec
+from pipeline.store.settings import multiply_adds, store_spec
 
 SIZE = (516, 639)
 REPEATS = 20

@@ -17,13 +17,14 @@ import torch
 from torch.nn.functional import conv2d
 
 from benchmarks.images import FOLDER, machine, make
-from pipeline import chunks, objects, tasks
+from pipeline import tasks
 from pipeline.config import Job, make_job
 from pipeline.extract import kernel
 from pipeline.extract.cpu import Extractor, use_one_thread
 from pipeline.extract.weights import load_weights
-from pipeline.settings import layout_of, store_spec
 from pipeline.source import decoding
+from pipeline.store import codecs, objects
+from pipeline.store.settings import layout_of, store_spec
 
 N = 52
 REPEATS = 7
@@ -62,13 +63,13 @@ def stages(dtype: str) -> dict[str, Callable[[], object]]:
             extractor.extract_into(image, {"conv1": block[i % rows]})
 
     extract()
-    encoded = chunks.encode_shard(block, layer.chunk_rows, rows, q.fill_value)
+    encoded = codecs.encode_shard(block, layer.chunk_rows, rows, q.fill_value)
     plain = block.tobytes()
     return {
         "decode": lambda: [decoding.decode(data, job.decode) for data in files],
         "extract": extract,
         "digest": lambda: [tasks.maps_digest([block[i % rows]]) for i in range(N)],
-        "encode": lambda: [chunks.encode_shard(block, layer.chunk_rows, rows, q.fill_value) for _ in range(N // rows)],
+        "encode": lambda: [codecs.encode_shard(block, layer.chunk_rows, rows, q.fill_value) for _ in range(N // rows)],
         "write": lambda: [objects.put(target.with_suffix(f".{i}"), *encoded) for i in range(N // rows)],
         "floor: F.conv2d, sigmoid, conversion": reference,
         "floor: copy of the maps": lambda: [block.copy() for _ in range(N // rows)],

@@ -11,14 +11,14 @@ import pandas as pd
 import xarray as xr
 
 from pipeline import map_images, selection, tables
-from pipeline.chunks import Array
 from pipeline.config import ExtractorSpec
 from pipeline.entries import Entries
 from pipeline.neighbours import Neighbours
-from pipeline.objects import Place, place
-from pipeline.schema import STATISTICS, StoreSpec
-from pipeline.settings import extractor_spec
-from pipeline.store import Store
+from pipeline.store.codecs import Array
+from pipeline.store.objects import Place, place
+from pipeline.store.schema import STATISTICS, StoreSpec
+from pipeline.store.settings import extractor_spec
+from pipeline.store.store import Store
 from pipeline.views import read_weights, source_pixels
 
 

@@ -9,12 +9,12 @@ import click
 from pipeline.config import JOB_SUFFIXES, load_job
 
 if TYPE_CHECKING:
-    from pipeline.objects import Place
+    from pipeline.store.objects import Place
 
 
 def as_place(store: str) -> Place:
     """Where a store is: a folder, or a bucket's address."""
-    from pipeline.objects import place  # noqa: PLC0415 (late, to start fast)
+    from pipeline.store.objects import place  # noqa: PLC0415 (late, to start fast)
 
     return place(store)
 

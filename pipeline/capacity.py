@@ -8,10 +8,10 @@ from importlib.metadata import version
 from typing import NamedTuple
 
 from pipeline.errors import FeaturemapsError, UsageError
-from pipeline.objects import Place, free_bytes
-from pipeline.plan import BATCH_BYTES, GPU_STAGES, SHARD_BYTES, ClassLayout, LayerLayout, Size, gpu_batch
 from pipeline.source.decoding import plain_decode_bytes
 from pipeline.source.fetch import READ_AHEAD_BYTES
+from pipeline.store.layout import BATCH_BYTES, GPU_STAGES, SHARD_BYTES, ClassLayout, LayerLayout, Size, gpu_batch
+from pipeline.store.objects import Place, free_bytes
 from pipeline.urls import Url, is_url
 
 # What a worker holds whatever the images: interpreter, torch, dask and zarr. Measured for torch's build for processors; those with

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pipeline.errors import UsageError
-from pipeline.schema import REJECTED, Status
 from pipeline.source.fingerprints import UNREADABLE
+from pipeline.store.schema import REJECTED, Status
 
 # Reasons that say more about the source than about the image: such an image is tried again by every run.
 _ACCESS = ("missing", "permission_denied", "changed", "not_a_file")

@@ -9,13 +9,13 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipeline.creation import check_folder
 from pipeline.errors import UsageError
 from pipeline.findings import Finding
-from pipeline.lock import HEARTBEAT_S, current_holder, server_clock_s
-from pipeline.objects import Place, free_bytes, modified_s, nearest_folder
 from pipeline.preview import Preview
-from pipeline.store import Store, is_store
+from pipeline.store.create import check_folder
+from pipeline.store.lock import HEARTBEAT_S, current_holder, server_clock_s
+from pipeline.store.objects import Place, free_bytes, modified_s, nearest_folder
+from pipeline.store.store import Store, is_store
 from pipeline.urls import Url, is_url
 
 MAX_SKEW_S = 3 * HEARTBEAT_S

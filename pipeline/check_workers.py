@@ -15,8 +15,8 @@ from pipeline.cluster import connect
 from pipeline.cluster_spec import AddressSpec, BatchSpec, ClusterSpec, CudaSpec, KubernetesSpec, LocalSpec, SshSpec
 from pipeline.errors import FeaturemapsError
 from pipeline.findings import Finding
-from pipeline.objects import Place, delete, nearest_folder, put
 from pipeline.slots import scheduler_workers, worker_slots
+from pipeline.store.objects import Place, delete, nearest_folder, put
 from pipeline.urls import Url
 from pipeline.versions import asking_for_versions, n_gpus_there
 

@@ -13,13 +13,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pipeline.chunks import Array, maps_digest
 from pipeline.errors import FeaturemapsError, ImageError
 from pipeline.extract.layers import layer_names, output_sizes
 from pipeline.extract.weights import dequantise
-from pipeline.objects import Place, read_json
-from pipeline.plan import ClassLayout, class_name, group_by_shard
-from pipeline.schema import (
+from pipeline.source.fetch import Source, digest_block, read_current
+from pipeline.store.codecs import Array, maps_digest
+from pipeline.store.layout import ClassLayout, class_name, group_by_shard
+from pipeline.store.objects import Place, read_json
+from pipeline.store.schema import (
     EXTRACTOR,
     LEDGER_COLUMNS,
     REJECTED,
@@ -37,9 +38,8 @@ from pipeline.schema import (
     root_document,
     weights_document,
 )
-from pipeline.settings import check_spec, decode_spec, extractor_spec
-from pipeline.source.fetch import Source, digest_block, read_current
-from pipeline.store import Store, read_maps
+from pipeline.store.settings import check_spec, decode_spec, extractor_spec
+from pipeline.store.store import Store, read_maps
 
 ROUNDING = 1e-5
 """Float32 maps agree with exact ones to this, on whatever kind of processor."""

@@ -35,7 +35,7 @@ from pipeline.terminal import (
 )
 
 if TYPE_CHECKING:
-    from pipeline.objects import Place
+    from pipeline.store.objects import Place
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -196,7 +196,7 @@ def verify(store: Place, no_source: bool, as_json: bool, **options: Any) -> int:
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def vacuum(store: Place, dry_run: bool, sole_writer: bool, as_json: bool) -> int:
     """Free the space of the maps in STORE whose images have left the source or were replaced; rows keep their numbers."""
-    from pipeline.vacuum import vacuum_store
+    from pipeline.store.vacuum import vacuum_store
 
     result = vacuum_store(store, dry_run=dry_run, sole_writer=sole_writer)
     click.echo(json.dumps(result.to_dict(), indent=1) if as_json else result.describe())

@@ -12,7 +12,7 @@ from pipeline.arguments import store_argument
 from pipeline.errors import EXIT_COMPLETE, UsageError
 
 if TYPE_CHECKING:
-    from pipeline.objects import Place
+    from pipeline.store.objects import Place
 
 _TAKES = {  # how many of each
     "maps": {"PATH": 1, "--overlay": 1, "--layer": 1000, "--channel": 1000},

@@ -40,7 +40,7 @@ from pipeline.launch import MAX_FALSE_STARTS, GroupCluster, Launch, local_launch
 from pipeline.launch_batch import batch_launches
 from pipeline.launch_ssh import ssh_launches
 from pipeline.machine import local_groups
-from pipeline.objects import place
+from pipeline.store.objects import place
 
 logger = logging.getLogger(__name__)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pipeline.lock import WORKER_TTL_S
+from pipeline.store.lock import WORKER_TTL_S
 
 DASK_SETTINGS: dict[str, Any] = {
     # A batch's data stay where they are, and a task without a worker fails instead of hanging.

@@ -14,16 +14,16 @@ from distributed.client import ClosedClientError
 
 from pipeline.activity import ActivityPlugin
 from pipeline.changes import Changes, Entry
-from pipeline.chunks import Array
 from pipeline.errors import FeaturemapsError
 from pipeline.faults import scheduler_lost, why
 from pipeline.fleet import Fleet
-from pipeline.schema import stack
 from pipeline.source.fetch import Digested, digest_block
 from pipeline.source.fingerprints import Listing
 from pipeline.source.health import SourceWatch
 from pipeline.stalls import find_stalls, replace_worker
-from pipeline.store import Store
+from pipeline.store.codecs import Array
+from pipeline.store.schema import stack
+from pipeline.store.store import Store
 from pipeline.summary import Progress, Summary
 
 BLOCK_IMAGES = 256

@@ -13,8 +13,8 @@ from pipeline.cluster_spec import AddressSpec, ClusterSpec, CudaSpec, Kubernetes
 from pipeline.config import Job
 from pipeline.findings import Finding, look
 from pipeline.machine import local_workers
-from pipeline.objects import Place, place
 from pipeline.preview import Preview, plan_job
+from pipeline.store.objects import Place, place
 
 
 @dataclass(slots=True)

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from pipeline.canvas import CATEGORIES, SIGNED_COLOURS, Canvas, blank, drawing, fit, grid, hide, n_columns
-from pipeline.chunks import Array
 from pipeline.pictures import rounded
+from pipeline.store.codecs import Array
 from pipeline.summary import STAGES, WAITING
 
 _STAGE_COLOURS = dict(zip((*STAGES, WAITING), CATEGORIES.values(), strict=False))

@@ -21,8 +21,8 @@ from pipeline.canvas import (
     photograph,
     place,
 )
-from pipeline.chunks import Array
 from pipeline.pictures import Picture, value_limits
+from pipeline.store.codecs import Array
 
 _GONE = "the source image cannot be read any more"
 _TITLE = 0.4  # inches that a row's title takes

@@ -25,16 +25,25 @@ from pipeline.fleet import Fleet
 from pipeline.flight import Flight, Sent
 from pipeline.intake import Intake, work_piece
 from pipeline.ledger import Ledger
-from pipeline.lock import require_lock
 from pipeline.outcomes import Outcomes, note_batch
-from pipeline.plan import BATCHES_IN_FLIGHT_PER_SLOT, Batch, ClassLayout, Piece, Size, class_name, cut_pieces, pack_batches
-from pipeline.schema import RUNS, Status
-from pipeline.settings import cost_s, extractor_spec, needed_size, scratch_bytes
 from pipeline.source import fetch
 from pipeline.source.fingerprints import Listing
 from pipeline.source.health import SourceWatch
 from pipeline.stalls import find_stalls
-from pipeline.store import Store
+from pipeline.store.layout import (
+    BATCHES_IN_FLIGHT_PER_SLOT,
+    Batch,
+    ClassLayout,
+    Piece,
+    Size,
+    class_name,
+    cut_pieces,
+    pack_batches,
+)
+from pipeline.store.lock import require_lock
+from pipeline.store.schema import RUNS, Status
+from pipeline.store.settings import cost_s, extractor_spec, needed_size, scratch_bytes
+from pipeline.store.store import Store
 from pipeline.summary import Progress, Summary, receipt
 from pipeline.trial import HeaderTrial, Trial
 

@@ -15,9 +15,9 @@ import xarray as xr
 
 from pipeline import selection
 from pipeline.errors import FeaturemapsError, UsageError
-from pipeline.lookup import PathIndex, similar_names, stored_forms
-from pipeline.schema import REJECTED, ShapeClass, Status, StoredLayer
-from pipeline.store import Store
+from pipeline.store.path_index import PathIndex, similar_names, stored_forms
+from pipeline.store.schema import REJECTED, ShapeClass, Status, StoredLayer
+from pipeline.store.store import Store
 from pipeline.tables import Table, done, images_table, nullable, plain
 from pipeline.views import class_dataset, image_dataset
 

@@ -11,7 +11,7 @@ from distributed.client import ClosedClientError
 from distributed.comm import CommClosedError
 
 from pipeline.errors import FeaturemapsError
-from pipeline.objects import Place
+from pipeline.store.objects import Place
 
 
 def scheduler_lost(error: BaseException | None) -> FeaturemapsError:

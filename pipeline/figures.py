@@ -27,8 +27,8 @@ from pipeline.summary import WAITING, count, printable
 if TYPE_CHECKING:
     from pipeline.analysis import FeatureStore
     from pipeline.canvas import Canvas
-    from pipeline.chunks import Array
-    from pipeline.schema import StoredLayer
+    from pipeline.store.codecs import Array
+    from pipeline.store.schema import StoredLayer
 
 FORMATS = (".png", ".svg", ".pdf")
 FILE_DPI = 150

@@ -13,8 +13,8 @@ from pipeline.capacity import WorkerKind
 from pipeline.errors import FeaturemapsError
 from pipeline.kubernetes import PodCluster
 from pipeline.launch import GroupCluster
-from pipeline.plan import BATCHES_IN_FLIGHT_PER_SLOT
 from pipeline.slots import WorkerSlots, wanted_slots, worker_slots
+from pipeline.store.layout import BATCHES_IN_FLIGHT_PER_SLOT
 
 logger = logging.getLogger(__name__)
 

@@ -8,14 +8,14 @@ import numpy as np
 
 from pipeline.changes import Changes
 from pipeline.ledger import Ledger
-from pipeline.lock import require_lock
 from pipeline.logs import warn_of_image
-from pipeline.plan import ClassLayout, Piece, Size, assign_classes
-from pipeline.schema import REJECTED, RUNS
-from pipeline.settings import extractor_spec, layout_of
 from pipeline.source import fetch
 from pipeline.source.fingerprints import UNREADABLE, Listing
 from pipeline.source.health import SourceWatch
+from pipeline.store.layout import ClassLayout, Piece, Size, assign_classes
+from pipeline.store.lock import require_lock
+from pipeline.store.schema import REJECTED, RUNS
+from pipeline.store.settings import extractor_spec, layout_of
 from pipeline.summary import Progress, Summary
 from pipeline.tasks import WorkPiece
 

@@ -11,12 +11,12 @@ import numpy as np
 import pandas as pd
 
 from pipeline import urls
-from pipeline.chunks import Array
 from pipeline.errors import FeaturemapsError, UsageError
-from pipeline.objects import Place
-from pipeline.plan import Size
-from pipeline.schema import ShapeClass, StoredLayer
-from pipeline.store import Store, open_array
+from pipeline.store.codecs import Array
+from pipeline.store.layout import Size
+from pipeline.store.objects import Place
+from pipeline.store.schema import ShapeClass, StoredLayer
+from pipeline.store.store import Store, open_array
 from pipeline.tables import Table, rows_by_class
 from pipeline.views import decoded, map_sizes
 

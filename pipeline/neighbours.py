@@ -9,9 +9,9 @@ import numpy as np
 import pandas as pd
 
 from pipeline import selection, similarity, tables
-from pipeline.chunks import Array
 from pipeline.entries import Entries
 from pipeline.errors import UsageError
+from pipeline.store.codecs import Array
 from pipeline.tables import Table
 
 

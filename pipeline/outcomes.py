@@ -12,9 +12,9 @@ from pipeline import tasks
 from pipeline.changes import Changes, Entry, is_inaccessible
 from pipeline.ledger import Ledger, has_inaccessible
 from pipeline.logs import warn_of_image
-from pipeline.plan import class_name
-from pipeline.schema import Status
 from pipeline.source.health import SourceWatch
+from pipeline.store.layout import class_name
+from pipeline.store.schema import Status
 from pipeline.summary import Progress, Summary, count
 
 logger = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from pipeline.analysis import FeatureStore
     from pipeline.pictures import Picture
-    from pipeline.schema import StoredLayer
+    from pipeline.store.schema import StoredLayer
 
 MAX_PANELS = 64
 """Maps, images, channels or filters of one figure."""

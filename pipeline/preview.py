@@ -20,10 +20,14 @@ from pipeline.config import Job
 from pipeline.errors import EXIT_COMPLETE, UsageError
 from pipeline.fleet import judge
 from pipeline.forecast import Forecast, end_of_run
-from pipeline.lock import current_holder, last_heard
 from pipeline.machine import local_workers
-from pipeline.objects import Place, free_bytes, place
-from pipeline.plan import (
+from pipeline.run import check_job, compare_with_store, count_statuses, open_for, settle_returned
+from pipeline.slots import planned_slots
+from pipeline.source.dropped import describe_dropped
+from pipeline.source.fetch import Probed, Source, probe_block
+from pipeline.source.fingerprints import Listing
+from pipeline.source.listing import list_collection
+from pipeline.store.layout import (
     ClassLayout,
     Size,
     assign_classes,
@@ -31,15 +35,11 @@ from pipeline.plan import (
     cut_pieces,
     pack_batches,
 )
-from pipeline.run import check_job, compare_with_store, count_statuses, open_for, settle_returned
-from pipeline.schema import REJECTED, ShapeClass, Status
-from pipeline.settings import cost_s, layout_of, needed_size, scratch_bytes
-from pipeline.slots import planned_slots
-from pipeline.source.dropped import describe_dropped
-from pipeline.source.fetch import Probed, Source, probe_block
-from pipeline.source.fingerprints import Listing
-from pipeline.source.listing import list_collection
-from pipeline.store import Store, is_store
+from pipeline.store.lock import current_holder, last_heard
+from pipeline.store.objects import Place, free_bytes, place
+from pipeline.store.schema import REJECTED, ShapeClass, Status
+from pipeline.store.settings import cost_s, layout_of, needed_size, scratch_bytes
+from pipeline.store.store import Store, is_store
 from pipeline.submission import GONE, last_submission
 from pipeline.summary import MAX_BAD, count, describe_bottleneck, printable
 

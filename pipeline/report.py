@@ -15,14 +15,14 @@ from pipeline.analysis import FeatureStore, open_store
 from pipeline.checks import ROUNDING, TF32_ROUNDING
 from pipeline.errors import UsageError
 from pipeline.extract.layers import receptive_field
-from pipeline.lock import current_holder
-from pipeline.objects import Place, put
 from pipeline.report_facts import LIVE, BadImage, Facts, as_summary, count_of, gather, judge, run_facts
 from pipeline.report_html import page
 from pipeline.report_pictures import MAX_VALUES, Histogram, Sample, choose, histograms, samples
-from pipeline.schema import StoredLayer
-from pipeline.settings import VERSION, decode_spec
-from pipeline.store import Store
+from pipeline.store.lock import current_holder
+from pipeline.store.objects import Place, put
+from pipeline.store.schema import StoredLayer
+from pipeline.store.settings import VERSION, decode_spec
+from pipeline.store.store import Store
 from pipeline.summary import printable
 from pipeline.thumbnails import Embedded, data_uri, thumbnails
 

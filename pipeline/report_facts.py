@@ -14,8 +14,8 @@ from typing import Any, Literal
 import numpy as np
 
 from pipeline.errors import EXIT_QUARANTINED
-from pipeline.schema import REJECTED, Status
-from pipeline.store import Store
+from pipeline.store.schema import REJECTED, Status
+from pipeline.store.store import Store
 from pipeline.summary import Summary, count, printable
 
 N_RECEIPTS = 50

@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pipeline import urls
-from pipeline.chunks import Array
 from pipeline.errors import FeaturemapsError
 from pipeline.pictures import bin_edges
-from pipeline.plan import Size
-from pipeline.schema import ShapeClass, Status, StoredLayer
-from pipeline.settings import decode_spec, extractor_spec
-from pipeline.store import Store
+from pipeline.store.codecs import Array
+from pipeline.store.layout import Size
+from pipeline.store.schema import ShapeClass, Status, StoredLayer
+from pipeline.store.settings import decode_spec, extractor_spec
+from pipeline.store.store import Store
 from pipeline.thumbnails import PIXEL_LIMIT, Embedded, Photograph, encode, photographs
 from pipeline.views import decoded, map_sizes
 

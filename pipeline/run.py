@@ -20,22 +20,22 @@ import numpy as np
 from pipeline import changes as ledger_changes
 from pipeline.capacity import WORKER_BASE_BYTES, wanted_limit_bytes
 from pipeline.changes import Changes, Entries
-from pipeline.chunks import Array
 from pipeline.config import Job
-from pipeline.creation import check_folder, create_store, prepare_folder
 from pipeline.errors import StoppedError, UsageError
 from pipeline.extract import kernel
 from pipeline.extract.weights import load_weights
-from pipeline.lock import StoreLock, last_holder, require_lock
-from pipeline.objects import Place, place
-from pipeline.run_ids import new_run_id, next_number
-from pipeline.schema import REJECTED, RUNS, Status, StoreSpec, difference
-from pipeline.settings import VERSION, needed_size, store_spec
 from pipeline.source.decoding import decode_versions
 from pipeline.source.fingerprints import Listing
 from pipeline.source.identity import is_same_folder, is_same_source
 from pipeline.source.listing import list_collection, walks_into
-from pipeline.store import Store, is_store, receipt_ids
+from pipeline.store.codecs import Array
+from pipeline.store.create import check_folder, create_store, prepare_folder
+from pipeline.store.lock import StoreLock, last_holder, require_lock
+from pipeline.store.objects import Place, place
+from pipeline.store.run_ids import new_run_id, next_number
+from pipeline.store.schema import REJECTED, RUNS, Status, StoreSpec, difference
+from pipeline.store.settings import VERSION, needed_size, store_spec
+from pipeline.store.store import Store, is_store, receipt_ids
 from pipeline.summary import Progress, Summary, receipt, working
 from pipeline.urls import Url
 

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from pipeline.chunks import Array
 from pipeline.errors import UsageError
 from pipeline.extract.layers import layer_names
-from pipeline.lookup import similar_names, stored_forms
-from pipeline.schema import LEDGER_COLUMNS, STATISTICS, Status, StoredLayer, StoreSpec
-from pipeline.settings import extractor_spec
+from pipeline.store.codecs import Array
+from pipeline.store.path_index import similar_names, stored_forms
+from pipeline.store.schema import LEDGER_COLUMNS, STATISTICS, Status, StoredLayer, StoreSpec
+from pipeline.store.settings import extractor_spec
 from pipeline.tables import Table, nullable
 
 _LOG = logging.getLogger(__name__)

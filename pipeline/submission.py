@@ -13,8 +13,8 @@ from typing import Any
 
 from pipeline import batch
 from pipeline.errors import StaleWriterError, StoreBusyError
-from pipeline.objects import Place, delete, fetch, modified_s, put, put_json
-from pipeline.schema import RUNS
+from pipeline.store.objects import Place, delete, fetch, modified_s, put, put_json
+from pipeline.store.schema import RUNS
 from pipeline.urls import Url
 
 _NAME = "submitted.json"

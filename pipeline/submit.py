@@ -11,12 +11,12 @@ from pathlib import Path
 
 from pipeline import batch
 from pipeline.cluster import job_name
-from pipeline.creation import prepare_folder
 from pipeline.driver_job import Order, driver_script
 from pipeline.errors import FeaturemapsError, StoreBusyError
-from pipeline.objects import Place, place
 from pipeline.run import count_statuses
-from pipeline.store import Store, is_store
+from pipeline.store.create import prepare_folder
+from pipeline.store.objects import Place, place
+from pipeline.store.store import Store, is_store
 from pipeline.submission import Claim, Submission, last_submission
 
 logger = logging.getLogger(__name__)

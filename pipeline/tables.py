@@ -11,10 +11,10 @@ from typing import TypeAlias
 import numpy as np
 import pandas as pd
 
-from pipeline.chunks import Array
 from pipeline.errors import UsageError
-from pipeline.schema import REJECTED, Status, StoredLayer, stack
-from pipeline.store import Store
+from pipeline.store.codecs import Array
+from pipeline.store.schema import REJECTED, Status, StoredLayer, stack
+from pipeline.store.store import Store
 
 SIZES = ("source_height", "source_width", "input_height", "input_width")
 COLUMNS = ("path", "class", "row", *SIZES, "status", "error")

@@ -16,16 +16,17 @@ from dataclasses import dataclass, field
 import numpy as np
 from distributed import Worker, WorkerPlugin, get_worker
 
-from pipeline import activity, store
-from pipeline.chunks import Array, maps_digest
+from pipeline import activity
 from pipeline.config import ExtractorSpec
 from pipeline.errors import FeaturemapsError, ImageError, PassingFaultError
 from pipeline.extract.layers import layer_names, output_sizes
-from pipeline.objects import place
-from pipeline.plan import ClassLayout, LayerLayout
-from pipeline.schema import STATISTICS, Status, StoredLayer
 from pipeline.source import decoding
 from pipeline.source.fetch import Patience, Source, read_ahead
+from pipeline.store import store
+from pipeline.store.codecs import Array, maps_digest
+from pipeline.store.layout import ClassLayout, LayerLayout
+from pipeline.store.objects import place
+from pipeline.store.schema import STATISTICS, Status, StoredLayer
 
 KEPT_BYTES = 16 * 1024**2
 """Maps of earlier runs that are read at once, about."""

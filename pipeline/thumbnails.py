@@ -22,12 +22,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageFile
 
-from pipeline.chunks import Array
 from pipeline.config import DecodeSpec
 from pipeline.errors import FeaturemapsError, ImageError
 from pipeline.source.decoding import decode
 from pipeline.source.fetch import Patience, Source, read_bytes, read_current
 from pipeline.source.names import absolute_path, absolute_url
+from pipeline.store.codecs import Array
 from pipeline.urls import Url, is_url
 
 PIXEL_LIMIT = 20_000_000

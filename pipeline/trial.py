@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from pipeline.schema import Status
 from pipeline.source.fetch import Probed
+from pipeline.store.schema import Status
 from pipeline.tasks import PieceResult, WorkPiece
 
 GUILTY = (

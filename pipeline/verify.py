@@ -30,20 +30,20 @@ from pipeline.checks import (
     recompute,
     shards,
 )
-from pipeline.chunks import Array
-from pipeline.lock import StoreLock, require_lock
 from pipeline.machine import local_workers
-from pipeline.objects import Place
-from pipeline.run_ids import new_run_id
-from pipeline.schema import (
+from pipeline.source.health import SourceWatch
+from pipeline.store.codecs import Array
+from pipeline.store.lock import StoreLock, require_lock
+from pipeline.store.objects import Place
+from pipeline.store.run_ids import new_run_id
+from pipeline.store.schema import (
     EXTRACTOR,
     LEDGER_COLUMNS,
     REJECTED,
     RUNS,
     Status,
 )
-from pipeline.source.health import SourceWatch
-from pipeline.store import Store
+from pipeline.store.store import Store
 from pipeline.summary import printable
 
 MAX_FINDINGS = 1000

@@ -11,16 +11,16 @@ import numpy as np
 import xarray as xr
 
 from pipeline import urls
-from pipeline.chunks import Array
 from pipeline.errors import FeaturemapsError, ImageError, UsageError
 from pipeline.extract.layers import layer_names, output_sizes, receptive_field
 from pipeline.extract.weights import dequantise
-from pipeline.plan import Size
-from pipeline.schema import LEDGER_COLUMNS, STATISTICS, ShapeClass, Status, StoredLayer
-from pipeline.settings import decode_spec, extractor_spec
 from pipeline.source.decoding import decode
 from pipeline.source.fetch import Source, read_current
-from pipeline.store import Store
+from pipeline.store.codecs import Array
+from pipeline.store.layout import Size
+from pipeline.store.schema import LEDGER_COLUMNS, STATISTICS, ShapeClass, Status, StoredLayer
+from pipeline.store.settings import decode_spec, extractor_spec
+from pipeline.store.store import Store
 
 
 def class_dataset(store: Store, shape_class: ShapeClass, layers: Sequence[StoredLayer]) -> xr.Dataset:

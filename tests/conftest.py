@@ -17,8 +17,8 @@ from pipeline.cluster import connect
 from pipeline.cluster_spec import LocalSpec
 from pipeline.config import make_job
 from pipeline.run import run_job
-from pipeline.schema import REJECTED, Status
-from pipeline.store import Store
+from pipeline.store.schema import REJECTED, Status
+from pipeline.store.store import Store
 from tests.kubernetes_stand_in import kubernetes_api
 
 

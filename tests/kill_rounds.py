@@ -26,9 +26,9 @@ import psutil
 import yaml
 from distributed import Client
 
-from pipeline.lock import current_holder
-from pipeline.schema import RUNS, Status
-from pipeline.store import Store
+from pipeline.store.lock import current_holder
+from pipeline.store.schema import RUNS, Status
+from pipeline.store.store import Store
 from tests.conftest import content, make_images
 
 EMBEDDED = ("driver", "worker")

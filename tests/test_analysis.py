@@ -19,8 +19,8 @@ from pipeline import open_store
 from pipeline.config import make_job
 from pipeline.errors import FeaturemapsError, UsageError
 from pipeline.run import run_job
-from pipeline.schema import Status
-from pipeline.store import Store
+from pipeline.store.schema import Status
+from pipeline.store.store import Store
 from tests.conftest import make_images
 
 pytestmark = pytest.mark.cluster
@@ -159,7 +159,7 @@ def test_a_dataset_is_lazy_decoded_and_chunked_like_the_store(folder, monkeypatc
 
 
 def test_a_chunk_of_a_dataset_is_a_whole_shard(client, tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.plan.MAX_SHARD_ROWS", 4)
+    monkeypatch.setattr("pipeline.store.layout.MAX_SHARD_ROWS", 4)
     source = make_images(tmp_path / "source", 10, [(50, 60)])
     run_job(make_job({"source": str(source), "store": str(tmp_path / "f.zarr")}), client)
     assert Store(tmp_path / "f.zarr").classes[50, 60].layout.shard_rows == 4
@@ -266,7 +266,7 @@ def test_an_image_has_its_maps_and_pooled_values_in_memory(folder):
 
 
 def test_an_image_of_a_padded_class_is_cropped_to_its_own_extent(client, folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.plan.assign_classes.__defaults__", (1,))
+    monkeypatch.setattr("pipeline.store.layout.assign_classes.__defaults__", (1,))
     run_job(make_job({"source": str(folder / "source"), "store": str(tmp_path / "f.zarr")}), client)
     padded, exact = open_store(tmp_path / "f.zarr"), open_store(folder / "plain.zarr")
     assert len(padded.classes) < 4

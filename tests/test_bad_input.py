@@ -23,8 +23,8 @@ from safetensors.numpy import save_file
 from pipeline import open_store
 from pipeline.config import make_job
 from pipeline.run import run_job
-from pipeline.schema import REJECTED, Status
-from pipeline.store import Store
+from pipeline.store.schema import REJECTED, Status
+from pipeline.store.store import Store
 from tests.conftest import content, make_images
 
 pytestmark = pytest.mark.cluster

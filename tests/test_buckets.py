@@ -20,24 +20,25 @@ import psutil
 import pytest
 import xarray as xr
 
-from pipeline import lock, objects, open_store
+from pipeline import open_store
 from pipeline.cluster import connect
 from pipeline.cluster_spec import LocalSpec
 from pipeline.config import make_job
 from pipeline.errors import FeaturemapsError, StaleWriterError, StoreBusyError, UsageError
-from pipeline.holder import Holder
-from pipeline.lock import LOCK_TTL_S, StoreLock, current_holder, holds, require_lock
-from pipeline.objects import Place, children, each, exists, place, read_json, remove_folder
 from pipeline.report import write_report
 from pipeline.run import run_job
-from pipeline.schema import RUNS
 from pipeline.source import fetch
 from pipeline.source.listing import list_collection
-from pipeline.store import Store
+from pipeline.store import lock, objects
+from pipeline.store.lock import LOCK_TTL_S, StoreLock, current_holder, holds, require_lock
+from pipeline.store.lock_owner import Holder
+from pipeline.store.objects import Place, children, each, exists, place, read_json, remove_folder
+from pipeline.store.schema import RUNS
+from pipeline.store.store import Store
+from pipeline.store.vacuum import vacuum_store
 from pipeline.submission import Claim, Submission, last_submission
 from pipeline.urls import ConflictError, Url, errors
 from pipeline.urls import connect as connect_bucket
-from pipeline.vacuum import vacuum_store
 from pipeline.verify import verify_store
 from tests.conftest import content, make_images
 from tests.kill_rounds import wait_until
@@ -483,7 +484,7 @@ def test_a_late_driver_overwrites_nothing_of_its_successors_ledger(workers, pict
                 Store(store_url).commit(group, np.array([0]), {"error": np.array(["of the successor"], object)})
             return found
 
-        patch.setattr("pipeline.store.fetch", fetch_then_lose)
+        patch.setattr("pipeline.store.store.fetch", fetch_then_lose)
         with pytest.raises(StaleWriterError, match="another run has taken the store over"):
             late.commit(group, np.array([1]), {"error": np.array(["late"], object), "status": np.array([2], np.uint8)})
     assert Store(store_url).column(group, "error").tolist()[:2] == ["of the successor", ""]

@@ -27,10 +27,10 @@ from pipeline.dask_settings import DASK_SETTINGS
 from pipeline.errors import UsageError
 from pipeline.preview import plan_job
 from pipeline.run import run_job
-from pipeline.schema import Status
-from pipeline.settings import scratch_bytes
 from pipeline.slots import ROLES
-from pipeline.store import Store
+from pipeline.store.schema import Status
+from pipeline.store.settings import scratch_bytes
+from pipeline.store.store import Store
 from tests.test_plan import layout_for
 
 

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from pipeline.changes import Changes, Entries, Entry, check_removals, compare
 from pipeline.errors import UsageError
-from pipeline.schema import Status
 from pipeline.source.fingerprints import UNREADABLE
+from pipeline.store.schema import Status
 
 PENDING, DONE, QUARANTINED, REMOVED, SUPERSEDED = Status
 

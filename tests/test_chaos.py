@@ -49,7 +49,7 @@ def small_batches(monkeypatch):
     """Something is done, and something is left to do, when the first progress comes."""
     monkeypatch.setattr("pipeline.driver.COMMIT_S", 0.02)
     monkeypatch.setattr("pipeline.fleet.BATCHES_IN_FLIGHT_PER_SLOT", 1)
-    monkeypatch.setattr("pipeline.plan.MIN_BATCH_S", 0.005)
+    monkeypatch.setattr("pipeline.store.layout.MIN_BATCH_S", 0.005)
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from pipeline.chunks import array_document, compress, decompress, encode_shard, pad
 from pipeline.errors import FeaturemapsError
+from pipeline.store.codecs import array_document, compress, decompress, encode_shard, pad
 
 NUMBERS = ("uint8", "uint16", "float16", "float32", "int32", "int64")
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)

@@ -16,10 +16,10 @@ import pytest
 from pipeline import __version__, cli, terminal
 from pipeline.config import LayerSpec, make_job
 from pipeline.errors import FeaturemapsError, StoreBusyError
-from pipeline.lock import StoreLock
 from pipeline.run import run_job
-from pipeline.schema import RUNS
-from pipeline.store import Store
+from pipeline.store.lock import StoreLock
+from pipeline.store.schema import RUNS
+from pipeline.store.store import Store
 from pipeline.summary import Progress, Summary, describe
 from tests.conftest import make_images
 

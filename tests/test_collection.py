@@ -31,12 +31,12 @@ from hypothesis import strategies as st
 from pipeline import patterns
 from pipeline.config import load_job
 from pipeline.errors import UsageError
-from pipeline.objects import place
 from pipeline.source import listing as collection
 from pipeline.source.fingerprints import Listing
 from pipeline.source.identity import absolute_source, is_same_source
 from pipeline.source.listing import SUFFIXES, list_collection, walks_into
 from pipeline.source.names import absolute_path, decode_path, encode_path
+from pipeline.store.objects import place
 from pipeline.urls import Meta, Url
 
 HOSTILE_NAMES = [

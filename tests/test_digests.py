@@ -15,9 +15,9 @@ from pipeline.config import make_job
 from pipeline.errors import FeaturemapsError
 from pipeline.preview import plan_job
 from pipeline.run import run_job
-from pipeline.schema import Status
 from pipeline.source import fetch
-from pipeline.store import Store
+from pipeline.store.schema import Status
+from pipeline.store.store import Store
 from tests.conftest import content, make_images
 
 pytestmark = pytest.mark.cluster

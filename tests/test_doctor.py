@@ -23,9 +23,9 @@ from pipeline.doctor import diagnose
 from pipeline.errors import UsageError
 from pipeline.extract import kernel
 from pipeline.findings import Finding, look
-from pipeline.lock import StoreLock
-from pipeline.objects import place
 from pipeline.preview import Preview
+from pipeline.store.lock import StoreLock
+from pipeline.store.objects import place
 from pipeline.urls import connect as connect_bucket
 from pipeline.versions import own_versions
 from tests.conftest import make_images

@@ -17,7 +17,7 @@ from PIL import Image
 from pipeline.config import DecodeSpec
 from pipeline.source.decoding import decode, probe
 from pipeline.source.dropped import describe_dropped
-from pipeline.store import Store
+from pipeline.store.store import Store
 from tests.conftest import make_images
 
 RNG = np.random.default_rng(0)

@@ -12,8 +12,8 @@ from distributed import Client
 from pipeline.config import make_job
 from pipeline.errors import FeaturemapsError
 from pipeline.run import run_job
-from pipeline.schema import RUNS
-from pipeline.store import Store
+from pipeline.store.schema import RUNS
+from pipeline.store.store import Store
 from tests.conftest import make_images
 from tests.kill_rounds import Cluster, done_rows, hashed_content, litter, marked, prepare, run_round, wait_until, worker_processes
 

@@ -9,9 +9,9 @@ import time
 
 import pytest
 
-from pipeline import lock
 from pipeline.errors import FeaturemapsError, StaleWriterError, StoreBusyError
-from pipeline.lock import LOCK_TTL_S, Holder, StoreLock, current_holder, holds, require_lock
+from pipeline.store import lock
+from pipeline.store.lock import LOCK_TTL_S, Holder, StoreLock, current_holder, holds, require_lock
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def runs(tmp_path):
 
 HOLD = """
 import pathlib, sys, time
-from pipeline.lock import StoreLock
+from pipeline.store.lock import StoreLock
 StoreLock(pathlib.Path(sys.argv[1]), "other")
 print("held", flush=True)
 time.sleep(60)
@@ -109,7 +109,7 @@ def test_a_lock_that_cannot_be_understood_is_refused(runs):
 
 def test_only_one_of_many_contenders_wins(runs):
     code = (
-        "import sys, pathlib; from pipeline.lock import StoreLock\n"
+        "import sys, pathlib; from pipeline.store.lock import StoreLock\n"
         "from pipeline.errors import StoreBusyError\n"
         "try:\n    StoreLock(pathlib.Path(sys.argv[1]), sys.argv[2]); print('won', flush=True); sys.stdin.read()\n"
         "except StoreBusyError:\n    print('busy')\n"

@@ -11,7 +11,7 @@ import pytest
 
 from pipeline import logs
 from pipeline.outcomes import note_batch
-from pipeline.schema import Status
+from pipeline.store.schema import Status
 from pipeline.summary import Progress, Summary, working
 from pipeline.tasks import BatchResult, PieceResult, WorkPiece
 

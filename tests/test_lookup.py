@@ -8,14 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline import lookup
-from pipeline.chunks import compress, decompress_bytes, find_text
-from pipeline.creation import create_store, prepare_folder
 from pipeline.errors import FeaturemapsError
-from pipeline.lookup import PathIndex, similar_names, stored_name
-from pipeline.plan import class_layout
-from pipeline.schema import COLUMN_ROWS, REJECTED, Status, stack
-from pipeline.store import Store
+from pipeline.store import path_index
+from pipeline.store.codecs import compress, decompress_bytes, find_text
+from pipeline.store.create import create_store, prepare_folder
+from pipeline.store.layout import class_layout
+from pipeline.store.path_index import PathIndex, similar_names, stored_name
+from pipeline.store.schema import COLUMN_ROWS, REJECTED, Status, stack
+from pipeline.store.store import Store
 from tests.test_store import spec_of
 
 NAMES = [f"train/{i % 7}/n{i:05d}.jpg" for i in range(COLUMN_ROWS + 50)]
@@ -51,7 +51,7 @@ def store(tmp_path) -> Store:
 
 @pytest.mark.parametrize("scans", [0, 10_000])
 def test_an_image_is_found_by_the_ledgers_bytes_and_by_the_index(store, monkeypatch, scans):
-    monkeypatch.setattr(lookup, "SCANS", scans)
+    monkeypatch.setattr(path_index, "SCANS", scans)
     index = PathIndex(store)
     for i in (0, 1, COLUMN_ROWS - 1, COLUMN_ROWS, len(NAMES) - 1):
         assert index.find(NAMES[i]) == ("28x28", i)
@@ -66,7 +66,7 @@ def test_an_image_is_found_by_the_ledgers_bytes_and_by_the_index(store, monkeypa
 
 
 def test_the_index_is_made_after_some_lookups_and_finds_the_same(store, monkeypatch):
-    monkeypatch.setattr(lookup, "SCANS", 3)
+    monkeypatch.setattr(path_index, "SCANS", 3)
     index = PathIndex(store)
     for i in random.Random(0).sample(range(len(NAMES)), 10):
         assert index.find(NAMES[i]) == ("28x28", i)

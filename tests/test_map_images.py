@@ -29,7 +29,7 @@ def folder(client, tmp_path_factory):
     source = make_images(folder / "source", 12, SIZES)
     run_job(make_job({"source": str(source), "store": str(folder / "plain.zarr"), "dtype": "uint8"}), client)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipeline.plan.assign_classes.__defaults__", (0,))
+        patch.setattr("pipeline.store.layout.assign_classes.__defaults__", (0,))
         extractor = {"layers": LAYERS, "outputs": ["conv1", "conv2"]}
         run_job(make_job({"source": str(source), "store": str(folder / "padded.zarr"), "extractor": extractor}), client)
     return folder

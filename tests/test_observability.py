@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.store import Store
+from pipeline.store.store import Store
 from tests.batch_services import debian_program
 from tests.conftest import make_images
 from tests.services import free_port, serving

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import FeaturemapsError
-from pipeline.plan import (
+from pipeline.store.layout import (
     BATCH_BYTES,
     DRIVER_S,
     MAX_SHARD_ROWS,

@@ -12,11 +12,11 @@ from pipeline import preview
 from pipeline.capacity import WORKER_BASE_BYTES, wanted_limit_bytes
 from pipeline.config import load_job, make_job
 from pipeline.errors import FeaturemapsError, UsageError
-from pipeline.lock import StoreLock
 from pipeline.preview import plan_job, store_status
 from pipeline.run import run_job
-from pipeline.schema import REJECTED, RUNS, Status
-from pipeline.store import Store
+from pipeline.store.lock import StoreLock
+from pipeline.store.schema import REJECTED, RUNS, Status
+from pipeline.store.store import Store
 from tests.conftest import make_images
 
 pytestmark = pytest.mark.cluster
@@ -70,7 +70,7 @@ def test_a_plan_is_what_run_then_does_and_changes_nothing(client, source, tmp_pa
 
 
 def test_a_plan_for_an_existing_store_counts_what_is_left_to_do(client, tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.plan.MAX_SHARD_ROWS", 4)
+    monkeypatch.setattr("pipeline.store.layout.MAX_SHARD_ROWS", 4)
     source = make_images(tmp_path / "source", 10, [(50, 60)])
     job = job_of(source, tmp_path / "f.zarr")
     run_job(job, client)

@@ -14,8 +14,8 @@ from pipeline.config import make_job
 from pipeline.errors import FeaturemapsError
 from pipeline.progress_watch import MAX_LOSSES, ProgressWatch
 from pipeline.run import run_job
-from pipeline.schema import RUNS
 from pipeline.source import decoding
+from pipeline.store.schema import RUNS
 from tests.conftest import content, make_images
 
 A, B = "process-RUN-0", "process-RUN-1"

@@ -15,20 +15,20 @@ import numpy as np
 import pytest
 
 from pipeline import open_store, report
-from pipeline.chunks import Array
 from pipeline.config import make_job
-from pipeline.creation import create_store, prepare_folder
 from pipeline.errors import EXIT_USAGE, FeaturemapsError, UsageError
 from pipeline.extract.weights import load_weights
-from pipeline.lock import StoreLock
-from pipeline.objects import Place
 from pipeline.report import write_report
 from pipeline.report_facts import Facts, code_of, gather, judge, run_facts
 from pipeline.report_pictures import choose
 from pipeline.run import new_run_id
-from pipeline.schema import Status
-from pipeline.settings import store_spec
-from pipeline.store import Store
+from pipeline.store.codecs import Array
+from pipeline.store.create import create_store, prepare_folder
+from pipeline.store.lock import StoreLock
+from pipeline.store.objects import Place
+from pipeline.store.schema import Status
+from pipeline.store.settings import store_spec
+from pipeline.store.store import Store
 from pipeline.summary import Summary, receipt
 from tests.conftest import make_images
 from tests.hostile import png

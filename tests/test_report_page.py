@@ -16,8 +16,8 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 from pipeline.config import make_job
 from pipeline.report import write_report
 from pipeline.run import run_job
-from pipeline.schema import REJECTED
-from pipeline.store import Store
+from pipeline.store.schema import REJECTED
+from pipeline.store.store import Store
 from pipeline.summary import printable
 from tests.batch_services import debian_program
 from tests.conftest import make_images

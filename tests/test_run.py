@@ -17,11 +17,11 @@ from pipeline import open_store
 from pipeline.capacity import WORKER_BASE_BYTES, wanted_limit_bytes
 from pipeline.config import make_job
 from pipeline.errors import FeaturemapsError, StoreBusyError, UsageError
-from pipeline.lock import StoreLock
 from pipeline.preview import plan_job
 from pipeline.run import run_job
-from pipeline.schema import RUNS, Status, stack
-from pipeline.store import Store
+from pipeline.store.lock import StoreLock
+from pipeline.store.schema import RUNS, Status, stack
+from pipeline.store.store import Store
 from pipeline.summary import describe_news
 from tests.conftest import TWELVE_SIZES, content, make_images
 
@@ -167,8 +167,8 @@ def test_changed_vanished_and_returning_images(run, tmp_path):
 
 def test_padded_classes_hold_the_same_maps(run, twelve_sizes, tmp_path, monkeypatch):
     run(twelve_sizes)
-    monkeypatch.setattr("pipeline.plan.MAX_EXACT_CLASSES", 3)
-    monkeypatch.setattr("pipeline.plan.assign_classes.__defaults__", (3,))
+    monkeypatch.setattr("pipeline.store.layout.MAX_EXACT_CLASSES", 3)
+    monkeypatch.setattr("pipeline.store.layout.assign_classes.__defaults__", (3,))
     run(twelve_sizes, tmp_path / "padded.zarr")
     store = Store(tmp_path / "padded.zarr")
     assert {c.kind for c in store.classes.values()} == {"exact", "padded"}

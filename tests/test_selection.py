@@ -16,8 +16,8 @@ from pipeline.analysis import FeatureStore
 from pipeline.config import make_job
 from pipeline.errors import UsageError
 from pipeline.run import run_job
-from pipeline.schema import Status
-from pipeline.store import Store
+from pipeline.store.schema import Status
+from pipeline.store.store import Store
 from pipeline.tables import write_parquet
 from tests.conftest import make_images
 

@@ -10,8 +10,8 @@ from safetensors.numpy import save_file
 from pipeline.config import DecodeSpec, ExtractorSpec, LayerSpec, make_job
 from pipeline.errors import UsageError
 from pipeline.extract.weights import load_weights, weights_digest
-from pipeline.schema import difference
-from pipeline.settings import (
+from pipeline.store.schema import difference
+from pipeline.store.settings import (
     cost_s,
     decode_spec,
     extractor_spec,

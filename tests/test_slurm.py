@@ -18,7 +18,7 @@ from pipeline.cluster import connect
 from pipeline.cluster_spec import load_cluster
 from pipeline.config import make_job
 from pipeline.run import run_job
-from pipeline.store import Store, is_store
+from pipeline.store.store import Store, is_store
 from tests.batch_services import slurm, wait_for
 from tests.conftest import content, make_images
 

@@ -211,7 +211,7 @@ def test_a_run_whose_scheduler_is_restarted_ends_with_a_message_and_the_next_one
 
 def done_of(path: Path) -> int:
     from pipeline.run import count_statuses
-    from pipeline.store import Store, is_store
+    from pipeline.store.store import Store, is_store
 
     time.sleep(0.2)
     return count_statuses(Store(path))["done"] if is_store(path) else 0

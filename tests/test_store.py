@@ -24,15 +24,15 @@ import zarr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline import creation, objects, schema
-from pipeline import store as store_module
-from pipeline.creation import create_store, prepare_folder
 from pipeline.errors import FeaturemapsError, StaleWriterError, UsageError
 from pipeline.extract.weights import dequantise, quantisation
-from pipeline.lock import LOCK_TTL_S, require_lock
-from pipeline.objects import free_bytes, put, read_json
-from pipeline.plan import ClassLayout, LayerLayout, class_layout, class_name
-from pipeline.schema import (
+from pipeline.store import create, objects, schema
+from pipeline.store import store as store_module
+from pipeline.store.create import create_store, prepare_folder
+from pipeline.store.layout import ClassLayout, LayerLayout, class_layout, class_name
+from pipeline.store.lock import LOCK_TTL_S, require_lock
+from pipeline.store.objects import free_bytes, put, read_json
+from pipeline.store.schema import (
     COLUMN_ROWS,
     EXTRACTOR,
     FORMAT,
@@ -46,7 +46,7 @@ from pipeline.schema import (
     pooled_chunk,
     stack,
 )
-from pipeline.store import Store, is_store, read_maps, write_maps
+from pipeline.store.store import Store, is_store, read_maps, write_maps
 
 DTYPES = ("float32", "float16", "uint16", "uint8")
 RUN = "20261123T000000Z-0"
@@ -520,7 +520,7 @@ def crash_after(n_puts: int, *, torn: bool = False) -> Iterator[None]:
 
     with (
         patch.object(store_module, "put", put_or_crash),
-        patch.object(creation, "put", put_or_crash),
+        patch.object(create, "put", put_or_crash),
         patch.object(objects, "put", put_or_crash),
     ):
         yield

@@ -19,12 +19,12 @@ import yaml
 from pipeline import attend, submission
 from pipeline.attend import Attempt
 from pipeline.config import make_job
-from pipeline.creation import prepare_folder
 from pipeline.driver_job import Order, driver_script
 from pipeline.errors import EXIT_FAILED, EXIT_RUN_AGAIN, FeaturemapsError, StoreBusyError
 from pipeline.run import run_job
-from pipeline.run_ids import next_number
-from pipeline.store import receipt_ids
+from pipeline.store.create import prepare_folder
+from pipeline.store.run_ids import next_number
+from pipeline.store.store import receipt_ids
 from pipeline.submission import last_submission
 from pipeline.submit import adopt, submit
 from pipeline.terminal import stop_on_signal

@@ -14,15 +14,15 @@ from distributed.core import Status as WorkerStatus
 
 from pipeline import tasks
 from pipeline.config import DecodeSpec, make_job
-from pipeline.creation import create_store, prepare_folder
 from pipeline.errors import PassingFaultError, StaleWriterError
 from pipeline.extract.weights import load_weights
-from pipeline.lock import StoreLock
-from pipeline.schema import RUNS, Status, stack
-from pipeline.settings import extractor_spec, layout_of, store_spec
 from pipeline.source import fetch
 from pipeline.source.fetch import Source
 from pipeline.source.listing import list_collection
+from pipeline.store.create import create_store, prepare_folder
+from pipeline.store.lock import StoreLock
+from pipeline.store.schema import RUNS, Status, stack
+from pipeline.store.settings import extractor_spec, layout_of, store_spec
 from pipeline.tasks import ExtractorPlugin, Target, WorkPiece, extract, keep_memory, maps_digest, process, read, write
 from tests.conftest import make_images
 

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import lock
 from pipeline.analysis import FeatureStore
 from pipeline.errors import StoreBusyError
-from pipeline.lock import Holder, StoreLock, current_holder
 from pipeline.preview import store_status
 from pipeline.report_facts import gather
-from pipeline.run_ids import next_number, run_number, run_order
-from pipeline.store import Store
+from pipeline.store import lock
+from pipeline.store.lock import Holder, StoreLock, current_holder
+from pipeline.store.run_ids import next_number, run_number, run_order
+from pipeline.store.store import Store
 from pipeline.submission import Claim, Submission
 from tests.conftest import make_images
 
@@ -34,8 +34,8 @@ class Shifted(module.datetime):
 
 import pipeline.run, pipeline.summary
 pipeline.run.datetime = pipeline.summary.datetime = Shifted
-if "pipeline.run_ids" in sys.modules:
-    sys.modules["pipeline.run_ids"].datetime = Shifted
+if "pipeline.store.run_ids" in sys.modules:
+    sys.modules["pipeline.store.run_ids"].datetime = Shifted
 from pipeline.cli import main
 main()
 """

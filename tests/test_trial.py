@@ -12,11 +12,11 @@ from pipeline import dask_settings
 from pipeline.cluster import connect
 from pipeline.cluster_spec import LocalSpec
 from pipeline.config import make_job
-from pipeline.plan import class_layout
 from pipeline.run import run_job
-from pipeline.schema import Status
 from pipeline.source import decoding
 from pipeline.source.fetch import Probed
+from pipeline.store.layout import class_layout
+from pipeline.store.schema import Status
 from pipeline.tasks import WorkPiece
 from pipeline.trial import GUILTY, HeaderTrial, Trial
 from tests.conftest import content, make_images

@@ -15,14 +15,15 @@ import numpy as np
 import pytest
 import zarr
 
-from pipeline import objects, open_store
+from pipeline import open_store
 from pipeline.config import make_job
 from pipeline.errors import StoreBusyError, UsageError
-from pipeline.lock import StoreLock
 from pipeline.run import run_job
-from pipeline.schema import RUNS, Status
-from pipeline.store import Store
-from pipeline.vacuum import vacuum_store
+from pipeline.store import objects
+from pipeline.store.lock import StoreLock
+from pipeline.store.schema import RUNS, Status
+from pipeline.store.store import Store
+from pipeline.store.vacuum import vacuum_store
 from pipeline.verify import verify_store
 from tests.conftest import content, make_images
 
@@ -40,8 +41,8 @@ def made(client, tmp_path_factory):
     make_images(source / "b", 3, [(30, 60)])
     job = make_job({"source": str(source), "store": str(folder / "f.zarr"), "max_removed": 1.0})
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr("pipeline.plan.SHARD_BYTES", 3 * 2 * 32 * 42 * 4)
-        monkeypatch.setattr("pipeline.plan.MIN_CHUNK_BYTES", 1)
+        monkeypatch.setattr("pipeline.store.layout.SHARD_BYTES", 3 * 2 * 32 * 42 * 4)
+        monkeypatch.setattr("pipeline.store.layout.MIN_CHUNK_BYTES", 1)
         run_job(job, client)
     for name in GONE:
         (folder / "away" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -179,8 +180,8 @@ def crash_after(n: int) -> Iterator[None]:
         return call
 
     with (
-        patch("pipeline.store.put", or_crash(objects.put)),
-        patch("pipeline.vacuum.delete", or_crash(objects.delete)),
+        patch("pipeline.store.store.put", or_crash(objects.put)),
+        patch("pipeline.store.vacuum.delete", or_crash(objects.delete)),
     ):
         yield
 
@@ -215,7 +216,7 @@ def test_a_kill_at_any_put_or_deletion_leaves_a_sound_store(client, mine, whole,
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from pipeline import objects, store, vacuum
+from pipeline.store import objects; from pipeline.store import store; from pipeline.store import vacuum
 
 left = int(sys.argv[2])
 

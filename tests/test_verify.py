@@ -13,14 +13,15 @@ import numpy as np
 import pytest
 import zarr
 
-from pipeline import objects, open_store, verify
+from pipeline import open_store, verify
 from pipeline.config import make_job
 from pipeline.errors import FeaturemapsError, StoreBusyError, UsageError
-from pipeline.lock import StoreLock
 from pipeline.run import run_job
-from pipeline.schema import RUNS, Status
-from pipeline.store import Store, is_store
-from pipeline.vacuum import vacuum_store
+from pipeline.store import objects
+from pipeline.store.lock import StoreLock
+from pipeline.store.schema import RUNS, Status
+from pipeline.store.store import Store, is_store
+from pipeline.store.vacuum import vacuum_store
 from pipeline.verify import verify_store
 from tests.conftest import content, make_images
 
@@ -315,7 +316,7 @@ def crash_after(n: int):
             raise Crash
         objects.put(path, *parts, **options)
 
-    with patch("pipeline.store.put", put_or_crash):
+    with patch("pipeline.store.store.put", put_or_crash):
         yield
 
 

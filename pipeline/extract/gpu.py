@@ -18,7 +18,7 @@ from pipeline.errors import FeaturemapsError
 from pipeline.extract.cpu import Extractor, Pooled, check_range, pixels, pool, quantise
 from pipeline.extract.layers import layer_names, output_sizes
 from pipeline.extract.weights import Array
-from pipeline.plan import GPU_STAGES, gpu_batch
+from pipeline.store.layout import GPU_STAGES, gpu_batch
 
 if TYPE_CHECKING:
     from pipeline.config import ExtractorSpec

@@ -9,14 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.chunks import Array
 from pipeline.errors import FeaturemapsError
-from pipeline.lock import StoreLock, require_lock
-from pipeline.objects import Place, delete, size_bytes
-from pipeline.plan import ClassLayout, LayerLayout, group_by_shard
-from pipeline.run_ids import new_run_id
-from pipeline.schema import RUNS, STATISTICS, ShapeClass, Status, StoredLayer, encode_rows, object_keys, stack
-from pipeline.store import Store, read_maps, write_maps
+from pipeline.store.codecs import Array
+from pipeline.store.layout import ClassLayout, LayerLayout, group_by_shard
+from pipeline.store.lock import StoreLock, require_lock
+from pipeline.store.objects import Place, delete, size_bytes
+from pipeline.store.run_ids import new_run_id
+from pipeline.store.schema import RUNS, STATISTICS, ShapeClass, Status, StoredLayer, encode_rows, object_keys, stack
+from pipeline.store.store import Store, read_maps, write_maps
 
 
 @dataclass(slots=True)

@@ -12,8 +12,8 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from pipeline.chunks import Array, array_document, compress, encode_shard, pad
-from pipeline.plan import ClassLayout, LayerLayout, Size, class_name
+from pipeline.store.codecs import Array, array_document, compress, encode_shard, pad
+from pipeline.store.layout import ClassLayout, LayerLayout, Size, class_name
 
 FORMAT = 1
 COLUMN_ROWS = 16_384

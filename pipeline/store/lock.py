@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import FeaturemapsError, StaleWriterError, StoreBusyError, UsageError
-from pipeline.holder import Holder, held
-from pipeline.objects import Place
+from pipeline.store.lock_owner import Holder, held
+from pipeline.store.objects import Place
 from pipeline.urls import ConflictError, Url
 
 logger = logging.getLogger(__name__)

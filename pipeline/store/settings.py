@@ -9,14 +9,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from pipeline.chunks import Array
 from pipeline.config import POOLED, DecodeSpec, ExtractorSpec, Job
 from pipeline.extract import kernel
 from pipeline.extract.layers import layer_names, output_bounds, output_sizes, receptive_field
 from pipeline.extract.weights import RANGE_MARGIN, TF32_MARGIN, quantisation, weights_digest
-from pipeline.plan import ClassLayout, Size, class_layout, image_cost_s
-from pipeline.schema import StoredLayer, StoreSpec, with_digest
 from pipeline.source.identity import absolute_source
+from pipeline.store.codecs import Array
+from pipeline.store.layout import ClassLayout, Size, class_layout, image_cost_s
+from pipeline.store.schema import StoredLayer, StoreSpec, with_digest
 
 DECODER = "pillow"
 VERSION = version("featuremaps")

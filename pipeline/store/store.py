@@ -15,10 +15,11 @@ import zarr
 from zarr.storage import ObjectStore
 
 from pipeline import urls
-from pipeline.chunks import Array, compress, decompress
 from pipeline.errors import FeaturemapsError, StaleWriterError, UsageError
-from pipeline.lock import LOCK_TTL_S, require_lock
-from pipeline.objects import (
+from pipeline.store.codecs import Array, compress, decompress
+from pipeline.store.layout import ClassLayout, LayerLayout, Size, class_name
+from pipeline.store.lock import LOCK_TTL_S, require_lock
+from pipeline.store.objects import (
     Place,
     children,
     condition_of,
@@ -34,9 +35,8 @@ from pipeline.objects import (
     read_json,
     remove_folder,
 )
-from pipeline.plan import ClassLayout, LayerLayout, Size, class_name
-from pipeline.run_ids import run_order
-from pipeline.schema import (
+from pipeline.store.run_ids import run_order
+from pipeline.store.schema import (
     CLASS_NAME,
     EXTRACTOR,
     FORMAT,

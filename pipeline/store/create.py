@@ -6,10 +6,10 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from pipeline.chunks import Array, compress
 from pipeline.errors import UsageError
-from pipeline.objects import Place, children, exists, make_folder, put, put_json, remove_folder
-from pipeline.schema import (
+from pipeline.store.codecs import Array, compress
+from pipeline.store.objects import Place, children, exists, make_folder, put, put_json, remove_folder
+from pipeline.store.schema import (
     EXTRACTOR,
     REJECTED,
     REJECTED_COLUMNS,
@@ -21,7 +21,7 @@ from pipeline.schema import (
     root_document,
     weights_document,
 )
-from pipeline.store import Store, is_store
+from pipeline.store.store import Store, is_store
 
 
 def check_folder(path: Place) -> None:

@@ -12,12 +12,12 @@ from threading import Lock
 
 import numpy as np
 
-from pipeline.chunks import Array, decompress_bytes, find_text, texts
 from pipeline.errors import FeaturemapsError
-from pipeline.objects import each, fetch
-from pipeline.schema import COLUMN_ROWS, REJECTED, Status, object_key
 from pipeline.source.names import encode_path
-from pipeline.store import Store
+from pipeline.store.codecs import Array, decompress_bytes, find_text, texts
+from pipeline.store.objects import each, fetch
+from pipeline.store.schema import COLUMN_ROWS, REJECTED, Status, object_key
+from pipeline.store.store import Store
 
 SCANS = 100
 """Look-ups after which a sorted index pays: making it takes about as long."""
