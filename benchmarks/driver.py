@@ -22,10 +22,10 @@ import psutil
 from distributed import WorkerPlugin
 
 from benchmarks.images import machine
-from pipeline import driver, run, tasks
 from pipeline.cluster import connect
 from pipeline.cluster_spec import LocalSpec
 from pipeline.config import make_job
+from pipeline.run import driver, lifecycle, tasks
 from pipeline.source.fetch import Probed, ProbedBlock
 from pipeline.source.fingerprints import Listing
 from pipeline.store.schema import STATISTICS, Status
@@ -66,8 +66,8 @@ def main() -> None:
     print(machine())
     paths = [f"{i // 1000:04d}/{i:07d}.jpg" for i in range(n)]
     listing = Listing("/photos", paths, array("q", [100_000]) * n, array("q", [1]) * n)
-    run.list_collection = lambda _: listing  # type: ignore[attr-defined,assignment]
-    run.check_apart = lambda *_: None  # type: ignore[assignment]
+    lifecycle.list_collection = lambda _: listing  # type: ignore[attr-defined,assignment]
+    lifecycle.check_apart = lambda *_: None  # type: ignore[assignment]
     driver.require_space = lambda *_: None  # type: ignore[attr-defined,assignment]
     driver.require_memory = lambda *_: None  # type: ignore[attr-defined,assignment]
     driver.reading.probe_block = probe  # type: ignore[assignment]
@@ -88,7 +88,7 @@ def main() -> None:
         time.sleep(IDLE_S)
         idle = (time.process_time() - cpu) / (time.monotonic() - started)
         started, cpu = time.monotonic(), time.process_time()
-        summary = run.run_job(make_job({"source": "/photos", "store": str(folder / "f.zarr")}), client)
+        summary = lifecycle.run_job(make_job({"source": "/photos", "store": str(folder / "f.zarr")}), client)
         elapsed_s, cpu_s = time.monotonic() - started, time.process_time() - cpu
     assert summary.n_done == n, summary
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

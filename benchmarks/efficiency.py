@@ -21,14 +21,14 @@ from typing import Any
 
 from benchmarks.images import FOLDER, machine, make
 from benchmarks.main_job import STORE, fresh
-from pipeline import tasks
+from pipeline.run import tasks
+from pipeline.run.summary import STAGES
 from pipeline.source.fetch import Source
 from pipeline.source.listing import list_collection
 from pipeline.store.lock import StoreLock
 from pipeline.store.schema import RUNS, Status
 from pipeline.store.settings import decode_spec, extractor_spec
 from pipeline.store.store import Store
-from pipeline.summary import STAGES
 
 SIZE = (516, 639)
 

@@ -17,11 +17,11 @@ import torch
 from torch.nn.functional import conv2d
 
 from benchmarks.images import FOLDER, machine, make
-from pipeline import tasks
 from pipeline.config import Job, make_job
 from pipeline.extract import kernel
 from pipeline.extract.cpu import Extractor, use_one_thread
 from pipeline.extract.weights import load_weights
+from pipeline.run import tasks
 from pipeline.source import decoding
 from pipeline.store import codecs, objects
 from pipeline.store.settings import layout_of, store_spec

@@ -21,13 +21,13 @@ from pipeline import batch
 from pipeline.driver_job import JOB_ID_VARIABLES, Order, report_page
 from pipeline.errors import EXIT_FAILED, EXIT_RUN_AGAIN, FeaturemapsError, UsageError
 from pipeline.launch_batch import margin_s
-from pipeline.run import run_job
+from pipeline.run.lifecycle import run_job
+from pipeline.run.summary import Progress, Summary
 from pipeline.store.objects import place
 from pipeline.store.run_ids import next_number
 from pipeline.store.store import Store, is_store, receipt_ids
 from pipeline.submission import Submission, last_submission
 from pipeline.submit import adopt, hand_in, n_settled, new_submission
-from pipeline.summary import Progress, Summary
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")

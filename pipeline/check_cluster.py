@@ -19,9 +19,9 @@ from pipeline import batch
 from pipeline.cluster_spec import BatchSpec, ClusterSpec, KubernetesSpec, SshSpec
 from pipeline.findings import Finding
 from pipeline.launch_ssh import SSH_TIMEOUT_S, ssh_options, ssh_reason, ssh_remedy
+from pipeline.run.worker_versions import differences, own_versions, versions_script
 from pipeline.show_cluster import groups_text, unusable
 from pipeline.store.objects import nearest_folder
-from pipeline.versions import differences, own_versions, versions_script
 
 QUERIES = {
     "slurm": ["squeue", "--noheader", "--me"],

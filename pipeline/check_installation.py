@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 
 from pipeline.extract import kernel
 from pipeline.findings import Finding
-from pipeline.versions import PACKAGES
+from pipeline.run.worker_versions import PACKAGES
 
 EXTRAS = {
     "batch": "clusters of kind slurm, pbs, sge and htcondor",

@@ -129,8 +129,8 @@ def run(what: tuple[str, ...], as_json: bool, verbose: int, log_format: str, met
     SOURCE is a folder, a glob pattern, or a .txt, .csv or .parquet list of paths.
     """
     job = _begin(what, options, verbose, log_format)
-    from pipeline.run import run_job
-    from pipeline.summary import describe, receipt
+    from pipeline.run.lifecycle import run_job
+    from pipeline.run.summary import describe, receipt
 
     on_terminal = sys.stderr.isatty() and not as_json and log_format == "text"
     with serve_metrics(metrics), stop_on_signal() as stop, show_progress(on_terminal) as on_progress:

@@ -58,7 +58,7 @@ def submit(
     from pipeline.attend import attend as attend_run
 
     def report(what: Any) -> None:
-        from pipeline.summary import Summary, describe
+        from pipeline.run.summary import Summary, describe
 
         click.echo(describe(what, job.store) if isinstance(what, Summary) else what if isinstance(what, str) else what.describe())
 

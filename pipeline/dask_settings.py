@@ -11,7 +11,7 @@ DASK_SETTINGS: dict[str, Any] = {
     "distributed.scheduler.work-stealing": False,
     "distributed.scheduler.no-workers-timeout": "120s",
     "distributed.scheduler.worker-ttl": f"{WORKER_TTL_S:.0f}s",
-    # Every task that a dead worker held becomes suspicious, not only the guilty one: `pipeline.trial` tells them apart.
+    # Every task that a dead worker held becomes suspicious, not only the guilty one: `pipeline.run.crash_finder` tells them apart.
     "distributed.scheduler.allowed-failures": 3,
     # The window bounds memory; spilling would only hide a plan that is too large.
     "distributed.worker.memory.target": False,

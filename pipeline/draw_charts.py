@@ -9,8 +9,8 @@ import numpy as np
 
 from pipeline.canvas import CATEGORIES, SIGNED_COLOURS, Canvas, blank, drawing, fit, grid, hide, n_columns
 from pipeline.pictures import rounded
+from pipeline.run.summary import STAGES, WAITING
 from pipeline.store.codecs import Array
-from pipeline.summary import STAGES, WAITING
 
 _STAGE_COLOURS = dict(zip((*STAGES, WAITING), CATEGORIES.values(), strict=False))
 

@@ -22,7 +22,7 @@ from pipeline import panels, pictures
 from pipeline.errors import UsageError
 from pipeline.extract.layers import layer_names
 from pipeline.panels import MAX_PANELS
-from pipeline.summary import WAITING, count, printable
+from pipeline.run.summary import WAITING, count, printable
 
 if TYPE_CHECKING:
     from pipeline.analysis import FeatureStore

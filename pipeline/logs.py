@@ -9,7 +9,7 @@ import traceback
 from datetime import UTC, datetime
 from typing import Any, TextIO
 
-from pipeline.summary import at_work, count, printable
+from pipeline.run.summary import at_work, count, printable
 
 MAX_WARNINGS = 20
 """Bad images of a run that are warned of one by one."""

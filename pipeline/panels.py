@@ -10,7 +10,7 @@ import numpy as np
 from pipeline import pictures
 from pipeline.errors import UsageError
 from pipeline.extract.layers import layer_names, receptive_field
-from pipeline.summary import count
+from pipeline.run.summary import count
 
 if TYPE_CHECKING:
     import xarray as xr

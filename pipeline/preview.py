@@ -13,15 +13,16 @@ from typing import Any
 import numpy as np
 
 from pipeline.batch import QueuedJob
-from pipeline.capacity import WorkerKind, bucket_bytes, guess_decode_bytes, usable_bytes, worker_memory_bytes
-from pipeline.changes import check_removals
 from pipeline.cluster import cluster_of
 from pipeline.config import Job
 from pipeline.errors import EXIT_COMPLETE, UsageError
-from pipeline.fleet import judge
-from pipeline.forecast import Forecast, end_of_run
 from pipeline.machine import local_workers
-from pipeline.run import check_job, compare_with_store, count_statuses, open_for, settle_returned
+from pipeline.run.forecast import Forecast, end_of_run
+from pipeline.run.lifecycle import check_job, compare_with_store, count_statuses, open_for, settle_returned
+from pipeline.run.plan.changes import check_removals
+from pipeline.run.plan.memory import WorkerKind, bucket_bytes, guess_decode_bytes, usable_bytes, worker_memory_bytes
+from pipeline.run.summary import MAX_BAD, count, describe_bottleneck, printable
+from pipeline.run.workers import judge
 from pipeline.slots import planned_slots
 from pipeline.source.dropped import describe_dropped
 from pipeline.source.fetch import Probed, Source, probe_block
@@ -41,7 +42,6 @@ from pipeline.store.schema import REJECTED, ShapeClass, Status
 from pipeline.store.settings import cost_s, layout_of, needed_size, scratch_bytes
 from pipeline.store.store import Store, is_store
 from pipeline.submission import GONE, last_submission
-from pipeline.summary import MAX_BAD, count, describe_bottleneck, printable
 
 BLOCK = 2048
 INLINE = 4 * BLOCK

@@ -18,12 +18,12 @@ from pipeline.extract.layers import receptive_field
 from pipeline.report_facts import LIVE, BadImage, Facts, as_summary, count_of, gather, judge, run_facts
 from pipeline.report_html import page
 from pipeline.report_pictures import MAX_VALUES, Histogram, Sample, choose, histograms, samples
+from pipeline.run.summary import printable
 from pipeline.store.lock import current_holder
 from pipeline.store.objects import Place, put
 from pipeline.store.schema import StoredLayer
 from pipeline.store.settings import VERSION, decode_spec
 from pipeline.store.store import Store
-from pipeline.summary import printable
 from pipeline.thumbnails import Embedded, data_uri, thumbnails
 
 N_BAD = 200

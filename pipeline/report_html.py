@@ -12,7 +12,7 @@ import jinja2
 from markupsafe import Markup
 
 from pipeline.report_facts import count_of
-from pipeline.summary import describe_bottleneck, printable
+from pipeline.run.summary import describe_bottleneck, printable
 
 
 def asset(name: str) -> str:

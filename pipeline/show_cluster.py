@@ -29,7 +29,7 @@ from pipeline.launch_batch import job_script
 from pipeline.launch_ssh import ssh_options
 from pipeline.machine import local_groups
 from pipeline.manifests import manifests
-from pipeline.summary import count
+from pipeline.run.summary import count
 
 JOB_NAME = "featuremaps-12345678"
 """As an example: the digits follow from the store."""

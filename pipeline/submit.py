@@ -13,7 +13,7 @@ from pipeline import batch
 from pipeline.cluster import job_name
 from pipeline.driver_job import Order, driver_script
 from pipeline.errors import FeaturemapsError, StoreBusyError
-from pipeline.run import count_statuses
+from pipeline.run.lifecycle import count_statuses
 from pipeline.store.create import prepare_folder
 from pipeline.store.objects import Place, place
 from pipeline.store.store import Store, is_store

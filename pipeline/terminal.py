@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from pipeline.summary import Progress, Summary
+    from pipeline.run.summary import Progress, Summary
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ def say(text: str, level: int = logging.INFO, *, before: str = "", **extra: Any)
 
 def say_end(summary: Summary) -> None:
     """Log how a run ended, with its receipt; text has that on stdout."""
-    from pipeline.summary import headline, receipt
+    from pipeline.run.summary import headline, receipt
 
     if is_json():
         level = logging.INFO if summary.outcome == "complete" else logging.WARNING
@@ -63,7 +63,7 @@ def serve_metrics(address: str | None) -> Iterator[None]:
     if address is None:
         yield
         return
-    from pipeline.metrics import served
+    from pipeline.run.metrics import served
 
     with served(address) as url:
         say(f"metrics: {url}", url=url)

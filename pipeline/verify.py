@@ -31,6 +31,7 @@ from pipeline.checks import (
     shards,
 )
 from pipeline.machine import local_workers
+from pipeline.run.summary import printable
 from pipeline.source.health import SourceWatch
 from pipeline.store.codecs import Array
 from pipeline.store.lock import StoreLock, require_lock
@@ -44,7 +45,6 @@ from pipeline.store.schema import (
     Status,
 )
 from pipeline.store.store import Store
-from pipeline.summary import printable
 
 MAX_FINDINGS = 1000
 AHEAD = 4

@@ -16,7 +16,7 @@ from pipeline import cli
 from pipeline.cluster import connect
 from pipeline.cluster_spec import LocalSpec
 from pipeline.config import make_job
-from pipeline.run import run_job
+from pipeline.run.lifecycle import run_job
 from pipeline.store.schema import REJECTED, Status
 from pipeline.store.store import Store
 from tests.kubernetes_stand_in import kubernetes_api

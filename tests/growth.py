@@ -33,17 +33,17 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
 from PIL import Image
 
-from pipeline import driver, intake
 from pipeline.config import make_job
 from pipeline.errors import UsageError
-from pipeline.run import run_job
+from pipeline.run import driver, new_images
+from pipeline.run.lifecycle import run_job
+from pipeline.run.summary import Summary
 from pipeline.slots import ROLES
 from pipeline.source.listing import list_collection
 from pipeline.store import layout
 from pipeline.store.schema import REJECTED, Status
 from pipeline.store.store import Store
 from pipeline.store.vacuum import vacuum_store
-from pipeline.summary import Summary
 from pipeline.verify import verify_store
 from tests.conftest import content
 
@@ -122,7 +122,7 @@ def small_units() -> Iterator[None]:
     with (
         mock.patch.multiple(layout, **tiny),
         mock.patch.object(layout.assign_classes, "__defaults__", (3,)),
-        mock.patch.multiple(intake, PROBE_BLOCK=3, FIRST_APPEND=4, APPEND_GROWTH=1),
+        mock.patch.multiple(new_images, PROBE_BLOCK=3, FIRST_APPEND=4, APPEND_GROWTH=1),
         mock.patch.multiple(driver, COMMIT_S=0.005, RECEIPT_S=0.02),
     ):
         yield

@@ -8,8 +8,8 @@ import pytest
 from distributed.core import Status
 from distributed.worker import thread_state
 
-from pipeline import activity
 from pipeline.errors import StaleWriterError
+from pipeline.run import activity
 
 
 def test_a_worker_reports_what_its_threads_are_at_but_not_what_they_were_at():

@@ -22,7 +22,7 @@ from safetensors.numpy import save_file
 
 from pipeline import open_store
 from pipeline.config import make_job
-from pipeline.run import run_job
+from pipeline.run.lifecycle import run_job
 from pipeline.store.schema import REJECTED, Status
 from pipeline.store.store import Store
 from tests.conftest import content, make_images
@@ -208,9 +208,9 @@ AS_NOBODY = """
 import os, sys, logging, dask
 from pathlib import Path
 from distributed import Client, LocalCluster
-import pipeline.cli, pipeline.analysis, pipeline.draw_maps, pipeline.extract.cpu, pipeline.driver, pipeline.preview
+import pipeline.cli, pipeline.analysis, pipeline.draw_maps, pipeline.extract.cpu, pipeline.run.driver, pipeline.preview
 from pipeline.config import make_job
-from pipeline.run import run_job
+from pipeline.run.lifecycle import run_job
 from tests.conftest import make_images
 
 folder = Path(sys.argv[1])

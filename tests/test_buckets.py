@@ -26,7 +26,7 @@ from pipeline.cluster_spec import LocalSpec
 from pipeline.config import make_job
 from pipeline.errors import FeaturemapsError, StaleWriterError, StoreBusyError, UsageError
 from pipeline.report import write_report
-from pipeline.run import run_job
+from pipeline.run.lifecycle import run_job
 from pipeline.source import fetch
 from pipeline.source.listing import list_collection
 from pipeline.store import lock, objects

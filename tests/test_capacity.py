@@ -12,8 +12,13 @@ import pytest
 from distributed import Client, LocalCluster
 from PIL import Image
 
-from pipeline import capacity
-from pipeline.capacity import (
+from pipeline.config import ExtractorSpec, make_job
+from pipeline.dask_settings import DASK_SETTINGS
+from pipeline.errors import UsageError
+from pipeline.preview import plan_job
+from pipeline.run.lifecycle import run_job
+from pipeline.run.plan import memory
+from pipeline.run.plan.memory import (
     WORKER_BASE_BYTES,
     WorkerKind,
     guess_decode_bytes,
@@ -22,11 +27,6 @@ from pipeline.capacity import (
     wanted_limit_bytes,
     worker_memory_bytes,
 )
-from pipeline.config import ExtractorSpec, make_job
-from pipeline.dask_settings import DASK_SETTINGS
-from pipeline.errors import UsageError
-from pipeline.preview import plan_job
-from pipeline.run import run_job
 from pipeline.slots import ROLES
 from pipeline.store.schema import Status
 from pipeline.store.settings import scratch_bytes
@@ -119,7 +119,7 @@ WORKLOADS = {
 
 
 @pytest.mark.cluster
-@pytest.mark.skipif(not capacity.version("torch").endswith("+cpu"), reason="what torch's other builds take is a bound only")
+@pytest.mark.skipif(not memory.version("torch").endswith("+cpu"), reason="what torch's other builds take is a bound only")
 @pytest.mark.parametrize("name", WORKLOADS)
 def test_the_projection_is_at_least_the_peak_of_a_real_worker_and_at_most_half_as_much_again(tmp_path, monkeypatch, name):
     threads, n, size, suffix, values = WORKLOADS[name]
@@ -130,7 +130,7 @@ def test_the_projection_is_at_least_the_peak_of_a_real_worker_and_at_most_half_a
         projected.append(worker_memory_bytes(*arguments))
         return projected[-1]
 
-    monkeypatch.setattr("pipeline.capacity.worker_memory_bytes", project)
+    monkeypatch.setattr("pipeline.run.plan.memory.worker_memory_bytes", project)
     job = make_job({"source": str(source), "store": str(tmp_path / "f.zarr"), **values})
     options = {"host": "127.0.0.1", "dashboard_address": "127.0.0.1:0", "memory_limit": "6GiB", "silence_logs": False}
     resources = dict.fromkeys(ROLES, threads)

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.changes import Changes, Entries, Entry, check_removals, compare
 from pipeline.errors import UsageError
+from pipeline.run.plan.changes import Changes, Entries, Entry, check_removals, compare
 from pipeline.source.fingerprints import UNREADABLE
 from pipeline.store.schema import Status
 

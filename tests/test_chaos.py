@@ -19,7 +19,7 @@ from pipeline.cluster import connect
 from pipeline.cluster_spec import LocalSpec
 from pipeline.config import make_job
 from pipeline.errors import FeaturemapsError
-from pipeline.run import run_job
+from pipeline.run.lifecycle import run_job
 from pipeline.slots import scheduler_workers
 from pipeline.source import decoding
 from tests.conftest import content, make_images
@@ -47,8 +47,8 @@ def expected(client, images, tmp_path_factory):
 @pytest.fixture
 def small_batches(monkeypatch):
     """Something is done, and something is left to do, when the first progress comes."""
-    monkeypatch.setattr("pipeline.driver.COMMIT_S", 0.02)
-    monkeypatch.setattr("pipeline.fleet.BATCHES_IN_FLIGHT_PER_SLOT", 1)
+    monkeypatch.setattr("pipeline.run.driver.COMMIT_S", 0.02)
+    monkeypatch.setattr("pipeline.run.workers.BATCHES_IN_FLIGHT_PER_SLOT", 1)
     monkeypatch.setattr("pipeline.store.layout.MIN_BATCH_S", 0.005)
 
 

@@ -16,11 +16,11 @@ import pytest
 from pipeline import __version__, cli, terminal
 from pipeline.config import LayerSpec, make_job
 from pipeline.errors import FeaturemapsError, StoreBusyError
-from pipeline.run import run_job
+from pipeline.run.lifecycle import run_job
+from pipeline.run.summary import Progress, Summary, describe
 from pipeline.store.lock import StoreLock
 from pipeline.store.schema import RUNS
 from pipeline.store.store import Store
-from pipeline.summary import Progress, Summary, describe
 from tests.conftest import make_images
 
 pytestmark = pytest.mark.cluster
@@ -34,7 +34,9 @@ def jobs(monkeypatch, command):
 
     def call(*arguments):
         made = []
-        monkeypatch.setattr("pipeline.run.run_job", lambda job, **_: made.append(job) or Summary("id", outcome="complete"))
+        monkeypatch.setattr(
+            "pipeline.run.lifecycle.run_job", lambda job, **_: made.append(job) or Summary("id", outcome="complete")
+        )
         code, _, err = command("run", *arguments)
         assert code == 0, err
         return made[0]
@@ -202,7 +204,7 @@ def test_a_summary_says_what_was_passed_over_and_that_nothing_came_of_it():
     ],
 )
 def test_the_outcome_of_a_run_is_its_exit_code(command, monkeypatch, summary, options, code):
-    monkeypatch.setattr("pipeline.run.run_job", lambda *_, **__: summary)
+    monkeypatch.setattr("pipeline.run.lifecycle.run_job", lambda *_, **__: summary)
     assert command("run", "a", "b", *options)[0] == code
 
 
@@ -224,7 +226,7 @@ def test_an_error_is_a_paragraph_and_an_exit_code(command, monkeypatch, error, c
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr("pipeline.run.run_job", fail)
+    monkeypatch.setattr("pipeline.run.lifecycle.run_job", fail)
     found, out, err = command("run", "a", "b")
     assert (found, out) == (code, "")
     paragraph = err.removeprefix("\n")  # click ends the line on which ^C stands
@@ -302,7 +304,7 @@ def test_without_a_terminal_a_line_at_intervals_says_how_far_it_is_and_how_long_
 
 def test_the_lines_of_a_real_run_go_to_stderr(command, monkeypatch, tmp_path):
     monkeypatch.setattr(terminal, "LOG_LINE_S", 0.0)
-    monkeypatch.setattr("pipeline.driver.COMMIT_S", 0.05)
+    monkeypatch.setattr("pipeline.run.driver.COMMIT_S", 0.05)
     source = make_images(tmp_path / "source", 60, [(300, 400)], suffix=".jpg")
     code, out, err = command("run", source, tmp_path / "f.zarr", "--json")
     assert code == 0
@@ -318,7 +320,7 @@ def on_terminal(arguments: list[str], until: bytes = b"", signals: int = 0) -> t
     """Run the command on a pseudo-terminal of 120 columns; send SIGINT once ``until`` shows up."""
     master, slave = pty.openpty()
     environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "120", "LINES": "40"}
-    code = "import pipeline.driver; pipeline.driver.COMMIT_S = 0.1; from pipeline.cli import main; main()"
+    code = "import pipeline.run.driver; pipeline.run.driver.COMMIT_S = 0.1; from pipeline.cli import main; main()"
     process = subprocess.Popen(
         [sys.executable, "-c", code, *arguments], stdin=slave, stdout=slave, stderr=slave, env=environment, start_new_session=True
     )

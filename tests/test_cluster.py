@@ -27,7 +27,7 @@ from pipeline.cluster_spec import AddressSpec, CudaSpec, LocalSpec, TlsSpec, loa
 from pipeline.config import make_job
 from pipeline.errors import FeaturemapsError, UsageError
 from pipeline.machine import local_memory_bytes, local_processes, local_workers
-from pipeline.run import run_job
+from pipeline.run.lifecycle import run_job
 from pipeline.slots import ROLES, worker_slots
 from tests.conftest import content, make_images
 

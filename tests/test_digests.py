@@ -10,11 +10,11 @@ from unittest.mock import Mock
 import pytest
 from distributed import KilledWorker
 
-from pipeline import digests
 from pipeline.config import make_job
 from pipeline.errors import FeaturemapsError
 from pipeline.preview import plan_job
-from pipeline.run import run_job
+from pipeline.run import content_check
+from pipeline.run.lifecycle import run_job
 from pipeline.source import fetch
 from pipeline.store.schema import Status
 from pipeline.store.store import Store
@@ -101,13 +101,13 @@ def test_an_image_that_comes_back_with_other_content_is_computed(run, source, st
 def test_what_cannot_be_reached_keeps_what_it_has(run, source, store, monkeypatch):
     """Stands for a file without permission, because root may read everything."""
     before = content(store)
-    digest_block = digests.digest_block
+    digest_block = content_check.digest_block
 
     def deny(root, images):
         found = [digest_block(root, [image])[0] for image in images]
         return tuple(fetch.Digested(error="permission_denied: no") if "0002" in images[i][0] else found[i] for i in range(6))
 
-    monkeypatch.setattr("pipeline.digests.digest_block", deny)
+    monkeypatch.setattr("pipeline.run.content_check.digest_block", deny)
     edit(source / "img00002.bmp")
     summary = run(source, **DIGEST)
     assert (summary.outcome, summary.n_checked, summary.n_unchecked, summary.n_done) == ("complete", 11, 1, 0)
@@ -121,7 +121,7 @@ def test_faults_that_may_pass_leave_the_run_incomplete_and_the_store_as_it_is(ru
         return tuple(fetch.Digested(fault=f"{path}: Input/output error") for path, _ in images)
 
     with monkeypatch.context() as patch:
-        patch.setattr("pipeline.digests.digest_block", fail)
+        patch.setattr("pipeline.run.content_check.digest_block", fail)
         summary = run(source, **DIGEST)
     assert (summary.outcome, summary.n_checked, summary.n_unchecked, len(summary.faults)) == ("incomplete", 0, 12, 12)
     assert content(store) == before
@@ -134,7 +134,7 @@ def test_when_most_images_cannot_be_read_the_source_is_at_fault(run, tmp_path, m
     run(folder)
     before = content(tmp_path / "features.zarr")
     gone = tuple(fetch.Digested(error="missing: gone") for _ in range(6))
-    monkeypatch.setattr("pipeline.digests.digest_block", lambda root, images: gone[: len(images)])
+    monkeypatch.setattr("pipeline.run.content_check.digest_block", lambda root, images: gone[: len(images)])
     with pytest.raises(FeaturemapsError, match=r"most of 8 images in a row cannot be read at all: the source .* is at fault"):
         run(folder, **DIGEST)
     assert content(tmp_path / "features.zarr") == before
@@ -143,21 +143,21 @@ def test_when_most_images_cannot_be_read_the_source_is_at_fault(run, tmp_path, m
 def test_a_worker_that_dies_over_a_block_is_a_fault_that_may_pass(run, source, store, monkeypatch):
     """Stands for a worker that is killed again and again, which takes a minute for real."""
 
-    result = digests._result
+    result = content_check._result
 
     def die(future):
         future.result = Mock(side_effect=KilledWorker("digest", None, 4))
         return result(future)
 
-    monkeypatch.setattr("pipeline.digests._result", die)
+    monkeypatch.setattr("pipeline.run.content_check._result", die)
     summary = run(source, **DIGEST)
     assert (summary.outcome, summary.n_unchecked) == ("incomplete", 12)
     assert min(summary.faults) == "img00000.bmp: its worker died whenever it was read with its neighbours"
 
 
 def test_a_stopped_comparison_keeps_what_it_found(client, source, store, monkeypatch):
-    monkeypatch.setattr("pipeline.digests.BLOCK_IMAGES", 1)
-    monkeypatch.setattr("pipeline.digests.COMMIT_S", 0.0)
+    monkeypatch.setattr("pipeline.run.content_check.BLOCK_IMAGES", 1)
+    monkeypatch.setattr("pipeline.run.content_check.COMMIT_S", 0.0)
     for i in range(12):
         os.utime(source / f"img{i:05d}.bmp", ns=(1, 10**18 + i))
     stop = threading.Event()
@@ -173,7 +173,7 @@ def test_a_cluster_that_is_gone_ends_the_comparison_with_what_to_do(run, source,
     def vanish(*_):
         raise OSError(errno.EPIPE, "Broken pipe")
 
-    monkeypatch.setattr("pipeline.digests._wait", vanish)
+    monkeypatch.setattr("pipeline.run.content_check._wait", vanish)
     with pytest.raises(FeaturemapsError, match=r"cannot be written any more .*Broken pipe"):
         run(source, **DIGEST)
 

@@ -17,17 +17,18 @@ import pytest
 import yaml
 from distributed import LocalCluster
 
-from pipeline import admission, check_cluster, check_installation, check_storage, check_workers, cli
+from pipeline import check_cluster, check_installation, check_storage, check_workers, cli
 from pipeline.cluster_spec import AddressSpec, load_cluster
 from pipeline.doctor import diagnose
 from pipeline.errors import UsageError
 from pipeline.extract import kernel
 from pipeline.findings import Finding, look
 from pipeline.preview import Preview
+from pipeline.run import admission
+from pipeline.run.worker_versions import own_versions
 from pipeline.store.lock import StoreLock
 from pipeline.store.objects import place
 from pipeline.urls import connect as connect_bucket
-from pipeline.versions import own_versions
 from tests.conftest import make_images
 from tests.services import BUCKET, environment, free_port, rclone, seaweedfs
 

@@ -15,7 +15,7 @@ import pytest
 from distributed import Client, LocalCluster
 
 from pipeline.config import make_job
-from pipeline.run import run_job
+from pipeline.run.lifecycle import run_job
 from tests.conftest import content, make_images
 
 

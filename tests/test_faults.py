@@ -8,7 +8,7 @@ import pytest
 from distributed import KilledWorker
 
 from pipeline.errors import StaleWriterError
-from pipeline.faults import explain, scheduler_lost
+from pipeline.run.failures import explain, scheduler_lost
 
 STORE = Path("features.zarr")
 

@@ -18,7 +18,7 @@ from pipeline import figures
 from pipeline.config import make_job
 from pipeline.errors import UsageError
 from pipeline.figures import MAX_PANELS
-from pipeline.run import run_job
+from pipeline.run.lifecycle import run_job
 from tests.conftest import make_images
 
 pytestmark = pytest.mark.cluster

@@ -4,12 +4,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from pipeline import fleet
-from pipeline.capacity import WorkerKind
-from pipeline.driver import Driver
 from pipeline.errors import FeaturemapsError
-from pipeline.fleet import Fleet
-from pipeline.flight import Sent
+from pipeline.run import workers as fleet
+from pipeline.run.driver import Driver
+from pipeline.run.in_flight import Sent
+from pipeline.run.plan.memory import WorkerKind
+from pipeline.run.workers import Fleet
 from pipeline.slots import WorkerSlots
 
 GIB = 2**30

@@ -11,7 +11,7 @@ from distributed import Client
 
 from pipeline.config import make_job
 from pipeline.errors import FeaturemapsError
-from pipeline.run import run_job
+from pipeline.run.lifecycle import run_job
 from pipeline.store.schema import RUNS
 from pipeline.store.store import Store
 from tests.conftest import make_images
@@ -82,9 +82,9 @@ def test_a_ctrl_c_while_workers_start_drains_too(place, tmp_path):
 
 
 def test_a_run_whose_workers_are_all_gone_ends_by_itself(place, cluster, tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.driver.COMMIT_S", 0.02)  # so that there is work left when the first progress comes
-    monkeypatch.setattr("pipeline.driver.RECEIPT_S", 0.5)
-    monkeypatch.setattr("pipeline.fleet.NO_WORKERS_S", 2.0)
+    monkeypatch.setattr("pipeline.run.driver.COMMIT_S", 0.02)  # so that there is work left when the first progress comes
+    monkeypatch.setattr("pipeline.run.driver.RECEIPT_S", 0.5)
+    monkeypatch.setattr("pipeline.run.workers.NO_WORKERS_S", 2.0)
     path = tmp_path / "features.zarr"
     job = make_job({"source": str(place.source), "store": str(path)})
 

@@ -19,10 +19,10 @@ from pipeline.cluster import connect
 from pipeline.cluster_spec import KubernetesSpec, load_cluster
 from pipeline.config import make_job
 from pipeline.errors import FeaturemapsError, UsageError
-from pipeline.fleet import Fleet
 from pipeline.kubernetes import PodCluster, kubernetes_cluster, pod_reasons
 from pipeline.manifests import manifests
-from pipeline.run import run_job
+from pipeline.run.lifecycle import run_job
+from pipeline.run.workers import Fleet
 from pipeline.slots import worker_slots
 from tests.conftest import content, make_images
 

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 
 import pipeline
 from pipeline.errors import FeaturemapsError, UsageError
-from pipeline.run import run_job
+from pipeline.run.lifecycle import run_job
 from workflows.lenet import data, draw, end_to_end, probe, tell, train
 from workflows.lenet.__main__ import main
 

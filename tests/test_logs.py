@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from pipeline import logs
-from pipeline.outcomes import note_batch
+from pipeline.run.results import note_batch
+from pipeline.run.summary import Progress, Summary, working
+from pipeline.run.tasks import BatchResult, PieceResult, WorkPiece
 from pipeline.store.schema import Status
-from pipeline.summary import Progress, Summary, working
-from pipeline.tasks import BatchResult, PieceResult, WorkPiece
 
 COMMAND = "from pipeline.cli import main; main()"
 HOSTILE = "a\nb\x1b[2J\udcff.png"
@@ -82,7 +82,7 @@ def test_a_batch_says_what_became_of_its_images(caplog):
     piece = WorkPiece(None, 0, 4, (0, 1, 2, 3), ("a", "b", "c", "d"), ("",) * 4)
     outcome = PieceResult(None, 0, 4, piece.rows, status, [""] * 4, [""] * 4, [""] * 4)
     result = BatchResult([outcome], "node7", {"read": 0.5, "write": 0.25}, 100, 200)
-    with caplog.at_level(logging.INFO, "pipeline.outcomes"):
+    with caplog.at_level(logging.INFO, "pipeline.run.results"):
         note_batch("process-1", [piece], result)
     (found,) = caplog.records
     expected = "batch process-1 on node7: 2 of 4 images done, 1 quarantined, 1 left to the next run, read 0.50 s, write 0.25 s"

@@ -13,7 +13,7 @@ from pipeline import map_images, open_store
 from pipeline.config import make_job
 from pipeline.errors import FeaturemapsError, UsageError
 from pipeline.map_images import split
-from pipeline.run import run_job
+from pipeline.run.lifecycle import run_job
 from tests.conftest import make_images
 
 pytestmark = pytest.mark.cluster

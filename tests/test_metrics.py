@@ -10,9 +10,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from pipeline.config import make_job
 from pipeline.errors import UsageError
-from pipeline.metrics import beside_dask, served
-from pipeline.run import run_job
-from pipeline.summary import Progress, Summary, at_work, working
+from pipeline.run.lifecycle import run_job
+from pipeline.run.metrics import beside_dask, served
+from pipeline.run.summary import Progress, Summary, at_work, working
 from tests.conftest import make_images
 
 

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from pipeline import preview
-from pipeline.capacity import WORKER_BASE_BYTES, wanted_limit_bytes
 from pipeline.config import load_job, make_job
 from pipeline.errors import FeaturemapsError, UsageError
 from pipeline.preview import plan_job, store_status
-from pipeline.run import run_job
+from pipeline.run.lifecycle import run_job
+from pipeline.run.plan.memory import WORKER_BASE_BYTES, wanted_limit_bytes
 from pipeline.store.lock import StoreLock
 from pipeline.store.schema import REJECTED, RUNS, Status
 from pipeline.store.store import Store
@@ -167,7 +167,7 @@ def test_a_plan_of_what_does_not_fit_ends_as_the_run(client, source, tmp_path, m
     assert (planned.exit_code, "do not fit a worker's memory" in planned.verdict) == (2, True)
     assert code_of(run_job, small) == 2  # with workers of its own, of this limit
     monkeypatch.setattr(preview, "free_bytes", lambda _: 1000)
-    monkeypatch.setattr("pipeline.capacity.free_bytes", lambda _: 1000)
+    monkeypatch.setattr("pipeline.run.plan.memory.free_bytes", lambda _: 1000)
     assert_the_plan_ends_as_the_run(client, job_of(source, tmp_path / "d.zarr"), 1, "the maps may not fit the disk")
 
 

@@ -12,8 +12,8 @@ from pipeline.cluster import connect
 from pipeline.cluster_spec import LocalSpec
 from pipeline.config import make_job
 from pipeline.errors import FeaturemapsError
-from pipeline.progress_watch import MAX_LOSSES, ProgressWatch
-from pipeline.run import run_job
+from pipeline.run.lifecycle import run_job
+from pipeline.run.progress_watch import MAX_LOSSES, ProgressWatch
 from pipeline.source import decoding
 from pipeline.store.schema import RUNS
 from tests.conftest import content, make_images
@@ -136,7 +136,7 @@ class Retiring(WorkerPlugin):
 @pytest.mark.cluster
 @pytest.mark.kill
 def test_a_run_whose_workers_never_finish_a_batch_ends_and_the_next_one_goes_on(client, tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.driver.COMMIT_S", 0.05)
+    monkeypatch.setattr("pipeline.run.driver.COMMIT_S", 0.05)
     source = make_images(tmp_path / "source", 24, [(40, 50)])
     job = make_job({"source": str(source), "store": str(tmp_path / "f.zarr")})
     with connect(LocalSpec(workers=1)) as own:

@@ -21,7 +21,8 @@ from pipeline.extract.weights import load_weights
 from pipeline.report import write_report
 from pipeline.report_facts import Facts, code_of, gather, judge, run_facts
 from pipeline.report_pictures import choose
-from pipeline.run import new_run_id
+from pipeline.run.lifecycle import new_run_id
+from pipeline.run.summary import Summary, receipt
 from pipeline.store.codecs import Array
 from pipeline.store.create import create_store, prepare_folder
 from pipeline.store.lock import StoreLock
@@ -29,7 +30,6 @@ from pipeline.store.objects import Place
 from pipeline.store.schema import Status
 from pipeline.store.settings import store_spec
 from pipeline.store.store import Store
-from pipeline.summary import Summary, receipt
 from tests.conftest import make_images
 from tests.hostile import png
 from tests.stuck_disk import mount_stuck

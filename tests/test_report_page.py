@@ -15,10 +15,10 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from pipeline.config import make_job
 from pipeline.report import write_report
-from pipeline.run import run_job
+from pipeline.run.lifecycle import run_job
+from pipeline.run.summary import printable
 from pipeline.store.schema import REJECTED
 from pipeline.store.store import Store
-from pipeline.summary import printable
 from tests.batch_services import debian_program
 from tests.conftest import make_images
 

@@ -14,15 +14,15 @@ from PIL import Image
 from torch.nn.functional import conv2d
 
 from pipeline import open_store
-from pipeline.capacity import WORKER_BASE_BYTES, wanted_limit_bytes
 from pipeline.config import make_job
 from pipeline.errors import FeaturemapsError, StoreBusyError, UsageError
 from pipeline.preview import plan_job
-from pipeline.run import run_job
+from pipeline.run.lifecycle import run_job
+from pipeline.run.plan.memory import WORKER_BASE_BYTES, wanted_limit_bytes
+from pipeline.run.summary import describe_news
 from pipeline.store.lock import StoreLock
 from pipeline.store.schema import RUNS, Status, stack
 from pipeline.store.store import Store
-from pipeline.summary import describe_news
 from tests.conftest import TWELVE_SIZES, content, make_images
 
 pytestmark = pytest.mark.cluster
@@ -31,8 +31,8 @@ pytestmark = pytest.mark.cluster
 @pytest.fixture
 def commit_often(monkeypatch):
     """Let tests act between a run's first batch and its last."""
-    monkeypatch.setattr("pipeline.driver.COMMIT_S", 0.02)
-    monkeypatch.setattr("pipeline.fleet.BATCHES_IN_FLIGHT_PER_SLOT", 1)
+    monkeypatch.setattr("pipeline.run.driver.COMMIT_S", 0.02)
+    monkeypatch.setattr("pipeline.run.workers.BATCHES_IN_FLIGHT_PER_SLOT", 1)
 
 
 @pytest.fixture(scope="module")
@@ -313,7 +313,7 @@ def test_a_plan_that_does_not_fit_memory_is_refused_with_the_number_that_would(t
 
 
 def test_a_plan_that_does_not_fit_the_disk_is_refused(run, twelve_sizes, monkeypatch):
-    monkeypatch.setattr("pipeline.capacity.free_bytes", lambda _: 1000)
+    monkeypatch.setattr("pipeline.run.plan.memory.free_bytes", lambda _: 1000)
     with pytest.raises(FeaturemapsError, match=r"need up to 0\.01 GB, and .* has 0\.00 GB free"):
         run(twelve_sizes)
 

@@ -15,7 +15,7 @@ from pipeline import open_store
 from pipeline.analysis import FeatureStore
 from pipeline.config import make_job
 from pipeline.errors import UsageError
-from pipeline.run import run_job
+from pipeline.run.lifecycle import run_job
 from pipeline.store.schema import Status
 from pipeline.store.store import Store
 from pipeline.tables import write_parquet

@@ -17,7 +17,7 @@ import yaml
 from pipeline.cluster import connect
 from pipeline.cluster_spec import load_cluster
 from pipeline.config import make_job
-from pipeline.run import run_job
+from pipeline.run.lifecycle import run_job
 from pipeline.store.store import Store, is_store
 from tests.batch_services import slurm, wait_for
 from tests.conftest import content, make_images

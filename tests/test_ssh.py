@@ -17,7 +17,7 @@ from pipeline.cluster import connect
 from pipeline.cluster_spec import GroupSpec, LocalSpec, load_cluster
 from pipeline.config import make_job
 from pipeline.errors import FeaturemapsError
-from pipeline.run import run_job
+from pipeline.run.lifecycle import run_job
 from tests.batch_services import sshd, wait_for
 from tests.conftest import content, make_images
 from tests.services import free_port
@@ -210,7 +210,7 @@ def test_a_run_whose_scheduler_is_restarted_ends_with_a_message_and_the_next_one
 
 
 def done_of(path: Path) -> int:
-    from pipeline.run import count_statuses
+    from pipeline.run.lifecycle import count_statuses
     from pipeline.store.store import Store, is_store
 
     time.sleep(0.2)

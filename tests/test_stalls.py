@@ -13,8 +13,8 @@ import pytest
 from pipeline.cluster import connect
 from pipeline.cluster_spec import LocalSpec
 from pipeline.config import load_job, make_job
-from pipeline.intake import Intake
-from pipeline.run import run_job
+from pipeline.run.lifecycle import run_job
+from pipeline.run.new_images import Intake
 from tests.conftest import content, make_images
 from tests.kill_rounds import wait_until
 from tests.stuck_disk import StuckDisk, mount_stuck
@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.kill, pytest.mark.cluster]
 @pytest.fixture
 def stick(monkeypatch):
     """Have a folder answer no more; all that was stuck is released at the end."""
-    monkeypatch.setattr("pipeline.driver.RECEIPT_S", 0.5)
+    monkeypatch.setattr("pipeline.run.driver.RECEIPT_S", 0.5)
     disks: list[StuckDisk] = []
 
     def mount(folder: Path, *options: str) -> StuckDisk:
@@ -87,9 +87,9 @@ def test_an_image_that_never_comes_costs_itself_only(client, source, tmp_path, s
 COMMAND = """
 import sys, time
 from pathlib import Path
-import pipeline.driver
+import pipeline.run.driver
 from pipeline.cli import main
-from pipeline.intake import Intake
+from pipeline.run.new_images import Intake
 
 when, signs = sys.argv.pop(1), Path(sys.argv.pop(1))
 real = {"probe": Intake.next_block, "batch": Intake.append}
@@ -102,7 +102,7 @@ def wait(*arguments):
     return result
 
 setattr(Intake, {"probe": "next_block", "batch": "append"}[when], wait)
-pipeline.driver.RECEIPT_S = 0.5
+pipeline.run.driver.RECEIPT_S = 0.5
 main()
 """
 

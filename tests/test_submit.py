@@ -21,7 +21,7 @@ from pipeline.attend import Attempt
 from pipeline.config import make_job
 from pipeline.driver_job import Order, driver_script
 from pipeline.errors import EXIT_FAILED, EXIT_RUN_AGAIN, FeaturemapsError, StoreBusyError
-from pipeline.run import run_job
+from pipeline.run.lifecycle import run_job
 from pipeline.store.create import prepare_folder
 from pipeline.store.run_ids import next_number
 from pipeline.store.store import receipt_ids
@@ -355,7 +355,7 @@ from pipeline import verify
 from pipeline.attend import Attempt
 from pipeline.config import make_job
 from pipeline.driver_job import Order
-from pipeline.summary import Summary
+from pipeline.run.summary import Summary
 
 verify.verify_store = lambda *_, **__: time.sleep(1000)  # stands for a large store
 order = Order(make_job({"source": "x", "store": "f.zarr", "cluster": "p"}), Path("job.yaml"), Path("cluster.yaml"))

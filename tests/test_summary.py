@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from pipeline.summary import STAGES, Progress, Summary, at_work, describe, describe_bottleneck, printable, receipt, working
+from pipeline.run.summary import STAGES, Progress, Summary, at_work, describe, describe_bottleneck, printable, receipt, working
 
 
 def test_the_shares_of_the_stages_and_of_waiting_sum_to_one():

@@ -12,10 +12,11 @@ import pytest
 import xxhash
 from distributed.core import Status as WorkerStatus
 
-from pipeline import tasks
 from pipeline.config import DecodeSpec, make_job
 from pipeline.errors import PassingFaultError, StaleWriterError
 from pipeline.extract.weights import load_weights
+from pipeline.run import tasks
+from pipeline.run.tasks import ExtractorPlugin, Target, WorkPiece, extract, keep_memory, maps_digest, process, read, write
 from pipeline.source import fetch
 from pipeline.source.fetch import Source
 from pipeline.source.listing import list_collection
@@ -23,7 +24,6 @@ from pipeline.store.create import create_store, prepare_folder
 from pipeline.store.lock import StoreLock
 from pipeline.store.schema import RUNS, Status, stack
 from pipeline.store.settings import extractor_spec, layout_of, store_spec
-from pipeline.tasks import ExtractorPlugin, Target, WorkPiece, extract, keep_memory, maps_digest, process, read, write
 from tests.conftest import make_images
 
 SIZE = (40, 50)
@@ -48,7 +48,7 @@ def work(tmp_path, monkeypatch):
         columns[name] = np.full(5, SIZE[1], np.int32)
     store.create_class(layout, "exact", columns)
     plugin = ExtractorPlugin("ours", extractor_spec(store.spec), store.weights(), store.spec.layers)
-    monkeypatch.setattr("pipeline.tasks.signal.signal", lambda *_: None)  # this process keeps its Ctrl-C
+    monkeypatch.setattr("pipeline.run.tasks.signal.signal", lambda *_: None)  # this process keeps its Ctrl-C
     plugin.setup(WORKER)
     monkeypatch.setattr(tasks, "get_worker", lambda: SimpleNamespace(plugins={"ours": plugin}, status=WorkerStatus.running))
     piece = WorkPiece(layout, 0, 5, tuple(range(5)), tuple(listing.paths), fingerprints)
@@ -183,7 +183,7 @@ def test_the_digest_of_maps_is_over_their_bytes_layer_by_layer_in_c_order():
 
 def test_memory_is_kept_without_a_word_where_that_is_possible_and_where_not(monkeypatch):
     keep_memory()
-    monkeypatch.setattr("pipeline.tasks.ctypes.CDLL", lambda _: object())  # a C library without mallopt
+    monkeypatch.setattr("pipeline.run.tasks.ctypes.CDLL", lambda _: object())  # a C library without mallopt
     keep_memory()
 
 
@@ -199,5 +199,5 @@ def test_the_plugin_travels_to_the_workers_and_builds_its_extractor_there(work):
 
 
 def test_workers_import_torch_only_when_they_are_set_up():
-    code = "import sys, pipeline.tasks; sys.exit('torch' in sys.modules)"
+    code = "import sys, pipeline.run.tasks; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -32,8 +32,8 @@ class Shifted(module.datetime):
     def now(cls, tz=None):
         return module.datetime.now(tz) + shift
 
-import pipeline.run, pipeline.summary
-pipeline.run.datetime = pipeline.summary.datetime = Shifted
+import pipeline.run.lifecycle, pipeline.run.summary
+pipeline.run.lifecycle.datetime = pipeline.run.summary.datetime = Shifted
 if "pipeline.store.run_ids" in sys.modules:
     sys.modules["pipeline.store.run_ids"].datetime = Shifted
 from pipeline.cli import main
@@ -131,7 +131,7 @@ def test_a_run_that_came_and_went_before_the_lock_was_ours_is_counted(run, tmp_p
             (folder / f"{between.pop()}.json").write_text("{}")
         return StoreLock(folder, run_id, **options)
 
-    monkeypatch.setattr("pipeline.run.StoreLock", slow_lock)
+    monkeypatch.setattr("pipeline.run.lifecycle.StoreLock", slow_lock)
     assert run(source).number == 3
     assert Store(store).last_receipt()["number"] == 3
 

@@ -12,13 +12,13 @@ from pipeline import dask_settings
 from pipeline.cluster import connect
 from pipeline.cluster_spec import LocalSpec
 from pipeline.config import make_job
-from pipeline.run import run_job
+from pipeline.run.crash_finder import GUILTY, HeaderTrial, Trial
+from pipeline.run.lifecycle import run_job
+from pipeline.run.tasks import WorkPiece
 from pipeline.source import decoding
 from pipeline.source.fetch import Probed
 from pipeline.store.layout import class_layout
 from pipeline.store.schema import Status
-from pipeline.tasks import WorkPiece
-from pipeline.trial import GUILTY, HeaderTrial, Trial
 from tests.conftest import content, make_images
 
 

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
-from pipeline import activity
 from pipeline.config import DecodeSpec
 from pipeline.errors import ImageError, PassingFaultError
+from pipeline.run import activity
 from pipeline.source import decoding
 from pipeline.source.fingerprints import fingerprint_of
 from pipeline.source.names import absolute_path, absolute_url

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import deque
 
-from pipeline.changes import is_inaccessible
 from pipeline.errors import FeaturemapsError
+from pipeline.run.plan.changes import is_inaccessible
 
 SAMPLE = 500
 

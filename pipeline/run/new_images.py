@@ -6,9 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from pipeline.changes import Changes
-from pipeline.ledger import Ledger
 from pipeline.logs import warn_of_image
+from pipeline.run.ledger import Ledger
+from pipeline.run.plan.changes import Changes
+from pipeline.run.summary import Progress, Summary
+from pipeline.run.tasks import WorkPiece
 from pipeline.source import fetch
 from pipeline.source.fingerprints import UNREADABLE, Listing
 from pipeline.source.health import SourceWatch
@@ -16,8 +18,6 @@ from pipeline.store.layout import ClassLayout, Piece, Size, assign_classes
 from pipeline.store.lock import require_lock
 from pipeline.store.schema import REJECTED, RUNS
 from pipeline.store.settings import extractor_spec, layout_of
-from pipeline.summary import Progress, Summary
-from pipeline.tasks import WorkPiece
 
 PROBE_BLOCK = 512
 FIRST_APPEND = 2048

@@ -14,22 +14,24 @@ import numpy as np
 from distributed import Client, KilledWorker
 from distributed.client import ClosedClientError
 
-from pipeline import tasks
-from pipeline.activity import ActivityPlugin
-from pipeline.capacity import bucket_bytes, guess_decode_bytes, require_memory, require_room, require_space
-from pipeline.changes import Changes
 from pipeline.config import Job
 from pipeline.errors import FeaturemapsError
-from pipeline.faults import explain, scheduler_lost, why
-from pipeline.fleet import Fleet
-from pipeline.flight import Flight, Sent
-from pipeline.intake import Intake, work_piece
-from pipeline.ledger import Ledger
-from pipeline.outcomes import Outcomes, note_batch
+from pipeline.run import tasks
+from pipeline.run.activity import ActivityPlugin
+from pipeline.run.crash_finder import HeaderTrial, Trial
+from pipeline.run.failures import explain, scheduler_lost, why
+from pipeline.run.hangs import find_stalls
+from pipeline.run.in_flight import Flight, Sent
+from pipeline.run.ledger import Ledger
+from pipeline.run.new_images import Intake, work_piece
+from pipeline.run.plan.changes import Changes
+from pipeline.run.plan.memory import bucket_bytes, guess_decode_bytes, require_memory, require_room, require_space
+from pipeline.run.results import Outcomes, note_batch
+from pipeline.run.summary import Progress, Summary, receipt
+from pipeline.run.workers import Fleet
 from pipeline.source import fetch
 from pipeline.source.fingerprints import Listing
 from pipeline.source.health import SourceWatch
-from pipeline.stalls import find_stalls
 from pipeline.store.layout import (
     BATCHES_IN_FLIGHT_PER_SLOT,
     Batch,
@@ -44,8 +46,6 @@ from pipeline.store.lock import require_lock
 from pipeline.store.schema import RUNS, Status
 from pipeline.store.settings import cost_s, extractor_spec, needed_size, scratch_bytes
 from pipeline.store.store import Store
-from pipeline.summary import Progress, Summary, receipt
-from pipeline.trial import HeaderTrial, Trial
 
 logger = logging.getLogger(__name__)
 

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import numpy as np
 
+from pipeline.run.tasks import PieceResult, WorkPiece
 from pipeline.source.fetch import Probed
 from pipeline.store.schema import Status
-from pipeline.tasks import PieceResult, WorkPiece
 
 GUILTY = (
     "crashed: its worker process died, or ran out of memory, every time that it was computed alone (a crash of the decoder, or too little "

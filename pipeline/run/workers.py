@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 from distributed import Client
 
-from pipeline.capacity import WorkerKind
 from pipeline.errors import FeaturemapsError
 from pipeline.kubernetes import PodCluster
 from pipeline.launch import GroupCluster
+from pipeline.run.plan.memory import WorkerKind
 from pipeline.slots import WorkerSlots, wanted_slots, worker_slots
 from pipeline.store.layout import BATCHES_IN_FLIGHT_PER_SLOT
 

@@ -12,12 +12,12 @@ from typing import Any, Literal, NamedTuple
 from distributed import Client, Future
 from distributed.client import ClosedClientError
 
-from pipeline import tasks
 from pipeline.errors import FeaturemapsError
-from pipeline.progress_watch import Departures, ProgressWatch
+from pipeline.run import tasks
+from pipeline.run.hangs import Stall, replace_worker
+from pipeline.run.progress_watch import Departures, ProgressWatch
 from pipeline.slots import ROLES
 from pipeline.source import fetch
-from pipeline.stalls import Stall, replace_worker
 
 Kind = Literal["probe", "batch", "trial"]
 

@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 import numpy as np
 from distributed import Worker, WorkerPlugin, get_worker
 
-from pipeline import activity
 from pipeline.config import ExtractorSpec
 from pipeline.errors import FeaturemapsError, ImageError, PassingFaultError
 from pipeline.extract.layers import layer_names, output_sizes
+from pipeline.run import activity
 from pipeline.source import decoding
 from pipeline.source.fetch import Patience, Source, read_ahead
 from pipeline.store import store

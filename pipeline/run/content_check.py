@@ -12,19 +12,19 @@ import numpy as np
 from distributed import Client, Future, KilledWorker, wait
 from distributed.client import ClosedClientError
 
-from pipeline.activity import ActivityPlugin
-from pipeline.changes import Changes, Entry
 from pipeline.errors import FeaturemapsError
-from pipeline.faults import scheduler_lost, why
-from pipeline.fleet import Fleet
+from pipeline.run.activity import ActivityPlugin
+from pipeline.run.failures import scheduler_lost, why
+from pipeline.run.hangs import find_stalls, replace_worker
+from pipeline.run.plan.changes import Changes, Entry
+from pipeline.run.summary import Progress, Summary
+from pipeline.run.workers import Fleet
 from pipeline.source.fetch import Digested, digest_block
 from pipeline.source.fingerprints import Listing
 from pipeline.source.health import SourceWatch
-from pipeline.stalls import find_stalls, replace_worker
 from pipeline.store.codecs import Array
 from pipeline.store.schema import stack
 from pipeline.store.store import Store
-from pipeline.summary import Progress, Summary
 
 BLOCK_IMAGES = 256
 BLOCK_BYTES = 256 * 1024**2

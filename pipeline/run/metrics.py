@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 from pipeline.errors import UsageError
-from pipeline.summary import Run, at_work, printable
+from pipeline.run.summary import Run, at_work, printable
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry, Metric

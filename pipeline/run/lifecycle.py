@@ -17,13 +17,14 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import changes as ledger_changes
-from pipeline.capacity import WORKER_BASE_BYTES, wanted_limit_bytes
-from pipeline.changes import Changes, Entries
 from pipeline.config import Job
 from pipeline.errors import StoppedError, UsageError
 from pipeline.extract import kernel
 from pipeline.extract.weights import load_weights
+from pipeline.run.plan import changes as ledger_changes
+from pipeline.run.plan.changes import Changes, Entries
+from pipeline.run.plan.memory import WORKER_BASE_BYTES, wanted_limit_bytes
+from pipeline.run.summary import Progress, Summary, receipt, working
 from pipeline.source.decoding import decode_versions
 from pipeline.source.fingerprints import Listing
 from pipeline.source.identity import is_same_folder, is_same_source
@@ -36,7 +37,6 @@ from pipeline.store.run_ids import new_run_id, next_number
 from pipeline.store.schema import REJECTED, RUNS, Status, StoreSpec, difference
 from pipeline.store.settings import VERSION, needed_size, store_spec
 from pipeline.store.store import Store, is_store, receipt_ids
-from pipeline.summary import Progress, Summary, receipt, working
 from pipeline.urls import Url
 
 logger = logging.getLogger(__name__)
@@ -154,12 +154,12 @@ def _work(
     all_checked = True
     if found.new or found.n_pending or found.to_check:
         store.touch_version(VERSION)
-        from pipeline.admission import only_like_this  # noqa: PLC0415 (as below)
         from pipeline.cluster import with_client  # noqa: PLC0415 (no Dask and no cluster when there is nothing to do)
-        from pipeline.digests import check_digests  # noqa: PLC0415 (as above)
-        from pipeline.driver import Driver  # noqa: PLC0415 (as above)
-        from pipeline.faults import scheduler_lost  # noqa: PLC0415 (as above)
-        from pipeline.metrics import beside_dask  # noqa: PLC0415 (as above)
+        from pipeline.run.admission import only_like_this  # noqa: PLC0415 (as below)
+        from pipeline.run.content_check import check_digests  # noqa: PLC0415 (as above)
+        from pipeline.run.driver import Driver  # noqa: PLC0415 (as above)
+        from pipeline.run.failures import scheduler_lost  # noqa: PLC0415 (as above)
+        from pipeline.run.metrics import beside_dask  # noqa: PLC0415 (as above)
 
         def on_wait(text: str) -> None:
             progress.stage = f"waiting for workers ({text})"

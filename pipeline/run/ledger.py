@@ -7,14 +7,14 @@ from functools import cached_property
 
 import numpy as np
 
-from pipeline.changes import Entry, is_inaccessible
+from pipeline.run.plan.changes import Entry, is_inaccessible
+from pipeline.run.tasks import PieceResult
 from pipeline.source.fetch import Probed
 from pipeline.source.fingerprints import Listing
 from pipeline.store.codecs import Array
 from pipeline.store.layout import ClassLayout, Size, class_name
 from pipeline.store.schema import REJECTED, STATISTICS, Status, StoredLayer, stack
 from pipeline.store.store import Store
-from pipeline.tasks import PieceResult
 
 
 def has_inaccessible(pieces: Iterable[PieceResult]) -> bool:

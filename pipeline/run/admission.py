@@ -11,8 +11,8 @@ from distributed import Client
 from distributed.protocol.pickle import dumps
 
 from pipeline.errors import FeaturemapsError
+from pipeline.run.worker_versions import TOPIC, VersionsPlugin, asking_for_versions, differences, n_gpus_there, own_versions
 from pipeline.slots import scheduler_workers
-from pipeline.versions import TOPIC, VersionsPlugin, asking_for_versions, differences, n_gpus_there, own_versions
 
 logger = logging.getLogger(__name__)
 

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 from distributed import Client
 from distributed.core import rpc
 
-from pipeline.activity import METRIC
 from pipeline.errors import FeaturemapsError
+from pipeline.run.activity import METRIC
 from pipeline.slots import scheduler_workers
 
 logger = logging.getLogger(__name__)

@@ -8,14 +8,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pipeline import tasks
-from pipeline.changes import Changes, Entry, is_inaccessible
-from pipeline.ledger import Ledger, has_inaccessible
 from pipeline.logs import warn_of_image
+from pipeline.run import tasks
+from pipeline.run.ledger import Ledger, has_inaccessible
+from pipeline.run.plan.changes import Changes, Entry, is_inaccessible
+from pipeline.run.summary import Progress, Summary, count
 from pipeline.source.health import SourceWatch
 from pipeline.store.layout import class_name
 from pipeline.store.schema import Status
-from pipeline.summary import Progress, Summary, count
 
 logger = logging.getLogger(__name__)
 
