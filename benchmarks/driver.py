@@ -22,8 +22,8 @@ import psutil
 from distributed import WorkerPlugin
 
 from benchmarks.images import machine
-from pipeline.cluster import connect
-from pipeline.cluster_spec import LocalSpec
+from pipeline.cluster.config import LocalSpec
+from pipeline.cluster.session import connect
 from pipeline.config import make_job
 from pipeline.run import driver, lifecycle, tasks
 from pipeline.source.fetch import Probed, ProbedBlock

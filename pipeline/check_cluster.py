@@ -15,12 +15,12 @@ from typing import Any
 
 import psutil
 
-from pipeline import batch
-from pipeline.cluster_spec import BatchSpec, ClusterSpec, KubernetesSpec, SshSpec
+from pipeline.cluster import batch_commands
+from pipeline.cluster.config import BatchSpec, ClusterSpec, KubernetesSpec, SshSpec
+from pipeline.cluster.show import groups_text, unusable
+from pipeline.cluster.ssh_workers import SSH_TIMEOUT_S, ssh_options, ssh_reason, ssh_remedy
 from pipeline.findings import Finding
-from pipeline.launch_ssh import SSH_TIMEOUT_S, ssh_options, ssh_reason, ssh_remedy
 from pipeline.run.worker_versions import differences, own_versions, versions_script
-from pipeline.show_cluster import groups_text, unusable
 from pipeline.store.objects import nearest_folder
 
 QUERIES = {
@@ -72,7 +72,7 @@ def _log_folder(folder: Path) -> Finding:
 
 def batch_system(spec: BatchSpec) -> Iterator[Finding]:
     """Whether the batch system answers, and for Slurm whether it has the queue."""
-    system = batch.SYSTEMS[spec.kind]
+    system = batch_commands.SYSTEMS[spec.kind]
     for command in (system.submit, system.cancel):
         if shutil.which(command) is None:
             yield Finding("FAIL", system.name, f"there is no {command} on the PATH", "run on a login node, or extend PATH")
@@ -105,7 +105,7 @@ def _said(command: list[str]) -> str | None:
 
 
 def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, capture_output=True, text=True, timeout=batch.COMMAND_TIMEOUT_S, check=False)  # noqa: S603
+    return subprocess.run(command, capture_output=True, text=True, timeout=batch_commands.COMMAND_TIMEOUT_S, check=False)  # noqa: S603
 
 
 def ssh_hosts(spec: SshSpec) -> Iterator[Finding]:
@@ -147,7 +147,7 @@ def kubernetes_api(spec: KubernetesSpec) -> Iterator[Finding]:
     """Whether Kubernetes answers, and knows what a DaskCluster is."""
     import kr8s  # noqa: PLC0415 (comes with the extra)
 
-    from pipeline.kubernetes import cluster_kind  # noqa: PLC0415 (as above)
+    from pipeline.cluster.kubernetes import cluster_kind  # noqa: PLC0415 (as above)
 
     try:
         found = kr8s.api().version()

@@ -10,13 +10,13 @@ from typing import Any
 from distributed import Client
 
 from pipeline.check_cluster import compare_versions
-from pipeline.cluster import connect
-from pipeline.cluster_spec import AddressSpec, BatchSpec, ClusterSpec, CudaSpec, KubernetesSpec, LocalSpec, SshSpec
+from pipeline.cluster.config import AddressSpec, BatchSpec, ClusterSpec, CudaSpec, KubernetesSpec, LocalSpec, SshSpec
+from pipeline.cluster.session import connect
+from pipeline.cluster.slots import scheduler_workers, worker_slots
 from pipeline.errors import FeaturemapsError
 from pipeline.findings import Finding
 from pipeline.run.admission import ask, having_gpus
 from pipeline.run.worker_versions import asking_for_versions, n_gpus_there
-from pipeline.slots import scheduler_workers, worker_slots
 from pipeline.store.objects import Place, delete, nearest_folder, put
 from pipeline.urls import Url
 

@@ -40,7 +40,7 @@ def submit(
     **options: Any,
 ) -> int:
     """Hand the whole run to a batch system: a driver's job that comes back until the store is complete, and then audits it."""
-    from pipeline.driver_job import Order, driver_script
+    from pipeline.cluster.submit.script import Order, driver_script
 
     start_logging(verbose, as_json=log_format == "json")
     job = load_job(job_file, {"cluster": cluster} if cluster else {})
@@ -49,13 +49,13 @@ def submit(
         click.echo(driver_script(order), nl=False)
         return EXIT_COMPLETE
     if not attend:
-        from pipeline.submit import submit as hand_in
+        from pipeline.cluster.submit.hand_in import submit as hand_in
 
         submission = hand_in(order)
         click.echo(f"job {submission.job_id} was handed in; featuremaps status {job.store} tells how far it is")
         return EXIT_COMPLETE
 
-    from pipeline.attend import attend as attend_run
+    from pipeline.cluster.submit.inside_job import attend as attend_run
 
     def report(what: Any) -> None:
         from pipeline.run.summary import Summary, describe
@@ -110,7 +110,7 @@ _cluster_file = click.option(
 @_cluster_file
 def cluster_list(cluster_file: Path) -> int:
     """Say which clusters there are, of what kind and groups, and which cannot be used from here."""
-    from pipeline.show_cluster import list_clusters
+    from pipeline.cluster.show import list_clusters
 
     click.echo(list_clusters(cluster_file))
     return EXIT_COMPLETE
@@ -121,7 +121,7 @@ def cluster_list(cluster_file: Path) -> int:
 @_cluster_file
 def cluster_show(name: str, cluster_file: Path) -> int:
     """Print what `run --cluster NAME` would launch: job scripts, ssh commands, manifests or processes. Launches nothing."""
-    from pipeline.show_cluster import show_cluster
+    from pipeline.cluster.show import show_cluster
 
     click.echo(show_cluster(name, cluster_file))
     return EXIT_COMPLETE

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import check_cluster, check_installation, check_storage, check_workers
-from pipeline.cluster_spec import AddressSpec, ClusterSpec, CudaSpec, KubernetesSpec, SshSpec, load_cluster
+from pipeline.cluster.config import AddressSpec, ClusterSpec, CudaSpec, KubernetesSpec, SshSpec, load_cluster
+from pipeline.cluster.local import local_workers
 from pipeline.config import Job
 from pipeline.findings import Finding, look
-from pipeline.machine import local_workers
 from pipeline.preview import Preview, plan_job
 from pipeline.store.objects import Place, place
 

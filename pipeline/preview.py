@@ -12,18 +12,19 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.batch import QueuedJob
-from pipeline.cluster import cluster_of
+from pipeline.cluster.batch_commands import QueuedJob
+from pipeline.cluster.local import local_workers
+from pipeline.cluster.session import cluster_of
+from pipeline.cluster.slots import planned_slots
+from pipeline.cluster.submit.record import GONE, last_submission
 from pipeline.config import Job
 from pipeline.errors import EXIT_COMPLETE, UsageError
-from pipeline.machine import local_workers
 from pipeline.run.forecast import Forecast, end_of_run
 from pipeline.run.lifecycle import check_job, compare_with_store, count_statuses, open_for, settle_returned
 from pipeline.run.plan.changes import check_removals
 from pipeline.run.plan.memory import WorkerKind, bucket_bytes, guess_decode_bytes, usable_bytes, worker_memory_bytes
 from pipeline.run.summary import MAX_BAD, count, describe_bottleneck, printable
 from pipeline.run.workers import judge
-from pipeline.slots import planned_slots
 from pipeline.source.dropped import describe_dropped
 from pipeline.source.fetch import Probed, Source, probe_block
 from pipeline.source.fingerprints import Listing
@@ -41,7 +42,6 @@ from pipeline.store.objects import Place, free_bytes, place
 from pipeline.store.schema import REJECTED, ShapeClass, Status
 from pipeline.store.settings import cost_s, layout_of, needed_size, scratch_bytes
 from pipeline.store.store import Store, is_store
-from pipeline.submission import GONE, last_submission
 
 BLOCK = 2048
 INLINE = 4 * BLOCK

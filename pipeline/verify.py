@@ -30,7 +30,7 @@ from pipeline.checks import (
     recompute,
     shards,
 )
-from pipeline.machine import local_workers
+from pipeline.cluster.local import local_workers
 from pipeline.run.summary import printable
 from pipeline.source.health import SourceWatch
 from pipeline.store.codecs import Array

@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 from pipeline import cli
-from pipeline.cluster import connect
-from pipeline.cluster_spec import LocalSpec
+from pipeline.cluster.config import LocalSpec
+from pipeline.cluster.session import connect
 from pipeline.config import make_job
 from pipeline.run.lifecycle import run_job
 from pipeline.store.schema import REJECTED, Status
@@ -101,7 +101,7 @@ def command(client, monkeypatch, capfd):
     def connect(*_, **__):
         yield client
 
-    monkeypatch.setattr("pipeline.cluster.connect", connect)
+    monkeypatch.setattr("pipeline.cluster.session.connect", connect)
 
     def call(*arguments) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["featuremaps", *map(str, arguments)])

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from pipeline import batch
-from pipeline.launch_batch import batch_job_class
+from pipeline.cluster import batch_commands
+from pipeline.cluster.batch_workers import batch_job_class
 
 TABLE = """Job id            Name             User              Time Use S Queue
 ----------------  ---------------- ----------------  -------- - -----
@@ -58,8 +58,8 @@ def command(tmp_path, monkeypatch):
 def test_a_batch_system_that_does_not_answer_has_lost_no_jobs(command, kind, name, said, code):
     command(name, said=said, code=code)
     with pytest.raises(subprocess.CalledProcessError) as failed:
-        batch.queue(kind, ["1", "4"])
-    assert batch.said(failed.value).startswith(" ".join(said.split()))
+        batch_commands.queue(kind, ["1", "4"])
+    assert batch_commands.said(failed.value).startswith(" ".join(said.split()))
     job = SimpleNamespace(job_id="1", state="as before")
     assert asyncio.run(batch_job_class(kind).find_gone({"all-0": job})) == {}
     assert job.state == "as before"
@@ -68,7 +68,7 @@ def test_a_batch_system_that_does_not_answer_has_lost_no_jobs(command, kind, nam
 @pytest.mark.parametrize(("table", "said", "code"), [(TABLE, UNKNOWN, 153), (CUT, UNKNOWN, 153), (TABLE, "", 0)])
 def test_pbs_is_asked_once_for_all_jobs_and_those_that_have_ended_are_gone(command, table, said, code):
     command("qstat", table, said, code)
-    found = batch.queue("pbs", ["1.head.example.org", "2.head.example.org", "3.head.example.org", "4.head.example.org"])
+    found = batch_commands.queue("pbs", ["1.head.example.org", "2.head.example.org", "3.head.example.org", "4.head.example.org"])
     assert {job_id: job.state for job_id, job in found.items()} == {"1.head.example.org": "R", "2.head.example.org": "Q"}
     assert len(command.calls()) == 1
 
@@ -78,20 +78,20 @@ def test_pbs_is_asked_once_for_all_jobs_and_those_that_have_ended_are_gone(comma
 )
 def test_words_and_codes_of_pbs_that_mean_that_a_job_is_gone(command, said, code):
     command("qstat", "", said, code)
-    assert batch.queue("pbs", ["4.head"]) == {}
+    assert batch_commands.queue("pbs", ["4.head"]) == {}
 
 
 def test_grid_engine_is_asked_once_for_all_jobs(command):
     command("qstat", DETAILS)
-    assert {job_id: job.state for job_id, job in batch.queue("sge", ["1", "2"]).items()} == {"1": "r", "2": ""}
+    assert {job_id: job.state for job_id, job in batch_commands.queue("sge", ["1", "2"]).items()} == {"1": "r", "2": ""}
     command("qstat", DETAILS, "Following jobs do not exist: \n3\n4\n", 1)
-    assert set(batch.queue("sge", ["1", "2", "3", "4"])) == {"1", "2"}
+    assert set(batch_commands.queue("sge", ["1", "2", "3", "4"])) == {"1", "2"}
     assert command.calls() == ["-j 1,2,3,4"]
 
 
 def test_htcondor_is_asked_once_for_all_jobs_and_one_that_is_held_is_gone_with_its_reason(command):
     command("condor_q", "1 0 2 undefined\n2 0 1 undefined\n3 0 5 Cannot open /data/in: no such file")
-    assert {job_id: job.state for job_id, job in batch.queue("htcondor", ["1.0", "2", "3.0", "4.0"]).items()} == {
+    assert {job_id: job.state for job_id, job in batch_commands.queue("htcondor", ["1.0", "2", "3.0", "4.0"]).items()} == {
         "1.0": "running",
         "2": "idle",
     }
@@ -108,5 +108,5 @@ def test_htcondor_is_asked_once_for_all_jobs_and_one_that_is_held_is_gone_with_i
 def test_slurm_is_asked_for_the_jobs_of_who_asks_whatever_the_environment_says(command, monkeypatch):
     monkeypatch.setenv("LOGNAME", "somebody-else")
     command("squeue", "1|maps|PENDING|Resources\n2|maps|COMPLETING|None")
-    assert set(batch.queue("slurm", ["1", "2"])) == {"1"}
+    assert set(batch_commands.queue("slurm", ["1", "2"])) == {"1"}
     assert command.calls() == ["--noheader --me --format=%i|%j|%T|%r"]

@@ -21,8 +21,9 @@ import pytest
 import xarray as xr
 
 from pipeline import open_store
-from pipeline.cluster import connect
-from pipeline.cluster_spec import LocalSpec
+from pipeline.cluster.config import LocalSpec
+from pipeline.cluster.session import connect
+from pipeline.cluster.submit.record import Claim, Submission, last_submission
 from pipeline.config import make_job
 from pipeline.errors import FeaturemapsError, StaleWriterError, StoreBusyError, UsageError
 from pipeline.report import write_report
@@ -36,7 +37,6 @@ from pipeline.store.objects import Place, children, each, exists, place, read_js
 from pipeline.store.schema import RUNS
 from pipeline.store.store import Store
 from pipeline.store.vacuum import vacuum_store
-from pipeline.submission import Claim, Submission, last_submission
 from pipeline.urls import ConflictError, Url, errors
 from pipeline.urls import connect as connect_bucket
 from pipeline.verify import verify_store

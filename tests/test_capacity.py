@@ -12,8 +12,9 @@ import pytest
 from distributed import Client, LocalCluster
 from PIL import Image
 
+from pipeline.cluster.dask_settings import DASK_SETTINGS
+from pipeline.cluster.slots import ROLES
 from pipeline.config import ExtractorSpec, make_job
-from pipeline.dask_settings import DASK_SETTINGS
 from pipeline.errors import UsageError
 from pipeline.preview import plan_job
 from pipeline.run.lifecycle import run_job
@@ -27,7 +28,6 @@ from pipeline.run.plan.memory import (
     wanted_limit_bytes,
     worker_memory_bytes,
 )
-from pipeline.slots import ROLES
 from pipeline.store.schema import Status
 from pipeline.store.settings import scratch_bytes
 from pipeline.store.store import Store

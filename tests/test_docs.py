@@ -18,9 +18,10 @@ import pytest
 from pydantic import BaseModel
 
 import pipeline
-from pipeline import cluster_spec, config, errors, figures
+from pipeline import config, errors, figures
 from pipeline.analysis import FeatureStore
 from pipeline.cli import cli
+from pipeline.cluster import config as cluster_spec
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

@@ -18,7 +18,7 @@ import yaml
 from distributed import LocalCluster
 
 from pipeline import check_cluster, check_installation, check_storage, check_workers, cli
-from pipeline.cluster_spec import AddressSpec, load_cluster
+from pipeline.cluster.config import AddressSpec, load_cluster
 from pipeline.doctor import diagnose
 from pipeline.errors import UsageError
 from pipeline.extract import kernel
@@ -510,7 +510,7 @@ def test_a_doctor_that_is_asked_to_end_takes_its_jobs_back(waiting_jobs, spec, t
 
 
 def test_a_scheduler_that_does_not_answer_is_a_failure(monkeypatch):
-    monkeypatch.setattr("pipeline.cluster.CONNECT_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("pipeline.cluster.session.CONNECT_TIMEOUT_S", 0.2)
     found = only(check_workers.started(AddressSpec(kind="address", address=f"tcp://127.0.0.1:{free_port()}"), None))
     assert (found.level, found.what) == ("FAIL", "scheduler")
     assert "no Dask scheduler answers at" in found.found

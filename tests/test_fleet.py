@@ -4,13 +4,13 @@ from types import SimpleNamespace
 
 import pytest
 
+from pipeline.cluster.slots import WorkerSlots
 from pipeline.errors import FeaturemapsError
 from pipeline.run import workers as fleet
 from pipeline.run.driver import Driver
 from pipeline.run.in_flight import Sent
 from pipeline.run.plan.memory import WorkerKind
 from pipeline.run.workers import Fleet
-from pipeline.slots import WorkerSlots
 
 GIB = 2**30
 WHOLE = WorkerSlots(2, 2, 2 * GIB, False, True)

@@ -20,8 +20,8 @@ from pyarrow import parquet
 
 import pipeline
 from pipeline import open_store
-from pipeline.cluster import connect
-from pipeline.cluster_spec import LocalSpec
+from pipeline.cluster.config import LocalSpec
+from pipeline.cluster.session import connect
 from pipeline.config import DecodeSpec, ExtractorSpec, load_job
 from pipeline.errors import ImageError, UsageError
 from pipeline.extract.weights import load_weights

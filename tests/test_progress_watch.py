@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from distributed import WorkerPlugin
 
-from pipeline.cluster import connect
-from pipeline.cluster_spec import LocalSpec
+from pipeline.cluster.config import LocalSpec
+from pipeline.cluster.session import connect
 from pipeline.config import make_job
 from pipeline.errors import FeaturemapsError
 from pipeline.run.lifecycle import run_job

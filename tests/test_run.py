@@ -116,7 +116,7 @@ def test_a_second_run_opens_no_image_and_rewrites_nothing(run, twelve_sizes, tmp
 
 def test_no_cluster_is_started_when_there_is_nothing_to_do(run, twelve_sizes, tmp_path, monkeypatch):
     run(twelve_sizes)
-    monkeypatch.setattr("pipeline.cluster.with_client", None)
+    monkeypatch.setattr("pipeline.cluster.session.with_client", None)
     job = make_job({"source": str(twelve_sizes), "store": str(tmp_path / "features.zarr"), "cluster": "there is none"})
     assert run_job(job).outcome == "complete"
 

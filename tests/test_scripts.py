@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.cluster_spec import BatchSpec, TlsSpec, load_cluster
+from pipeline.cluster.batch_workers import job_script
+from pipeline.cluster.config import BatchSpec, TlsSpec, load_cluster
 from pipeline.errors import UsageError
-from pipeline.launch_batch import job_script
 
 GOLDEN = Path(__file__).parent / "golden" / "scripts"
 KINDS = ("slurm", "pbs", "sge", "htcondor")

@@ -10,8 +10,9 @@ import pytest
 import yaml
 from distributed.core import Status
 
-from pipeline import show_cluster
-from pipeline.cluster_spec import (
+from pipeline.cluster import show as show_cluster
+from pipeline.cluster.batch_workers import job_script
+from pipeline.cluster.config import (
     AddressSpec,
     BatchGroupSpec,
     BatchSpec,
@@ -24,11 +25,10 @@ from pipeline.cluster_spec import (
     SshSpec,
     load_cluster,
 )
+from pipeline.cluster.kubernetes_manifests import manifests
+from pipeline.cluster.show import JOB_NAME, list_clusters
+from pipeline.cluster.ssh_workers import ssh_launches
 from pipeline.errors import UsageError
-from pipeline.launch_batch import job_script
-from pipeline.launch_ssh import ssh_launches
-from pipeline.manifests import manifests
-from pipeline.show_cluster import JOB_NAME, list_clusters
 
 REPOSITORY_FILE = Path(__file__).parents[1] / "cluster.yaml"
 
@@ -57,7 +57,7 @@ def test_processes_of_this_machine_are_listed_with_what_they_offer(show):
 
 def test_each_gpu_has_a_process_of_its_own(show, monkeypatch):
     """Stands for a machine with two GPUs."""
-    monkeypatch.setattr("pipeline.machine.local_gpus", lambda wanted: 2 if wanted is None else wanted)
+    monkeypatch.setattr("pipeline.cluster.local.local_gpus", lambda wanted: 2 if wanted is None else wanted)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     share = 0.9 * psutil.virtual_memory().total / 2 / 2**30
     assert show(kind="cuda", workers=6).splitlines()[1:] == [
@@ -148,7 +148,7 @@ def test_the_list_says_kind_and_groups_and_what_cannot_be_used(tmp_path, monkeyp
 
 
 def test_a_missing_extra_is_said_in_the_list(tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.show_cluster.find_spec", lambda _: None)
+    monkeypatch.setattr("pipeline.cluster.show.find_spec", lambda _: None)
     (tmp_path / "cluster.yaml").write_text("clusters: {lab: {kind: ssh, groups: {all: {hosts: [a]}}}}")
     assert "NOT USABLE HERE: asyncssh is not installed (pip install 'featuremaps[ssh]')" in list_clusters(
         tmp_path / "cluster.yaml"

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.cluster import connect
-from pipeline.cluster_spec import load_cluster
+from pipeline.cluster.config import load_cluster
+from pipeline.cluster.session import connect
 from pipeline.config import make_job
 from pipeline.run.lifecycle import run_job
 from pipeline.store.store import Store, is_store

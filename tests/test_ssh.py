@@ -13,8 +13,8 @@ import pytest
 import yaml
 from distributed import Client
 
-from pipeline.cluster import connect
-from pipeline.cluster_spec import GroupSpec, LocalSpec, load_cluster
+from pipeline.cluster.config import GroupSpec, LocalSpec, load_cluster
+from pipeline.cluster.session import connect
 from pipeline.config import make_job
 from pipeline.errors import FeaturemapsError
 from pipeline.run.lifecycle import run_job

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.cluster import connect
-from pipeline.cluster_spec import LocalSpec
+from pipeline.cluster.config import LocalSpec
+from pipeline.cluster.session import connect
 from pipeline.config import load_job, make_job
 from pipeline.run.lifecycle import run_job
 from pipeline.run.new_images import Intake

@@ -16,17 +16,17 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline import attend, submission
-from pipeline.attend import Attempt
+from pipeline.cluster.submit import inside_job, record
+from pipeline.cluster.submit.hand_in import adopt, submit
+from pipeline.cluster.submit.inside_job import Attempt
+from pipeline.cluster.submit.record import last_submission
+from pipeline.cluster.submit.script import Order, driver_script
 from pipeline.config import make_job
-from pipeline.driver_job import Order, driver_script
 from pipeline.errors import EXIT_FAILED, EXIT_RUN_AGAIN, FeaturemapsError, StoreBusyError
 from pipeline.run.lifecycle import run_job
 from pipeline.store.create import prepare_folder
 from pipeline.store.run_ids import next_number
 from pipeline.store.store import receipt_ids
-from pipeline.submission import last_submission
-from pipeline.submit import adopt, submit
 from pipeline.terminal import stop_on_signal
 from tests.conftest import make_images
 from tests.stuck_disk import mount_stuck
@@ -90,7 +90,7 @@ def commands(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
     for name, seconds in {"FIRST_PAUSE_S": 0.01, "PATIENCE_S": 2.0, "VAIN_PAUSE_S": 0.01, "KILLED_S": 0.2}.items():
-        monkeypatch.setattr(attend, name, seconds)
+        monkeypatch.setattr(inside_job, name, seconds)
     return Commands(folder)
 
 
@@ -142,8 +142,8 @@ def test_slurm_that_does_not_answer_at_all_ends_it_with_a_message(commands, orde
 
 
 def test_patience_ends_with_the_walltime(commands, order, attempt, monkeypatch):
-    monkeypatch.setattr(attend, "PATIENCE_S", 10_000.0)
-    monkeypatch.setattr(attend, "LONGEST_PAUSE_S", 0.1)
+    monkeypatch.setattr(inside_job, "PATIENCE_S", 10_000.0)
+    monkeypatch.setattr(inside_job, "LONGEST_PAUSE_S", 0.1)
     commands.fail("squeue", 10_000)
     assert attempt(order(walltime=6)).come_back() == EXIT_FAILED
 
@@ -156,7 +156,7 @@ def test_a_job_that_is_taken_back_is_not_put_back(commands, order, attempt):
 
 
 def test_a_requeued_job_ends_as_soon_as_it_is_told(commands, order, attempt, monkeypatch):
-    monkeypatch.setattr(attend, "KILLED_S", 1000.0)
+    monkeypatch.setattr(inside_job, "KILLED_S", 1000.0)
     prepare_folder(Path(order().job.store))
     commands.queue("7|x|RUNNING|None")
     signalled = threading.Event()
@@ -314,7 +314,7 @@ def test_a_claim_stands_until_it_is_old_and_the_job_itself_says_its_number(comma
     adopt(made, "12.server")
     assert last_submission(store).job_id == "12.server"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"job_id": ""}))
-    monkeypatch.setattr(submission, "CLAIM_S", 0.0)
+    monkeypatch.setattr(record, "CLAIM_S", 0.0)
     assert submit(made).job_id == last_submission(store).job_id != ""
 
 
@@ -322,7 +322,7 @@ def test_somebody_who_was_faster_is_not_overwritten(commands, order):
     made = order("p")
     submit(made)
     store = Path(made.job.store)
-    claim = submission.Claim(store)
+    claim = record.Claim(store)
     second = submit(made)
     with pytest.raises(StoreBusyError, match=r"was handed in by somebody else just now.*nothing was handed in"):
         claim.take(second)
@@ -352,9 +352,9 @@ AUDIT = """
 import sys, threading, time
 from pathlib import Path
 from pipeline import verify
-from pipeline.attend import Attempt
+from pipeline.cluster.submit.inside_job import Attempt
 from pipeline.config import make_job
-from pipeline.driver_job import Order
+from pipeline.cluster.submit.script import Order
 from pipeline.run.summary import Summary
 
 verify.verify_store = lambda *_, **__: time.sleep(1000)  # stands for a large store
@@ -434,7 +434,7 @@ def test_a_source_that_hangs_costs_the_page_its_photographs_and_a_store_that_han
     (page,) = (tmp_path / "featuremaps-logs").glob("featuremaps-*-report.html")
     assert (code, said) == (0, [f"page about the store: {page}"])
     assert "the source image is out of reach" in page.read_text()
-    monkeypatch.setattr("pipeline.attend.PAGE_S", 6.0)
+    monkeypatch.setattr("pipeline.cluster.submit.inside_job.PAGE_S", 6.0)
     disk = mount_stuck(tmp_path / "f.zarr")
     try:
         code, said = complete()

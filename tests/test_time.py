@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.analysis import FeatureStore
+from pipeline.cluster.submit.record import Claim, Submission
 from pipeline.errors import StoreBusyError
 from pipeline.preview import store_status
 from pipeline.report_facts import gather
@@ -19,7 +20,6 @@ from pipeline.store import lock
 from pipeline.store.lock import Holder, StoreLock, current_holder
 from pipeline.store.run_ids import next_number, run_number, run_order
 from pipeline.store.store import Store
-from pipeline.submission import Claim, Submission
 from tests.conftest import make_images
 
 DAYS_3 = 3 * 86_400

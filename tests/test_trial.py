@@ -8,9 +8,9 @@ import time
 import pytest
 from distributed import WorkerPlugin
 
-from pipeline import dask_settings
-from pipeline.cluster import connect
-from pipeline.cluster_spec import LocalSpec
+from pipeline.cluster import dask_settings
+from pipeline.cluster.config import LocalSpec
+from pipeline.cluster.session import connect
 from pipeline.config import make_job
 from pipeline.run.crash_finder import GUILTY, HeaderTrial, Trial
 from pipeline.run.lifecycle import run_job

@@ -19,10 +19,10 @@ import pytest
 import skimage
 import yaml
 
-from pipeline.cluster_spec import BatchSpec, KubernetesSpec, load_cluster
+from pipeline.cluster.batch_workers import job_script
+from pipeline.cluster.config import BatchSpec, KubernetesSpec, load_cluster
+from pipeline.cluster.kubernetes_manifests import manifests
 from pipeline.config import load_job, make_job
-from pipeline.launch_batch import job_script
-from pipeline.manifests import manifests
 from tests.batch_services import slurm, wait_for
 from tests.test_kubernetes import check
 

@@ -10,9 +10,9 @@ from typing import Any
 from distributed import Client
 from distributed.protocol.pickle import dumps
 
+from pipeline.cluster.slots import scheduler_workers
 from pipeline.errors import FeaturemapsError
 from pipeline.run.worker_versions import TOPIC, VersionsPlugin, asking_for_versions, differences, n_gpus_there, own_versions
-from pipeline.slots import scheduler_workers
 
 logger = logging.getLogger(__name__)
 

@@ -154,7 +154,7 @@ def _work(
     all_checked = True
     if found.new or found.n_pending or found.to_check:
         store.touch_version(VERSION)
-        from pipeline.cluster import with_client  # noqa: PLC0415 (no Dask and no cluster when there is nothing to do)
+        from pipeline.cluster.session import with_client  # noqa: PLC0415 (no Dask and no cluster when there is nothing to do)
         from pipeline.run.admission import only_like_this  # noqa: PLC0415 (as below)
         from pipeline.run.content_check import check_digests  # noqa: PLC0415 (as above)
         from pipeline.run.driver import Driver  # noqa: PLC0415 (as above)
@@ -215,14 +215,14 @@ def check_job(job: Job, listing: Listing, cluster_file: Path | None) -> tuple[St
             "--memory-limit, or none"
         )
     if job.gpus and job.cluster is None and cluster_file is not None:
-        from pipeline.machine import local_gpus  # noqa: PLC0415 (no Dask when there is nothing to do)
+        from pipeline.cluster.local import local_gpus  # noqa: PLC0415 (no Dask when there is nothing to do)
 
         local_gpus(job.gpus)
     weights = load_weights(job.extractor, job.decode.channels)
     spec = store_spec(job, listing.root, weights)
     check_folder(path)
     if open_for(path, spec) is None and cluster_file is not None and job.cluster is not None:
-        from pipeline.cluster_spec import load_cluster  # noqa: PLC0415 (no Dask when there is nothing to do)
+        from pipeline.cluster.config import load_cluster  # noqa: PLC0415 (no Dask when there is nothing to do)
 
         load_cluster(job.cluster, cluster_file)
     return spec, weights

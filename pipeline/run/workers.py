@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 
 from distributed import Client
 
+from pipeline.cluster.groups import GroupCluster
+from pipeline.cluster.kubernetes import PodCluster
+from pipeline.cluster.slots import WorkerSlots, wanted_slots, worker_slots
 from pipeline.errors import FeaturemapsError
-from pipeline.kubernetes import PodCluster
-from pipeline.launch import GroupCluster
 from pipeline.run.plan.memory import WorkerKind
-from pipeline.slots import WorkerSlots, wanted_slots, worker_slots
 from pipeline.store.layout import BATCHES_IN_FLIGHT_PER_SLOT
 
 logger = logging.getLogger(__name__)

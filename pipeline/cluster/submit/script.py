@@ -7,12 +7,12 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline import batch
-from pipeline.cluster import job_name
-from pipeline.cluster_spec import BatchSpec, load_cluster
+from pipeline.cluster import batch_commands
+from pipeline.cluster.batch_workers import clock, condor_text
+from pipeline.cluster.config import BatchSpec, load_cluster
+from pipeline.cluster.session import job_name
 from pipeline.config import Job
 from pipeline.errors import UsageError
-from pipeline.launch_batch import clock, condor_text
 
 DEFAULT_ATTEMPTS = 5
 WARNING_S = 60
@@ -48,7 +48,7 @@ class Order:
         if not isinstance(spec, BatchSpec):
             raise UsageError(
                 f"cluster {self.job.cluster or 'local'!r} is of kind {spec.kind}, and only a batch system "
-                f"({', '.join(batch.SYSTEMS)}) can be handed a whole run: nothing was started; name one of its "
+                f"({', '.join(batch_commands.SYSTEMS)}) can be handed a whole run: nothing was started; name one of its "
                 "clusters with --cluster, or use `featuremaps run`"
             )
         return spec

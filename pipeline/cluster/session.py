@@ -19,8 +19,9 @@ from typing import Any
 import dask
 from distributed import Client
 
-from pipeline import batch
-from pipeline.cluster_spec import (
+from pipeline.cluster import batch_commands
+from pipeline.cluster.batch_workers import batch_launches
+from pipeline.cluster.config import (
     LOOPBACK,
     AddressSpec,
     BatchSpec,
@@ -32,14 +33,13 @@ from pipeline.cluster_spec import (
     SshSpec,
     load_cluster,
 )
+from pipeline.cluster.dask_settings import DASK_SETTINGS
+from pipeline.cluster.groups import MAX_FALSE_STARTS, GroupCluster, Launch, local_launches
+from pipeline.cluster.kubernetes import PodCluster, kubernetes_cluster
+from pipeline.cluster.local import local_groups
+from pipeline.cluster.ssh_workers import ssh_launches
 from pipeline.config import Job
-from pipeline.dask_settings import DASK_SETTINGS
 from pipeline.errors import FeaturemapsError, StoppedError, UsageError
-from pipeline.kubernetes import PodCluster, kubernetes_cluster
-from pipeline.launch import MAX_FALSE_STARTS, GroupCluster, Launch, local_launches
-from pipeline.launch_batch import batch_launches
-from pipeline.launch_ssh import ssh_launches
-from pipeline.machine import local_groups
 from pipeline.store.objects import place
 
 logger = logging.getLogger(__name__)
@@ -133,7 +133,7 @@ def _launches(
         return groups, local_launches(groups, security=spec.tls and spec.tls.security()), LOCAL_PATIENCE_S
     if isinstance(spec, SshSpec):
         return spec.groups, ssh_launches(spec), spec.start_timeout_s
-    batch.require_commands(spec.kind, "the cluster")
+    batch_commands.require_commands(spec.kind, "the cluster")
     launches = batch_launches(spec, name)
     _take_back(spec.kind, {f"{name}-{group}" for group in spec.groups})
     return spec.groups, launches, spec.start_timeout_s
@@ -142,14 +142,14 @@ def _launches(
 def _take_back(kind: str, names: set[str]) -> None:
     """Take back the jobs that a dead run left in the queue; there is none alive, as the store is locked."""
     try:
-        left = [job.job_id for name in names for job in batch.jobs_named(kind, name) if job.name == name]
+        left = [job.job_id for name in names for job in batch_commands.jobs_named(kind, name) if job.name == name]
     except (OSError, subprocess.SubprocessError) as error:
         raise FeaturemapsError(
-            f"{batch.SYSTEMS[kind].name} does not answer ({batch.said(error)}): nothing was started; try again later"
+            f"{batch_commands.SYSTEMS[kind].name} does not answer ({batch_commands.said(error)}): nothing was started; try again later"
         ) from error
     if left:
         logger.warning("taking back jobs that a run left in the queue: %s", ", ".join(left))
-        batch.cancel(kind, left)
+        batch_commands.cancel(kind, left)
 
 
 @contextlib.contextmanager

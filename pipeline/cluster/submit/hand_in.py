@@ -9,15 +9,15 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from pipeline import batch
-from pipeline.cluster import job_name
-from pipeline.driver_job import Order, driver_script
+from pipeline.cluster import batch_commands
+from pipeline.cluster.session import job_name
+from pipeline.cluster.submit.record import Claim, Submission, last_submission
+from pipeline.cluster.submit.script import Order, driver_script
 from pipeline.errors import FeaturemapsError, StoreBusyError
 from pipeline.run.lifecycle import count_statuses
 from pipeline.store.create import prepare_folder
 from pipeline.store.objects import Place, place
 from pipeline.store.store import Store, is_store
-from pipeline.submission import Claim, Submission, last_submission
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ def submit(order: Order) -> Submission:
         When the batch system refuses, or does not answer.
     """
     spec, store = order.spec, place(order.job.store)
-    batch.require_commands(spec.kind, f"cluster {order.job.cluster!r}")
+    batch_commands.require_commands(spec.kind, f"cluster {order.job.cluster!r}")
     Path(spec.log_folder).mkdir(parents=True, exist_ok=True)
     prepare_folder(store)
     claim = Claim(store)
@@ -45,7 +45,7 @@ def submit(order: Order) -> Submission:
         when = f" ({known.submitted}, on {known.host})" if known is not None and known.job_id == queued.job_id else ""
         raise StoreBusyError(
             f"{queued} was handed in for store {store} already{when}: two runs on one store never "
-            f"mix, so nothing was handed in; wait for it, or take it back with {batch.SYSTEMS[spec.kind].cancel} {queued.job_id}"
+            f"mix, so nothing was handed in; wait for it, or take it back with {batch_commands.SYSTEMS[spec.kind].cancel} {queued.job_id}"
         )
     claim.require_no_other()
     new = replace(new_submission(order), n_settled=_n_settled_before(store))
@@ -84,7 +84,7 @@ def hand_in(order: Order, new: Submission, claim: Claim | None = None) -> Submis
     """
     store = place(order.job.store)
     try:
-        job_id = batch.submit(new.kind, driver_script(order))
+        job_id = batch_commands.submit(new.kind, driver_script(order))
     except FeaturemapsError as error:
         # After a timeout the job may be there nevertheless: then the claim stands until it is old, or the job has found itself.
         if claim is not None and not isinstance(error.__cause__, subprocess.TimeoutExpired):
@@ -100,18 +100,18 @@ def hand_in(order: Order, new: Submission, claim: Claim | None = None) -> Submis
     return submission
 
 
-def _queued(order: Order, known: Submission | None) -> batch.QueuedJob | None:
+def _queued(order: Order, known: Submission | None) -> batch_commands.QueuedJob | None:
     """A driver's job for this store: the one that is known, or one whose number was not written down, which Slurm knows by its name."""
     kind, name = order.spec.kind, f"{job_name(order.job.store)}-driver"
     try:
         if known is not None and known.kind == kind and known.job_id:
-            queued = batch.queue(kind, [known.job_id]).get(known.job_id)
+            queued = batch_commands.queue(kind, [known.job_id]).get(known.job_id)
             if queued is not None:
                 return queued
-        return next((job for job in batch.jobs_named(kind, name) if job.name == name), None)
+        return next((job for job in batch_commands.jobs_named(kind, name) if job.name == name), None)
     except (OSError, subprocess.SubprocessError) as error:
         raise FeaturemapsError(
-            f"{batch.SYSTEMS[kind].name} does not answer ({batch.said(error)}), so nobody can tell whether a job still works for "
+            f"{batch_commands.SYSTEMS[kind].name} does not answer ({batch_commands.said(error)}), so nobody can tell whether a job still works for "
             f"store {order.job.store}: nothing was handed in; try again later"
         ) from error
 
@@ -123,11 +123,11 @@ def adopt(order: Order, job_id: str) -> None:
     if known is None or not job_id or known.job_id == job_id:
         return
     try:
-        if known.job_id and known.job_id in batch.queue(known.kind, [known.job_id]):
+        if known.job_id and known.job_id in batch_commands.queue(known.kind, [known.job_id]):
             return
         replace(known, kind=order.spec.kind, job_id=job_id).write(store)
     except (OSError, subprocess.SubprocessError, FeaturemapsError) as error:
-        logger.info("the number of this job was not written down: %s", batch.said(error))
+        logger.info("the number of this job was not written down: %s", batch_commands.said(error))
 
 
 def _now() -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 from pydantic import ByteSize
 
-from pipeline.cluster_spec import CudaSpec, GroupSpec, LocalSpec
+from pipeline.cluster.config import CudaSpec, GroupSpec, LocalSpec
 from pipeline.errors import UsageError
 
 

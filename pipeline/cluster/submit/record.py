@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline import batch
+from pipeline.cluster import batch_commands
 from pipeline.errors import StaleWriterError, StoreBusyError
 from pipeline.store.objects import Place, delete, fetch, modified_s, put, put_json
 from pipeline.store.schema import RUNS
@@ -59,13 +59,13 @@ class Submission:
                 "its number is not known: it is being handed in just now, or that broke off; the job itself says it when it begins",
                 [],
             )
-        if not batch.has_commands(self.kind):
-            return f"{batch.SYSTEMS[self.kind].name} cannot be asked from this machine", []
+        if not batch_commands.has_commands(self.kind):
+            return f"{batch_commands.SYSTEMS[self.kind].name} cannot be asked from this machine", []
         try:
-            own = batch.queue(self.kind, [self.job_id]).get(self.job_id)
-            jobs = batch.jobs_named(self.kind, self.job_name)
+            own = batch_commands.queue(self.kind, [self.job_id]).get(self.job_id)
+            jobs = batch_commands.jobs_named(self.kind, self.job_name)
         except (OSError, subprocess.SubprocessError) as error:
-            return f"{batch.SYSTEMS[self.kind].name} does not answer: {batch.said(error)}", []
+            return f"{batch_commands.SYSTEMS[self.kind].name} does not answer: {batch_commands.said(error)}", []
         return (GONE if own is None else str(own)), [job._asdict() for job in jobs]
 
 

@@ -15,7 +15,7 @@ from distributed.core import Status
 from distributed.deploy.spec import SpecCluster
 from tornado.ioloop import PeriodicCallback
 
-from pipeline.cluster_spec import GroupSpec
+from pipeline.cluster.config import GroupSpec
 
 logger = logging.getLogger(__name__)
 

@@ -12,10 +12,10 @@ from typing import Any
 
 from distributed.deploy.spec import ProcessInterface
 
-from pipeline.cluster_spec import SshGroupSpec, SshSpec
-from pipeline.dask_settings import worker_environment
+from pipeline.cluster.config import SshGroupSpec, SshSpec
+from pipeline.cluster.dask_settings import worker_environment
+from pipeline.cluster.groups import DEATH_TIMEOUT_S, Launch, resources_text
 from pipeline.errors import FeaturemapsError, UsageError
-from pipeline.launch import DEATH_TIMEOUT_S, Launch, resources_text
 
 SSH_TIMEOUT_S = 20.0
 LOG_LINES = 5

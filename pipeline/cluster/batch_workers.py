@@ -15,11 +15,11 @@ from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
-from pipeline import batch
-from pipeline.cluster_spec import BatchSpec, GroupSpec
-from pipeline.dask_settings import worker_environment
+from pipeline.cluster import batch_commands
+from pipeline.cluster.config import BatchSpec, GroupSpec
+from pipeline.cluster.dask_settings import worker_environment
+from pipeline.cluster.groups import DEATH_TIMEOUT_S, Launch, resources_text
 from pipeline.errors import UsageError
-from pipeline.launch import DEATH_TIMEOUT_S, Launch, resources_text
 
 logger = logging.getLogger(__name__)
 
@@ -73,9 +73,9 @@ class _BatchJob:
         """Which of some jobs are no longer in the queue, and what their output ended with."""
         ids = [job.job_id for job in jobs.values() if job.job_id]
         try:
-            found = await asyncio.to_thread(batch.look, cls.kind, ids)
+            found = await asyncio.to_thread(batch_commands.look, cls.kind, ids)
         except (OSError, subprocess.SubprocessError) as error:
-            logger.info("the queue cannot be seen: %s", batch.said(error))
+            logger.info("the queue cannot be seen: %s", batch_commands.said(error))
             return {}
         gone = {}
         for name, job in jobs.items():
@@ -88,7 +88,7 @@ class _BatchJob:
     async def close(self) -> None:
         """Take the job back; a batch system that does not answer must not keep the run from ending."""
         try:
-            await asyncio.wait_for(super().close(), batch.COMMAND_TIMEOUT_S)  # type: ignore[misc]
+            await asyncio.wait_for(super().close(), batch_commands.COMMAND_TIMEOUT_S)  # type: ignore[misc]
         except TimeoutError:
             logger.warning("job %s may be left in the queue: the batch system does not answer", self.job_id)
 
@@ -97,8 +97,8 @@ class _BatchJob:
         """Why one was not taken, in the batch system's words."""
         text = str(error)
         if isinstance(error, FileNotFoundError):
-            return batch.refused(cls.kind, f"there is no such command: {error}")
-        return batch.refused(cls.kind, " ".join(text.rpartition("stderr:")[2].split()))
+            return batch_commands.refused(cls.kind, f"there is no such command: {error}")
+        return batch_commands.refused(cls.kind, " ".join(text.rpartition("stderr:")[2].split()))
 
 
 def _end_of_log(job: Any) -> str:

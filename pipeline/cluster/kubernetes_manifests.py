@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from pipeline.cluster_spec import KubernetesGroupSpec, KubernetesSpec
-from pipeline.dask_settings import DASK_SETTINGS, worker_environment
+from pipeline.cluster.config import KubernetesGroupSpec, KubernetesSpec
+from pipeline.cluster.dask_settings import DASK_SETTINGS, worker_environment
+from pipeline.cluster.groups import DEATH_TIMEOUT_S, resources_text
 from pipeline.errors import UsageError
-from pipeline.launch import DEATH_TIMEOUT_S, resources_text
 
 API_VERSION = "kubernetes.dask.org/v1"
 IDLE_TIMEOUT_S = 1800

@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 
 from distributed import Client
 
-from pipeline.cluster_spec import AddressSpec, ClusterSpec, CudaSpec, GroupSpec, LocalSpec
+from pipeline.cluster.config import AddressSpec, ClusterSpec, CudaSpec, GroupSpec, LocalSpec
+from pipeline.cluster.groups import GroupCluster
+from pipeline.cluster.kubernetes import PodCluster
+from pipeline.cluster.local import local_groups
 from pipeline.errors import FeaturemapsError
-from pipeline.kubernetes import PodCluster
-from pipeline.launch import GroupCluster
-from pipeline.machine import local_groups
 
 ROLES = ("read", "extract", "write")
 

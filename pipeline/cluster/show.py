@@ -10,8 +10,9 @@ from typing import Any
 
 import yaml
 
-from pipeline import batch
-from pipeline.cluster_spec import (
+from pipeline.cluster import batch_commands
+from pipeline.cluster.batch_workers import job_script
+from pipeline.cluster.config import (
     AddressSpec,
     BatchSpec,
     ClusterSpec,
@@ -22,13 +23,12 @@ from pipeline.cluster_spec import (
     SshSpec,
     load_cluster,
 )
+from pipeline.cluster.groups import local_launches, resources_text
+from pipeline.cluster.kubernetes_manifests import manifests
+from pipeline.cluster.local import local_groups
+from pipeline.cluster.ssh_workers import ssh_options
 from pipeline.config import read_yaml
 from pipeline.errors import UsageError
-from pipeline.launch import local_launches, resources_text
-from pipeline.launch_batch import job_script
-from pipeline.launch_ssh import ssh_options
-from pipeline.machine import local_groups
-from pipeline.manifests import manifests
 from pipeline.run.summary import count
 
 JOB_NAME = "featuremaps-12345678"
@@ -62,7 +62,7 @@ def show_cluster(name: str, path: Path = Path("cluster.yaml")) -> str:
         return yaml.safe_dump_all(manifests(spec, JOB_NAME), sort_keys=False).rstrip()
     if isinstance(spec, SshSpec):
         return "\n".join(["# the driver connects by itself, as these commands would", *_ssh_lines(spec)])
-    command = batch.SYSTEMS[spec.kind].submit
+    command = batch_commands.SYSTEMS[spec.kind].submit
     scripts = (
         f"# group {group_name}: {group.workers} of these are handed in with {command}\n{job_script(spec, group_name, JOB_NAME)}"
         for group_name, group in spec.groups.items()
@@ -163,7 +163,7 @@ def unusable(spec: ClusterSpec) -> str:
         return f"{module} is not installed (pip install 'featuremaps[{extra}]')"
     try:
         if isinstance(spec, BatchSpec):
-            batch.require_commands(spec.kind, "it")
+            batch_commands.require_commands(spec.kind, "it")
         if isinstance(spec, LocalSpec | CudaSpec):
             local_groups(spec)
     except UsageError as error:

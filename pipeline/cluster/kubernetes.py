@@ -10,10 +10,10 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from pipeline.cluster_spec import KubernetesSpec
+from pipeline.cluster.config import KubernetesSpec
+from pipeline.cluster.groups import Launch
+from pipeline.cluster.kubernetes_manifests import API_VERSION, manifests, ordered_groups
 from pipeline.errors import FeaturemapsError, UsageError
-from pipeline.launch import Launch
-from pipeline.manifests import API_VERSION, manifests, ordered_groups
 
 logger = logging.getLogger(__name__)
 

@@ -17,17 +17,17 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from pipeline import batch
-from pipeline.driver_job import JOB_ID_VARIABLES, Order, report_page
+from pipeline.cluster import batch_commands
+from pipeline.cluster.batch_workers import margin_s
+from pipeline.cluster.submit.hand_in import adopt, hand_in, n_settled, new_submission
+from pipeline.cluster.submit.record import Submission, last_submission
+from pipeline.cluster.submit.script import JOB_ID_VARIABLES, Order, report_page
 from pipeline.errors import EXIT_FAILED, EXIT_RUN_AGAIN, FeaturemapsError, UsageError
-from pipeline.launch_batch import margin_s
 from pipeline.run.lifecycle import run_job
 from pipeline.run.summary import Progress, Summary
 from pipeline.store.objects import place
 from pipeline.store.run_ids import next_number
 from pipeline.store.store import Store, is_store, receipt_ids
-from pipeline.submission import Submission, last_submission
-from pipeline.submit import adopt, hand_in, n_settled, new_submission
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -167,7 +167,7 @@ class Attempt:
             _run_apart(command, limit_s=limit_s, n_bytes=int(driver.memory) // 2, n_threads=driver.threads)
         except (OSError, subprocess.SubprocessError) as error:
             self.report(
-                f"the page about the store was not written ({batch.said(error)}): the run is none the worse; `featuremaps report {store}` "
+                f"the page about the store was not written ({batch_commands.said(error)}): the run is none the worse; `featuremaps report {store}` "
                 "writes it"
             )
         else:
@@ -184,7 +184,7 @@ class Attempt:
                     self._code = self._on_slurm() if self.kind == "slurm" else self._elsewhere()
                 except (FeaturemapsError, OSError, subprocess.SubprocessError) as error:
                     self.report(
-                        f"{batch.SYSTEMS[self.kind].name} was asked for another attempt in vain ({batch.said(error)}), so there is none: "
+                        f"{batch_commands.SYSTEMS[self.kind].name} was asked for another attempt in vain ({batch_commands.said(error)}), so there is none: "
                         "nothing is lost; submit again to go on"
                     )
                     self._code = EXIT_FAILED
@@ -202,7 +202,7 @@ class Attempt:
         return EXIT_RUN_AGAIN
 
     def _is_running(self) -> bool:
-        own = batch.queue("slurm", [self.job_id]).get(self.job_id)
+        own = batch_commands.queue("slurm", [self.job_id]).get(self.job_id)
         return own is not None and own.state == "RUNNING"
 
     def _is_ending(self) -> int:
@@ -216,7 +216,7 @@ class Attempt:
         if not self._is_running():
             return False
         self.signalled.clear()  # that of a preemption, say; the next one is the end
-        batch.requeue(self.job_id)
+        batch_commands.requeue(self.job_id)
         return True
 
     def _elsewhere(self) -> int:
@@ -305,7 +305,7 @@ class Attempt:
                 is_unsure = action == self._hand_in and isinstance(error.__cause__, subprocess.TimeoutExpired)
                 if is_unsure or time.monotonic() + pause_s > until_s:
                     raise
-                logger.warning("trying again in %.0f s: %s", pause_s, batch.said(error))
+                logger.warning("trying again in %.0f s: %s", pause_s, batch_commands.said(error))
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
 
