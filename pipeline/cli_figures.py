@@ -50,7 +50,7 @@ def show(
     filters: the weights of a layer. stages: where the time of the last run went.
     """
     from pipeline import figures
-    from pipeline.analysis import open_store
+    from pipeline.analysis.feature_store import open_store
 
     figures.check_format(output)
     if kind is None and not paths:

@@ -25,7 +25,7 @@ from pipeline.panels import MAX_PANELS
 from pipeline.run.summary import WAITING, count, printable
 
 if TYPE_CHECKING:
-    from pipeline.analysis import FeatureStore
+    from pipeline.analysis.feature_store import FeatureStore
     from pipeline.canvas import Canvas
     from pipeline.store.codecs import Array
     from pipeline.store.schema import StoredLayer

@@ -15,7 +15,7 @@ from pipeline.run.summary import count
 if TYPE_CHECKING:
     import xarray as xr
 
-    from pipeline.analysis import FeatureStore
+    from pipeline.analysis.feature_store import FeatureStore
     from pipeline.pictures import Picture
     from pipeline.store.schema import StoredLayer
 

@@ -19,7 +19,7 @@ from pydantic import BaseModel
 
 import pipeline
 from pipeline import config, errors, figures
-from pipeline.analysis import FeatureStore
+from pipeline.analysis.feature_store import FeatureStore
 from pipeline.cli import cli
 from pipeline.cluster import config as cluster_spec
 
@@ -173,7 +173,7 @@ def public_names() -> set[str]:
     failures = {name for name, value in vars(errors).items() if isinstance(value, type)}
     return {
         *(f"pipeline.{name}" for name in set(pipeline.__all__) - {"__version__"}),
-        *(f"pipeline.analysis.FeatureStore.{name}" for name in members),
+        *(f"pipeline.analysis.feature_store.FeatureStore.{name}" for name in members),
         *(f"pipeline.figures.{name}" for name in drawing if getattr(figures, name).__module__ == "pipeline.figures"),
         "pipeline.report.write_report",
         *(f"pipeline.config.{name}" for name in classes),

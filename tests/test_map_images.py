@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline import map_images, open_store
+from pipeline import open_store
+from pipeline.analysis import map_images
+from pipeline.analysis.map_images import split
 from pipeline.config import make_job
 from pipeline.errors import FeaturemapsError, UsageError
-from pipeline.map_images import split
 from pipeline.run.lifecycle import run_job
 from tests.conftest import make_images
 

@@ -12,13 +12,13 @@ import pandas as pd
 import pytest
 
 from pipeline import open_store
-from pipeline.analysis import FeatureStore
+from pipeline.analysis.feature_store import FeatureStore
+from pipeline.analysis.tables import write_parquet
 from pipeline.config import make_job
 from pipeline.errors import UsageError
 from pipeline.run.lifecycle import run_job
 from pipeline.store.schema import Status
 from pipeline.store.store import Store
-from pipeline.tables import write_parquet
 from tests.conftest import make_images
 
 pytestmark = pytest.mark.cluster
@@ -213,7 +213,7 @@ def test_integers_keep_their_digits_beside_rows_that_left(store, path, tmp_path)
 
 
 def test_what_matched_is_said(store, caplog):
-    with caplog.at_level(logging.INFO, "pipeline.selection"):
+    with caplog.at_level(logging.INFO, "pipeline.analysis.selection"):
         joined = store.join(pd.DataFrame({"path": ["img00000.png", "none.png"], "label": ["a", "b"]}))
     assert "1 of 11 images matched; 1 of 2 lines of the table match no image" in caplog.text
     assert joined.joined == {"label": 1}

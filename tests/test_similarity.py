@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from pipeline import similarity
+from pipeline.analysis import distances as similarity
+from pipeline.analysis.distances import TREE_COLUMNS, closest_pairs, nearest, standardise
 from pipeline.errors import UsageError
-from pipeline.similarity import TREE_COLUMNS, closest_pairs, nearest, standardise
 
 SMALL = st.integers(0, 4).map(float) | st.just(float("nan"))
 VECTORS = st.tuples(st.integers(1, 12), st.integers(1, 3)).flatmap(lambda shape: arrays(np.float32, shape, elements=SMALL))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.analysis import FeatureStore
+from pipeline.analysis.feature_store import FeatureStore
 from pipeline.cluster.submit.record import Claim, Submission
 from pipeline.errors import StoreBusyError
 from pipeline.preview import store_status

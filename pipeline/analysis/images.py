@@ -13,13 +13,13 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from pipeline import selection
+from pipeline.analysis import selection
+from pipeline.analysis.datasets import class_dataset, image_dataset
+from pipeline.analysis.tables import Table, done, images_table, nullable, plain
 from pipeline.errors import FeaturemapsError, UsageError
 from pipeline.store.path_index import PathIndex, similar_names, stored_forms
 from pipeline.store.schema import REJECTED, ShapeClass, Status, StoredLayer
 from pipeline.store.store import Store
-from pipeline.tables import Table, done, images_table, nullable, plain
-from pipeline.views import class_dataset, image_dataset
 
 
 class Entries:

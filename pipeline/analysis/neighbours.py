@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from pipeline import selection, similarity, tables
-from pipeline.entries import Entries
+from pipeline.analysis import distances as similarity
+from pipeline.analysis import selection, tables
+from pipeline.analysis.images import Entries
+from pipeline.analysis.tables import Table
 from pipeline.errors import UsageError
 from pipeline.store.codecs import Array
-from pipeline.tables import Table
 
 
 class Neighbours:

@@ -10,16 +10,16 @@ from typing import Any
 import pandas as pd
 import xarray as xr
 
-from pipeline import map_images, selection, tables
+from pipeline.analysis import map_images, selection, tables
+from pipeline.analysis.datasets import read_weights, source_pixels
+from pipeline.analysis.images import Entries
+from pipeline.analysis.neighbours import Neighbours
 from pipeline.config import ExtractorSpec
-from pipeline.entries import Entries
-from pipeline.neighbours import Neighbours
 from pipeline.store.codecs import Array
 from pipeline.store.objects import Place, place
 from pipeline.store.schema import STATISTICS, StoreSpec
 from pipeline.store.settings import extractor_spec
 from pipeline.store.store import Store
-from pipeline.views import read_weights, source_pixels
 
 
 def open_store(path: str | Place) -> FeatureStore:

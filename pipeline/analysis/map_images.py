@@ -11,14 +11,14 @@ import numpy as np
 import pandas as pd
 
 from pipeline import urls
+from pipeline.analysis.datasets import decoded, map_sizes
+from pipeline.analysis.tables import Table, rows_by_class
 from pipeline.errors import FeaturemapsError, UsageError
 from pipeline.store.codecs import Array
 from pipeline.store.layout import Size
 from pipeline.store.objects import Place
 from pipeline.store.schema import ShapeClass, StoredLayer
 from pipeline.store.store import Store, open_array
-from pipeline.tables import Table, rows_by_class
-from pipeline.views import decoded, map_sizes
 
 TASK_BYTES = 64 * 1024**2
 """Of float32 maps that a task holds at most, beside as many as they are stored; or one image."""
