@@ -49,8 +49,8 @@ def show(
     contact: a channel of many images, of each PATH or of N spread over the store. histogram: the values of a layer, channel by channel.
     filters: the weights of a layer. stages: where the time of the last run went.
     """
-    from pipeline import figures
     from pipeline.analysis.feature_store import open_store
+    from pipeline.report import figures
 
     figures.check_format(output)
     if kind is None and not paths:
@@ -83,7 +83,7 @@ def show(
 @click.option("--samples", "n_samples", type=click.IntRange(0), default=6, show_default=True, metavar="N", help="Images to show.")
 def report(store: Place, output: Path, n_samples: int) -> int:
     """Write one HTML page about STORE: what was run on what, how it went, bad images, samples with their maps."""
-    from pipeline.report import write_report
+    from pipeline.report.page import write_report
 
     write_report(store, output, n_samples=n_samples)
     click.echo(f"wrote {output}")

@@ -26,7 +26,7 @@ from pipeline.cluster.session import connect
 from pipeline.cluster.submit.record import Claim, Submission, last_submission
 from pipeline.config import make_job
 from pipeline.errors import FeaturemapsError, StaleWriterError, StoreBusyError, UsageError
-from pipeline.report import write_report
+from pipeline.report.page import write_report
 from pipeline.run.lifecycle import run_job
 from pipeline.source import fetch
 from pipeline.source.listing import list_collection

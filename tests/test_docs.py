@@ -18,10 +18,11 @@ import pytest
 from pydantic import BaseModel
 
 import pipeline
-from pipeline import config, errors, figures
+from pipeline import config, errors
 from pipeline.analysis.feature_store import FeatureStore
 from pipeline.cli import cli
 from pipeline.cluster import config as cluster_spec
+from pipeline.report import figures
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -174,8 +175,12 @@ def public_names() -> set[str]:
     return {
         *(f"pipeline.{name}" for name in set(pipeline.__all__) - {"__version__"}),
         *(f"pipeline.analysis.feature_store.FeatureStore.{name}" for name in members),
-        *(f"pipeline.figures.{name}" for name in drawing if getattr(figures, name).__module__ == "pipeline.figures"),
-        "pipeline.report.write_report",
+        *(
+            f"pipeline.report.figures.{name}"
+            for name in drawing
+            if getattr(figures, name).__module__ == "pipeline.report.figures"
+        ),
+        "pipeline.report.page.write_report",
         *(f"pipeline.config.{name}" for name in classes),
         *(f"pipeline.errors.{name}" for name in failures),
     }

@@ -14,13 +14,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline import open_store, report
+from pipeline import open_store
 from pipeline.config import make_job
 from pipeline.errors import EXIT_USAGE, FeaturemapsError, UsageError
 from pipeline.extract.weights import load_weights
-from pipeline.report import write_report
-from pipeline.report_facts import Facts, code_of, gather, judge, run_facts
-from pipeline.report_pictures import choose
+from pipeline.report import page
+from pipeline.report.facts import Facts, code_of, gather, judge, run_facts
+from pipeline.report.page import write_report
+from pipeline.report.samples import choose
 from pipeline.run.lifecycle import new_run_id
 from pipeline.run.summary import Summary, receipt
 from pipeline.store.codecs import Array
@@ -49,7 +50,7 @@ def store(run, tmp_path) -> Path:
 
 def text_of(store: Place, **options) -> str:
     """The page's words, on one line."""
-    found = report.render(open_store(store), **options)
+    found = page.render(open_store(store), **options)
     words = re.sub(r"<(style|script)>.*?</\1>|<[^>]+>", " ", found, flags=re.DOTALL)
     return " ".join(html.unescape(words).split())
 
@@ -217,8 +218,8 @@ def test_the_source_is_out_of_reach_or_a_photograph_has_changed(store):
 
 def test_a_source_that_hangs_costs_the_photographs_only(store, tmp_path, monkeypatch):
     """Also where those who read from it cannot be killed."""
-    monkeypatch.setattr("pipeline.thumbnails.TOTAL_S", 100.0)
-    monkeypatch.setattr("pipeline.thumbnails.IMAGE_S", 0.5)
+    monkeypatch.setattr("pipeline.report.sandbox.TOTAL_S", 100.0)
+    monkeypatch.setattr("pipeline.report.sandbox.IMAGE_S", 0.5)
     set_status(store, "40x60", [0], Status.QUARANTINED, "truncated: the file ends")
     disk = mount_stuck(store.parent / "source")
     try:
@@ -277,10 +278,10 @@ def test_maps_that_cannot_be_read_are_said_and_nothing_falls_over(store):
 
 
 def test_large_images_are_left_out_and_counted(store, monkeypatch):
-    monkeypatch.setattr("pipeline.report_pictures.MAX_VALUES", 8000)
+    monkeypatch.setattr("pipeline.report.samples.MAX_VALUES", 8000)
     text = text_of(store)
     assert "Images of 1 large size (90x120) are not shown" in text
-    monkeypatch.setattr("pipeline.report_pictures.MAX_VALUES", 1)
+    monkeypatch.setattr("pipeline.report.samples.MAX_VALUES", 1)
     assert "There are none: the images that are done are too large to be shown here." in text_of(store)
 
 
@@ -292,14 +293,14 @@ def test_samples_are_spread_over_the_sizes_and_the_same_each_time(store):
 
 
 def test_pictures_keep_within_their_budget(store, monkeypatch):
-    monkeypatch.setattr(report, "PICTURE_BYTES", 1)
+    monkeypatch.setattr(page, "PICTURE_BYTES", 1)
     text = text_of(store)
     assert "5 images more were chosen, and left out to keep this page small." in text
     assert text.count("conv1, channel 0") == 1
 
 
 def test_drawings_keep_within_their_budget(store, monkeypatch):
-    monkeypatch.setattr(report, "PLOT_BYTES", 1)
+    monkeypatch.setattr(page, "PLOT_BYTES", 1)
     text = text_of(store)
     assert "Filters of conv1" in text
     assert "Values of conv1" not in text
@@ -312,7 +313,7 @@ def test_the_largest_error_is_measured_and_within_its_bound(run, tmp_path, dtype
     run(tmp_path / "source", dtype=dtype)
     features = open_store(tmp_path / "features.zarr")
     store = Store(features.path)
-    shown = list(report.samples(store, choose(store, 3, 0)[0], report.histograms(store, choose(store, 3, 0)[0]), 3))
+    shown = list(page.samples(store, choose(store, 3, 0)[0], page.histograms(store, choose(store, 3, 0)[0]), 3))
     largest = max(sample.differences["conv1"] for sample in shown)
     bound = features.spec.layers[0].error_bound
     assert bound / 2 < largest <= bound if dtype != "float32" else largest <= 1e-6
@@ -337,7 +338,7 @@ def test_the_space_on_disk_is_counted_or_not(store, monkeypatch):
     facts = facts_of(store)
     blocks = sum(path.stat().st_blocks * 512 for path in store.rglob("*") if path.is_file())
     assert facts.disk_bytes == blocks
-    monkeypatch.setattr("pipeline.report_facts.WALK_OBJECTS", 3)
+    monkeypatch.setattr("pipeline.report.facts.WALK_OBJECTS", 3)
     assert facts_of(store).disk_bytes is None
     assert "The space on disk was not counted" in text_of(store)
 

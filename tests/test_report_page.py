@@ -14,7 +14,7 @@ from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from pipeline.config import make_job
-from pipeline.report import write_report
+from pipeline.report.page import write_report
 from pipeline.run.lifecycle import run_job
 from pipeline.run.summary import printable
 from pipeline.store.schema import REJECTED

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline import thumbnails as module
 from pipeline.config import DecodeSpec
+from pipeline.report import sandbox as module
+from pipeline.report.sandbox import encode, photographs, thumbnails
 from pipeline.source.decoding import decode
 from pipeline.source.fingerprints import fingerprint_of
-from pipeline.thumbnails import encode, photographs, thumbnails
 from tests.conftest import make_images
 from tests.hostile import png
 from tests.stuck_disk import mount_stuck
@@ -120,7 +120,7 @@ def test_programs_that_lie_in_the_current_folder_are_not_run(folder, monkeypatch
     poison = tmp_path / "poison"
     (poison / "pipeline").mkdir(parents=True)
     bad = f"open({str(tmp_path / 'was_run')!r}, 'w').close(); raise SystemExit\n"
-    for name in ("json.py", "queue.py", "io.py", "numpy.py", "pipeline/__init__.py", "pipeline/thumbnails.py"):
+    for name in ("json.py", "queue.py", "io.py", "numpy.py", "pipeline/__init__.py", "pipeline/report/sandbox.py"):
         (poison / name).write_text(bad)
     monkeypatch.chdir(poison)
     assert ask(folder, "cut.jpg") == [(96, 72)]

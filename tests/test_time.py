@@ -15,7 +15,7 @@ from pipeline.analysis.feature_store import FeatureStore
 from pipeline.cluster.submit.record import Claim, Submission
 from pipeline.errors import StoreBusyError
 from pipeline.preview import store_status
-from pipeline.report_facts import gather
+from pipeline.report.facts import gather
 from pipeline.store import lock
 from pipeline.store.lock import Holder, StoreLock, current_holder
 from pipeline.store.run_ids import next_number, run_number, run_order

@@ -12,13 +12,13 @@ import numpy as np
 from pipeline import urls
 from pipeline.analysis.datasets import decoded, map_sizes
 from pipeline.errors import FeaturemapsError
-from pipeline.pictures import bin_edges
+from pipeline.report.arrays import bin_edges
+from pipeline.report.sandbox import PIXEL_LIMIT, Embedded, Photograph, encode, photographs
 from pipeline.store.codecs import Array
 from pipeline.store.layout import Size
 from pipeline.store.schema import ShapeClass, Status, StoredLayer
 from pipeline.store.settings import decode_spec, extractor_spec
 from pipeline.store.store import Store
-from pipeline.thumbnails import PIXEL_LIMIT, Embedded, Photograph, encode, photographs
 
 MAX_VALUES = 1 << 24
 """Values of all maps of one image, and of its pixels, beyond which it is no sample: 64 MiB as float32, a few times over."""

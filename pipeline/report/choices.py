@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline import pictures
 from pipeline.errors import UsageError
 from pipeline.extract.layers import layer_names, receptive_field
+from pipeline.report import arrays
 from pipeline.run.summary import count
 
 if TYPE_CHECKING:
     import xarray as xr
 
     from pipeline.analysis.feature_store import FeatureStore
-    from pipeline.pictures import Picture
+    from pipeline.report.arrays import Picture
     from pipeline.store.schema import StoredLayer
 
 MAX_PANELS = 64
@@ -70,13 +70,13 @@ def map_picture(store: FeatureStore, maps: xr.Dataset, layer: str, channel: int,
     names = layer_names(store.extractor.layers)
     field = receptive_field(store.extractor.layers, names.index(layer) + 1)
     values, y, x = maps[layer].values[channel], maps[f"{layer}_y"].values, maps[f"{layer}_x"].values
-    return pictures.of_map(f"{layer}, channel {channel}", values, y, x, (field.stride_y, field.stride_x), max_side)
+    return arrays.of_map(f"{layer}, channel {channel}", values, y, x, (field.stride_y, field.stride_x), max_side)
 
 
 def photograph(store: FeatureStore, path: str) -> Picture | None:
     """An image, small; None where it cannot be read."""
     pixels = store.pixels(path)
-    return None if pixels is None else pictures.of_pixels(path, pixels, SHEET_SIDE)
+    return None if pixels is None else arrays.of_pixels(path, pixels, SHEET_SIDE)
 
 
 def done_paths(store: FeatureStore) -> list[str]:

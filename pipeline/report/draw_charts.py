@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.canvas import CATEGORIES, SIGNED_COLOURS, Canvas, blank, drawing, fit, grid, hide, n_columns
-from pipeline.pictures import rounded
+from pipeline.report.arrays import rounded
+from pipeline.report.canvas import CATEGORIES, SIGNED_COLOURS, Canvas, blank, drawing, fit, grid, hide, n_columns
 from pipeline.run.summary import STAGES, WAITING
 from pipeline.store.codecs import Array
 

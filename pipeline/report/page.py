@@ -10,21 +10,21 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from pipeline import figures
 from pipeline.analysis.feature_store import FeatureStore, open_store
 from pipeline.checks import ROUNDING, TF32_ROUNDING
 from pipeline.errors import UsageError
 from pipeline.extract.layers import receptive_field
-from pipeline.report_facts import LIVE, BadImage, Facts, as_summary, count_of, gather, judge, run_facts
-from pipeline.report_html import page
-from pipeline.report_pictures import MAX_VALUES, Histogram, Sample, choose, histograms, samples
+from pipeline.report import figures
+from pipeline.report.facts import LIVE, BadImage, Facts, as_summary, count_of, gather, judge, run_facts
+from pipeline.report.html import page
+from pipeline.report.samples import MAX_VALUES, Histogram, Sample, choose, histograms, samples
+from pipeline.report.sandbox import Embedded, data_uri, thumbnails
 from pipeline.run.summary import printable
 from pipeline.store.lock import current_holder
 from pipeline.store.objects import Place, put
 from pipeline.store.schema import StoredLayer
 from pipeline.store.settings import VERSION, decode_spec
 from pipeline.store.store import Store
-from pipeline.thumbnails import Embedded, data_uri, thumbnails
 
 N_BAD = 200
 """Bad images that are named."""
@@ -237,7 +237,7 @@ def _filters(features: FeatureStore) -> Iterator[Plot]:
 
 def _histograms(counted: list[Histogram]) -> Iterator[Plot]:
     """How values are spread, in each layer of which maps could be read."""
-    from pipeline import draw_charts  # noqa: PLC0415 (which imports matplotlib, an extra)
+    from pipeline.report import draw_charts  # noqa: PLC0415 (which imports matplotlib, an extra)
 
     for histogram in counted:
         if not histogram.n_images:

@@ -11,13 +11,13 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from pipeline.report_facts import count_of
+from pipeline.report.facts import count_of
 from pipeline.run.summary import describe_bottleneck, printable
 
 
 def asset(name: str) -> str:
     """A text that lies beside this module."""
-    return files("pipeline").joinpath(name).read_text(encoding="utf-8")
+    return files("pipeline.report").joinpath(name).read_text(encoding="utf-8")
 
 
 def policy(css: str, script: str) -> str:

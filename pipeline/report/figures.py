@@ -18,15 +18,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline import panels, pictures
 from pipeline.errors import UsageError
 from pipeline.extract.layers import layer_names
-from pipeline.panels import MAX_PANELS
+from pipeline.report import arrays, choices
+from pipeline.report.choices import MAX_PANELS
 from pipeline.run.summary import WAITING, count, printable
 
 if TYPE_CHECKING:
     from pipeline.analysis.feature_store import FeatureStore
-    from pipeline.canvas import Canvas
+    from pipeline.report.canvas import Canvas
     from pipeline.store.codecs import Array
     from pipeline.store.schema import StoredLayer
 
@@ -70,16 +70,16 @@ def show(
         When the path has no maps, when there is no such layer or channel, when the image has changed since, or without matplotlib.
     """
     with _matplotlib():
-        from pipeline import draw_maps
-    names = panels.map_layers(store, layers)
-    chosen = [(name, channel) for name in names for channel in panels.channels_of(panels.stored_layer(store, name), channels)]
+        from pipeline.report import draw_maps
+    names = choices.map_layers(store, layers)
+    chosen = [(name, channel) for name in names for channel in choices.channels_of(choices.stored_layer(store, name), channels)]
     maps = store.image(path, names)
     pixels = store.pixels(path)
     title = printable(path)
-    image = None if pixels is None else pictures.of_pixels(title, pixels)
-    side = pictures.MAX_SIDE if len(chosen) <= 4 else pictures.MAX_SIDE // 2
+    image = None if pixels is None else arrays.of_pixels(title, pixels)
+    side = arrays.MAX_SIDE if len(chosen) <= 4 else arrays.MAX_SIDE // 2
     kept = chosen[:MAX_PANELS]
-    drawn = [[panels.map_picture(store, maps, name, channel, side) for n, channel in kept if n == name] for name in names]
+    drawn = [[choices.map_picture(store, maps, name, channel, side) for n, channel in kept if n == name] for name in names]
     drawn = [layer for layer in drawn if layer]
     left_out = f"; the first {MAX_PANELS} of {len(chosen)} maps" if len(chosen) > MAX_PANELS else ""
     if overlay:
@@ -120,11 +120,11 @@ def contact_sheet(
         When an image has no maps, when none is done, when there is no such layer or channel, or without matplotlib.
     """
     with _matplotlib():
-        from pipeline import draw_maps
-    name = None if channel is None else panels.map_layers(store, layer)[0]
+        from pipeline.report import draw_maps
+    name = None if channel is None else choices.map_layers(store, layer)[0]
     if name is not None:
-        (channel,) = panels.channels_of(panels.stored_layer(store, name), channel)
-    chosen = panels.spread_paths(store, n) if paths is None else [paths] if isinstance(paths, str) else list(paths)
+        (channel,) = choices.channels_of(choices.stored_layer(store, name), channel)
+    chosen = choices.spread_paths(store, n) if paths is None else [paths] if isinstance(paths, str) else list(paths)
     if not 1 <= len(chosen) <= MAX_PANELS:
         raise UsageError(
             f"a sheet of {count(len(chosen), 'image')} was asked for, and one holds 1 to {MAX_PANELS}: nothing was drawn; "
@@ -132,10 +132,10 @@ def contact_sheet(
         )
     if name is None:
         title = ""
-        drawn = [panels.photograph(store, path) for path in chosen]
+        drawn = [choices.photograph(store, path) for path in chosen]
     else:
         title = f"{name}, channel {channel}"
-        drawn = [panels.map_picture(store, store.image(path, name), name, channel or 0, panels.SHEET_SIDE) for path in chosen]
+        drawn = [choices.map_picture(store, store.image(path, name), name, channel or 0, choices.SHEET_SIDE) for path in chosen]
     return draw_maps.sheet(title, drawn, [printable(path) for path in chosen], are_maps=name is not None)
 
 
@@ -163,10 +163,10 @@ def histograms(store: FeatureStore, layer: str | None = None, *, n_images: int =
         When no image is done, when there is no such layer, or without matplotlib.
     """
     with _matplotlib():
-        from pipeline import draw_charts
-    name = panels.map_layers(store, layer)[0]
-    stored = panels.stored_layer(store, name)
-    done = panels.done_paths(store)
+        from pipeline.report import draw_charts
+    name = choices.map_layers(store, layer)[0]
+    stored = choices.stored_layer(store, name)
+    done = choices.done_paths(store)
     if not isinstance(n_images, int | np.integer) or n_images < 1:
         raise UsageError(f"histograms of {n_images} images were asked for: nothing was drawn; take a whole number, 1 or more")
     sample = _sample(done, n_images)
@@ -188,7 +188,7 @@ def histograms(store: FeatureStore, layer: str | None = None, *, n_images: int =
         f"channel {i}: mean {m:.3g}, standard deviation {s:.2g}" if n <= 4 else f"{i}: {m:.2g} ± {s:.1g}" if few else str(i)
         for i, (m, s) in enumerate(zip(mean, std, strict=True))
     ]
-    title = f"{name}, {len(sample)} of {count(len(done), 'image')}" + panels.first_of(n, stored.channels, "channels")
+    title = f"{name}, {len(sample)} of {count(len(done), 'image')}" + choices.first_of(n, stored.channels, "channels")
     title += ": mean ± standard deviation of each channel" if few else ""
     return draw_charts.histogram_panels(title, edges, counts / n_values, titles)
 
@@ -214,7 +214,7 @@ def filters(store: FeatureStore, layer: str | None = None) -> Canvas:
         When there is no such layer, or without matplotlib.
     """
     with _matplotlib():
-        from pipeline import draw_charts
+        from pipeline.report import draw_charts
     known = layer_names(store.extractor.layers)
     name = known[0] if layer is None else layer
     if name not in known:
@@ -231,7 +231,7 @@ def filters(store: FeatureStore, layer: str | None = None) -> Canvas:
     else:
         names = [str(i) for i in range(n_inputs)]
         note += "; numbers below: input channels"
-    title = f"{name}: {count(n_filters, 'filter')}" + panels.first_of(len(shown), n_filters, "")
+    title = f"{name}: {count(n_filters, 'filter')}" + choices.first_of(len(shown), n_filters, "")
     return draw_charts.filter_panels(title, note, shown, biases[:MAX_PANELS], names)
 
 
@@ -254,12 +254,12 @@ def stage_times(store: FeatureStore, receipt: str | Mapping[str, Any] | None = N
         When there is no such run, when it computed nothing, or without matplotlib.
     """
     with _matplotlib():
-        from pipeline import draw_charts
-    found = panels.run_receipt(store, receipt)
+        from pipeline.report import draw_charts
+    found = choices.run_receipt(store, receipt)
     stages = found["stage_s"]
     slot_s = max(found.get("slot_s", 0.0), sum(stages.values()))
     seconds = stages | {WAITING: slot_s - sum(stages.values())}
-    speed = f"{pictures.rounded(found['compute_s'])} s, {pictures.rounded(found['images_per_s'])} images/s"
+    speed = f"{arrays.rounded(found['compute_s'])} s, {arrays.rounded(found['images_per_s'])} images/s"
     title = f"{count(found['n_done'], 'image')} in {speed}"
     note = f"run {found['run_id']} ({found['outcome']}), {count(found['slots'], 'slot')}; waiting: a slot had no batch"
     return draw_charts.stage_bars(title, note, seconds)
@@ -306,4 +306,4 @@ def _edges(store: FeatureStore, stored: StoredLayer, sample: Sequence[str]) -> A
     pooled = store.pooled(stored.name, ("min", "max")).loc[list(sample)]
     low = pooled.filter(regex="_min_").to_numpy().min()
     high = pooled.filter(regex="_max_").to_numpy().max()
-    return pictures.bin_edges(float(low), float(high), stored)
+    return arrays.bin_edges(float(low), float(high), stored)

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.textpath import text_to_path
 
-from pipeline.pictures import Picture
+from pipeline.report.arrays import Picture
 
 MAP_COLOURS = "gray"
 OVERLAY_COLOURS = "plasma"

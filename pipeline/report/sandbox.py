@@ -193,7 +193,7 @@ def _process(order: dict[str, Any]) -> Iterator[Connection]:
         with theirs:
             process = subprocess.Popen(  # noqa: S603 (this program)
                 # -P: a file json.py or a folder pipeline of the current folder is none of ours
-                [sys.executable, "-P", "-m", "pipeline.thumbnails", str(theirs.fileno())],
+                [sys.executable, "-P", "-m", "pipeline.report.sandbox", str(theirs.fileno())],
                 stdin=file,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.canvas import (
+from pipeline.report.arrays import Picture, value_limits
+from pipeline.report.canvas import (
     MAP_COLOURS,
     MAX_ASPECT,
     OVERLAY_COLOURS,
@@ -21,7 +22,6 @@ from pipeline.canvas import (
     photograph,
     place,
 )
-from pipeline.pictures import Picture, value_limits
 from pipeline.store.codecs import Array
 
 _GONE = "the source image cannot be read any more"
