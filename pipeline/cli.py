@@ -149,7 +149,7 @@ def plan(what: tuple[str, ...], as_json: bool, verbose: int, log_format: str, **
     or disk), 2 refused (settings, memory, too many removed), 3 too many bad images or none that is done, 75 another run has the store.
     """
     job = _begin(what, options, verbose, log_format)
-    from pipeline.preview import plan_job
+    from pipeline.checks.plan import plan_job
 
     preview = plan_job(job)
     click.echo(json.dumps(preview.to_dict(), indent=1) if as_json else preview.describe())
@@ -162,7 +162,7 @@ def plan(what: tuple[str, ...], as_json: bool, verbose: int, log_format: str, **
 @click.option("--quarantined", "n_listed", type=int, default=20, show_default=True, metavar="N", help="Bad images to list.")
 def status(store: Place, as_json: bool, n_listed: int) -> int:
     """Say how far a store is: counts, throughput, who works on it, and the bad images with their reasons."""
-    from pipeline.preview import store_status
+    from pipeline.checks.plan import store_status
 
     found = store_status(store, n_listed)
     click.echo(json.dumps(found.to_dict(), indent=1) if as_json else found.describe())
@@ -182,7 +182,7 @@ def status(store: Place, as_json: bool, n_listed: int) -> int:
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def verify(store: Place, no_source: bool, as_json: bool, **options: Any) -> int:
     """Audit STORE: metadata, every column, map and image against checksums and digests, some images computed anew."""
-    from pipeline.verify import verify_store
+    from pipeline.checks.verify import verify_store
 
     audit = verify_store(store, read_source=not no_source, **options)
     click.echo(json.dumps(audit.to_dict(), indent=1) if as_json else audit.describe())

@@ -80,7 +80,7 @@ def doctor(what: str | None, as_json: bool, **options: Any) -> int:
     With JOB.yaml its source is listed and its headers are read, as by plan.
     """
     start_logging(0, as_json=False)
-    from pipeline.doctor import diagnose
+    from pipeline.checks.doctor import diagnose
 
     is_job = what is not None and what.endswith(JOB_SUFFIXES)
     job = load_job(what, {}) if what and is_job else None

@@ -33,6 +33,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
 from PIL import Image
 
+from pipeline.checks.verify import verify_store
 from pipeline.cluster.slots import ROLES
 from pipeline.config import make_job
 from pipeline.errors import UsageError
@@ -44,7 +45,6 @@ from pipeline.store import layout
 from pipeline.store.schema import REJECTED, Status
 from pipeline.store.store import Store
 from pipeline.store.vacuum import vacuum_store
-from pipeline.verify import verify_store
 from tests.conftest import content
 
 SIZES = [(12, 12), (14, 20), (20, 12), (15, 19), (31, 11)]

@@ -208,7 +208,7 @@ AS_NOBODY = """
 import os, sys, logging, dask
 from pathlib import Path
 from distributed import Client, LocalCluster
-import pipeline.cli, pipeline.analysis.feature_store, pipeline.report.draw_maps, pipeline.extract.cpu, pipeline.run.driver, pipeline.preview
+import pipeline.cli, pipeline.analysis.feature_store, pipeline.report.draw_maps, pipeline.extract.cpu, pipeline.run.driver, pipeline.checks.plan
 from pipeline.config import make_job
 from pipeline.run.lifecycle import run_job
 from tests.conftest import make_images

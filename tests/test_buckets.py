@@ -21,6 +21,7 @@ import pytest
 import xarray as xr
 
 from pipeline import open_store
+from pipeline.checks.verify import verify_store
 from pipeline.cluster.config import LocalSpec
 from pipeline.cluster.session import connect
 from pipeline.cluster.submit.record import Claim, Submission, last_submission
@@ -39,7 +40,6 @@ from pipeline.store.store import Store
 from pipeline.store.vacuum import vacuum_store
 from pipeline.urls import ConflictError, Url, errors
 from pipeline.urls import connect as connect_bucket
-from pipeline.verify import verify_store
 from tests.conftest import content, make_images
 from tests.kill_rounds import wait_until
 from tests.services import BUCKET, SECRET, environment, faulty, rclone, seaweedfs, website

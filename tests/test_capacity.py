@@ -12,11 +12,11 @@ import pytest
 from distributed import Client, LocalCluster
 from PIL import Image
 
+from pipeline.checks.plan import plan_job
 from pipeline.cluster.dask_settings import DASK_SETTINGS
 from pipeline.cluster.slots import ROLES
 from pipeline.config import ExtractorSpec, make_job
 from pipeline.errors import UsageError
-from pipeline.preview import plan_job
 from pipeline.run.lifecycle import run_job
 from pipeline.run.plan import memory
 from pipeline.run.plan.memory import (

@@ -10,9 +10,9 @@ from unittest.mock import Mock
 import pytest
 from distributed import KilledWorker
 
+from pipeline.checks.plan import plan_job
 from pipeline.config import make_job
 from pipeline.errors import FeaturemapsError
-from pipeline.preview import plan_job
 from pipeline.run import content_check
 from pipeline.run.lifecycle import run_job
 from pipeline.source import fetch

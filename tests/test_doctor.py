@@ -17,13 +17,15 @@ import pytest
 import yaml
 from distributed import LocalCluster
 
-from pipeline import check_cluster, check_installation, check_storage, check_workers, cli
+from pipeline import cli
+from pipeline.checks import cluster as check_cluster
+from pipeline.checks import installation, storage, workers
+from pipeline.checks.doctor import diagnose
+from pipeline.checks.finding import Finding, look
+from pipeline.checks.plan import Preview
 from pipeline.cluster.config import AddressSpec, load_cluster
-from pipeline.doctor import diagnose
 from pipeline.errors import UsageError
 from pipeline.extract import kernel
-from pipeline.findings import Finding, look
-from pipeline.preview import Preview
 from pipeline.run import admission
 from pipeline.run.worker_versions import own_versions
 from pipeline.store.lock import StoreLock
@@ -67,11 +69,11 @@ def test_a_check_that_raises_is_a_finding():
 
 
 def test_this_installation_has_its_packages_and_extras():
-    first, *others = check_installation.packages()
+    first, *others = installation.packages()
     assert first.level == "ok"
     assert first.found.startswith(f"python {'.'.join(map(str, sys.version_info[:3]))}, featuremaps ")
     assert {other.level for other in others} == {"ok"}
-    assert {other.what for other in others} == {f"extra {name}" for name in check_installation.EXTRAS}
+    assert {other.what for other in others} == {f"extra {name}" for name in installation.EXTRAS}
 
 
 def test_packages_that_are_missing_or_too_old_are_named(tmp_path, monkeypatch):
@@ -82,7 +84,7 @@ def test_packages_that_are_missing_or_too_old_are_named(tmp_path, monkeypatch):
     lines = ["Metadata-Version: 2.1", "Name: featuremaps", "Version: 9", *(f"Requires-Dist: {text}" for text in wanted)]
     (folder / "METADATA").write_text("\n".join(lines))
     monkeypatch.syspath_prepend(tmp_path)
-    found = {finding.what: finding for finding in check_installation.packages()}
+    found = {finding.what: finding for finding in installation.packages()}
     assert found["packages"].level == "FAIL"
     assert "zarr is 3." in found["packages"].found
     assert "has to be >=99; no-such-package is not installed" in found["packages"].found
@@ -93,9 +95,9 @@ def test_packages_that_are_missing_or_too_old_are_named(tmp_path, monkeypatch):
 
 def test_a_kernel_that_was_not_compiled_is_noted(monkeypatch):
     expected = "ok" if kernel.version() != "torch" else "note"
-    assert only(check_installation.compiled_kernel()).level == expected
+    assert only(installation.compiled_kernel()).level == expected
     monkeypatch.setattr(kernel, "MAX_LANES", 0)
-    found = only(check_installation.compiled_kernel())
+    found = only(installation.compiled_kernel())
     assert (found.level, found.remedy) == ("note", "install a C compiler (cc), then featuremaps again")
 
 
@@ -103,24 +105,24 @@ def test_gpus_that_torch_does_not_see_are_a_failure_unless_somebody_hid_them(tmp
     """A folder stands for /dev of a machine with two GPUs."""
     monkeypatch.setattr("pipeline.extract.gpu.n_gpus", lambda: 0)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert only(check_installation.gpus(tmp_path)).level == "ok"
+    assert only(installation.gpus(tmp_path)).level == "ok"
     for name in ("nvidia0", "nvidia1", "nvidiactl"):
         (tmp_path / name).touch()
-    found = only(check_installation.gpus(tmp_path))
+    found = only(installation.gpus(tmp_path))
     assert found.level == "FAIL"
     assert found.found.startswith("2 device files, and torch ")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert only(check_installation.gpus(tmp_path)).level == "note"
+    assert only(installation.gpus(tmp_path)).level == "note"
     monkeypatch.setattr("pipeline.extract.gpu.n_gpus", lambda: 2)
-    assert only(check_installation.gpus(tmp_path)).level == "ok"
+    assert only(installation.gpus(tmp_path)).level == "ok"
 
 
 def test_the_limit_of_open_files_is_compared_with_what_a_driver_wants():
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (512, before[1]))
-        assert only(check_installation.open_files(2)).level == "ok"
-        found = only(check_installation.open_files(100))
+        assert only(installation.open_files(2)).level == "ok"
+        found = only(installation.open_files(100))
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
     assert (found.level, found.found) == ("FAIL", "512, and a driver of 100 workers wants 1128")
@@ -131,12 +133,12 @@ def test_the_limit_of_open_files_is_compared_with_what_a_driver_wants():
 
 
 def test_a_good_folder_is_left_as_it_was(tmp_path):
-    writing, clock = check_storage.writing(tmp_path / "new" / "f.zarr")
+    writing, clock = storage.writing(tmp_path / "new" / "f.zarr")
     assert (writing.level, clock.level) == ("ok", "ok")
     assert writing.what.startswith(f"writing in {tmp_path} (")
     assert not list(tmp_path.iterdir())
-    assert only(check_storage.stored(tmp_path / "new" / "f.zarr")).found.endswith("is free for a new store")
-    assert only(check_storage.space(tmp_path, None)).level == "ok"
+    assert only(storage.stored(tmp_path / "new" / "f.zarr")).found.endswith("is free for a new store")
+    assert only(storage.space(tmp_path, None)).level == "ok"
 
 
 def remount_read_only(folder: Path) -> None:
@@ -146,7 +148,7 @@ def remount_read_only(folder: Path) -> None:
 def test_a_read_only_disk_is_a_failure(small_disk):
     folder = small_disk("size=1m")
     remount_read_only(folder)
-    found = only(check_storage.writing(folder / "f.zarr"))
+    found = only(storage.writing(folder / "f.zarr"))
     assert found.level == "FAIL"
     assert found.what == f"writing in {folder} (tmpfs)"
     assert found.found == "writing a file failed (Read-only file system)"
@@ -156,15 +158,15 @@ def test_a_full_disk_is_a_failure(small_disk):
     folder = small_disk("size=64k")
     with pytest.raises(OSError, match="No space"):
         (folder / "large").write_bytes(bytes(2**20))
-    assert only(check_storage.writing(folder)).found == "writing a file failed (No space left on device)"
+    assert only(storage.writing(folder)).found == "writing a file failed (No space left on device)"
     assert [path.name for path in folder.iterdir()] == ["large"]
-    found = only(check_storage.space(folder, None))
+    found = only(storage.space(folder, None))
     assert (found.level, found.found) == ("FAIL", "0 MB free")
 
 
 def test_a_plan_that_does_not_fit_the_disk_is_a_failure(tmp_path):
-    assert only(check_storage.space(tmp_path, Preview(maps_bytes=1000))).level == "ok"
-    found = only(check_storage.space(tmp_path / "f.zarr", Preview(maps_bytes=10**18)))
+    assert only(storage.space(tmp_path, Preview(maps_bytes=1000))).level == "ok"
+    found = only(storage.space(tmp_path / "f.zarr", Preview(maps_bytes=10**18)))
     assert found.level == "FAIL"
     assert found.found.endswith("maps take up to 1,000,000,000,000 MB before compression")
 
@@ -177,21 +179,19 @@ def test_a_file_system_without_hard_links_is_a_failure(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "link", link)
-        assert only(check_storage.writing(tmp_path)).found == "a hard link failed (Operation not permitted)"
+        assert only(storage.writing(tmp_path)).found == "a hard link failed (Operation not permitted)"
     monkeypatch.setattr(os, "link", lambda *_: None)
-    assert only(check_storage.writing(tmp_path)).found == (
-        "refusing a second hard link of the same name failed (it was not refused)"
-    )
+    assert only(storage.writing(tmp_path)).found == ("refusing a second hard link of the same name failed (it was not refused)")
     monkeypatch.setattr(Path, "replace", lambda *_: None)
-    assert "replacing a file by renaming another failed" in only(check_storage.writing(tmp_path)).found
+    assert "replacing a file by renaming another failed" in only(storage.writing(tmp_path)).found
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(("skew_s", "level"), [(0, "ok"), (-10, "note"), (500, "FAIL")])
 def test_clocks_that_are_apart_are_noted(tmp_path, monkeypatch, skew_s, level):
     """This machine's clock cannot be set in a test; what it says is changed instead."""
-    monkeypatch.setattr(check_storage, "time", SimpleNamespace(time=lambda: time.time() - skew_s))
-    _, clock = check_storage.writing(tmp_path)
+    monkeypatch.setattr(storage, "time", SimpleNamespace(time=lambda: time.time() - skew_s))
+    _, clock = storage.writing(tmp_path)
     assert clock.level == level
     if skew_s:
         direction = "ahead of" if skew_s > 0 else "behind"
@@ -202,19 +202,19 @@ def test_a_store_that_somebody_works_on_and_a_folder_that_is_none(tmp_path, run)
     source = make_images(tmp_path / "source", 4, [(40, 50)])
     store = tmp_path / "f.zarr"
     run(source, store)
-    assert only(check_storage.stored(store)).found.endswith("is a store, and nobody works on it")
+    assert only(storage.stored(store)).found.endswith("is a store, and nobody works on it")
     with StoreLock(store / "runs", "another"):
-        found = only(check_storage.stored(store))
+        found = only(storage.stored(store))
         assert found.level == "note"
         assert "is held by run another, process" in found.found
-    assert only(look("store", check_storage.stored, source)).found.startswith(f"{source} holds 'img00000.png' and is no store")
-    assert only(check_storage.source_of_store(store)).found == f"{source} can be read"
+    assert only(look("store", storage.stored, source)).found.startswith(f"{source} holds 'img00000.png' and is no store")
+    assert only(storage.source_of_store(store)).found == f"{source} can be read"
     source.rename(tmp_path / "elsewhere")
-    found = only(check_storage.source_of_store(store))
+    found = only(storage.source_of_store(store))
     assert (found.level, found.found) == ("FAIL", f"{source} cannot be read (No such file or directory)")
     source.mkdir()
-    assert only(check_storage.source_of_store(store)).found == f"{source} is empty"
-    assert not list(check_storage.source_of_store(tmp_path / "none.zarr"))
+    assert only(storage.source_of_store(store)).found == f"{source} is empty"
+    assert not list(storage.source_of_store(tmp_path / "none.zarr"))
 
 
 @contextmanager
@@ -230,21 +230,21 @@ def pointed_at(endpoint):
 def test_a_bucket_that_honours_conditions_is_left_as_it_was(tmp_path):
     with seaweedfs(tmp_path) as endpoint, pointed_at(endpoint):
         store = place(f"s3://{BUCKET}/f.zarr")
-        writing, clock = check_storage.writing(store)
+        writing, clock = storage.writing(store)
         assert (writing.level, clock.level) == ("ok", "ok")
         assert store.is_empty()
-        assert only(check_storage.space(store, None)).found == "in a bucket, which does not say how much there is"
+        assert only(storage.space(store, None)).found == "in a bucket, which does not say how much there is"
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("AWS_SECRET_ACCESS_KEY", "another")
             connect_bucket.cache_clear()
-            found = only(check_storage.writing(store))
+            found = only(storage.writing(store))
     assert (found.level, found.what) == ("FAIL", f"writing in s3://{BUCKET}")
     assert "credentials" in found.remedy
 
 
 def test_a_bucket_that_ignores_conditions_is_a_failure(tmp_path):
     with rclone(tmp_path) as endpoint, pointed_at(endpoint):
-        found = only(check_storage.writing(place(f"s3://{BUCKET}/f.zarr")))
+        found = only(storage.writing(place(f"s3://{BUCKET}/f.zarr")))
     assert found.level == "FAIL"
     assert "ignores the conditions of puts" in found.found
 
@@ -259,7 +259,7 @@ def test_a_bucket_that_ignores_conditions_is_a_failure(tmp_path):
     ],
 )
 def test_what_a_plan_says_of_source_and_memory(preview, levels):
-    assert [finding.level for finding in check_storage.planned(preview)] == levels
+    assert [finding.level for finding in storage.planned(preview)] == levels
 
 
 # -- the cluster -------------------------------------------------------------------------------------------------------------------
@@ -433,7 +433,7 @@ def levels(findings) -> dict[str, str]:
 
 
 def test_a_scheduler_that_runs_is_asked_for_its_workers(running, tmp_path):
-    found = list(check_workers.started(running(**ALL), tmp_path / "f.zarr"))
+    found = list(workers.started(running(**ALL), tmp_path / "f.zarr"))
     assert levels(found) == {"workers": "ok", "roles": "ok", "versions of 1 workers": "ok", "store from workers": "ok"}
     assert "2 batches are read at once, 1 extracted" in [finding.found for finding in found]
     assert not list(tmp_path.iterdir())
@@ -442,23 +442,23 @@ def test_a_scheduler_that_runs_is_asked_for_its_workers(running, tmp_path):
 def test_workers_that_lack_roles_gpus_or_versions_are_found(running, monkeypatch):
     monkeypatch.setattr("pipeline.extract.gpu.n_gpus", lambda: 0)
     monkeypatch.setattr(check_cluster, "own_versions", lambda: own_versions() | {"zarr": "9.9"})
-    assert levels(check_workers.started(running(**ALL, gpu=1), None)) == {
+    assert levels(workers.started(running(**ALL, gpu=1), None)) == {
         "workers": "ok",
         "roles": "ok",
         "versions of 1 workers": "FAIL",
         "GPUs of workers": "FAIL",
     }
-    found = list(check_workers.started(running(read=1), None))
+    found = list(workers.started(running(read=1), None))
     assert levels(found) == {"workers": "ok", "roles": "FAIL", "versions of 1 workers": "FAIL"}
-    found = list(check_workers.started(running(n_workers=0), None))
+    found = list(workers.started(running(n_workers=0), None))
     assert levels(found)["workers"] == "FAIL"
 
 
 def test_a_worker_that_hangs_is_found_and_not_waited_for(running, monkeypatch):
     """In one process a worker hangs whatever it is asked; `ask` is given less patience, and the rest is real."""
     monkeypatch.setattr(admission, "ANSWER_S", 0.5)
-    monkeypatch.setattr(check_workers, "asking_for_versions", lambda: lambda: time.sleep(3))
-    found = {finding.what: finding for finding in check_workers.started(running(**ALL), None)}
+    monkeypatch.setattr(workers, "asking_for_versions", lambda: lambda: time.sleep(3))
+    found = {finding.what: finding for finding in workers.started(running(**ALL), None)}
     assert found["answers of workers"].level == "FAIL"
     assert found["answers of workers"].found.startswith("1 of 1 workers gave no answer; ")
 
@@ -475,11 +475,11 @@ def waiting_jobs(commands, tmp_path, monkeypatch):
 
 
 def test_workers_that_do_not_come_are_waited_for_two_minutes_at_most(waiting_jobs, spec, monkeypatch):
-    assert check_workers.MAX_WAIT_S == 120
-    monkeypatch.setattr(check_workers, "MAX_WAIT_S", 1.0)
+    assert workers.MAX_WAIT_S == 120
+    monkeypatch.setattr(workers, "MAX_WAIT_S", 1.0)
     lines = []
     jobs = spec(kind="slurm", interface="lo", start_timeout_s=3600, groups={"all": {"memory": "1 GiB"}})
-    found = only(check_workers.started(jobs, None, on_wait=lines.append))
+    found = only(workers.started(jobs, None, on_wait=lines.append))
     assert "no worker of group 'all' came within 1 s" in found.found
     assert "all: 0 of 1 workers" in lines[0]
     assert waiting_jobs.read_text().split()[-1] == "7"
@@ -511,7 +511,7 @@ def test_a_doctor_that_is_asked_to_end_takes_its_jobs_back(waiting_jobs, spec, t
 
 def test_a_scheduler_that_does_not_answer_is_a_failure(monkeypatch):
     monkeypatch.setattr("pipeline.cluster.session.CONNECT_TIMEOUT_S", 0.2)
-    found = only(check_workers.started(AddressSpec(kind="address", address=f"tcp://127.0.0.1:{free_port()}"), None))
+    found = only(workers.started(AddressSpec(kind="address", address=f"tcp://127.0.0.1:{free_port()}"), None))
     assert (found.level, found.what) == ("FAIL", "scheduler")
     assert "no Dask scheduler answers at" in found.found
 
@@ -532,7 +532,7 @@ def test_a_worker_that_has_another_disk_of_the_same_name_is_found(running, small
 
         with Client(spec.address) as client:
             client.wait_for_workers(1, timeout=900)
-        found = {finding.what: finding for finding in check_workers.started(spec, folder / "f.zarr")}
+        found = {finding.what: finding for finding in workers.started(spec, folder / "f.zarr")}
     finally:
         process.terminate()
         process.wait()

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pipeline.checks.verify import verify_store
 from pipeline.store.codecs import compress, decompress
 from pipeline.store.schema import STATISTICS, Status, pooled_chunk
 from pipeline.store.store import Store
 from pipeline.store.vacuum import vacuum_store
-from pipeline.verify import verify_store
 from tests.conftest import make_images
 from tests.growth import run_and_die
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline import preview
+from pipeline.checks import plan
+from pipeline.checks.plan import plan_job, store_status
 from pipeline.config import load_job, make_job
 from pipeline.errors import FeaturemapsError, UsageError
-from pipeline.preview import plan_job, store_status
 from pipeline.run.lifecycle import run_job
 from pipeline.run.plan.memory import WORKER_BASE_BYTES, wanted_limit_bytes
 from pipeline.store.lock import StoreLock
@@ -166,7 +166,7 @@ def test_a_plan_of_what_does_not_fit_ends_as_the_run(client, source, tmp_path, m
     planned = plan_job(small)
     assert (planned.exit_code, "do not fit a worker's memory" in planned.verdict) == (2, True)
     assert code_of(run_job, small) == 2  # with workers of its own, of this limit
-    monkeypatch.setattr(preview, "free_bytes", lambda _: 1000)
+    monkeypatch.setattr(plan, "free_bytes", lambda _: 1000)
     monkeypatch.setattr("pipeline.run.plan.memory.free_bytes", lambda _: 1000)
     assert_the_plan_ends_as_the_run(client, job_of(source, tmp_path / "d.zarr"), 1, "the maps may not fit the disk")
 
@@ -230,8 +230,8 @@ def test_a_limit_is_planned_as_it_is_run(source, tmp_path):
 
 def test_the_process_pool_finds_what_one_process_finds(source, tmp_path, monkeypatch):
     inline = plan_job(job_of(source, tmp_path / "f.zarr"))
-    monkeypatch.setattr(preview, "INLINE", 0)
-    monkeypatch.setattr(preview, "BLOCK", 10)  # 13 blocks for two processes: more than may wait at once
+    monkeypatch.setattr(plan, "INLINE", 0)
+    monkeypatch.setattr(plan, "BLOCK", 10)  # 13 blocks for two processes: more than may wait at once
     pooled = plan_job(job_of(source, tmp_path / "f.zarr"))
     for found in (inline, pooled):
         found.free_bytes = 0
@@ -242,9 +242,9 @@ def test_the_process_pool_finds_what_one_process_finds(source, tmp_path, monkeyp
 
 def test_images_that_cannot_be_reached_just_now_are_said(source, tmp_path, monkeypatch):
     monkeypatch.setattr("pipeline.source.fetch.RETRY_PAUSES_S", ())
-    real = preview.probe_block
-    faulty = preview.Probed(fault="img00000.png: [Errno 5] Input/output error")
-    monkeypatch.setattr(preview, "probe_block", lambda *args: [faulty, *real(*args)[1:]])
+    real = plan.probe_block
+    faulty = plan.Probed(fault="img00000.png: [Errno 5] Input/output error")
+    monkeypatch.setattr(plan, "probe_block", lambda *args: [faulty, *real(*args)[1:]])
     planned = plan_job(job_of(source, tmp_path / "f.zarr"))
     assert planned.n_faults == 1
     assert "1 image could not be reached just now and would be tried again" in planned.describe()
@@ -252,7 +252,7 @@ def test_images_that_cannot_be_reached_just_now_are_said(source, tmp_path, monke
 
 def test_a_plan_says_what_does_not_fit(source, tmp_path, monkeypatch):
     assert "DOES NOT FIT" not in plan_job(job_of(source, tmp_path / "f.zarr")).describe()
-    monkeypatch.setattr(preview, "free_bytes", lambda _: 1000)
+    monkeypatch.setattr(plan, "free_bytes", lambda _: 1000)
     described = plan_job(job_of(source, tmp_path / "f.zarr")).describe()
     assert "0 MB free -- DOES NOT FIT" in described
     assert described.count("DOES NOT FIT") == 1

@@ -14,9 +14,9 @@ from PIL import Image
 from torch.nn.functional import conv2d
 
 from pipeline import open_store
+from pipeline.checks.plan import plan_job
 from pipeline.config import make_job
 from pipeline.errors import FeaturemapsError, StoreBusyError, UsageError
-from pipeline.preview import plan_job
 from pipeline.run.lifecycle import run_job
 from pipeline.run.plan.memory import WORKER_BASE_BYTES, wanted_limit_bytes
 from pipeline.run.summary import describe_news

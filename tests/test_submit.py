@@ -351,7 +351,7 @@ def test_a_queue_that_cannot_be_seen_is_no_empty_queue(commands, order):
 AUDIT = """
 import sys, threading, time
 from pathlib import Path
-from pipeline import verify
+from pipeline.checks import verify
 from pipeline.cluster.submit.inside_job import Attempt
 from pipeline.config import make_job
 from pipeline.cluster.submit.script import Order

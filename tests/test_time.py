@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from pipeline.analysis.feature_store import FeatureStore
+from pipeline.checks.plan import store_status
 from pipeline.cluster.submit.record import Claim, Submission
 from pipeline.errors import StoreBusyError
-from pipeline.preview import store_status
 from pipeline.report.facts import gather
 from pipeline.store import lock
 from pipeline.store.lock import Holder, StoreLock, current_holder

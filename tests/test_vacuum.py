@@ -16,6 +16,7 @@ import pytest
 import zarr
 
 from pipeline import open_store
+from pipeline.checks.verify import verify_store
 from pipeline.config import make_job
 from pipeline.errors import StoreBusyError, UsageError
 from pipeline.run.lifecycle import run_job
@@ -24,7 +25,6 @@ from pipeline.store.lock import StoreLock
 from pipeline.store.schema import RUNS, Status
 from pipeline.store.store import Store
 from pipeline.store.vacuum import vacuum_store
-from pipeline.verify import verify_store
 from tests.conftest import content, make_images
 
 pytestmark = pytest.mark.cluster

@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 import zarr
 
-from pipeline import open_store, verify
+from pipeline import open_store
+from pipeline.checks import verify
+from pipeline.checks.verify import verify_store
 from pipeline.config import make_job
 from pipeline.errors import FeaturemapsError, StoreBusyError, UsageError
 from pipeline.run.lifecycle import run_job
@@ -22,7 +24,6 @@ from pipeline.store.lock import StoreLock
 from pipeline.store.schema import RUNS, Status
 from pipeline.store.store import Store, is_store
 from pipeline.store.vacuum import vacuum_store
-from pipeline.verify import verify_store
 from tests.conftest import content, make_images
 
 pytestmark = pytest.mark.cluster
@@ -234,11 +235,11 @@ def test_a_source_that_is_gone_is_given_up_soon_and_is_no_fault_of_the_store(cli
     run_job(make_job({"source": str(source), "store": str(tmp_path / "f.zarr")}), client)
     shutil.rmtree(source)
     monkeypatch.setattr("pipeline.source.fetch.RETRY_PAUSES_S", ())
-    monkeypatch.setattr("pipeline.checks.ORIGINALS", 2)
+    monkeypatch.setattr("pipeline.checks.audit.ORIGINALS", 2)
     monkeypatch.setattr("pipeline.source.health.SAMPLE", 4)
     looked = []
     check = verify.check_originals
-    monkeypatch.setattr("pipeline.verify.check_originals", lambda part: looked.append(part) or check(part))
+    monkeypatch.setattr("pipeline.checks.verify.check_originals", lambda part: looked.append(part) or check(part))
     audit = verify_store(tmp_path / "f.zarr", n_sample=0, workers=1)
     assert (audit.is_sound, audit.n_compared, audit.not_compared, len(looked)) == (True, 0, {"storage_fault": 9}, 2)
     assert "9 could not be: 9 because the storage failed" in audit.describe()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from pipeline.analysis.feature_store import FeatureStore, open_store
-from pipeline.checks import ROUNDING, TF32_ROUNDING
+from pipeline.checks.audit import ROUNDING, TF32_ROUNDING
 from pipeline.errors import UsageError
 from pipeline.extract.layers import receptive_field
 from pipeline.report import figures

@@ -132,7 +132,7 @@ class Attempt:
         return code
 
     def _audit(self, summary: Summary) -> int:
-        from pipeline.verify import verify_store  # noqa: PLC0415 (only at the end)
+        from pipeline.checks.verify import verify_store  # noqa: PLC0415 (only at the end)
 
         timer = self.timer(1, self._end_without_audit)
         try:

@@ -15,11 +15,11 @@ from typing import Any
 
 import psutil
 
+from pipeline.checks.finding import Finding
 from pipeline.cluster import batch_commands
 from pipeline.cluster.config import BatchSpec, ClusterSpec, KubernetesSpec, SshSpec
 from pipeline.cluster.show import groups_text, unusable
 from pipeline.cluster.ssh_workers import SSH_TIMEOUT_S, ssh_options, ssh_reason, ssh_remedy
-from pipeline.findings import Finding
 from pipeline.run.worker_versions import differences, own_versions, versions_script
 from pipeline.store.objects import nearest_folder
 

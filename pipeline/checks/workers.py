@@ -9,12 +9,12 @@ from typing import Any
 
 from distributed import Client
 
-from pipeline.check_cluster import compare_versions
+from pipeline.checks.cluster import compare_versions
+from pipeline.checks.finding import Finding
 from pipeline.cluster.config import AddressSpec, BatchSpec, ClusterSpec, CudaSpec, KubernetesSpec, LocalSpec, SshSpec
 from pipeline.cluster.session import connect
 from pipeline.cluster.slots import scheduler_workers, worker_slots
 from pipeline.errors import FeaturemapsError
-from pipeline.findings import Finding
 from pipeline.run.admission import ask, having_gpus
 from pipeline.run.worker_versions import asking_for_versions, n_gpus_there
 from pipeline.store.objects import Place, delete, nearest_folder, put

@@ -8,12 +8,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline import check_cluster, check_installation, check_storage, check_workers
+from pipeline.checks import cluster as check_cluster
+from pipeline.checks import installation, storage, workers
+from pipeline.checks.finding import Finding, look
+from pipeline.checks.plan import Preview, plan_job
 from pipeline.cluster.config import AddressSpec, ClusterSpec, CudaSpec, KubernetesSpec, SshSpec, load_cluster
 from pipeline.cluster.local import local_workers
 from pipeline.config import Job
-from pipeline.findings import Finding, look
-from pipeline.preview import Preview, plan_job
 from pipeline.store.objects import Place, place
 
 
@@ -66,14 +67,14 @@ def diagnose(
     wanted = place(store) if store is not None else place(job.store) if job is not None else None
     name = cluster or (job.cluster if job is not None else None)
     findings = [
-        *look("packages", check_installation.packages),
-        *look("first layer", check_installation.compiled_kernel),
-        *look("GPUs", check_installation.gpus),
+        *look("packages", installation.packages),
+        *look("first layer", installation.compiled_kernel),
+        *look("GPUs", installation.gpus),
     ]
     specs: list[ClusterSpec] = []
     about_cluster = look(f"cluster {name}", _load, name, cluster_file, specs)
     for spec in specs:
-        about_cluster += look("open files", check_installation.open_files, _n_workers(spec, job))
+        about_cluster += look("open files", installation.open_files, _n_workers(spec, job))
         entry = look(f"cluster {name or 'local'}", check_cluster.entry, name, spec)
         about_cluster += entry
         about_cluster += [] if _failed(entry[:1]) else look("cluster", check_cluster.can_be_reached, spec)
@@ -82,7 +83,7 @@ def diagnose(
         findings += _look_at_storage(wanted, job, cluster_file)
     for spec in specs:
         if (start or isinstance(spec, AddressSpec)) and not _failed(about_cluster):
-            findings += look("workers", check_workers.started, spec, wanted, stop, on_wait)
+            findings += look("workers", workers.started, spec, wanted, stop, on_wait)
     return Diagnosis(findings)
 
 
@@ -97,18 +98,18 @@ def _load(name: str | None, path: Path, specs: list[ClusterSpec]) -> Iterator[Fi
 
 
 def _look_at_storage(store: Place, job: Job | None, cluster_file: Path) -> list[Finding]:
-    findings = look("store", check_storage.stored, store) + look("writing", check_storage.writing, store)
+    findings = look("store", storage.stored, store) + look("writing", storage.writing, store)
     plans: list[Preview] = []
     if job is None:
-        findings += look("source", check_storage.source_of_store, store)
+        findings += look("source", storage.source_of_store, store)
     else:
         findings += look("source", _plan, job, cluster_file, plans)
-    return findings + look("space", check_storage.space, store, plans[0] if plans else None)
+    return findings + look("space", storage.space, store, plans[0] if plans else None)
 
 
 def _plan(job: Job, cluster_file: Path, plans: list[Preview]) -> Iterator[Finding]:
     plans.append(plan_job(job, cluster_file))
-    return check_storage.planned(plans[0])
+    return storage.planned(plans[0])
 
 
 def _n_workers(spec: ClusterSpec, job: Job | None) -> int:

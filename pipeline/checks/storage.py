@@ -9,9 +9,9 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+from pipeline.checks.finding import Finding
+from pipeline.checks.plan import Preview
 from pipeline.errors import UsageError
-from pipeline.findings import Finding
-from pipeline.preview import Preview
 from pipeline.store.create import check_folder
 from pipeline.store.lock import HEARTBEAT_S, current_holder, server_clock_s
 from pipeline.store.objects import Place, free_bytes, modified_s, nearest_folder

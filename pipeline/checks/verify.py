@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from pipeline.checks import (
+from pipeline.checks.audit import (
     Finding,
     Originals,
     Sample,

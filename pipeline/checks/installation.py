@@ -11,8 +11,8 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
+from pipeline.checks.finding import Finding
 from pipeline.extract import kernel
-from pipeline.findings import Finding
 from pipeline.run.worker_versions import PACKAGES
 
 EXTRAS = {
