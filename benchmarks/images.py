@@ -53,7 +53,7 @@ def make(name: str, n: int, sizes: list[tuple[int, int]], distinct: int = 0) -> 
 
 def command(*arguments: object) -> list[str]:
     """The real command line, in this interpreter."""
-    return [sys.executable, "-c", "from pipeline.cli import main; main()", *map(str, arguments)]
+    return [sys.executable, "-c", "from pipeline.cli.commands import main; main()", *map(str, arguments)]
 
 
 def run(*arguments: object) -> str:

@@ -1,6 +1,6 @@
 """``python -m pipeline``: the ``featuremaps`` command where its script is not on the path."""
 
-from pipeline.cli import main
+from pipeline.cli.commands import main
 
 if __name__ == "__main__":
     main()

@@ -208,7 +208,7 @@ AS_NOBODY = """
 import os, sys, logging, dask
 from pathlib import Path
 from distributed import Client, LocalCluster
-import pipeline.cli, pipeline.analysis.feature_store, pipeline.report.draw_maps, pipeline.extract.cpu, pipeline.run.driver, pipeline.checks.plan
+import pipeline.cli.commands, pipeline.analysis.feature_store, pipeline.report.draw_maps, pipeline.extract.cpu, pipeline.run.driver, pipeline.checks.plan
 from pipeline.config import make_job
 from pipeline.run.lifecycle import run_job
 from tests.conftest import make_images
@@ -231,7 +231,7 @@ print("====", file=sys.stderr, flush=True)
 for arguments in sys.argv[2:]:
     sys.argv = ["featuremaps", *arguments.split("|")]
     try:
-        pipeline.cli.main()
+        pipeline.cli.commands.main()
     except SystemExit as ended:
         print(f"\\nexit {ended.code}", file=sys.stderr, flush=True)
     print("====", file=sys.stderr, flush=True)

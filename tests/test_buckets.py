@@ -45,7 +45,7 @@ from tests.kill_rounds import wait_until
 from tests.services import BUCKET, SECRET, environment, faulty, rclone, seaweedfs, website
 
 pytestmark = pytest.mark.cluster
-COMMAND = [sys.executable, "-c", "from pipeline.cli import main; main()"]
+COMMAND = [sys.executable, "-c", "from pipeline.cli.commands import main; main()"]
 SIZES = [(40, 60), (52, 44), (40, 60), (33, 70)]
 
 

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import __version__, cli, terminal
+from pipeline import __version__
+from pipeline.cli import commands, terminal
 from pipeline.config import LayerSpec, make_job
 from pipeline.errors import FeaturemapsError, StoreBusyError
 from pipeline.run.lifecycle import run_job
@@ -25,7 +26,7 @@ from tests.conftest import make_images
 
 pytestmark = pytest.mark.cluster
 
-COMMAND = [sys.executable, "-c", "from pipeline.cli import main; main()"]
+COMMAND = [sys.executable, "-c", "from pipeline.cli.commands import main; main()"]
 
 
 @pytest.fixture
@@ -140,7 +141,7 @@ def test_the_version_and_the_help_are_there(command):
     code, out, _ = command("run", "-h")
     assert code == 0
     assert out == command("run", "--help")[1]
-    documented = {parameter.name for parameter in cli.run.params if f"--{parameter.name.replace('_', '-')}" in out}
+    documented = {parameter.name for parameter in commands.run.params if f"--{parameter.name.replace('_', '-')}" in out}
     assert {"dtype", "resize", "layers", "limit", "workers", "retry_quarantined", "max_quarantined", "cluster"} <= documented
 
 
@@ -320,7 +321,7 @@ def on_terminal(arguments: list[str], until: bytes = b"", signals: int = 0) -> t
     """Run the command on a pseudo-terminal of 120 columns; send SIGINT once ``until`` shows up."""
     master, slave = pty.openpty()
     environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "120", "LINES": "40"}
-    code = "import pipeline.run.driver; pipeline.run.driver.COMMIT_S = 0.1; from pipeline.cli import main; main()"
+    code = "import pipeline.run.driver; pipeline.run.driver.COMMIT_S = 0.1; from pipeline.cli.commands import main; main()"
     process = subprocess.Popen(
         [sys.executable, "-c", code, *arguments], stdin=slave, stdout=slave, stderr=slave, env=environment, start_new_session=True
     )
@@ -400,7 +401,7 @@ def test_names_that_are_not_utf8_go_out_as_they_came_in(tmp_path):
 
 
 def test_the_command_starts_fast_and_without_torch():
-    code = "import sys, pipeline.cli; print(sorted({'torch', 'distributed', 'zarr', 'xarray', 'matplotlib', 'rich'} & set(sys.modules)))"
+    code = "import sys, pipeline.cli.commands; print(sorted({'torch', 'distributed', 'zarr', 'xarray', 'matplotlib', 'rich'} & set(sys.modules)))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout == "[]\n"
 

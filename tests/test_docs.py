@@ -20,7 +20,7 @@ from pydantic import BaseModel
 import pipeline
 from pipeline import config, errors
 from pipeline.analysis.feature_store import FeatureStore
-from pipeline.cli import cli
+from pipeline.cli.commands import cli
 from pipeline.cluster import config as cluster_spec
 from pipeline.report import figures
 

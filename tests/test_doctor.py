@@ -17,12 +17,12 @@ import pytest
 import yaml
 from distributed import LocalCluster
 
-from pipeline import cli
 from pipeline.checks import cluster as check_cluster
 from pipeline.checks import installation, storage, workers
 from pipeline.checks.doctor import diagnose
 from pipeline.checks.finding import Finding, look
 from pipeline.checks.plan import Preview
+from pipeline.cli import commands as cli
 from pipeline.cluster.config import AddressSpec, load_cluster
 from pipeline.errors import UsageError
 from pipeline.extract import kernel

@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline import logs
+from pipeline.cli import log_format
 from pipeline.run.results import note_batch
 from pipeline.run.summary import Progress, Summary, working
 from pipeline.run.tasks import BatchResult, PieceResult, WorkPiece
 from pipeline.store.schema import Status
 
-COMMAND = "from pipeline.cli import main; main()"
+COMMAND = "from pipeline.cli.commands import main; main()"
 HOSTILE = "a\nb\x1b[2J\udcff.png"
 
 
@@ -27,7 +27,7 @@ def record(message: str, *arguments: object, **extra: object) -> logging.LogReco
 
 
 def test_a_json_line_holds_what_came_with_the_record_and_the_run_that_is_at_work():
-    formatter = logs.JsonFormatter()
+    formatter = log_format.JsonFormatter()
     with working("/s.zarr", Summary("r1"), Progress()):
         line = formatter.format(record("bad image %s", HOSTILE, path=HOSTILE, where=Path("/p"), n=3))
     assert line.isascii()
@@ -53,24 +53,24 @@ def test_a_traceback_is_a_field_of_its_line():
     made = record("it broke")
     error = ValueError(HOSTILE)
     made.exc_info = (ValueError, error, None)
-    found = json.loads(logs.JsonFormatter().format(made))
+    found = json.loads(log_format.JsonFormatter().format(made))
     assert found["error"] == f"ValueError: {HOSTILE}"
     assert found["traceback"].startswith("ValueError: a\nb")
 
 
 def test_a_line_of_text_is_one_line_whatever_it_says():
-    line = logs.TextFormatter().format(record("%s is odd", HOSTILE))
+    line = log_format.TextFormatter().format(record("%s is odd", HOSTILE))
     assert line.endswith(r" WARNING pipeline.x: a\nb\x1b[2J\udcff.png is odd")
 
 
 def test_of_many_bad_images_the_first_are_warned_of(caplog):
-    with caplog.at_level(logging.INFO, "pipeline.logs"):
-        for n_before in range(logs.MAX_WARNINGS + 5):
-            logs.warn_of_image(f"{n_before}.png", "empty: the file has 0 bytes", n_before)
+    with caplog.at_level(logging.INFO, "pipeline.cli.log_format"):
+        for n_before in range(log_format.MAX_WARNINGS + 5):
+            log_format.warn_of_image(f"{n_before}.png", "empty: the file has 0 bytes", n_before)
     levels = [found.levelname for found in caplog.records]
-    assert levels == ["WARNING"] * (logs.MAX_WARNINGS + 1) + ["INFO"] * 5
+    assert levels == ["WARNING"] * (log_format.MAX_WARNINGS + 1) + ["INFO"] * 5
     assert (
-        caplog.records[logs.MAX_WARNINGS]
+        caplog.records[log_format.MAX_WARNINGS]
         .getMessage()
         .startswith("20 bad images so far: those that follow are logged at level INFO")
     )

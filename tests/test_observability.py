@@ -32,7 +32,11 @@ pytestmark = pytest.mark.cluster
 N_IMAGES = 200
 DOCS = Path(__file__).parent.parent / "docs"
 HELD = "img00199.jpg"
-COMMAND = [sys.executable, "-c", "import pipeline.run.driver as d; d.RECEIPT_S = 0.3; from pipeline.cli import main; main()"]
+COMMAND = [
+    sys.executable,
+    "-c",
+    "import pipeline.run.driver as d; d.RECEIPT_S = 0.3; from pipeline.cli.commands import main; main()",
+]
 COUNTED = {
     "images_done_total": "n_done",
     "images_quarantined_total": "n_quarantined",

@@ -401,7 +401,7 @@ def test_a_full_disk_keeps_the_page_that_is_there(store, small_disk):
 
 def test_without_matplotlib_the_extra_is_named_and_the_page_kept(store, tmp_path):
     (tmp_path / "report.html").write_text("of before")
-    code = "import sys; sys.modules['matplotlib'] = None; from pipeline.cli import main; main()"
+    code = "import sys; sys.modules['matplotlib'] = None; from pipeline.cli.commands import main; main()"
     done = subprocess.run(
         [sys.executable, "-c", code, "report", store, "-o", tmp_path / "report.html"], capture_output=True, text=True, check=False
     )

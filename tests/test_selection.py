@@ -155,7 +155,16 @@ def test_a_file_whose_name_is_not_utf8_is_found_by_it(store, path, tmp_path):
 
 @pytest.mark.parametrize("arguments", [[BAD], ["--figure", "contact", BAD, "100%.png"]])
 def test_the_command_takes_a_name_that_is_not_utf8(path, tmp_path, arguments):
-    command = [sys.executable, "-c", "from pipeline.cli import main; main()", "show", path, *arguments, "-o", tmp_path / "f.png"]
+    command = [
+        sys.executable,
+        "-c",
+        "from pipeline.cli.commands import main; main()",
+        "show",
+        path,
+        *arguments,
+        "-o",
+        tmp_path / "f.png",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert (tmp_path / "f.png").stat().st_size > 1000

@@ -190,12 +190,12 @@ def test_the_documentation_names_every_key():
 
 
 def test_the_commands_print_them(tmp_path, monkeypatch, capfd):
-    from pipeline import cli
+    from pipeline.cli import commands
 
     for arguments in (["list"], ["show", "lab"]):
         monkeypatch.setattr(sys, "argv", ["featuremaps", "cluster", *arguments, "--cluster-file", str(REPOSITORY_FILE)])
         with pytest.raises(SystemExit) as ended:
-            cli.main()
+            commands.main()
         assert not ended.value.code
     out = capfd.readouterr().out
     assert "\nlab             ssh         desktops: 4 workers on each of 2 hosts" in out

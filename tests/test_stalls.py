@@ -88,7 +88,7 @@ COMMAND = """
 import sys, time
 from pathlib import Path
 import pipeline.run.driver
-from pipeline.cli import main
+from pipeline.cli.commands import main
 from pipeline.run.new_images import Intake
 
 when, signs = sys.argv.pop(1), Path(sys.argv.pop(1))

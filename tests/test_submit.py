@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from pipeline.cli.terminal import stop_on_signal
 from pipeline.cluster.submit import inside_job, record
 from pipeline.cluster.submit.hand_in import adopt, submit
 from pipeline.cluster.submit.inside_job import Attempt
@@ -27,7 +28,6 @@ from pipeline.run.lifecycle import run_job
 from pipeline.store.create import prepare_folder
 from pipeline.store.run_ids import next_number
 from pipeline.store.store import receipt_ids
-from pipeline.terminal import stop_on_signal
 from tests.conftest import make_images
 from tests.stuck_disk import mount_stuck
 from tests.test_scripts import condor_arguments

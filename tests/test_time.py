@@ -36,7 +36,7 @@ import pipeline.run.lifecycle, pipeline.run.summary
 pipeline.run.lifecycle.datetime = pipeline.run.summary.datetime = Shifted
 if "pipeline.store.run_ids" in sys.modules:
     sys.modules["pipeline.store.run_ids"].datetime = Shifted
-from pipeline.cli import main
+from pipeline.cli.commands import main
 main()
 """
 

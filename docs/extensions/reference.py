@@ -13,7 +13,7 @@ import click
 from pydantic import BaseModel
 from sphinx.pycode import ModuleAnalyzer
 
-from pipeline.cli import cli
+from pipeline.cli.commands import cli
 
 _TYPES = {"boolean": "true or false", "integer": "integer", "number": "number", "string": "text", "object": "keys and values"}
 _BOUNDS = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}

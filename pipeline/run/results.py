@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pipeline.logs import warn_of_image
+from pipeline.cli.log_format import warn_of_image
 from pipeline.run import tasks
 from pipeline.run.ledger import Ledger, has_inaccessible
 from pipeline.run.plan.changes import Changes, Entry, is_inaccessible

@@ -9,9 +9,9 @@ from typing import Any
 
 import click
 
+from pipeline.cli.terminal import log_lines, start_logging, stop_on_signal
 from pipeline.config import JOB_SUFFIXES, load_job
 from pipeline.errors import EXIT_COMPLETE, EXIT_FAILED
-from pipeline.terminal import log_lines, start_logging, stop_on_signal
 
 
 @click.command()

@@ -24,9 +24,9 @@ LOG_LINE_S = 10.0
 
 def start_logging(verbose: int, *, as_json: bool) -> None:
     """Begin; Dask's own lines are for those who ask twice."""
-    from pipeline import logs
+    from pipeline.cli import log_format
 
-    logs.start(as_json=as_json, level=(logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)])
+    log_format.start(as_json=as_json, level=(logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)])
     logger.setLevel(logging.INFO)  # what this module logs is what is shown without -v in text
     if verbose < 2:
         import dask  # before distributed, which sets its loggers up when it is imported
@@ -36,7 +36,7 @@ def start_logging(verbose: int, *, as_json: bool) -> None:
 
 def is_json() -> bool:
     """Whether log lines are JSON; logs are only imported where they were started."""
-    logs = sys.modules.get("pipeline.logs")
+    logs = sys.modules.get("pipeline.cli.log_format")
     return logs is not None and bool(logs.is_json())
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pipeline.arguments import store_argument
+from pipeline.cli.arguments import store_argument
 from pipeline.errors import EXIT_COMPLETE, UsageError
 
 if TYPE_CHECKING:

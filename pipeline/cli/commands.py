@@ -11,18 +11,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pipeline import __version__
-from pipeline.arguments import as_place, store_argument
-from pipeline.cli_clusters import cluster, doctor, submit
-from pipeline.cli_figures import report, show
-from pipeline.config import JOB_SUFFIXES, Job, LayerSpec, load_job, make_job
-from pipeline.errors import (
-    EXIT_COMPLETE,
-    EXIT_FAILED,
-    EXIT_RUN_AGAIN,
-    FeaturemapsError,
-    UsageError,
-)
-from pipeline.terminal import (
+from pipeline.cli.arguments import as_place, store_argument
+from pipeline.cli.clusters import cluster, doctor, submit
+from pipeline.cli.figures import report, show
+from pipeline.cli.terminal import (
     asks_for_json,
     complain,
     is_json,
@@ -32,6 +24,14 @@ from pipeline.terminal import (
     show_progress,
     start_logging,
     stop_on_signal,
+)
+from pipeline.config import JOB_SUFFIXES, Job, LayerSpec, load_job, make_job
+from pipeline.errors import (
+    EXIT_COMPLETE,
+    EXIT_FAILED,
+    EXIT_RUN_AGAIN,
+    FeaturemapsError,
+    UsageError,
 )
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def _make_job(what: tuple[str, ...], options: dict[str, Any]) -> Job:
 
 def _begin(what: tuple[str, ...], options: dict[str, Any], verbose: int, log_format: str) -> Job:
     """Start logging, and make the job."""
-    from pipeline import logs
+    from pipeline.cli import log_format as logs
 
     start_logging(verbose, as_json=log_format == "json")
     job = _make_job(what, options)

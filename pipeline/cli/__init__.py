@@ -1,0 +1,1 @@
+"""The command ``featuremaps``: its options, what it prints, and its exit codes."""
