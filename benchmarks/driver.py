@@ -22,6 +22,7 @@ import psutil
 from distributed import WorkerPlugin
 
 from benchmarks.images import machine
+from pipeline.api import run_job
 from pipeline.cluster.config import LocalSpec
 from pipeline.cluster.session import connect
 from pipeline.config import make_job
@@ -88,7 +89,7 @@ def main() -> None:
         time.sleep(IDLE_S)
         idle = (time.process_time() - cpu) / (time.monotonic() - started)
         started, cpu = time.monotonic(), time.process_time()
-        summary = lifecycle.run_job(make_job({"source": "/photos", "store": str(folder / "f.zarr")}), client)
+        summary = run_job(make_job({"source": "/photos", "store": str(folder / "f.zarr")}), client)
         elapsed_s, cpu_s = time.monotonic() - started, time.process_time() - cpu
     assert summary.n_done == n, summary
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -13,8 +13,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from pipeline.errors import UsageError
-from pipeline.layer_words import read_layer
 from pipeline.patterns import escape, has_unknown_user, home, is_pattern
+from pipeline.text import read_layer
 
 Activation = Literal["sigmoid", "tanh", "relu", "none"]
 Dtype = Literal["float32", "float16", "uint16", "uint8"]

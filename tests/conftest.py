@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipeline.api import run_job
 from pipeline.cli import commands
 from pipeline.cluster.config import LocalSpec
 from pipeline.cluster.session import connect
 from pipeline.config import make_job
-from pipeline.run.lifecycle import run_job
 from pipeline.store.schema import REJECTED, Status
 from pipeline.store.store import Store
 from tests.kubernetes_stand_in import kubernetes_api

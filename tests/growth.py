@@ -33,12 +33,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
 from PIL import Image
 
+from pipeline.api import run_job
 from pipeline.checks.verify import verify_store
-from pipeline.cluster.slots import ROLES
 from pipeline.config import make_job
 from pipeline.errors import UsageError
 from pipeline.run import driver, new_images
-from pipeline.run.lifecycle import run_job
+from pipeline.run.slots import ROLES
 from pipeline.run.summary import Summary
 from pipeline.source.listing import list_collection
 from pipeline.store import layout

@@ -10,12 +10,13 @@ from distributed.worker import thread_state
 
 from pipeline.errors import StaleWriterError
 from pipeline.run import activity
+from pipeline.source import current
 
 
 def test_a_worker_reports_what_its_threads_are_at_but_not_what_they_were_at():
     def work():
         thread_state.key = "process-run-1"
-        activity.note("cats/tom.jpg")
+        current.note("cats/tom.jpg")
         noted.set()
         ended.wait(900)
 

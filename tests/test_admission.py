@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from distributed import Client
 
+from pipeline.api import run_job
 from pipeline.config import make_job
 from pipeline.errors import FeaturemapsError
 from pipeline.run.admission import only_like_this
-from pipeline.run.lifecycle import run_job
 from tests.conftest import content, make_images
 from tests.test_ssh import Scheduler
 

@@ -16,9 +16,9 @@ from PIL import Image
 
 import pipeline
 from pipeline import open_store
+from pipeline.api import run_job
 from pipeline.config import make_job
 from pipeline.errors import FeaturemapsError, UsageError
-from pipeline.run.lifecycle import run_job
 from pipeline.store.schema import Status
 from pipeline.store.store import Store
 from tests.conftest import make_images

@@ -21,8 +21,8 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from pipeline import open_store
+from pipeline.api import run_job
 from pipeline.config import make_job
-from pipeline.run.lifecycle import run_job
 from pipeline.store.schema import REJECTED, Status
 from pipeline.store.store import Store
 from tests.conftest import content, make_images
@@ -208,9 +208,10 @@ AS_NOBODY = """
 import os, sys, logging, dask
 from pathlib import Path
 from distributed import Client, LocalCluster
-import pipeline.cli.commands, pipeline.analysis.feature_store, pipeline.report.draw_maps, pipeline.extract.cpu, pipeline.run.driver, pipeline.checks.plan
+import pipeline.cli.commands, pipeline.analysis.feature_store, pipeline.report.draw_maps
+import pipeline.extract.cpu, pipeline.run.driver, pipeline.checks.plan
 from pipeline.config import make_job
-from pipeline.run.lifecycle import run_job
+from pipeline.api import run_job
 from tests.conftest import make_images
 
 folder = Path(sys.argv[1])

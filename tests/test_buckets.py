@@ -21,6 +21,7 @@ import pytest
 import xarray as xr
 
 from pipeline import open_store
+from pipeline.api import run_job
 from pipeline.checks.verify import verify_store
 from pipeline.cluster.config import LocalSpec
 from pipeline.cluster.session import connect
@@ -28,7 +29,6 @@ from pipeline.cluster.submit.record import Claim, Submission, last_submission
 from pipeline.config import make_job
 from pipeline.errors import FeaturemapsError, StaleWriterError, StoreBusyError, UsageError
 from pipeline.report.page import write_report
-from pipeline.run.lifecycle import run_job
 from pipeline.source import fetch
 from pipeline.source.listing import list_collection
 from pipeline.store import lock, objects

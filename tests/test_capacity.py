@@ -12,12 +12,11 @@ import pytest
 from distributed import Client, LocalCluster
 from PIL import Image
 
+from pipeline.api import run_job
 from pipeline.checks.plan import plan_job
 from pipeline.cluster.dask_settings import DASK_SETTINGS
-from pipeline.cluster.slots import ROLES
 from pipeline.config import ExtractorSpec, make_job
 from pipeline.errors import UsageError
-from pipeline.run.lifecycle import run_job
 from pipeline.run.plan import memory
 from pipeline.run.plan.memory import (
     WORKER_BASE_BYTES,
@@ -28,6 +27,7 @@ from pipeline.run.plan.memory import (
     wanted_limit_bytes,
     worker_memory_bytes,
 )
+from pipeline.run.slots import ROLES
 from pipeline.store.schema import Status
 from pipeline.store.settings import scratch_bytes
 from pipeline.store.store import Store

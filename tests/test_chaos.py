@@ -15,12 +15,12 @@ import pytest
 from distributed import WorkerPlugin
 from PIL import Image
 
+from pipeline.api import run_job
 from pipeline.cluster.config import LocalSpec
 from pipeline.cluster.session import connect
-from pipeline.cluster.slots import scheduler_workers
 from pipeline.config import make_job
 from pipeline.errors import FeaturemapsError
-from pipeline.run.lifecycle import run_job
+from pipeline.run.slots import scheduler_workers
 from pipeline.source import decoding
 from tests.conftest import content, make_images
 from tests.kill_rounds import done_rows, litter, wait_until

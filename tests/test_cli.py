@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 
 from pipeline import __version__
+from pipeline.api import run_job
 from pipeline.cli import commands, terminal
 from pipeline.config import LayerSpec, make_job
 from pipeline.errors import FeaturemapsError, StoreBusyError
-from pipeline.run.lifecycle import run_job
 from pipeline.run.summary import Progress, Summary, describe
 from pipeline.store.lock import StoreLock
 from pipeline.store.schema import RUNS
@@ -35,9 +35,7 @@ def jobs(monkeypatch, command):
 
     def call(*arguments):
         made = []
-        monkeypatch.setattr(
-            "pipeline.run.lifecycle.run_job", lambda job, **_: made.append(job) or Summary("id", outcome="complete")
-        )
+        monkeypatch.setattr("pipeline.api.run_job", lambda job, **_: made.append(job) or Summary("id", outcome="complete"))
         code, _, err = command("run", *arguments)
         assert code == 0, err
         return made[0]
@@ -205,7 +203,7 @@ def test_a_summary_says_what_was_passed_over_and_that_nothing_came_of_it():
     ],
 )
 def test_the_outcome_of_a_run_is_its_exit_code(command, monkeypatch, summary, options, code):
-    monkeypatch.setattr("pipeline.run.lifecycle.run_job", lambda *_, **__: summary)
+    monkeypatch.setattr("pipeline.api.run_job", lambda *_, **__: summary)
     assert command("run", "a", "b", *options)[0] == code
 
 
@@ -227,7 +225,7 @@ def test_an_error_is_a_paragraph_and_an_exit_code(command, monkeypatch, error, c
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr("pipeline.run.lifecycle.run_job", fail)
+    monkeypatch.setattr("pipeline.api.run_job", fail)
     found, out, err = command("run", "a", "b")
     assert (found, out) == (code, "")
     paragraph = err.removeprefix("\n")  # click ends the line on which ^C stands
@@ -401,7 +399,8 @@ def test_names_that_are_not_utf8_go_out_as_they_came_in(tmp_path):
 
 
 def test_the_command_starts_fast_and_without_torch():
-    code = "import sys, pipeline.cli.commands; print(sorted({'torch', 'distributed', 'zarr', 'xarray', 'matplotlib', 'rich'} & set(sys.modules)))"
+    code = "import sys, pipeline.cli.commands\n"
+    code += "print(sorted({'torch', 'distributed', 'zarr', 'xarray', 'matplotlib', 'rich'} & set(sys.modules)))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout == "[]\n"
 

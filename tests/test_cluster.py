@@ -21,14 +21,14 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from distributed import Client, LocalCluster
 
+from pipeline.api import run_job
 from pipeline.cluster import groups, session
 from pipeline.cluster.config import AddressSpec, CudaSpec, LocalSpec, TlsSpec, load_cluster
 from pipeline.cluster.local import local_memory_bytes, local_processes, local_workers
 from pipeline.cluster.session import connect, with_client
-from pipeline.cluster.slots import ROLES, worker_slots
 from pipeline.config import make_job
 from pipeline.errors import FeaturemapsError, UsageError
-from pipeline.run.lifecycle import run_job
+from pipeline.run.slots import ROLES, worker_slots
 from tests.conftest import content, make_images
 
 REPOSITORY = Path(__file__).parents[1]

@@ -10,11 +10,11 @@ from unittest.mock import Mock
 import pytest
 from distributed import KilledWorker
 
+from pipeline.api import run_job
 from pipeline.checks.plan import plan_job
 from pipeline.config import make_job
 from pipeline.errors import FeaturemapsError
 from pipeline.run import content_check
-from pipeline.run.lifecycle import run_job
 from pipeline.source import fetch
 from pipeline.store.schema import Status
 from pipeline.store.store import Store

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from distributed import Client, LocalCluster
 
+from pipeline.api import run_job
 from pipeline.config import make_job
-from pipeline.run.lifecycle import run_job
 from tests.conftest import content, make_images
 
 

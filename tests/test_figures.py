@@ -14,11 +14,11 @@ import pytest
 from PIL import Image
 
 import pipeline
+from pipeline.api import run_job
 from pipeline.config import make_job
 from pipeline.errors import UsageError
 from pipeline.report import figures
 from pipeline.report.figures import MAX_PANELS
-from pipeline.run.lifecycle import run_job
 from tests.conftest import make_images
 
 pytestmark = pytest.mark.cluster

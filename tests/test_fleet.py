@@ -4,12 +4,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from pipeline.cluster.slots import WorkerSlots
 from pipeline.errors import FeaturemapsError
 from pipeline.run import workers as fleet
 from pipeline.run.driver import Driver
 from pipeline.run.in_flight import Sent
 from pipeline.run.plan.memory import WorkerKind
+from pipeline.run.slots import WorkerSlots
 from pipeline.run.workers import Fleet
 
 GIB = 2**30

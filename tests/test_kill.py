@@ -9,9 +9,9 @@ import time
 import pytest
 from distributed import Client
 
+from pipeline.api import run_job
 from pipeline.config import make_job
 from pipeline.errors import FeaturemapsError
-from pipeline.run.lifecycle import run_job
 from pipeline.store.schema import RUNS
 from pipeline.store.store import Store
 from tests.conftest import make_images

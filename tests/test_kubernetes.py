@@ -14,15 +14,15 @@ import yaml
 from referencing import Registry, Resource
 from referencing.jsonschema import DRAFT7
 
+from pipeline.api import run_job
 from pipeline.cluster import kubernetes
 from pipeline.cluster.config import KubernetesSpec, load_cluster
 from pipeline.cluster.kubernetes import PodCluster, kubernetes_cluster, pod_reasons
 from pipeline.cluster.kubernetes_manifests import manifests
 from pipeline.cluster.session import connect
-from pipeline.cluster.slots import worker_slots
 from pipeline.config import make_job
 from pipeline.errors import FeaturemapsError, UsageError
-from pipeline.run.lifecycle import run_job
+from pipeline.run.slots import worker_slots
 from pipeline.run.workers import Fleet
 from tests.conftest import content, make_images
 

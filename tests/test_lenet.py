@@ -23,8 +23,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import pipeline
+from pipeline.api import run_job
 from pipeline.errors import FeaturemapsError, UsageError
-from pipeline.run.lifecycle import run_job
 from workflows.lenet import data, draw, end_to_end, probe, tell, train
 from workflows.lenet.__main__ import main
 

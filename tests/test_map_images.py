@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from pipeline import open_store
 from pipeline.analysis import map_images
 from pipeline.analysis.map_images import split
+from pipeline.api import run_job
 from pipeline.config import make_job
 from pipeline.errors import FeaturemapsError, UsageError
-from pipeline.run.lifecycle import run_job
 from tests.conftest import make_images
 
 pytestmark = pytest.mark.cluster

@@ -8,9 +8,9 @@ import pytest
 from prometheus_client import REGISTRY, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
+from pipeline.api import run_job
 from pipeline.config import make_job
 from pipeline.errors import UsageError
-from pipeline.run.lifecycle import run_job
 from pipeline.run.metrics import beside_dask, served
 from pipeline.run.summary import Progress, Summary, at_work, working
 from tests.conftest import make_images

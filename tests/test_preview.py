@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pipeline.api import run_job
 from pipeline.checks import plan
 from pipeline.checks.plan import plan_job, store_status
 from pipeline.config import load_job, make_job
 from pipeline.errors import FeaturemapsError, UsageError
-from pipeline.run.lifecycle import run_job
 from pipeline.run.plan.memory import WORKER_BASE_BYTES, wanted_limit_bytes
 from pipeline.store.lock import StoreLock
 from pipeline.store.schema import REJECTED, RUNS, Status

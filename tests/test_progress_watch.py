@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from distributed import WorkerPlugin
 
+from pipeline.api import run_job
 from pipeline.cluster.config import LocalSpec
 from pipeline.cluster.session import connect
 from pipeline.config import make_job
 from pipeline.errors import FeaturemapsError
-from pipeline.run.lifecycle import run_job
 from pipeline.run.progress_watch import MAX_LOSSES, ProgressWatch
 from pipeline.source import decoding
 from pipeline.store.schema import RUNS

@@ -13,12 +13,12 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
+from pipeline.api import run_job
 from pipeline.config import make_job
 from pipeline.report.page import write_report
-from pipeline.run.lifecycle import run_job
-from pipeline.run.summary import printable
 from pipeline.store.schema import REJECTED
 from pipeline.store.store import Store
+from pipeline.text import printable
 from tests.batch_services import debian_program
 from tests.conftest import make_images
 

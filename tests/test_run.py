@@ -14,10 +14,10 @@ from PIL import Image
 from torch.nn.functional import conv2d
 
 from pipeline import open_store
+from pipeline.api import run_job
 from pipeline.checks.plan import plan_job
 from pipeline.config import make_job
 from pipeline.errors import FeaturemapsError, StoreBusyError, UsageError
-from pipeline.run.lifecycle import run_job
 from pipeline.run.plan.memory import WORKER_BASE_BYTES, wanted_limit_bytes
 from pipeline.run.summary import describe_news
 from pipeline.store.lock import StoreLock

@@ -14,9 +14,9 @@ import pytest
 from pipeline import open_store
 from pipeline.analysis.feature_store import FeatureStore
 from pipeline.analysis.tables import write_parquet
+from pipeline.api import run_job
 from pipeline.config import make_job
 from pipeline.errors import UsageError
-from pipeline.run.lifecycle import run_job
 from pipeline.store.schema import Status
 from pipeline.store.store import Store
 from tests.conftest import make_images

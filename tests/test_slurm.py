@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from pipeline.api import run_job
 from pipeline.cluster.config import load_cluster
 from pipeline.cluster.session import connect
 from pipeline.config import make_job
-from pipeline.run.lifecycle import run_job
 from pipeline.store.store import Store, is_store
 from tests.batch_services import slurm, wait_for
 from tests.conftest import content, make_images

@@ -13,11 +13,11 @@ import pytest
 import yaml
 from distributed import Client
 
+from pipeline.api import run_job
 from pipeline.cluster.config import GroupSpec, LocalSpec, load_cluster
 from pipeline.cluster.session import connect
 from pipeline.config import make_job
 from pipeline.errors import FeaturemapsError
-from pipeline.run.lifecycle import run_job
 from tests.batch_services import sshd, wait_for
 from tests.conftest import content, make_images
 from tests.services import free_port

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.api import run_job
 from pipeline.cluster.config import LocalSpec
 from pipeline.cluster.session import connect
 from pipeline.config import load_job, make_job
-from pipeline.run.lifecycle import run_job
 from pipeline.run.new_images import Intake
 from tests.conftest import content, make_images
 from tests.kill_rounds import wait_until

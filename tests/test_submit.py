@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from pipeline.api import run_job
 from pipeline.cli.terminal import stop_on_signal
 from pipeline.cluster.submit import inside_job, record
 from pipeline.cluster.submit.hand_in import adopt, submit
@@ -24,7 +25,6 @@ from pipeline.cluster.submit.record import last_submission
 from pipeline.cluster.submit.script import Order, driver_script
 from pipeline.config import make_job
 from pipeline.errors import EXIT_FAILED, EXIT_RUN_AGAIN, FeaturemapsError, StoreBusyError
-from pipeline.run.lifecycle import run_job
 from pipeline.store.create import prepare_folder
 from pipeline.store.run_ids import next_number
 from pipeline.store.store import receipt_ids
@@ -112,7 +112,7 @@ def order(tmp_path):
 def attempt(commands):
     def make(order: Order, signalled: threading.Event | None = None) -> Attempt:
         said: list[str] = []
-        made = Attempt(order, signalled or threading.Event(), said.append)
+        made = Attempt(order, signalled or threading.Event(), said.append, lambda: None)
         made.said = said
         made.begin()
         return made
@@ -351,15 +351,13 @@ def test_a_queue_that_cannot_be_seen_is_no_empty_queue(commands, order):
 AUDIT = """
 import sys, threading, time
 from pathlib import Path
-from pipeline.checks import verify
 from pipeline.cluster.submit.inside_job import Attempt
 from pipeline.config import make_job
 from pipeline.cluster.submit.script import Order
 from pipeline.run.summary import Summary
 
-verify.verify_store = lambda *_, **__: time.sleep(1000)  # stands for a large store
 order = Order(make_job({"source": "x", "store": "f.zarr", "cluster": "p"}), Path("job.yaml"), Path("cluster.yaml"))
-attempt = Attempt(order, threading.Event(), print)
+attempt = Attempt(order, threading.Event(), print, lambda: time.sleep(1000))  # stands for the audit of a large store
 attempt.end_s = time.monotonic() + attempt.quarter_s + 0.5
 sys.exit(attempt.finish(Summary("x", outcome="complete")))
 """
@@ -384,7 +382,7 @@ def complete(order, client, tmp_path):
 
     def finish(**changes) -> tuple[int, list[str]]:
         said: list[object] = []
-        code = Attempt(order("p", verify=False, **changes), threading.Event(), said.append).finish(summary)
+        code = Attempt(order("p", verify=False, **changes), threading.Event(), said.append, lambda: None).finish(summary)
         return code, [str(text) for text in said]
 
     return finish

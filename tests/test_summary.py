@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from pipeline.run.summary import STAGES, Progress, Summary, at_work, describe, describe_bottleneck, printable, receipt, working
+from pipeline.run.summary import STAGES, Progress, Summary, at_work, describe, describe_bottleneck, receipt, working
+from pipeline.text import printable
 
 
 def test_the_shares_of_the_stages_and_of_waiting_sum_to_one():

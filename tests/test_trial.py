@@ -8,12 +8,12 @@ import time
 import pytest
 from distributed import WorkerPlugin
 
+from pipeline.api import run_job
 from pipeline.cluster import dask_settings
 from pipeline.cluster.config import LocalSpec
 from pipeline.cluster.session import connect
 from pipeline.config import make_job
 from pipeline.run.crash_finder import GUILTY, HeaderTrial, Trial
-from pipeline.run.lifecycle import run_job
 from pipeline.run.tasks import WorkPiece
 from pipeline.source import decoding
 from pipeline.source.fetch import Probed

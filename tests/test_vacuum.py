@@ -16,10 +16,10 @@ import pytest
 import zarr
 
 from pipeline import open_store
+from pipeline.api import run_job
 from pipeline.checks.verify import verify_store
 from pipeline.config import make_job
 from pipeline.errors import StoreBusyError, UsageError
-from pipeline.run.lifecycle import run_job
 from pipeline.store import objects
 from pipeline.store.lock import StoreLock
 from pipeline.store.schema import RUNS, Status

@@ -14,11 +14,11 @@ import pytest
 import zarr
 
 from pipeline import open_store
+from pipeline.api import run_job
 from pipeline.checks import verify
 from pipeline.checks.verify import verify_store
 from pipeline.config import make_job
 from pipeline.errors import FeaturemapsError, StoreBusyError, UsageError
-from pipeline.run.lifecycle import run_job
 from pipeline.store import objects
 from pipeline.store.lock import StoreLock
 from pipeline.store.schema import RUNS, Status

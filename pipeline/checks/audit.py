@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pipeline.errors import FeaturemapsError, ImageError
-from pipeline.extract.layers import layer_names, output_sizes
+from pipeline.extract.layers import ROUNDING, TF32_ROUNDING, layer_names, output_sizes
 from pipeline.extract.weights import dequantise
 from pipeline.source.fetch import Source, digest_block, read_current
 from pipeline.store.codecs import Array, maps_digest
@@ -41,9 +41,6 @@ from pipeline.store.schema import (
 from pipeline.store.settings import check_spec, decode_spec, extractor_spec
 from pipeline.store.store import Store, read_maps
 
-ROUNDING = 1e-5
-"""Float32 maps agree with exact ones to this, on whatever kind of processor."""
-TF32_ROUNDING = 2e-3
 ORIGINALS = 256
 """Images that one process reads before it reports."""
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.cluster.batch_commands import QueuedJob
+from pipeline.cluster.connection import check_cluster
 from pipeline.cluster.local import local_workers
 from pipeline.cluster.session import cluster_of
 from pipeline.cluster.slots import planned_slots
@@ -23,7 +24,7 @@ from pipeline.run.forecast import Forecast, end_of_run
 from pipeline.run.lifecycle import check_job, compare_with_store, count_statuses, open_for, settle_returned
 from pipeline.run.plan.changes import check_removals
 from pipeline.run.plan.memory import WorkerKind, bucket_bytes, guess_decode_bytes, usable_bytes, worker_memory_bytes
-from pipeline.run.summary import MAX_BAD, count, describe_bottleneck, printable
+from pipeline.run.summary import MAX_BAD, describe_bottleneck
 from pipeline.run.workers import judge
 from pipeline.source.dropped import describe_dropped
 from pipeline.source.fetch import Probed, Source, probe_block
@@ -42,6 +43,7 @@ from pipeline.store.objects import Place, free_bytes, place
 from pipeline.store.schema import REJECTED, ShapeClass, Status
 from pipeline.store.settings import cost_s, layout_of, needed_size, scratch_bytes
 from pipeline.store.store import Store, is_store
+from pipeline.text import count, printable
 
 BLOCK = 2048
 INLINE = 4 * BLOCK
@@ -158,7 +160,8 @@ def plan_job(job: Job, cluster_file: Path = Path("cluster.yaml")) -> Preview:
     listing = list_collection(job.source)
     if job.limit is not None:
         listing = listing.limit(job.limit)
-    spec, _ = check_job(job, listing, cluster_file)
+    check_cluster(job, cluster_file)
+    spec, _ = check_job(job, listing)
     store = open_for(place(job.store), spec)
     found = compare_with_store(job, store, listing)
     holder = current_holder(place(job.store).absolute())

@@ -31,7 +31,6 @@ from pipeline.checks.audit import (
     shards,
 )
 from pipeline.cluster.local import local_workers
-from pipeline.run.summary import printable
 from pipeline.source.health import SourceWatch
 from pipeline.store.codecs import Array
 from pipeline.store.lock import StoreLock, require_lock
@@ -45,6 +44,7 @@ from pipeline.store.schema import (
     Status,
 )
 from pipeline.store.store import Store
+from pipeline.text import printable
 
 MAX_FINDINGS = 1000
 AHEAD = 4

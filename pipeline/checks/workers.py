@@ -13,9 +13,9 @@ from pipeline.checks.cluster import compare_versions
 from pipeline.checks.finding import Finding
 from pipeline.cluster.config import AddressSpec, BatchSpec, ClusterSpec, CudaSpec, KubernetesSpec, LocalSpec, SshSpec
 from pipeline.cluster.session import connect
-from pipeline.cluster.slots import scheduler_workers, worker_slots
 from pipeline.errors import FeaturemapsError
 from pipeline.run.admission import ask, having_gpus
+from pipeline.run.slots import scheduler_workers, worker_slots
 from pipeline.run.worker_versions import asking_for_versions, n_gpus_there
 from pipeline.store.objects import Place, delete, nearest_folder, put
 from pipeline.urls import Url

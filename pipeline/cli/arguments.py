@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 def as_place(store: str) -> Place:
     """Where a store is: a folder, or a bucket's address."""
-    from pipeline.store.objects import place  # noqa: PLC0415 (late, to start fast)
+    from pipeline.store.objects import place
 
     return place(store)
 

@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from pipeline.cli.arguments import as_place
 from pipeline.cli.terminal import log_lines, start_logging, stop_on_signal
 from pipeline.config import JOB_SUFFIXES, load_job
 from pipeline.errors import EXIT_COMPLETE, EXIT_FAILED
+
+if TYPE_CHECKING:
+    from pipeline.checks.verify import Audit
 
 
 @click.command()
@@ -62,8 +66,13 @@ def submit(
 
         click.echo(describe(what, job.store) if isinstance(what, Summary) else what if isinstance(what, str) else what.describe())
 
+    def audit() -> Audit:
+        from pipeline.checks.verify import verify_store
+
+        return verify_store(as_place(job.store), n_sample=order.n_sample, workers=order.spec.driver.threads)
+
     with stop_on_signal() as stop:
-        return attend_run(order, stop=stop, signalled=stop.signalled, on_progress=log_lines(), report=report)
+        return attend_run(order, stop=stop, signalled=stop.signalled, on_progress=log_lines(), report=report, audit=audit)
 
 
 @click.command()

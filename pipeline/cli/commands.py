@@ -129,7 +129,7 @@ def run(what: tuple[str, ...], as_json: bool, verbose: int, log_format: str, met
     SOURCE is a folder, a glob pattern, or a .txt, .csv or .parquet list of paths.
     """
     job = _begin(what, options, verbose, log_format)
-    from pipeline.run.lifecycle import run_job
+    from pipeline.api import run_job
     from pipeline.run.summary import describe, receipt
 
     on_terminal = sys.stderr.isatty() and not as_json and log_format == "text"

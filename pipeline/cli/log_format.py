@@ -9,10 +9,9 @@ import traceback
 from datetime import UTC, datetime
 from typing import Any, TextIO
 
-from pipeline.run.summary import at_work, count, printable
+from pipeline.run.summary import at_work
+from pipeline.text import printable
 
-MAX_WARNINGS = 20
-"""Bad images of a run that are warned of one by one."""
 _STANDARD = {*vars(logging.makeLogRecord({})), "message", "asctime", "taskName"}
 
 logger = logging.getLogger(__name__)
@@ -87,14 +86,3 @@ def about(store: str) -> None:
 def is_json() -> bool:
     """Whether log lines are JSON."""
     return any(isinstance(handler.formatter, JsonFormatter) for handler in logging.getLogger().handlers)
-
-
-def warn_of_image(path: str, error: str, n_before: int) -> None:
-    """Tell of one image that was found bad; after the first of a run in a lower voice, because a collection may be full of them."""
-    level = logging.WARNING if n_before < MAX_WARNINGS else logging.INFO
-    logger.log(level, "bad image %s: %s", path, error, extra={"path": path, "error": error})
-    if n_before + 1 == MAX_WARNINGS:
-        logger.warning(
-            "%s so far: those that follow are logged at level INFO (-v), and status lists them all",
-            count(MAX_WARNINGS, "bad image"),
-        )

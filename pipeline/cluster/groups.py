@@ -16,6 +16,7 @@ from distributed.deploy.spec import SpecCluster
 from tornado.ioloop import PeriodicCallback
 
 from pipeline.cluster.config import GroupSpec
+from pipeline.run.slots import WorkerSlots, slots_of
 
 logger = logging.getLogger(__name__)
 
@@ -95,6 +96,11 @@ class GroupCluster(SpecCluster):  # type: ignore[misc]
             if names & failed if everybody else not n and names <= failed:
                 return True
         return False
+
+    def wanted(self) -> list[WorkerSlots]:
+        """What each of the wanted workers offers, whether it is there or not."""
+        groups = [self.groups[launch.group] for launch in self.launches.values()]
+        return [slots_of(group.resources, group.memory) for group in groups]
 
     def describe_troubles(self) -> str:
         """Why workers could not be started, each reason once."""

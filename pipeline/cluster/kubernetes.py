@@ -14,6 +14,7 @@ from pipeline.cluster.config import KubernetesSpec
 from pipeline.cluster.groups import Launch
 from pipeline.cluster.kubernetes_manifests import API_VERSION, manifests, ordered_groups
 from pipeline.errors import FeaturemapsError, UsageError
+from pipeline.run.slots import WorkerSlots, slots_of
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +83,11 @@ class PodCluster:
             group: (sum(pattern.fullmatch(name) is not None for name in names), self.groups[group].workers)
             for group, pattern in self._patterns.items()
         }
+
+    def wanted(self) -> list[WorkerSlots]:
+        """What each of the wanted workers offers, whether it is there or not."""
+        groups = [self.groups[launch.group] for launch in self.launches.values()]
+        return [slots_of(group.resources, group.memory) for group in groups]
 
     def describe_troubles(self) -> str:
         """As `describe`, as there are none that are known."""

@@ -29,7 +29,7 @@ from pipeline.cluster.local import local_groups
 from pipeline.cluster.ssh_workers import ssh_options
 from pipeline.config import read_yaml
 from pipeline.errors import UsageError
-from pipeline.run.summary import count
+from pipeline.text import count
 
 JOB_NAME = "featuremaps-12345678"
 """As an example: the digits follow from the store."""

@@ -1,77 +1,12 @@
-"""What workers offer: batches that each reads and extracts at once, and memory."""
+"""What the workers of a cluster would offer, before it is started."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
-
-from distributed import Client
 
 from pipeline.cluster.config import AddressSpec, ClusterSpec, CudaSpec, GroupSpec, LocalSpec
-from pipeline.cluster.groups import GroupCluster
-from pipeline.cluster.kubernetes import PodCluster
 from pipeline.cluster.local import local_groups
-from pipeline.errors import FeaturemapsError
-
-ROLES = ("read", "extract", "write")
-
-
-class WorkerSlots(NamedTuple):
-    """What one worker offers."""
-
-    read: int
-    """Batches that it reads at once."""
-    extract: int
-    """Batches that it extracts at once."""
-    memory_limit_bytes: int
-    """0 for none."""
-    has_gpu: bool
-    """Whether it says so, as a resource; whether it computes on one is for it to see."""
-    is_whole: bool
-    """Whether it can also read and write as many batches at once, so that one task may do all of a batch."""
-
-
-def scheduler_workers(client: Client) -> dict[str, Any]:
-    """What the scheduler knows of its workers, by address, asked just now: `Client.scheduler_info` may give what it asks for itself.
-
-    Raises
-    ------
-    ConnectionError
-        When the scheduler is gone.
-    """
-    if client.status != "running" or client.scheduler is None:
-        raise ConnectionError(f"connection to {client} is {client.status}")
-    try:
-        workers: dict[str, Any] = client.sync(client.scheduler.identity, n_workers=-1)["workers"]
-    except OSError as error:  # also when it does not answer in time
-        raise ConnectionError(f"{client} did not say what workers there are: {error}") from error
-    return workers
-
-
-def worker_slots(client: Client) -> dict[str, WorkerSlots]:
-    """What each worker offers, by address.
-
-    Raises
-    ------
-    FeaturemapsError
-        When a role has no worker.
-    ConnectionError
-        When the scheduler is gone.
-    """
-    workers = scheduler_workers(client)
-    for role in ROLES:
-        if not any(worker["resources"].get(role) for worker in workers.values()):
-            raise FeaturemapsError(
-                f"none of the {len(workers)} workers offers the resource {role!r}, so its tasks would wait for ever: start workers with "
-                '--resources "read=1 extract=1 write=1"'
-            )
-    return {address: _slots(worker["resources"], worker["memory_limit"]) for address, worker in workers.items()}
-
-
-def wanted_slots(cluster: GroupCluster | PodCluster) -> list[WorkerSlots]:
-    """What each of the wanted workers offers, whether it is there or not."""
-    groups = [cluster.groups[launch.group] for launch in cluster.launches.values()]
-    return [_slots(group.resources, group.memory) for group in groups]
+from pipeline.run.slots import WorkerSlots, slots_of
 
 
 def planned_slots(spec: ClusterSpec) -> list[WorkerSlots]:
@@ -86,9 +21,4 @@ def planned_slots(spec: ClusterSpec) -> list[WorkerSlots]:
         return []
     groups: Mapping[str, GroupSpec] = local_groups(spec) if isinstance(spec, LocalSpec | CudaSpec) else spec.groups
     counts = {name: group.workers * len(getattr(group, "hosts", (1,))) for name, group in groups.items()}
-    return [_slots(group.resources, group.memory) for name, group in groups.items() for _ in range(counts[name])]
-
-
-def _slots(resources: Mapping[str, float], memory_limit_bytes: int | None) -> WorkerSlots:
-    read, extract, write = (int(resources.get(role, 0)) for role in ROLES)
-    return WorkerSlots(read, extract, int(memory_limit_bytes or 0), bool(resources.get("gpu")), min(read, write) >= extract)
+    return [slots_of(group.resources, group.memory) for name, group in groups.items() for _ in range(counts[name])]

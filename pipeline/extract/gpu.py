@@ -16,9 +16,9 @@ from torch import Tensor
 
 from pipeline.errors import FeaturemapsError
 from pipeline.extract.cpu import Extractor, Pooled, check_range, pixels, pool, quantise
+from pipeline.extract.gpu_sizes import GPU_STAGES, gpu_batch
 from pipeline.extract.layers import layer_names, output_sizes
 from pipeline.extract.weights import Array
-from pipeline.store.layout import GPU_STAGES, gpu_batch
 
 if TYPE_CHECKING:
     from pipeline.config import ExtractorSpec

@@ -12,6 +12,10 @@ if TYPE_CHECKING:
 
     from pipeline.config import Activation, LayerSpec
 
+ROUNDING = 1e-5
+"""Float32 maps agree with exact ones to this, on whatever kind of processor."""
+TF32_ROUNDING = 2e-3
+
 
 @dataclass(frozen=True, slots=True)
 class ReceptiveField:

@@ -10,7 +10,7 @@ import numpy as np
 from pipeline.errors import UsageError
 from pipeline.extract.layers import layer_names, receptive_field
 from pipeline.report import arrays
-from pipeline.run.summary import count
+from pipeline.text import count
 
 if TYPE_CHECKING:
     import xarray as xr

@@ -14,9 +14,10 @@ from typing import Any, Literal
 import numpy as np
 
 from pipeline.errors import EXIT_QUARANTINED
-from pipeline.run.summary import Summary, count, printable
+from pipeline.run.summary import Summary
 from pipeline.store.schema import REJECTED, Status
 from pipeline.store.store import Store
+from pipeline.text import count, printable
 
 N_RECEIPTS = 50
 """Receipts among which the last run that computed anything is looked for."""

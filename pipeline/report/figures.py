@@ -22,7 +22,8 @@ from pipeline.errors import UsageError
 from pipeline.extract.layers import layer_names
 from pipeline.report import arrays, choices
 from pipeline.report.choices import MAX_PANELS
-from pipeline.run.summary import WAITING, count, printable
+from pipeline.run.summary import WAITING
+from pipeline.text import count, printable
 
 if TYPE_CHECKING:
     from pipeline.analysis.feature_store import FeatureStore

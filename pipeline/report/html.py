@@ -12,7 +12,8 @@ import jinja2
 from markupsafe import Markup
 
 from pipeline.report.facts import count_of
-from pipeline.run.summary import describe_bottleneck, printable
+from pipeline.run.summary import describe_bottleneck
+from pipeline.text import printable
 
 
 def asset(name: str) -> str:

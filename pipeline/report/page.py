@@ -11,20 +11,19 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from pipeline.analysis.feature_store import FeatureStore, open_store
-from pipeline.checks.audit import ROUNDING, TF32_ROUNDING
 from pipeline.errors import UsageError
-from pipeline.extract.layers import receptive_field
+from pipeline.extract.layers import ROUNDING, TF32_ROUNDING, receptive_field
 from pipeline.report import figures
 from pipeline.report.facts import LIVE, BadImage, Facts, as_summary, count_of, gather, judge, run_facts
 from pipeline.report.html import page
 from pipeline.report.samples import MAX_VALUES, Histogram, Sample, choose, histograms, samples
 from pipeline.report.sandbox import Embedded, data_uri, thumbnails
-from pipeline.run.summary import printable
 from pipeline.store.lock import current_holder
 from pipeline.store.objects import Place, put
 from pipeline.store.schema import StoredLayer
 from pipeline.store.settings import VERSION, decode_spec
 from pipeline.store.store import Store
+from pipeline.text import printable
 
 N_BAD = 200
 """Bad images that are named."""

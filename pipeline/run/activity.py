@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections import deque
 from typing import Any
@@ -12,14 +11,12 @@ from distributed.core import Status
 from distributed.worker import thread_state
 
 from pipeline.errors import StaleWriterError
+from pipeline.source.current import marks, name_tasks_by
 
 METRIC = "featuremaps"
 """Under which a worker's heartbeat carries `report`."""
-STORE = ""
-"""What a task is at that reads or writes the store."""
 LEASE_S = 30.0
 """How long a worker may have been silent and still write; half of what it takes to be given up by its scheduler."""
-_marks: dict[int, tuple[str, str, float]] = {}  # thread -> task, what, when
 _reports: dict[int, deque[float]] = {}  # id of a worker, of which a process may have several -> when it reported last
 
 
@@ -32,13 +29,6 @@ class ActivityPlugin(WorkerPlugin):  # type: ignore[misc]
         """Begin."""
         _reports[id(worker)] = deque(maxlen=2)
         worker.metrics[METRIC] = report
-
-
-def note(what: str) -> None:
-    """Take down what this thread begins: an image's path, or `STORE`."""
-    key = getattr(thread_state, "key", "")
-    if key:  # else it is a thread that a task waits for
-        _marks[threading.get_ident()] = (key, what, time.monotonic())
 
 
 def require_lease(worker: Any) -> None:
@@ -68,4 +58,7 @@ def report(worker: Any) -> list[tuple[str, str, float]]:
     """Task, what it is at and for how many seconds, for each task at work; a metric that goes with every heartbeat."""
     now, at_work = time.monotonic(), dict(worker.active_threads)
     _reports.setdefault(id(worker), deque(maxlen=2)).append(now)
-    return [(key, what, now - since) for thread, (key, what, since) in list(_marks.items()) if at_work.get(thread) == key]
+    return [(key, what, now - since) for thread, (key, what, since) in list(marks.items()) if at_work.get(thread) == key]
+
+
+name_tasks_by(lambda: getattr(thread_state, "key", ""))

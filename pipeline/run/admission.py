@@ -10,8 +10,8 @@ from typing import Any
 from distributed import Client
 from distributed.protocol.pickle import dumps
 
-from pipeline.cluster.slots import scheduler_workers
 from pipeline.errors import FeaturemapsError
+from pipeline.run.slots import scheduler_workers
 from pipeline.run.worker_versions import TOPIC, VersionsPlugin, asking_for_versions, differences, n_gpus_there, own_versions
 
 logger = logging.getLogger(__name__)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 from concurrent.futures import CancelledError
 from typing import Any
 
@@ -12,6 +13,12 @@ from distributed.comm import CommClosedError
 
 from pipeline.errors import FeaturemapsError
 from pipeline.store.objects import Place
+from pipeline.text import count
+
+logger = logging.getLogger(__name__)
+
+MAX_WARNINGS = 20
+"""Bad images of a run that are warned of one by one."""
 
 
 def scheduler_lost(error: BaseException | None) -> FeaturemapsError:
@@ -59,3 +66,14 @@ def explain(error: BaseException | None, sent: Any, store: Place) -> Featuremaps
     failure = FeaturemapsError(text)
     failure.__cause__ = error
     return failure
+
+
+def warn_of_image(path: str, error: str, n_before: int) -> None:
+    """Tell of one image that was found bad; after the first of a run in a lower voice, because a collection may be full of them."""
+    level = logging.WARNING if n_before < MAX_WARNINGS else logging.INFO
+    logger.log(level, "bad image %s: %s", path, error, extra={"path": path, "error": error})
+    if n_before + 1 == MAX_WARNINGS:
+        logger.warning(
+            "%s so far: those that follow are logged at level INFO (-v), and status lists them all",
+            count(MAX_WARNINGS, "bad image"),
+        )

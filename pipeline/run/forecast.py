@@ -9,12 +9,13 @@ import numpy as np
 from pipeline.errors import EXIT_FAILED, EXIT_QUARANTINED, EXIT_RUN_AGAIN, EXIT_USAGE
 from pipeline.run.ledger import Ledger
 from pipeline.run.plan.changes import Changes, Entry
-from pipeline.run.summary import Summary, count
+from pipeline.run.summary import Summary
 from pipeline.source.fetch import Probed
 from pipeline.source.fingerprints import UNREADABLE, Listing
 from pipeline.source.health import SAMPLE, SourceWatch
 from pipeline.store.schema import REJECTED, Status
 from pipeline.store.store import Store
+from pipeline.text import count
 
 
 class Forecast:

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 from distributed import Client
 from distributed.core import rpc
 
-from pipeline.cluster.slots import scheduler_workers
 from pipeline.errors import FeaturemapsError
 from pipeline.run.activity import METRIC
+from pipeline.run.slots import scheduler_workers
 
 logger = logging.getLogger(__name__)
 

@@ -12,11 +12,11 @@ from typing import Any, Literal, NamedTuple
 from distributed import Client, Future
 from distributed.client import ClosedClientError
 
-from pipeline.cluster.slots import ROLES
 from pipeline.errors import FeaturemapsError
 from pipeline.run import tasks
 from pipeline.run.hangs import Stall, replace_worker
 from pipeline.run.progress_watch import Departures, ProgressWatch
+from pipeline.run.slots import ROLES
 from pipeline.source import fetch
 
 Kind = Literal["probe", "batch", "trial"]

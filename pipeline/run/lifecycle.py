@@ -8,11 +8,11 @@ import platform
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,6 @@ from pipeline.extract import kernel
 from pipeline.extract.weights import load_weights
 from pipeline.run.plan import changes as ledger_changes
 from pipeline.run.plan.changes import Changes, Entries
-from pipeline.run.plan.memory import WORKER_BASE_BYTES, wanted_limit_bytes
 from pipeline.run.summary import Progress, Summary, receipt, working
 from pipeline.source.decoding import decode_versions
 from pipeline.source.fingerprints import Listing
@@ -41,28 +40,28 @@ from pipeline.urls import Url
 
 logger = logging.getLogger(__name__)
 
+Connect = Callable[[threading.Event, Callable[[str], None]], AbstractContextManager[Any]]
+
 
 def run_job(
     job: Job,
-    client: Any = None,
+    connect: Connect,
     *,
     on_progress: Callable[[Progress], None] | None = None,
     stop: threading.Event | None = None,
-    cluster_file: Path = Path("cluster.yaml"),
 ) -> Summary:
     """Bring a store up to date with its source: the first run, a resumed one and tonight's are the same call.
 
     Parameters
     ----------
     job : Job
-    client : distributed.Client, optional
-        The cluster to use; None starts the one that the job names, and only if there is work.
+    connect : callable
+        Called only if there is work, with ``stop`` and with what takes words about the workers that are waited for; returns a
+        context manager that yields a ``distributed.Client``.
     on_progress : callable, optional
         Called about every second with the `Progress`.
     stop : threading.Event, optional
         Once set, the run finishes what is in flight, commits it and ends as ``stopped``.
-    cluster_file : Path
-        Where ``job.cluster`` is looked up.
 
     Returns
     -------
@@ -85,7 +84,7 @@ def run_job(
     listing = list_collection(job.source)
     if job.limit is not None:
         listing = listing.limit(job.limit)
-    spec, weights = check_job(job, listing, cluster_file if client is None else None)
+    spec, weights = check_job(job, listing)
     durable = job.durability == "machine"
     prepare_folder(path, durable=durable)
     summary = Summary("", started=_now(), config=job.model_dump(mode="json"), versions=_versions(), n_listed=len(listing))
@@ -100,7 +99,7 @@ def run_job(
         if took_over or previous.get("outcome") != "complete":
             store.repair()
         try:
-            _work(job, store, listing, summary, progress, notify, client, stop or threading.Event(), cluster_file)
+            _work(job, store, listing, summary, progress, notify, connect, stop or threading.Event())
         except KeyboardInterrupt:
             summary.outcome = "stopped"
             raise
@@ -135,9 +134,8 @@ def _work(
     summary: Summary,
     progress: Progress,
     notify: Callable[[Progress], None],
-    client: Any,
+    connect: Connect,
     stop: threading.Event,
-    cluster_file: Path,
 ) -> None:
     """Compare, and send what there is to do, if anything, to the cluster."""
     found = compare_with_store(job, store, listing)
@@ -154,8 +152,7 @@ def _work(
     all_checked = True
     if found.new or found.n_pending or found.to_check:
         store.touch_version(VERSION)
-        from pipeline.cluster.session import with_client  # noqa: PLC0415 (no Dask and no cluster when there is nothing to do)
-        from pipeline.run.admission import only_like_this  # noqa: PLC0415 (as below)
+        from pipeline.run.admission import only_like_this  # noqa: PLC0415 (no Dask when there is nothing to do)
         from pipeline.run.content_check import check_digests  # noqa: PLC0415 (as above)
         from pipeline.run.driver import Driver  # noqa: PLC0415 (as above)
         from pipeline.run.failures import scheduler_lost  # noqa: PLC0415 (as above)
@@ -166,7 +163,7 @@ def _work(
             notify(progress)
 
         try:
-            with beside_dask(), with_client(job, client, cluster_file, stop, on_wait) as connected:
+            with beside_dask(), connect(stop, on_wait) as connected:
                 progress.dashboard = getattr(connected.cluster, "dashboard", "")
                 with only_like_this(connected):
                     all_checked = check_digests(store, listing, found, connected, summary, progress, notify, stop, job.deadline_s)
@@ -191,8 +188,8 @@ def _account(found: Changes, listing: Listing, summary: Summary, progress: Progr
     progress.n_finished = progress.n_start
 
 
-def check_job(job: Job, listing: Listing, cluster_file: Path | None) -> tuple[StoreSpec, dict[str, Array]]:
-    """Check settings, store and cluster against each other before anything is written; return the store's spec and the weights.
+def check_job(job: Job, listing: Listing) -> tuple[StoreSpec, dict[str, Array]]:
+    """Check settings and store against each other before anything is written; return the store's spec and the weights.
 
     Raises
     ------
@@ -207,24 +204,10 @@ def check_job(job: Job, listing: Listing, cluster_file: Path | None) -> tuple[St
             f"images resized to {resize[0]} x {resize[1]} pixels (height x width) leave no maps, because one value of these layers needs "
             f"{needed[0]} x {needed[1]}: nothing was started; resize to at least that, or change the layers"
         )
-    limit = job.memory_limit_bytes if job.cluster is None and cluster_file is not None else None
-    if limit is not None and limit < wanted_limit_bytes(WORKER_BASE_BYTES):
-        raise UsageError(
-            f"workers have a limit of {limit / 2**20:.0f} MiB each, and they need {wanted_limit_bytes(WORKER_BASE_BYTES) / 2**20:.0f} "
-            "MiB before they hold an image: they would be paused or killed as they start, so nothing was started; give a larger "
-            "--memory-limit, or none"
-        )
-    if job.gpus and job.cluster is None and cluster_file is not None:
-        from pipeline.cluster.local import local_gpus  # noqa: PLC0415 (no Dask when there is nothing to do)
-
-        local_gpus(job.gpus)
     weights = load_weights(job.extractor, job.decode.channels)
     spec = store_spec(job, listing.root, weights)
     check_folder(path)
-    if open_for(path, spec) is None and cluster_file is not None and job.cluster is not None:
-        from pipeline.cluster.config import load_cluster  # noqa: PLC0415 (no Dask when there is nothing to do)
-
-        load_cluster(job.cluster, cluster_file)
+    open_for(path, spec)
     return spec, weights
 
 

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 from pipeline.errors import UsageError
-from pipeline.run.summary import Run, at_work, printable
+from pipeline.run.summary import Run, at_work
+from pipeline.text import printable
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry, Metric

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from pipeline.cli.log_format import warn_of_image
+from pipeline.run.failures import warn_of_image
 from pipeline.run.ledger import Ledger
 from pipeline.run.plan.changes import Changes
 from pipeline.run.summary import Progress, Summary

@@ -8,14 +8,15 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pipeline.cli.log_format import warn_of_image
 from pipeline.run import tasks
+from pipeline.run.failures import warn_of_image
 from pipeline.run.ledger import Ledger, has_inaccessible
-from pipeline.run.plan.changes import Changes, Entry, is_inaccessible
-from pipeline.run.summary import Progress, Summary, count
-from pipeline.source.health import SourceWatch
+from pipeline.run.plan.changes import Changes, Entry
+from pipeline.run.summary import Progress, Summary
+from pipeline.source.health import SourceWatch, is_inaccessible
 from pipeline.store.layout import class_name
 from pipeline.store.schema import Status
+from pipeline.text import count
 
 logger = logging.getLogger(__name__)
 

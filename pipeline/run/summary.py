@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from pipeline.errors import EXIT_COMPLETE, EXIT_FAILED, EXIT_QUARANTINED, EXIT_RUN_AGAIN
 from pipeline.source.dropped import describe_dropped
+from pipeline.text import count, printable
 
 STAGES = ("read", "decode", "extract", "write")
 MAX_BAD = 20
@@ -205,28 +206,6 @@ def working(store: str, summary: Summary, progress: Progress) -> Iterator[None]:
         yield
     finally:
         del at_work[summary.run_id]
-
-
-def count(n: int, noun: str, plural: str = "") -> str:
-    """A number of things.
-
-    Examples
-    --------
-    >>> count(1, "image"), count(0, "image"), count(2, "shape class", "shape classes")
-    ('1 image', '0 images', '2 shape classes')
-    """
-    return f"{n} {noun if n == 1 else plural or f'{noun}s'}"
-
-
-def printable(name: str) -> str:
-    r"""A name on one line, without what a terminal would obey: unprintable characters as Python escapes them.
-
-    Examples
-    --------
-    >>> printable("caf\u00e9\n.jpg")
-    'café\\n.jpg'
-    """
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in name)
 
 
 def describe_news(summary: Summary) -> list[str]:

@@ -20,7 +20,7 @@ from pipeline.config import ExtractorSpec
 from pipeline.errors import FeaturemapsError, ImageError, PassingFaultError
 from pipeline.extract.layers import layer_names, output_sizes
 from pipeline.run import activity
-from pipeline.source import decoding
+from pipeline.source import current, decoding
 from pipeline.source.fetch import Patience, Source, read_ahead
 from pipeline.store import store
 from pipeline.store.codecs import Array, maps_digest
@@ -349,7 +349,7 @@ def _write_piece(target: Target, outcome: PieceResult, blocks: dict[str, Array],
         return
     started = time.perf_counter()
     for layer, stored in zip(outcome.layout.layers, _plugin(target).map_layers, strict=True):
-        activity.note(activity.STORE)
+        current.note(current.STORE)
         _keep_others(target, outcome, layer, blocks[layer.name], stored.fill_value)
         activity.require_lease(get_worker())
         result.bytes_written += store.write_maps(

@@ -5,21 +5,33 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from distributed import Client
 
-from pipeline.cluster.groups import GroupCluster
-from pipeline.cluster.kubernetes import PodCluster
-from pipeline.cluster.slots import WorkerSlots, wanted_slots, worker_slots
 from pipeline.errors import FeaturemapsError
 from pipeline.run.plan.memory import WorkerKind
+from pipeline.run.slots import WorkerSlots, worker_slots
 from pipeline.store.layout import BATCHES_IN_FLIGHT_PER_SLOT
 
 logger = logging.getLogger(__name__)
 
 NO_WORKERS_S = 120.0
 REGISTER_TRIES = 5
+
+
+@runtime_checkable
+class Workforce(Protocol):
+    """What starts the workers of a run, and others where some are lost."""
+
+    patience_s: float
+    """How long it may take until a worker is there."""
+
+    def wanted(self) -> list[WorkerSlots]:
+        """What each of the wanted workers offers, whether it is there or not."""
+
+    def describe(self) -> str:
+        """What is known of the workers that are not there, for an error."""
 
 
 class Needs(NamedTuple):
@@ -62,10 +74,10 @@ class Fleet:
     def __init__(self, client: Client) -> None:
         self.client = client
         cluster = getattr(client, "cluster", None)
-        self.cluster = cluster if isinstance(cluster, GroupCluster | PodCluster) else None
+        self.cluster = cluster if isinstance(cluster, Workforce) else None
         """What starts the workers; None where others do."""
         workers = worker_slots(client)
-        needs = judge(list(workers.values()), None if self.cluster is None else wanted_slots(self.cluster))
+        needs = judge(list(workers.values()), None if self.cluster is None else self.cluster.wanted())
         self.memory_limit_bytes, self.is_whole, self.kind = needs.memory_limit_bytes, needs.is_whole, needs.kind
         self._read_ahead = needs.read_ahead
         self._alone_since: float | None = None

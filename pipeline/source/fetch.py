@@ -16,8 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from pipeline.config import DecodeSpec
 from pipeline.errors import ImageError, PassingFaultError
-from pipeline.run import activity
-from pipeline.source import decoding
+from pipeline.source import current, decoding
 from pipeline.source.fingerprints import fingerprint_of
 from pipeline.source.names import absolute_path, absolute_url
 from pipeline.urls import Url, is_url
@@ -105,7 +104,7 @@ def _for_each(action: Callable[[str], T], paths: Sequence[str], root: str) -> It
     with ThreadPoolExecutor(READ_AHEAD) as pool:
         results = pool.map(action, paths)
         for path in paths:
-            activity.note(path)
+            current.note(path)
             yield next(results)
 
 
@@ -130,7 +129,7 @@ def _begin(source: Source, path: str) -> None:
     """Say which image this thread is at, so that it is found should the storage never answer."""
     if path in source.hung:
         raise PassingFaultError(f"{path}: the storage did not answer, and the worker that waited for it was replaced")
-    activity.note(path)
+    current.note(path)
 
 
 def _probe_file(source: Source, path: str, patience: Patience) -> decoding.ImageSize:
@@ -229,7 +228,7 @@ def read_ahead(
             ):
                 waiting.append(pool.submit(items[n_sent]))
                 n_sent += 1
-            activity.note(paths[i])
+            current.note(paths[i])
             yield waiting.popleft().result
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
@@ -273,7 +272,7 @@ def digest_block(root: str, images: Sequence[tuple[str, str]]) -> DigestedBlock:
 
 
 def _digest(root: str, fingerprints: Mapping[str, str], patience: Patience, path: str) -> Digested:
-    activity.note(path)
+    current.note(path)
     try:
         return Digested(_retry(lambda: _digest_file(root, path, fingerprints[path], patience), root, path, patience))
     except ImageError as error:

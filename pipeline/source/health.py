@@ -5,9 +5,14 @@ from __future__ import annotations
 from collections import deque
 
 from pipeline.errors import FeaturemapsError
-from pipeline.run.plan.changes import is_inaccessible
 
 SAMPLE = 500
+_ACCESS = ("missing", "permission_denied", "changed", "not_a_file")
+
+
+def is_inaccessible(error: str) -> bool:
+    """Whether an image's error says that it could not be reached."""
+    return bool(error) and error.split(":", 1)[0] in _ACCESS
 
 
 class SourceWatch:

@@ -28,10 +28,6 @@ DRIVER_S = 0.03  # of the driver's and the scheduler's time that a batch may tak
 BATCHES_PER_SLOT = 4
 BATCHES_IN_FLIGHT_PER_SLOT = 2
 
-# Batches on a GPU: more pixels at once do not make a large one faster. One is copied while another is computed.
-GPU_PIXELS = 1 << 23
-MAX_GPU_BATCH = 2048
-GPU_STAGES = 2
 
 Size = tuple[int, int]
 
@@ -350,15 +346,3 @@ def pack_batches(pieces: Sequence[Piece], slots: int, *, is_whole: bool = True, 
     if members:
         batches.append(Batch(tuple(members)))
     return batches
-
-
-def gpu_batch(height: int, width: int) -> int:
-    """Images of a size in one batch of a GPU with memory to spare: a power of two.
-
-    Examples
-    --------
-    >>> gpu_batch(516, 639), gpu_batch(28, 28), gpu_batch(6000, 8000)
-    (16, 2048, 1)
-    """
-    most = max(1, min(GPU_PIXELS // (height * width), MAX_GPU_BATCH))
-    return 1 << (most.bit_length() - 1)

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 
 import pipeline
+from pipeline.api import run_job
 from pipeline.config import load_job
 from pipeline.errors import FeaturemapsError
-from pipeline.run.lifecycle import run_job
 from workflows.lenet.data import Labelled
 from workflows.lenet.probe import Probe, features, probe
 from workflows.lenet.train import ACTIVATIONS, N_EPOCHS, Activation, LeNet, Training, accuracy, trained

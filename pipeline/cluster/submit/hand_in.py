@@ -111,7 +111,8 @@ def _queued(order: Order, known: Submission | None) -> batch_commands.QueuedJob 
         return next((job for job in batch_commands.jobs_named(kind, name) if job.name == name), None)
     except (OSError, subprocess.SubprocessError) as error:
         raise FeaturemapsError(
-            f"{batch_commands.SYSTEMS[kind].name} does not answer ({batch_commands.said(error)}), so nobody can tell whether a job still works for "
+            f"{batch_commands.SYSTEMS[kind].name} does not answer ({batch_commands.said(error)}), "
+            "so nobody can tell whether a job still works for "
             f"store {order.job.store}: nothing was handed in; try again later"
         ) from error
 

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 from pipeline.cluster import batch_commands
 from pipeline.cluster.batch_workers import margin_s
+from pipeline.cluster.connection import connection
 from pipeline.cluster.submit.hand_in import adopt, hand_in, n_settled, new_submission
 from pipeline.cluster.submit.record import Submission, last_submission
 from pipeline.cluster.submit.script import JOB_ID_VARIABLES, Order, report_page
@@ -54,6 +55,7 @@ def attend(
     signalled: threading.Event,
     on_progress: Callable[[Progress], None],
     report: Callable[[Any], None],
+    audit: Callable[[], Any],
 ) -> int:
     """Make one attempt.
 
@@ -65,14 +67,16 @@ def attend(
     signalled : threading.Event
         Set by a signal only.
     on_progress, report : callable
-        Called with the `Progress`, and with what a person wants to read: the `Summary`, the `verify.Audit`, or text.
+        Called with the `Progress`, and with what a person wants to read: the `Summary`, the audit, or text.
+    audit : callable
+        Looks through the store; what it returns says whether it ``is_sound``.
 
     Returns
     -------
     int
         Exit code of the job.
     """
-    attempt = Attempt(order, signalled, report)
+    attempt = Attempt(order, signalled, report, audit)
     timers = [
         attempt.timer(4, stop.set),
         # A drain may take longer, where a storage hangs: then the batch system ends this process.
@@ -80,7 +84,8 @@ def attend(
     ]
     try:
         attempt.begin()
-        summary = run_job(order.job, on_progress=on_progress, stop=stop, cluster_file=order.cluster_file)
+        connect = connection(order.job, cluster_file=order.cluster_file)
+        summary = run_job(order.job, connect, on_progress=on_progress, stop=stop)
         report(summary)
         is_complete = summary.outcome == "complete"
     except UsageError:
@@ -97,8 +102,8 @@ def attend(
 class Attempt:
     """One job, its time, and what is to become of the run after it."""
 
-    def __init__(self, order: Order, signalled: threading.Event, report: Callable[[Any], None]) -> None:
-        self.order, self.signalled, self.report = order, signalled, report
+    def __init__(self, order: Order, signalled: threading.Event, report: Callable[[Any], None], audit: Callable[[], Any]) -> None:
+        self.order, self.signalled, self.report, self.audit = order, signalled, report, audit
         self.kind = order.spec.kind
         self.job_id = os.environ.get(JOB_ID_VARIABLES[self.kind], "")
         walltime_s = order.spec.driver.walltime or order.spec.walltime
@@ -132,13 +137,9 @@ class Attempt:
         return code
 
     def _audit(self, summary: Summary) -> int:
-        from pipeline.checks.verify import verify_store  # noqa: PLC0415 (only at the end)
-
         timer = self.timer(1, self._end_without_audit)
         try:
-            audit = verify_store(
-                place(self.order.job.store), n_sample=self.order.n_sample, workers=self.order.spec.driver.threads
-            )
+            audit = self.audit()
         finally:
             timer.cancel()
         self.report(audit)
@@ -167,7 +168,8 @@ class Attempt:
             _run_apart(command, limit_s=limit_s, n_bytes=int(driver.memory) // 2, n_threads=driver.threads)
         except (OSError, subprocess.SubprocessError) as error:
             self.report(
-                f"the page about the store was not written ({batch_commands.said(error)}): the run is none the worse; `featuremaps report {store}` "
+                f"the page about the store was not written ({batch_commands.said(error)}): "
+                f"the run is none the worse; `featuremaps report {store}` "
                 "writes it"
             )
         else:
@@ -184,7 +186,8 @@ class Attempt:
                     self._code = self._on_slurm() if self.kind == "slurm" else self._elsewhere()
                 except (FeaturemapsError, OSError, subprocess.SubprocessError) as error:
                     self.report(
-                        f"{batch_commands.SYSTEMS[self.kind].name} was asked for another attempt in vain ({batch_commands.said(error)}), so there is none: "
+                        f"{batch_commands.SYSTEMS[self.kind].name} was asked for another attempt in vain "
+                        f"({batch_commands.said(error)}), so there is none: "
                         "nothing is lost; submit again to go on"
                     )
                     self._code = EXIT_FAILED

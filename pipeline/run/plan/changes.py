@@ -11,15 +11,10 @@ import numpy as np
 
 from pipeline.errors import UsageError
 from pipeline.source.fingerprints import UNREADABLE
+from pipeline.source.health import is_inaccessible
 from pipeline.store.schema import REJECTED, Status
 
 # Reasons that say more about the source than about the image: such an image is tried again by every run.
-_ACCESS = ("missing", "permission_denied", "changed", "not_a_file")
-
-
-def is_inaccessible(error: str) -> bool:
-    """Whether an image's error says that it could not be reached."""
-    return bool(error) and error.split(":", 1)[0] in _ACCESS
 
 
 class Entry(NamedTuple):

@@ -8,9 +8,10 @@ from importlib.metadata import version
 from typing import NamedTuple
 
 from pipeline.errors import FeaturemapsError, UsageError
+from pipeline.extract.gpu_sizes import GPU_STAGES, gpu_batch
 from pipeline.source.decoding import plain_decode_bytes
 from pipeline.source.fetch import READ_AHEAD_BYTES
-from pipeline.store.layout import BATCH_BYTES, GPU_STAGES, SHARD_BYTES, ClassLayout, LayerLayout, Size, gpu_batch
+from pipeline.store.layout import BATCH_BYTES, SHARD_BYTES, ClassLayout, LayerLayout, Size
 from pipeline.store.objects import Place, free_bytes
 from pipeline.urls import Url, is_url
 

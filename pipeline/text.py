@@ -1,4 +1,4 @@
-"""A layer as the command line writes it: each word is used once, or refused."""
+"""Words that people read and write: numbers of things, names on one line, layers."""
 
 from __future__ import annotations
 
@@ -14,6 +14,28 @@ FORM = "FILTERSxHEIGHTxWIDTH[:ACTIVATION][:poolN]"
 _SIZE = re.compile(r"([0-9]{1,9})x([0-9]{1,9})x([0-9]{1,9})")
 _POOL = re.compile(r"pool([0-9]{1,9})")
 _CONVOLUTION = re.compile(r"(pad|padding|same|valid|stride|dilat|dilation|group|groups|s|p|d|g)[=_-]?[0-9x]*", re.IGNORECASE)
+
+
+def count(n: int, noun: str, plural: str = "") -> str:
+    """A number of things.
+
+    Examples
+    --------
+    >>> count(1, "image"), count(0, "image"), count(2, "shape class", "shape classes")
+    ('1 image', '0 images', '2 shape classes')
+    """
+    return f"{n} {noun if n == 1 else plural or f'{noun}s'}"
+
+
+def printable(name: str) -> str:
+    r"""A name on one line, without what a terminal would obey: unprintable characters as Python escapes them.
+
+    Examples
+    --------
+    >>> printable("caf\u00e9\n.jpg")
+    'café\\n.jpg'
+    """
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in name)
 
 
 def read_layer(text: str, activations: Sequence[str]) -> dict[str, Any]:

@@ -1,0 +1,72 @@
+"""How a run comes to its workers: checked before anything is written, connected only if there is work."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import Job
+from pipeline.errors import UsageError
+from pipeline.run.plan.memory import WORKER_BASE_BYTES, wanted_limit_bytes
+from pipeline.store.objects import place
+from pipeline.store.store import is_store
+
+
+def connection(
+    job: Job, client: Any = None, cluster_file: Path = Path("cluster.yaml")
+) -> Callable[[threading.Event, Callable[[str], None]], AbstractContextManager[Any]]:
+    """Check the cluster that a job names, and return what `lifecycle.run_job` calls to connect to it.
+
+    Parameters
+    ----------
+    job : Job
+    client : distributed.Client, optional
+        The cluster to use instead; it is left as it is.
+    cluster_file : Path
+        Where ``job.cluster`` is looked up.
+
+    Raises
+    ------
+    UsageError
+        As `check_cluster`.
+    """
+    if client is None:
+        check_cluster(job, cluster_file)
+
+    @contextmanager
+    def connect(stop: threading.Event, on_wait: Callable[[str], None]) -> Iterator[Any]:
+        from pipeline.cluster.session import with_client  # noqa: PLC0415 (no Dask when there is nothing to do)
+
+        with with_client(job, client, cluster_file, stop, on_wait) as connected:
+            yield connected
+
+    return connect
+
+
+def check_cluster(job: Job, cluster_file: Path) -> None:
+    """Check what a job says of workers, and for a new store also that its cluster can be read.
+
+    Raises
+    ------
+    UsageError
+        When the workers would have too little memory, GPUs are asked for that this machine has not, or the cluster is wrong.
+    """
+    if job.cluster is None:
+        limit = job.memory_limit_bytes
+        if limit is not None and limit < wanted_limit_bytes(WORKER_BASE_BYTES):
+            raise UsageError(
+                f"workers have a limit of {limit / 2**20:.0f} MiB each, and they need "
+                f"{wanted_limit_bytes(WORKER_BASE_BYTES) / 2**20:.0f} MiB before they hold an image: they would be paused or killed "
+                "as they start, so nothing was started; give a larger --memory-limit, or none"
+            )
+        if job.gpus:
+            from pipeline.cluster.local import local_gpus  # noqa: PLC0415 (no Dask when there is nothing to do)
+
+            local_gpus(job.gpus)
+    elif not is_store(place(job.store).absolute()):
+        from pipeline.cluster.config import load_cluster  # noqa: PLC0415 (no Dask when there is nothing to do)
+
+        load_cluster(job.cluster, cluster_file)
