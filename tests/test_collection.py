@@ -343,7 +343,7 @@ def test_unreadable_folders_are_named_and_keep_their_images() -> None:
         root.chmod(0o755)
         (root / "locked").chmod(0)
         (root / "names only").chmod(0o444)
-        command = [sys.executable, "-c", AS_NOBODY, str(Path(collection.__file__).parents[1]), str(root)]
+        command = [sys.executable, "-c", AS_NOBODY, str(Path(collection.__file__).parents[2]), str(root)]
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=900)
         assert done.returncode == 0, done.stderr
         paths, sizes, unreadable, matched, not_matched, refused = json.loads(done.stdout)

@@ -104,9 +104,9 @@ def test_what_the_layer_cannot_take_is_refused():
 def test_an_installation_without_a_compiler_falls_back_to_torch(tmp_path):
     """The package alone, as it is before anything is compiled."""
     shutil.copytree("pipeline", tmp_path / "pipeline", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    (tmp_path / "pipeline" / "_kernel.foreign.so").write_bytes(b"another platform's")
+    (tmp_path / "pipeline" / "extract" / "_kernel.foreign.so").write_bytes(b"another platform's")
     code = (
-        "from pipeline.extract import kernel; from pipeline.extract import weights; "
+        "from pipeline.extract import kernel, weights; "
         "print(kernel.version(), kernel.is_available(weights.quantisation((0, 1), 'uint8')))"
     )
     found = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)

@@ -419,4 +419,4 @@ def test_a_wheel_has_the_template_the_style_and_the_script(tmp_path):
     build = "import setuptools.build_meta as b; b.build_wheel('.')"
     subprocess.run([sys.executable, "-c", build], cwd=source, check=True, capture_output=True)
     (wheel,) = source.glob("*.whl")
-    assert {"pipeline/report.html.j2", "pipeline/report.css", "pipeline/report.js"} <= set(zipfile.ZipFile(wheel).namelist())
+    assert {f"pipeline/report/report.{suffix}" for suffix in ("html.j2", "css", "js")} <= set(zipfile.ZipFile(wheel).namelist())

@@ -118,7 +118,7 @@ def test_what_the_process_answers_one_picture_after_another(folder):
 def test_programs_that_lie_in_the_current_folder_are_not_run(folder, monkeypatch, tmp_path):
     """As in a folder of notes with a json.py, or one named pipeline; the process is told to leave it alone."""
     poison = tmp_path / "poison"
-    (poison / "pipeline").mkdir(parents=True)
+    (poison / "pipeline" / "report").mkdir(parents=True)
     bad = f"open({str(tmp_path / 'was_run')!r}, 'w').close(); raise SystemExit\n"
     for name in ("json.py", "queue.py", "io.py", "numpy.py", "pipeline/__init__.py", "pipeline/report/sandbox.py"):
         (poison / name).write_text(bad)

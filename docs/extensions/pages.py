@@ -67,7 +67,7 @@ def _read(app: Sphinx, docname: str, content: list[str]) -> None:
     made = made.replace("<!-- commands -->", reference.commands()) if "<!-- commands -->" in made else made
     made = made.replace("<!-- every other page -->", "\n".join(others(made)))
     made = gallery.run_the_code(made, Path(app.doctreedir) / "gallery") if gallery.MARK in made else made
-    for dependency in [file, *(ROOT / "pipeline").glob("*.py")] if made != text else [file]:
+    for dependency in [file, *(ROOT / "pipeline").rglob("*.py")] if made != text else [file]:
         app.env.note_dependency(dependency)
     content[0] = relink(made, file)
 
