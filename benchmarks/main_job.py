@@ -142,7 +142,7 @@ def durability(n: int = 2000) -> None:
 
 def bucket(n: int = 1000, delay_s: float = 0.03) -> None:
     """From bucket to bucket on a server of this machine, as it is and with a delay before each answer, against from folder to folder."""
-    from tests.services import environment, faulty, seaweedfs
+    from tests.support.services import environment, faulty, seaweedfs
 
     folder = make("photographs", n, [(516, 639)], distinct=400)
     receipt = fresh(folder, "--dtype", "uint8")

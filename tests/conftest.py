@@ -19,7 +19,7 @@ from pipeline.cluster.session import connect
 from pipeline.config import make_job
 from pipeline.store.schema import REJECTED, Status
 from pipeline.store.store import Store
-from tests.kubernetes_stand_in import kubernetes_api
+from tests.support.kubernetes_stand_in import kubernetes_api
 
 
 def pytest_collection_modifyitems(config, items) -> None:

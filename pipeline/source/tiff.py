@@ -1,6 +1,6 @@
 """What the header of a TIFF declares, and whether Pillow is proven to read it right.
 
-Pillow opens more kinds of TIFF than it reads right. `check_tiff` accepts the kinds that ``tests/tiff_matrix.py`` compares with
+Pillow opens more kinds of TIFF than it reads right. `check_tiff` accepts the kinds that ``tests/support/tiff_matrix.py`` compares with
 another library in every pixel. It refuses all others, and says why. `unpack` proves deflate and LZMA data sound.
 """
 
