@@ -2,3 +2,10 @@
 
 Each kind of cluster.yaml is started, shown and checked from here.
 """
+
+from __future__ import annotations
+
+from pipeline import lazily
+
+__all__ = ["connect", "connector", "load_cluster"]
+__getattr__ = lazily(__name__, {"connect": "session", "connector": "connection", "load_cluster": "config"})

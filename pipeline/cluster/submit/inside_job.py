@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from pipeline.cluster import batch_commands
 from pipeline.cluster.batch_workers import margin_s
-from pipeline.cluster.connection import connection
+from pipeline.cluster.connection import connector
 from pipeline.cluster.submit.hand_in import adopt, hand_in, n_settled, new_submission
 from pipeline.cluster.submit.record import Submission, last_submission
 from pipeline.cluster.submit.script import JOB_ID_VARIABLES, Order, report_page
@@ -84,7 +84,7 @@ def attend(
     ]
     try:
         attempt.begin()
-        connect = connection(order.job, cluster_file=order.cluster_file)
+        connect = connector(order.job, cluster_file=order.cluster_file)
         summary = run_job(order.job, connect, on_progress=on_progress, stop=stop)
         report(summary)
         is_complete = summary.outcome == "complete"
