@@ -108,7 +108,8 @@ def photograph(folder: Path) -> None:
     both = Image.new("RGB", (left.width + right.width, TOP_PX), "white")
     both.paste(left, (0, 0))
     both.paste(right, (left.width, 0))
-    both.quantize(128).save(DOCS / "report.png", optimize=True)
+    colours = both.quantize(256, method=Image.Quantize.MAXCOVERAGE)  # the default loses the few coloured pixels
+    colours.save(DOCS / "report.png", optimize=True)
 
 
 def _screenshot(html: Path) -> Image.Image:
