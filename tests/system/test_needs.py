@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import conftest, needs
+from tests import conftest
 
 HERE = Path(__file__).parents[1]
 TESTS = """
