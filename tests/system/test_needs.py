@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests import conftest
+from tests.support import needs
 
 HERE = Path(__file__).parents[1]
 TESTS = """
