@@ -31,6 +31,8 @@ def check_bitmap(image: Any, head: bytes) -> None:
     """
     if image.format == "BMP":
         _check_bmp(image, head)
+        if image.tile[0].codec_name == "bmp_rle" and hasattr(image.fp, "getvalue"):
+            _check_runs(image, image.fp.getvalue())
     elif image.format == "PPM" and hasattr(image.fp, "getvalue"):
         codec = image.tile[0].codec_name
         _check_comments(image, codec)
@@ -69,6 +71,30 @@ def _check_bmp(image: Any, head: bytes) -> None:
         text = f"a palette of {n_colours} colours that reaches into the pixels"
     if text:
         raise ImageError("unsupported_mode", f"BMP with {text}: Pillow reads it otherwise; save it as PNG")
+
+
+def _check_runs(image: Any, data: bytes) -> None:
+    """Refuse runs that leave their row, where decoders differ; some writers fill a row up to whole words."""
+    is_nibbles = image.info["compression"] == 2
+    end_of_row = -(-image.width // (8 if is_nibbles else 4)) * (8 if is_nibbles else 4)
+    place, x, y = image.tile[0].offset, 0, 0
+    while place + 1 < len(data):
+        n, value = data[place], data[place + 1]
+        place += 2
+        if n:
+            x += n
+        elif value == 0:
+            x, y = 0, y + 1
+        elif value == 1:
+            return
+        elif value == 2:
+            x, y, place = x + data[place], y + data[place + 1], place + 2
+        else:  # so many pixels as they are, in whole words
+            x += value
+            n_bytes = (value + 1) // 2 if is_nibbles else value
+            place += n_bytes + n_bytes % 2
+        if x > end_of_row or (x and y >= image.height):
+            raise ImageError("corrupt", f"the image cannot be decoded (a run of row {y} goes on behind its last pixel)")
 
 
 def _check_comments(image: Any, codec: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 from pipeline.errors import ImageError
@@ -71,6 +71,7 @@ def check_scans(data: bytes) -> None:
         raise ImageError("truncated", "the file ends before the image does (not all scans of its pixels are there)")
 
 
+@lru_cache(64)  # most files share a few tables
 def tables_of(kind: int, content: bytes) -> set[tuple[int, int]]:
     """Kind (of its segment) and number of each table in a segment, which is refused where it breaks the rules of ITU-T T.81."""
     names, place = set(), 0
@@ -102,6 +103,8 @@ def without_filling(data: bytes) -> bytes:
     ImageError
         ``corrupt``: zeros go on within the data, and no codes of its tables are zeros that go on.
     """
+    if _HOLE not in data:
+        return data
     place, ends = 2, set()  # symbols whose code is all zeros; that of a block's end may go on
     while (found := _MARKER.search(data, place)) and found[0] != _END:
         kind, start = found[0][1], found.end()

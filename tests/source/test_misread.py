@@ -215,3 +215,20 @@ def test_a_gif_whose_blocks_lead_to_nothing_is_refused():
         gif(COLOURS, before=b"\0"),
     ):
         np.testing.assert_array_equal(decode(whole, SPEC), decode(data, SPEC))
+
+
+def runs(*rows: bytes, bits: int = 8) -> bytes:
+    """Width 5, the rows from the bottom, as runs."""
+    body, palette = b"".join(row + b"\0\0" for row in rows) + b"\0\1", np.random.default_rng(1).bytes(4 << bits)
+    head = struct.pack("<IiiHHIIiiII", 40, 5, len(rows), 1, bits, {8: 1, 4: 2}[bits], len(body), 0, 0, 0, 0)
+    start = 14 + len(head) + len(palette)
+    return b"BM" + struct.pack("<IHHI", start + len(body), 0, 0, start) + head + palette + body
+
+
+def test_runs_of_a_bmp_stay_in_their_row():
+    for row in (b"\5\1", b"\2\1\3\2", b"\0\5\1\2\3\4\5\0", b"\x08\1"):  # the last fills the row up to whole words
+        assert decode(runs(row, row), SPEC).shape == (2, 5, 3)
+    for row in (b"\x09\1", b"\5\1\4\2", b"\3\1\0\6\1\2\3\4\5\6"):
+        refused(runs(row, b"\5\1"), "^corrupt: .*a run of row 0 goes on behind its last pixel")
+    assert decode(runs(b"\5\x12", b"\0\5\x12\x34\x50\0", bits=4), SPEC).shape == (2, 5, 3)
+    refused(runs(b"\x09\x12", b"\5\x12", bits=4), "^corrupt: .*a run of row 0 goes on behind its last pixel")
