@@ -64,7 +64,7 @@ def test_a_line_of_text_is_one_line_whatever_it_says():
 
 
 def test_of_many_bad_images_the_first_are_warned_of(caplog):
-    with caplog.at_level(logging.INFO, "pipeline.cli.log_format"):
+    with caplog.at_level(logging.INFO, "pipeline.run.failures"):
         for n_before in range(log_format.MAX_WARNINGS + 5):
             log_format.warn_of_image(f"{n_before}.png", "empty: the file has 0 bytes", n_before)
     levels = [found.levelname for found in caplog.records]
