@@ -9,7 +9,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
 ROOT = Path(__file__).parents[3]
-NOTEBOOKS = sorted((ROOT / "workflows/notebooks").glob("*.ipynb"))
+NOTEBOOKS = sorted((ROOT / "workflows").glob("[np]*/*.ipynb"))  # of notebooks/ and python/
 LONGEST_CELL_S = 900
 
 pytestmark = pytest.mark.long
@@ -39,7 +39,7 @@ def execute(path: Path) -> nbformat.NotebookNode:
 
 
 def test_there_are_notebooks():
-    assert len(NOTEBOOKS) >= 3
+    assert len(NOTEBOOKS) >= 4
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -56,7 +56,7 @@ def test_is_kept_without_output_and_valid(path):
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_runs_from_clean_and_leaves_its_checkout_as_it_was(path, workplace):
     before = files(workplace.parent)
-    executed = execute(workplace / "notebooks" / path.name)
+    executed = execute(workplace / path.relative_to(ROOT / "workflows"))
     code = [cell for cell in executed.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
     outputs = [output for cell in code for output in cell.outputs]
