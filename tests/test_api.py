@@ -30,6 +30,7 @@ from tests.system.kill.kill_rounds import wait_until
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "workflows/python/script.py"
 LIMIT_S = 600
+N_IMAGES, N_COPIES = 720, 6
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 
 
@@ -60,7 +61,9 @@ def test_a_run_with_a_client_prints_nothing(in_threads, job, capfd):
 
 
 def test_what_is_no_client_is_refused_before_anything_is_written(in_threads, job):
-    expected = r"client must be a distributed\.Client; got LocalCluster: nothing was started; give Client\(\.\.\.\) of the cluster"
+    expected = (
+        r"client must be a distributed\.Client; got LocalCluster: nothing was started; give Client\(\.\.\.\) of the cluster"
+    )
     with pytest.raises(errors.UsageError, match=expected):
         pipeline.run_job(job, in_threads)
     assert not Path(job.store).exists()
@@ -69,7 +72,7 @@ def test_what_is_no_client_is_refused_before_anything_is_written(in_threads, job
 def test_an_asynchronous_client_is_refused_with_the_call_that_works(in_threads, job):
     async def run() -> Summary:
         async with Client(in_threads.scheduler_address, asynchronous=True) as client:
-            with pytest.raises(errors.UsageError, match="this client is asynchronous.*nothing was started") as refused:
+            with pytest.raises(errors.UsageError, match=r"this client is asynchronous.*nothing was started") as refused:
                 pipeline.run_job(job, client)
             assert not Path(job.store).exists()
             (call,) = re.findall(r"`await (.+)`", str(refused.value))
@@ -134,7 +137,7 @@ def test_a_second_ctrl_c_ends_at_once(run_that):
         interrupt()
         pytest.fail("it went on")
 
-    with pytest.raises(KeyboardInterrupt, match="^$"):
+    with pytest.raises(KeyboardInterrupt, match=r"^$"):
         run_that(does)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
@@ -187,9 +190,11 @@ def written(store: Path) -> bool:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Enough images that a run is still at work when its first maps are there, and the content that must come out."""
+    """So many images that a run has not sent them all when its first maps are there."""
     made = tmp_path_factory.mktemp("interrupted")
-    make_images(made / "photos", 120, [(300 + 17 * k, 360 + 15 * k) for k in range(12)], suffix=".jpg")
+    first = make_images(made / "photos/0", N_IMAGES // N_COPIES, [(300 + 17 * k, 360 + 15 * k) for k in range(12)], suffix=".jpg")
+    for i in range(1, N_COPIES):
+        shutil.copytree(first, made / "photos" / str(i))
     (made / "job.yaml").write_text("source: photos\nstore: features.zarr\n")
     return made
 
@@ -205,7 +210,7 @@ def must_be_stopped(path: Path) -> dict[str, tuple]:
     receipt = Store(path).receipts()[0]
     done = {name: found for name, found in content(path).items() if found[0] == "DONE"}
     assert receipt["outcome"] == "stopped", receipt
-    assert 0 < receipt["n_done"] == len(done) < 120
+    assert 0 < receipt["n_done"] == len(done) < N_IMAGES
     assert not (path / RUNS / "lock.json").exists()
     return done
 
@@ -228,7 +233,7 @@ def test_ctrl_c_at_a_script_drains_and_the_next_call_finishes(folder, tmp_path):
     process = script(tmp_path / "work")
     out, err = process.communicate(timeout=LIMIT_S)
     assert process.returncode == 0, out + err
-    assert out.startswith(f"complete: {120 - len(done)} images done, {len(done)} unchanged, 0 bad")
+    assert out.startswith(f"complete: {N_IMAGES - len(done)} images done, {len(done)} unchanged, 0 bad")
     assert done.items() <= content(path).items()
 
 
@@ -299,5 +304,5 @@ def test_interrupting_a_notebook_drains_and_running_the_cell_again_finishes(kern
     again = reply(channels, channels.execute("assert pipeline.run_job(job, client).outcome == 'complete'"))
     assert again["status"] == "ok", again
     assert done.items() <= content(path).items()
-    assert len(content(path)) == 120
+    assert len(content(path)) == N_IMAGES
     assert reply(channels, channels.execute("client.close()"))["status"] == "ok"
