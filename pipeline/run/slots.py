@@ -59,7 +59,8 @@ def worker_slots(client: Client) -> dict[str, WorkerSlots]:
         if not any(worker["resources"].get(role) for worker in workers.values()):
             raise FeaturemapsError(
                 f"none of the {len(workers)} workers offers the resource {role!r}, so its tasks would wait for ever: start workers with "
-                '--resources "read=1 extract=1 write=1"'
+                '--resources "read=1 extract=1 write=1", or in Python Client(threads_per_worker=1, resources={"read": 1, "extract": 1, '
+                '"write": 1}); run_job without a client starts its own'
             )
     return {address: slots_of(worker["resources"], worker["memory_limit"]) for address, worker in workers.items()}
 

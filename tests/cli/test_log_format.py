@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from pipeline.cli import log_format
+from pipeline.run import failures
 from pipeline.run.results import note_batch
 from pipeline.run.summary import Progress, Summary, working
 from pipeline.run.tasks import BatchResult, PieceResult, WorkPiece
@@ -65,12 +66,12 @@ def test_a_line_of_text_is_one_line_whatever_it_says():
 
 def test_of_many_bad_images_the_first_are_warned_of(caplog):
     with caplog.at_level(logging.INFO, "pipeline.run.failures"):
-        for n_before in range(log_format.MAX_WARNINGS + 5):
-            log_format.warn_of_image(f"{n_before}.png", "empty: the file has 0 bytes", n_before)
+        for n_before in range(failures.MAX_WARNINGS + 5):
+            failures.warn_of_image(f"{n_before}.png", "empty: the file has 0 bytes", n_before)
     levels = [found.levelname for found in caplog.records]
-    assert levels == ["WARNING"] * (log_format.MAX_WARNINGS + 1) + ["INFO"] * 5
+    assert levels == ["WARNING"] * (failures.MAX_WARNINGS + 1) + ["INFO"] * 5
     assert (
-        caplog.records[log_format.MAX_WARNINGS]
+        caplog.records[failures.MAX_WARNINGS]
         .getMessage()
         .startswith("20 bad images so far: those that follow are logged at level INFO")
     )

@@ -239,7 +239,9 @@ def test_workers_without_a_role_are_refused_with_the_option_that_gives_it(thread
     local = threads_only(**{role: 1 for role in ROLES if role != missing})
     expected = re.escape(
         f"none of the 1 workers offers the resource {missing!r}, so its tasks would wait for ever: "
-        'start workers with --resources "read=1 extract=1 write=1"'
+        'start workers with --resources "read=1 extract=1 write=1", '
+        'or in Python Client(threads_per_worker=1, resources={"read": 1, "extract": 1, "write": 1}); '
+        "run_job without a client starts its own"
     )
     with Client(local) as client, pytest.raises(FeaturemapsError, match=expected):
         worker_slots(client)

@@ -9,8 +9,9 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
 ROOT = Path(__file__).parents[3]
-NOTEBOOKS = sorted((ROOT / "workflows/notebooks").glob("*.ipynb"))
+NOTEBOOKS = sorted((ROOT / "workflows").glob("[np]*/*.ipynb"))  # of notebooks/ and python/
 LONGEST_CELL_S = 900
+SLOW_FONTS = "Matplotlib is building the font cache"  # it says so in a new home on a slow machine
 
 pytestmark = pytest.mark.long
 
@@ -39,7 +40,7 @@ def execute(path: Path) -> nbformat.NotebookNode:
 
 
 def test_there_are_notebooks():
-    assert len(NOTEBOOKS) >= 3
+    assert len(NOTEBOOKS) >= 4
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -56,13 +57,14 @@ def test_is_kept_without_output_and_valid(path):
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_runs_from_clean_and_leaves_its_checkout_as_it_was(path, workplace):
     before = files(workplace.parent)
-    executed = execute(workplace / "notebooks" / path.name)
+    executed = execute(workplace / path.relative_to(ROOT / "workflows"))
     code = [cell for cell in executed.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
     outputs = [output for cell in code for output in cell.outputs]
     assert outputs
     assert not [output for output in outputs if output.output_type == "error"]
-    assert not [output.text for output in outputs if output.get("name") == "stderr"], "a warning that a reader would wonder about"
+    said = [output.text for output in outputs if output.get("name") == "stderr" and SLOW_FONTS not in output.text]
+    assert not said, "a warning that a reader would wonder about"
     assert files(workplace.parent) == before
 
 

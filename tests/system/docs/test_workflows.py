@@ -96,6 +96,39 @@ def test_its_values_are_the_defaults_and_its_comments_are_keys(tmp_path):
     assert (job.decode.resize, job.extractor.weights) == ((512, 512), str(tmp_path / "lenet.safetensors"))
 
 
+# -- Python and Snakemake --------------------------------------------------------------------------------------------------------
+
+
+def snakemake_rules() -> dict[str, dict[str, str]]:
+    """Rules of the Snakefile, each with what its keys say in quotes."""
+    found = {}
+    for rule in (WORKFLOWS / "python/Snakefile").read_text().split("\nrule ")[1:]:
+        found[rule.partition(":")[0]] = dict(re.findall(r"^    (\w+):\n\s+(?:touch\()?\"(.+?)\"\)?,?$", rule, re.MULTILINE))
+    return found
+
+
+@pytest.mark.cluster
+def test_the_script_and_the_commands_of_the_snakefile_run_as_their_page_says(tmp_path, photographs):
+    """Of Snakemake only its rules' commands run here: it would bring 55 packages. Snakemake 9.27.1 ran the file by hand."""
+    (tmp_path / "photos").symlink_to(photographs)
+    page = (WORKFLOWS / "python/README.md").read_text()
+    copy_job, copy_files, run_script = re.findall(r"^    (.+)$", page.partition("## Snakemake")[0], re.MULTILINE)
+    for line in (copy_job, copy_files):
+        copied = sh(line.replace("/where/your/images/are", str(tmp_path)), ROOT)
+        assert copied.returncode == 0, copied.stderr
+    done = sh(run_script, tmp_path)
+    assert (done.returncode, done.stdout) == (0, "complete: 5 images done, 0 unchanged, 0 bad\n"), done.stderr
+
+    rules = snakemake_rules()
+    assert (rules["maps"]["input"], rules["maps"]["output"]) == ("job.yaml", rules["report"]["input"])
+    again = sh(rules["maps"]["shell"].format(input=rules["maps"]["input"], threads=2), tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert "0 images done, 5 unchanged" in again.stdout
+    written = sh(rules["report"]["shell"].format(output=rules["report"]["output"]), tmp_path)
+    assert written.returncode == 0, written.stderr
+    assert (tmp_path / "report.html").exists()
+
+
 # -- Slurm -----------------------------------------------------------------------------------------------------------------------
 
 
