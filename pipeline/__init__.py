@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from pipeline.analysis.feature_store import open_store as open_store
     from pipeline.api import run_job as run_job
     from pipeline.checks.plan import plan_job as plan_job
-    from pipeline.checks.plan import store_status as store_status
+    from pipeline.checks.status import store_status as store_status
     from pipeline.checks.verify import verify_store as verify_store
     from pipeline.config import Job as Job
     from pipeline.config import load_job as load_job
@@ -43,7 +43,7 @@ _HOMES = {
     "open_store": "pipeline.analysis.feature_store",
     "plan_job": "pipeline.checks.plan",
     "run_job": "pipeline.api",
-    "store_status": "pipeline.checks.plan",
+    "store_status": "pipeline.checks.status",
     "vacuum_store": "pipeline.store.vacuum",
     "verify_store": "pipeline.checks.verify",
     "write_report": "pipeline.report.page",

@@ -12,7 +12,7 @@ import xarray as xr
 
 from pipeline.analysis import map_images, selection, tables
 from pipeline.analysis.datasets import read_weights, source_pixels
-from pipeline.analysis.images import Entries
+from pipeline.analysis.images import Images
 from pipeline.analysis.neighbours import Neighbours
 from pipeline.config import ExtractorSpec
 from pipeline.store.codecs import Array
@@ -50,9 +50,9 @@ class FeatureStore:
     `select` and `join` give another one that sees fewer images, or more columns, of the same store. Made by `open_store`.
     """
 
-    def __init__(self, path: Place, *, _entries: Entries | None = None) -> None:
+    def __init__(self, path: Place, *, _entries: Images | None = None) -> None:
         path = path.absolute()  # a notebook may change its folder, and chunks that are not found read as fill
-        self._entries = _entries or Entries(Store(path))
+        self._entries = _entries or Images(Store(path))
         self._store = self._entries.store
         self._neighbours = Neighbours(self._entries)
         self.path = path

@@ -11,10 +11,10 @@ import numpy as np
 import pandas as pd
 
 from pipeline import urls
-from pipeline.analysis.datasets import decoded, map_sizes
 from pipeline.analysis.tables import Table, rows_by_class
 from pipeline.errors import FeaturemapsError, UsageError
 from pipeline.store.codecs import Array
+from pipeline.store.image_maps import decoded, map_sizes
 from pipeline.store.layout import Size
 from pipeline.store.objects import Place
 from pipeline.store.schema import ShapeClass, StoredLayer
@@ -91,13 +91,13 @@ def _pieces(store: Store, entries: Table, layer: StoredLayer) -> Iterator[tuple[
         for part in split(rows, classes[group].layout.shard_rows, _row_bytes(store, classes[group], layer)):
             chosen = positions[part]
             for size in {*map(tuple, inputs[chosen].tolist())} - known.keys():
-                known[size] = map_sizes(store, *size)[layer.name]
+                known[size] = map_sizes(store.spec, *size)[layer.name]
             sizes = tuple(known[height, width] for height, width in inputs[chosen].tolist())
             yield chosen, Piece(store.path, group, layer, tuple(rows[part].tolist()), tuple(paths[chosen]), sizes)
 
 
 def _row_bytes(store: Store, shape_class: ShapeClass, layer: StoredLayer) -> int:
-    height, width = map_sizes(store, *shape_class.size)[layer.name]
+    height, width = map_sizes(store.spec, *shape_class.size)[layer.name]
     return 4 * layer.channels * height * width
 
 

@@ -10,7 +10,7 @@ import pandas as pd
 
 from pipeline.analysis import distances as similarity
 from pipeline.analysis import selection, tables
-from pipeline.analysis.images import Entries
+from pipeline.analysis.images import Images
 from pipeline.analysis.tables import Table
 from pipeline.errors import UsageError
 from pipeline.store.codecs import Array
@@ -21,10 +21,10 @@ class Neighbours:
 
     Parameters
     ----------
-    entries : Entries
+    entries : Images
     """
 
-    def __init__(self, entries: Entries) -> None:
+    def __init__(self, entries: Images) -> None:
         self._entries = entries
         self._vectors: tuple[Any, pd.Index, Array] | None = None
 

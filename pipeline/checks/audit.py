@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pipeline.errors import FeaturemapsError, ImageError
-from pipeline.extract.layers import ROUNDING, TF32_ROUNDING, layer_names, output_sizes
-from pipeline.extract.weights import dequantise
+from pipeline.extract.layers import ROUNDING, TF32_ROUNDING
 from pipeline.source.fetch import Source, digest_block, read_current
 from pipeline.store.codecs import Array, maps_digest
+from pipeline.store.image_maps import image_maps, map_sizes
 from pipeline.store.layout import ClassLayout, class_name, group_by_shard
 from pipeline.store.objects import Place, read_json
 from pipeline.store.schema import (
@@ -207,7 +207,7 @@ def _pooled(layer: StoredLayer, rows: list[int], columns: dict[str, Array]) -> A
 
 def check_shard(shard: Shard) -> list[Finding]:
     """Compare the digest of each row's maps with the ledger's; reading checks every chunk's checksum."""
-    group, layers = class_name(shard.layout.size), extractor_spec(shard.spec).layers
+    group = class_name(shard.layout.size)
     start, stop = shard.rows[0], shard.rows[-1] + 1
     blocks: list[Array] | None = None  # where some chunk is bad: each row is looked at alone
     with contextlib.suppress(FeaturemapsError, OSError):
@@ -222,8 +222,7 @@ def check_shard(shard: Shard) -> list[Finding]:
                 text += "; nobody needs them, and featuremaps vacuum frees them, but whole classes cannot be read"
         else:
             pooled = {name: values[i] for name, values in shard.pooled.items()}
-            extents = dict(zip(layer_names(layers), output_sizes(layers, *size), strict=True))
-            text = expected and _judge(maps, pooled, shard.spec, extents, expected)
+            text = expected and _what_is_wrong(maps, pooled, shard.spec, map_sizes(shard.spec, *size), expected)
         if text:
             parts = [f"maps in {_objects(shard, row)}"] if shard.layout.layers else []
             parts += [f"pooled values of {', '.join(shard.pooled)}"] if shard.pooled else []
@@ -235,7 +234,7 @@ def _read(shard: Shard, start: int, stop: int) -> list[Array]:
     return [read_maps(shard.store, shard.layout, layer.name, start, stop) for layer in shard.layout.layers]
 
 
-def _judge(
+def _what_is_wrong(
     maps: Sequence[Array], pooled: dict[str, Array], spec: StoreSpec, extents: dict[str, tuple[int, int]], expected: str
 ) -> str:
     """What is wrong with one row's maps, of which the image takes these extents, and with the pooled values of layers without."""
@@ -309,7 +308,7 @@ def check_originals(part: Originals) -> Compared:
     return result
 
 
-class Sample(NamedTuple):
+class SampledRow(NamedTuple):
     """A row that is computed anew."""
 
     group: str
@@ -328,7 +327,7 @@ class Recomputed:
     findings: list[Finding] = field(default_factory=list)
 
 
-def recompute(job: tuple[Place, Sequence[Sample]]) -> Recomputed:
+def recompute(job: tuple[Place, Sequence[SampledRow]]) -> Recomputed:
     """Read, decode and extract in float64 with the stored weights, and compare with what is stored."""
     from pipeline.extract.cpu import Extractor, use_one_thread  # noqa: PLC0415 (as above)
     from pipeline.source.decoding import decode  # noqa: PLC0415 (only where something is recomputed)
@@ -364,13 +363,13 @@ def _compare(store: Store, shape_class: ShapeClass, row: int, stored: StoredLaye
     bound = (TF32_ROUNDING if is_tf32 else ROUNDING) * max(1.0, float(np.abs(expected).max()))
     difference = -np.inf
     if stored.has_maps:
+        _, height, width = expected.shape
         try:
-            maps = dequantise(np.asarray(store.array(shape_class.name, stored.name)[row]), stored)
+            maps = image_maps(store, shape_class.name, stored, row, (height, width))
         except (OSError, ValueError, RuntimeError) as error:
             return f"the maps cannot be read: {error}", 0.0
-        _, height, width = expected.shape
-        off = np.abs(maps[:, :height, :width].astype(np.float64) - expected)
-        difference = float(np.nan_to_num(off, nan=np.inf).max()) - stored.error_bound
+        off = np.abs(maps.astype(np.float64) - expected)
+        difference = float(off.max()) - stored.error_bound
         if difference > bound:
             return f"stored and recomputed maps differ by {off.max():.3g}, more than {stored.error_bound + bound:.3g}", difference
     pooled = [store.array(shape_class.name, f"{stored.name}_{statistic}")[row] for statistic in STATISTICS]

@@ -119,7 +119,7 @@ def plan(what: tuple[str, ...], as_json: bool, verbose: int, log_format: str, **
 @click.option("--quarantined", "n_listed", type=int, default=20, show_default=True, metavar="N", help="Bad images to list.")
 def status(store: Place, as_json: bool, n_listed: int) -> int:
     """Say how far a store is: counts, throughput, who works on it, and the bad images with their reasons."""
-    from pipeline.checks.plan import store_status
+    from pipeline.checks.status import store_status
 
     found = store_status(store, n_listed)
     click.echo(json.dumps(found.to_dict(), indent=1) if as_json else found.describe())

@@ -162,14 +162,3 @@ def bin_edges(low: float, high: float, stored: StoredAs, n_bins: int = N_BINS) -
     n = math.ceil((last - first + 1) / per_bin)
     edges: Array = offset + level * (first - 0.5 + per_bin * np.arange(n + 1))
     return edges
-
-
-def rounded(value: float) -> str:
-    """A number of seconds, or per second, to three digits.
-
-    Examples
-    --------
-    >>> rounded(0.01234), rounded(12.34), rounded(1234.5)
-    ('0.0123', '12.3', '1,234')
-    """
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"

@@ -23,7 +23,7 @@ from pipeline.extract.layers import layer_names
 from pipeline.report import arrays, choices
 from pipeline.report.choices import MAX_PANELS
 from pipeline.run.summary import WAITING
-from pipeline.text import count, printable
+from pipeline.text import count, printable, rounded
 
 if TYPE_CHECKING:
     from pipeline.analysis.feature_store import FeatureStore
@@ -260,7 +260,7 @@ def stage_times(store: FeatureStore, receipt: str | Mapping[str, Any] | None = N
     stages = found["stage_s"]
     slot_s = max(found.get("slot_s", 0.0), sum(stages.values()))
     seconds = stages | {WAITING: slot_s - sum(stages.values())}
-    speed = f"{arrays.rounded(found['compute_s'])} s, {arrays.rounded(found['images_per_s'])} images/s"
+    speed = f"{rounded(found['compute_s'])} s, {rounded(found['images_per_s'])} images/s"
     title = f"{count(found['n_done'], 'image')} in {speed}"
     note = f"run {found['run_id']} ({found['outcome']}), {count(found['slots'], 'slot')}; waiting: a slot had no batch"
     return draw_charts.stage_bars(title, note, seconds)

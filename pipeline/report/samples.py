@@ -9,12 +9,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pipeline import urls
-from pipeline.analysis.datasets import decoded, map_sizes
 from pipeline.errors import FeaturemapsError
 from pipeline.report.arrays import bin_edges
 from pipeline.report.sandbox import PIXEL_LIMIT, Embedded, Photograph, encode, photographs
 from pipeline.store.codecs import Array
+from pipeline.store.image_maps import image_maps, map_sizes
 from pipeline.store.layout import Size
 from pipeline.store.schema import ShapeClass, Status, StoredLayer
 from pipeline.store.settings import decode_spec, extractor_spec
@@ -147,7 +146,7 @@ def samples(store: Store, chosen: Sequence[Chosen], counted: Sequence[Histogram]
     for turn, (shape_class, row) in enumerate(chosen):
         path, height, width = (store.cell(shape_class.name, name, row) for name in ("path", "input_height", "input_width"))
         sample = Sample(str(path), (int(height), int(width)))
-        sizes = map_sizes(store, *sample.size)
+        sizes = map_sizes(store.spec, *sample.size)
         is_shown = turn < n_shown
         pixels, sample.trouble = next(found) if is_shown else Photograph(None)
         if pixels is not None:
@@ -156,7 +155,7 @@ def samples(store: Store, chosen: Sequence[Chosen], counted: Sequence[Histogram]
         for histogram in counted:
             name = histogram.layer.name
             try:
-                maps = _maps(store, shape_class, histogram.layer, row, sizes[name])
+                maps = image_maps(store, shape_class.name, histogram.layer, row, sizes[name])
             except (FeaturemapsError, OSError, ValueError, RuntimeError) as error:
                 sample.trouble = f"its maps of {name} cannot be read ({error}): run featuremaps verify"
                 continue
@@ -201,12 +200,6 @@ def _photographs(store: Store, chosen: Sequence[Chosen]) -> Iterator[Photograph]
             yield Photograph(None, f"the source image has {n:,} pixels, and at most {PIXEL_LIMIT:,} are decoded for this page")
         else:
             yield next(found)
-
-
-def _maps(store: Store, shape_class: ShapeClass, layer: StoredLayer, row: int, size: Size) -> Array:
-    with urls.errors(str(store.path)):
-        stored = np.asarray(store.array(shape_class.name, layer.name)[row, :, : size[0], : size[1]])
-    return decoded(stored, layer)
 
 
 def _draw(layer: str, maps: Array, n: int) -> Iterator[MapPicture]:
