@@ -14,9 +14,10 @@ from pipeline.analysis.feature_store import FeatureStore, open_store
 from pipeline.errors import UsageError
 from pipeline.extract.layers import ROUNDING, TF32_ROUNDING, receptive_field
 from pipeline.report import figures
+from pipeline.report.arrays import Histogram
 from pipeline.report.facts import LIVE, Facts, as_summary, gather, run_facts, verdict_of
 from pipeline.report.html import page
-from pipeline.report.samples import MAX_VALUES, Histogram, Sample, choose, histograms, samples
+from pipeline.report.samples import MAX_VALUES, Sample, choose, histograms, samples
 from pipeline.report.sandbox import Embedded, data_uri, thumbnails
 from pipeline.store.contents import BadImage
 from pipeline.store.lock import current_holder
@@ -250,11 +251,10 @@ def _histograms(counted: list[Histogram]) -> Iterator[Plot]:
             continue
         name, n = histogram.layer.name, len(histogram.counts)
         rest = f", the first {n} of {histogram.layer.channels} channels" if n < histogram.layer.channels else ""
-        shares = histogram.counts / histogram.counts.sum(1, keepdims=True)
         figure = draw_charts.histogram_panels(
             f"{name} of {count(histogram.n_images, 'image', commas=True)}",
             histogram.edges,
-            shares,
+            histogram.shares,
             [f"channel {i}" for i in range(n)],
         )
         alt = f"Histograms of the values in the maps of {name}, channel by channel"

@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pipeline.errors import FeaturemapsError
-from pipeline.report.arrays import bin_edges
+from pipeline.report.arrays import Histogram
 from pipeline.report.sandbox import PIXEL_LIMIT, Embedded, Photograph, encode, photographs
 from pipeline.store.codecs import Array
 from pipeline.store.image_maps import image_maps, map_sizes
 from pipeline.store.layout import Size
-from pipeline.store.schema import ShapeClass, Status, StoredLayer
+from pipeline.store.schema import ShapeClass, Status
 from pipeline.store.settings import decode_spec, extractor_spec
 from pipeline.store.store import Store
 
@@ -101,25 +101,6 @@ def _n_values(shape_class: ShapeClass) -> int:
     return max(3 * height * width, values)
 
 
-@dataclass(slots=True)
-class Histogram:
-    """How often each value occurs in the maps of a layer, channel by channel."""
-
-    layer: StoredLayer
-    edges: Array
-    """(bin + 1,) float64."""
-    counts: Array
-    """(channel, bin) int64, of the first channels."""
-    n_images: int = 0
-
-    def add(self, maps: Array) -> None:
-        """Count the values (channel, y, x) of one image."""
-        for channel in range(len(self.counts)):
-            values = maps[channel].clip(self.edges[0], self.edges[-1])
-            self.counts[channel] += np.histogram(values, self.edges)[0]
-        self.n_images += 1
-
-
 def histograms(store: Store, chosen: Sequence[Chosen]) -> list[Histogram]:
     """An empty histogram for each layer with maps, over the range that the chosen images' pooled values say."""
     found = []
@@ -128,10 +109,8 @@ def histograms(store: Store, chosen: Sequence[Chosen]) -> list[Histogram]:
         for statistic in ("min", "max"):
             values = [store.cell(c.shape_class.name, f"{layer.name}_{statistic}", c.row) for c in chosen]
             ends[statistic] = getattr(np, statistic)(np.nan_to_num(np.array(values)))
-        edges = bin_edges(float(ends["min"]), float(ends["max"]), layer)
-        counts = np.zeros((min(layer.channels, HISTOGRAM_CHANNELS), len(edges) - 1), np.int64)
         if layer.has_maps:
-            found.append(Histogram(layer, edges, counts))
+            found.append(Histogram.over(layer, float(ends["min"]), float(ends["max"]), HISTOGRAM_CHANNELS))
     return found
 
 
