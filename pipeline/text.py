@@ -178,7 +178,7 @@ def _explain_size(size: str) -> str:
 
 
 def _explain(word: str, activations: Sequence[str]) -> str:
-    """What is wrong with a word that is none of a layer's."""
+    """What is wrong with a word that a layer does not know."""
     if not word:
         return "a word between two colons, or after the last one, is missing"
     if word.startswith("pool"):

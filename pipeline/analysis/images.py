@@ -41,7 +41,7 @@ class Images:
 
     @property
     def table(self) -> Table:
-        """As `tables.images_table` makes it, joined and selected; not to be changed."""
+        """The table of `tables.images_table`, joined and selected; do not change it."""
         if self._table is None:
             self._table = images_table(self.store)
         return self._table
@@ -135,7 +135,7 @@ class Images:
         name, group, row = self.find(path)
         status = self.status(group, row)
         if status != "done":
-            reason = self.store.cell(group, "error", row) or "its turn has not come: run again to go on"
+            reason = self.store.cell(group, "error", row) or "no run has reached it yet: run again"
             raise UsageError(f"{path!r} has no maps in {self.store.path}: it is {status} ({reason})")
         return name, group, row
 

@@ -157,7 +157,7 @@ def plan_job(job: Job, cluster_file: Path = Path("cluster.yaml")) -> Preview:
     Raises
     ------
     UsageError
-        As `run_job`.
+        When a run would be refused: settings, store or cluster do not fit, or too many images are gone.
     """
     listing = list_collection(job.source)
     if job.limit is not None:

@@ -109,8 +109,8 @@ class Audit:
         lines = [what, self._describe_source()]
         if self.largest_difference is not None:
             lines.append(
-                f"{self.n_recomputed} images were recomputed from the source and the stored weights; largest difference "
-                f"beyond rounding for storage {self.largest_difference:.1e}"
+                f"{self.n_recomputed} images were recomputed from the source with the stored weights; beyond rounding for storage, the "
+                f"largest difference is {self.largest_difference:.1e}"
             )
         else:
             lines.append("no image was recomputed")
@@ -119,7 +119,7 @@ class Audit:
                 f"{self.n_not_checked} rows could not be checked, because metadata or columns of their class are damaged"
             )
         if self.n_not_reachable:
-            lines.append(f"{self.n_not_reachable} more were to be recomputed, but their images are gone or changed")
+            lines.append(f"{self.n_not_reachable} more could not be recomputed, because their images are gone or changed")
         lines += [
             f"  {f.kind}: {printable(f.path)}" + (f" ({f.group}, row {f.row})" if f.row >= 0 else "") + f": {printable(f.text)}"
             for f in self.findings[:50]
@@ -130,9 +130,9 @@ class Audit:
             lines.append(f"{self.n_repaired} rows were set to pending: the command that made the store computes their maps again")
         verdict = "nothing is wrong" if self.is_sound else f"{self.n_findings} things are wrong"
         if any(finding.kind in {"maps", "recomputation"} for finding in self.findings) and not self.n_repaired:
-            verdict += "; --repair sets rows with bad maps to pending, so that the next run computes them"
+            verdict += "; --repair sets rows with bad maps to pending, and the next run computes them"
         if any(finding.kind == "source" for finding in self.findings):
-            verdict += "; a run with --check digest computes images anew whose content changed"
+            verdict += "; a run with --check digest recomputes images whose content changed"
         if any(finding.kind not in {"maps", "recomputation", "source"} for finding in self.findings):
             verdict += "; restore damaged metadata and columns from a copy"
         return "\n".join([*lines, verdict])

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pipeline.cli.arguments import as_place, cluster_file_option, log_format_option
+from pipeline.cli.arguments import cluster_file_option, log_format_option
 from pipeline.cli.terminal import log_lines, start_logging, stop_on_signal
 from pipeline.config import JOB_SUFFIXES, load_job
 from pipeline.errors import EXIT_COMPLETE, EXIT_FAILED
@@ -43,7 +43,10 @@ def submit(
     log_format: str,
     **options: Any,
 ) -> int:
-    """Hand the whole run to a batch system: a driver's job that comes back until the store is complete, and then audits it."""
+    """Hand the whole run to a batch system such as Slurm.
+
+    The driver is a job of its own. It comes back until the store is complete, and then audits it.
+    """
     from pipeline.cluster.submit.script import Order, driver_script
 
     start_logging(verbose, as_json=log_format == "json")
@@ -69,7 +72,7 @@ def submit(
     def audit() -> Audit:
         from pipeline.checks.verify import verify_store
 
-        return verify_store(as_place(job.store), n_sample=order.n_sample, workers=order.spec.driver.threads)
+        return verify_store(job.store, n_sample=order.n_sample, workers=order.spec.driver.threads)
 
     with stop_on_signal() as stop:
         return attend_run(order, stop=stop, signalled=stop.signalled, on_progress=log_lines(), report=report, audit=audit)
@@ -82,9 +85,10 @@ def submit(
 @click.option("--start", is_flag=True, help="Start the cluster, look at its workers, and stop it again.")
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
 def doctor(what: str | None, as_json: bool, **options: Any) -> int:
-    """Say what stands between this installation and a run: versions, GPUs, limits, the cluster, the store's place, the source.
+    """Check what a run needs, and name a remedy for what is missing.
 
-    With JOB.yaml its source is listed and its headers are read, as by plan.
+    Checks versions, GPUs, limits, the cluster, the store's place and the source. With JOB.yaml it lists the source and reads the
+    headers, as plan does.
     """
     start_logging(0, as_json=False)
     from pipeline.checks.doctor import diagnose
@@ -105,13 +109,13 @@ def doctor(what: str | None, as_json: bool, **options: Any) -> int:
 
 @click.group()
 def cluster() -> None:
-    """Look at the clusters of cluster.yaml, without starting anything."""
+    """Show the clusters of cluster.yaml. Starts nothing."""
 
 
 @cluster.command("list")
 @cluster_file_option
 def cluster_list(cluster_file: Path) -> int:
-    """Say which clusters there are, of what kind and groups, and which cannot be used from here."""
+    """List the clusters, their kinds and groups, and which cannot be used from here."""
     from pipeline.cluster.show import list_clusters
 
     click.echo(list_clusters(cluster_file))

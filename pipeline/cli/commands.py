@@ -81,7 +81,9 @@ def _begin(what: tuple[str, ...], options: dict[str, Any], verbose: int, log_for
 @_job_command
 @click.option("--metrics", metavar="HOST:PORT", help="Serve Prometheus metrics here while the run lasts; port 0 is any free one.")
 def run(what: tuple[str, ...], as_json: bool, verbose: int, log_format: str, metrics: str | None, **options: Any) -> int:
-    """Bring STORE up to date with SOURCE: also resume, also tonight's new images.
+    """Write the feature maps of SOURCE to STORE, or update them.
+
+    The same command makes the first run, resumes a run that ended early, and adds tonight's new images.
 
     SOURCE is a folder, a glob pattern, or a .txt, .csv or .parquet list of paths.
     """
@@ -100,10 +102,11 @@ def run(what: tuple[str, ...], as_json: bool, verbose: int, log_format: str, met
 @cli.command()
 @_job_command
 def plan(what: tuple[str, ...], as_json: bool, verbose: int, log_format: str, **options: Any) -> int:
-    """Say what run would do: images, classes, shards, bytes, memory, disk, exit code. Changes nothing.
+    """Show what run would do. Changes nothing.
 
-    Ends with the exit code that the run would have, as far as listing, headers and store tell: 0 complete, 1 failed (source, storage
-    or disk), 2 refused (settings, memory, too many removed), 3 too many bad images or none that is done, 75 another run has the store.
+    Shows images, classes, shards, bytes, memory and disk. Ends with the exit code that the run would have, as far as listing, headers
+    and store tell: 0 complete, 1 failed (source, storage or disk), 2 refused (settings, memory, too many removed), 3 too many bad images
+    or none that is done, 75 another run has the store.
     """
     job = _begin(what, options, verbose, log_format)
     from pipeline.checks.plan import plan_job
@@ -118,7 +121,10 @@ def plan(what: tuple[str, ...], as_json: bool, verbose: int, log_format: str, **
 @click.option("--json", "as_json", is_flag=True, help="Print the status as JSON.")
 @click.option("--quarantined", "n_listed", type=int, default=20, show_default=True, metavar="N", help="Bad images to list.")
 def status(store: Place, as_json: bool, n_listed: int) -> int:
-    """Say how far a store is: counts, throughput, who works on it, and the bad images with their reasons."""
+    """Show how far a store is, and which images are bad.
+
+    Shows counts, throughput, who works on the store, and the reason of each bad image.
+    """
     from pipeline.checks.status import store_status
 
     found = store_status(store, n_listed)
@@ -131,14 +137,17 @@ def status(store: Place, as_json: bool, n_listed: int) -> int:
 @click.option(
     "--sample", "n_sample", type=click.IntRange(0), default=20, show_default=True, metavar="N", help="Images to recompute."
 )
-@click.option("--seed", type=int, help="Of the choice of these images.")
+@click.option("--seed", type=int, help="Seed of the choice of these images.")
 @click.option("--repair", is_flag=True, help="Set rows with bad maps to pending.")
-@click.option("--no-source", is_flag=True, help="Do not read the images: compare no digests of theirs, recompute none.")
+@click.option("--no-source", is_flag=True, help="Do not read the images: no digests are compared, none is recomputed.")
 @click.option("--workers", type=click.IntRange(1), metavar="N", help="Processes (default: one per core).")
 @click.option("--sole-writer", is_flag=True, help="Vouch that nobody else writes to a bucket's store.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def verify(store: Place, no_source: bool, as_json: bool, **options: Any) -> int:
-    """Audit STORE: metadata, every column, map and image against checksums and digests, some images computed anew."""
+    """Check every checksum of STORE, and recompute some images.
+
+    Compares metadata, every column, every map and every image with its checksum or digest.
+    """
     from pipeline.checks.verify import verify_store
 
     audit = verify_store(store, read_source=not no_source, **options)
@@ -152,7 +161,10 @@ def verify(store: Place, no_source: bool, as_json: bool, **options: Any) -> int:
 @click.option("--sole-writer", is_flag=True, help="Vouch that nobody else writes to a bucket's store.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def vacuum(store: Place, dry_run: bool, sole_writer: bool, as_json: bool) -> int:
-    """Free the space of the maps in STORE whose images have left the source or were replaced; rows keep their numbers."""
+    """Free the space of maps whose images are gone.
+
+    These images have left the source or were replaced. Rows keep their numbers.
+    """
     from pipeline.store.vacuum import vacuum_store
 
     result = vacuum_store(store, dry_run=dry_run, sole_writer=sole_writer)

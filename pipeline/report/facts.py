@@ -122,7 +122,7 @@ def gather(store: Store, holder: dict[str, Any] | None, n_bad: int) -> Facts:
     ----------
     store : Store
     holder : dict, optional
-        As of `lock.current_holder`.
+        Who works on the store, from `lock.current_holder`.
     n_bad : int
         Bad images to name.
     """
@@ -255,10 +255,10 @@ def verdict_of(facts: Facts) -> Verdict:
         return Verdict(
             "bad",
             f"{text}{f'; {missing}' if missing else ''}{why}.".replace("..", "."),
-            "What is done stands: mend the cause, if one is named, and run the same command again.",
+            "Finished images are kept. Fix the cause, if one is named, and run the same command again.",
         )
     if n_missing:
-        return Verdict("warning", f"{missing}: {_why_missing(run)}.", "Run the same command again: what is done stands.")
+        return Verdict("warning", f"{missing}: {_why_missing(run)}.", "Run the same command again. Finished images are kept.")
     if not n_live:
         return Verdict("warning", "The store is empty: no image was entered yet.", "Run the command that made it again.")
     reasons = ", ".join(f"{n:,} {code}" for code, n in facts.reasons.items())
@@ -281,7 +281,7 @@ def _why_missing(run: Summary | None) -> str:
         return "the last run was stopped before its end"
     if run.faults:
         return f"the storage failed, which may pass ({printable(run.faults[0])})"
-    return "their turn has not come yet"
+    return "no run has reached them yet"
 
 
 def _images(n: int) -> str:

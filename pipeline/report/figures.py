@@ -257,7 +257,7 @@ def stage_times(store: FeatureStore, receipt: str | Mapping[str, Any] | None = N
 
 
 def check_format(output: Path) -> None:
-    """Refuse a file that is none of `FORMATS`, before anything is read."""
+    """Raise `UsageError` if the file is of none of `FORMATS`, before anything is read."""
     if output.suffix.lower() not in FORMATS:
         raise UsageError(f"figure {output} would be of an unknown kind {output.suffix!r}: name it .png, .svg or .pdf")
 

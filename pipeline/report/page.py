@@ -48,7 +48,7 @@ T = TypeVar("T", Sample, "Plot")
 TONES = {"complete": "good", "at work": "working", "failed": "bad", "died": "bad"}
 STATUSES = {
     "done": "its maps are in the store",
-    "pending": "its turn has not come, or the storage failed; the next run does it",
+    "pending": "no run has reached it yet, or the storage failed; the next run computes it",
     "quarantined": "it could not be decoded or extracted",
     "rejected": "its header or its file is unfit, so that it has no row",
 }

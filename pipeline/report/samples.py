@@ -52,7 +52,7 @@ class Sample:
 
     path: str
     size: Size
-    """Of what the extractor saw, pixels."""
+    """Height and width that the extractor saw, pixels."""
     photograph: Embedded | None = None
     trouble: str = ""
     """Why there is no photograph."""
@@ -168,7 +168,7 @@ class _Computer:
 
 
 def _photographs(store: Store, chosen: Sequence[Chosen]) -> Iterator[Photograph]:
-    """Of each row, in order; those that are too large are not asked for."""
+    """The image of each row, in order; images that are too large are not decoded."""
     names = ("path", "size_bytes", "digest", "source_height", "source_width")
     rows = [[store.cell(c.shape_class.name, name, c.row) for name in names] for c in chosen]
     n_pixels = [int(height) * int(width) for *_, height, width in rows]

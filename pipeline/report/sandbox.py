@@ -110,7 +110,7 @@ def thumbnails(root: str, spec: DecodeSpec, images: Sequence[tuple[str, str]], l
     root : str
         Source root.
     spec : DecodeSpec
-        As of the store; of its pixel limit at most `PIXEL_LIMIT` counts.
+        The store's; a pixel limit above `PIXEL_LIMIT` is lowered to it.
     images : sequence of (str, str)
         Path and fingerprint; a file of another fingerprint has none.
     longest : int
@@ -136,7 +136,7 @@ def photographs(root: str, spec: DecodeSpec, images: Sequence[tuple[str, int, st
     root : str
         Source root, which may hang.
     spec : DecodeSpec
-        As of the store; of its pixel limit at most `PIXEL_LIMIT` counts.
+        The store's; a pixel limit above `PIXEL_LIMIT` is lowered to it.
     images : sequence of (str, int, str)
         Path, size in bytes and sha256 of what the maps were computed of.
     """

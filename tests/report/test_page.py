@@ -133,7 +133,7 @@ def test_all_images_rejected(run, tmp_path):
             {"outcome": "incomplete", "faults": ["a.png: Stale\nhandle"]},
             "2 of 6 images are missing: the storage failed, which may pass (a.png: Stale\\nhandle).",
         ),
-        ({"outcome": "complete"}, "2 of 6 images are missing: their turn has not come yet."),
+        ({"outcome": "complete"}, "2 of 6 images are missing: no run has reached them yet."),
         ({"outcome": "failed", "message": "disk full"}, "The last run failed; 2 of 6 images are missing: disk full."),
         ({"outcome": "running"}, "The last run died before its end; 2 of 6 images are missing."),
         ({"outcome": "stopped", "n_listed": 100}, "96 of 100 images are missing: the last run was stopped"),
