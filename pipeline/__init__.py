@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from pipeline.analysis.feature_store import open_store as open_store
     from pipeline.api import run_job as run_job
     from pipeline.checks.plan import plan_job as plan_job
-    from pipeline.checks.plan import store_status as store_status
+    from pipeline.checks.status import store_status as store_status
     from pipeline.checks.verify import verify_store as verify_store
     from pipeline.config import Job as Job
     from pipeline.config import load_job as load_job
@@ -65,7 +65,7 @@ __getattr__ = lazily(
         "open_store": "analysis.feature_store",
         "plan_job": "checks.plan",
         "run_job": "api",
-        "store_status": "checks.plan",
+        "store_status": "checks.status",
         "vacuum_store": "store.vacuum",
         "verify_store": "checks.verify",
         "write_report": "report.page",

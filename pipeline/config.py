@@ -35,7 +35,7 @@ M = TypeVar("M", bound=BaseModel)
 
 
 class StrictModel(BaseModel):
-    """Refuses unknown keys, and does not change."""
+    """Refuses unknown keys, and does not change; a field's description is the help of its option on the command line."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
 
@@ -43,19 +43,23 @@ class StrictModel(BaseModel):
 class DecodeSpec(StrictModel):
     """How the bytes of a file become the pixels that the extractor sees."""
 
-    color: Literal["rgb", "grey"] = "rgb"
+    color: Literal["rgb", "grey"] = Field("rgb", description="Channels that the extractor sees.")
     """``rgb``: three channels; ``grey``: one (ITU-R 601-2 luma, as Pillow's mode L)."""
-    background: tuple[Byte, Byte, Byte] = (255, 255, 255)
+    background: tuple[Byte, Byte, Byte] = Field(
+        (255, 255, 255), description="Compose transparent pixels onto it (default: white)."
+    )
     """What transparent pixels are composed onto, as RGB."""
-    exif_orientation: bool = True
+    exif_orientation: bool = Field(True, description="Turn and mirror as the EXIF orientation says (default), or not.")
     """Turn and mirror as the EXIF orientation says."""
-    pixel_limit: Positive = DEFAULT_PIXEL_LIMIT
+    pixel_limit: Positive = Field(DEFAULT_PIXEL_LIMIT, description="Reject images of more pixels than this.")
     """Images of more pixels (height x width, as stored) are rejected before they are decoded."""
-    formats: tuple[ImageFormat, ...] = get_args(ImageFormat)
+    formats: tuple[ImageFormat, ...] = Field(
+        get_args(ImageFormat), description="A file format to read; repeat for several (default: all)."
+    )
     """The file formats that are read; the content counts, not the name."""
-    resize: tuple[Positive, Positive] | None = None
+    resize: tuple[Positive, Positive] | None = Field(None, description="Resize every image to this input size.")
     """Input height and width that every image is resized to; None keeps each size."""
-    resize_filter: ResizeFilter = "bilinear"
+    resize_filter: ResizeFilter = Field("bilinear", description="How --resize interpolates (default: bilinear).")
     """Pillow's resampling filter for ``resize``."""
 
     @property
@@ -101,18 +105,20 @@ class LayerSpec(StrictModel):
 class ExtractorSpec(StrictModel):
     """A stack of layers and where its weights come from."""
 
-    layers: tuple[LayerSpec, ...] = Field(default=(LayerSpec(),), min_length=1)
+    layers: tuple[LayerSpec, ...] = Field(
+        (LayerSpec(),), min_length=1, description="A layer of the extractor; repeat for a stack."
+    )
     """The layers, each the input of the next; they are called conv1, conv2, ..."""
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 23455
+    seed: int = Field(23455, ge=0, lt=2**32, description="Seed of the weights (default 23455).")
     """Seed of ``numpy.random.RandomState``, used when there is no weights file."""
-    weights: str | None = None
+    weights: str | None = Field(None, description="Weights of the layers, instead of seeded ones.")
     """A safetensors file with ``convN.weight`` and ``convN.bias`` for N = 1, 2, ... in PyTorch's orientation."""
-    outputs: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = Field((), description="conv1, ... to keep maps (default: the last); pooled for none.")
     """What is stored: the names of layers, for their maps and pooled values, and ``pooled``, for the pooled values of every layer.
 
     Empty means the last layer; ``pooled`` alone keeps no maps at all.
     """
-    tf32: bool = False
+    tf32: bool = Field(False, description="On GPUs, multiply in TF32: faster, but less exact.")
     """On GPUs, multiply in TF32: faster, but weights and inputs are rounded to 11 bits (see docs/gpu.md)."""
 
     @model_validator(mode="after")
@@ -148,35 +154,39 @@ class Job(StrictModel):
     """A folder, a glob pattern, or a .txt, .csv or .parquet list of paths; also under s3://, gs:// or az://BUCKET."""
     store: str
     """Where the Zarr store is or will be: a folder, or s3://, gs:// or az://BUCKET/NAME."""
-    dtype: Dtype = "float32"
+    dtype: Dtype = Field("float32", description="How maps are stored.")
     """How maps are stored; float32 is what is computed, the others have the bound of their error in the store."""
     decode: DecodeSpec = DecodeSpec()
     """How files become pixels."""
     extractor: ExtractorSpec = ExtractorSpec()
     """What is computed from the pixels."""
-    limit: Positive | None = None
+    limit: Positive | None = Field(None, description="Only the first N images of the listing.")
     """Only the first N images of the listing."""
-    workers: Positive | None = None
+    workers: Positive | None = Field(None, description="Batches at work at once (default: one per core).")
     """Batches that the embedded cluster works on at once, in a process each, or with GPUs in threads; None is one per core."""
-    memory_limit_bytes: Positive | None = None
+    memory_limit_bytes: Positive | None = Field(None, description="Memory of one worker.")
     """Memory of one worker; None shares the machine's among them."""
-    gpus: Annotated[int, Field(ge=0)] | None = None
+    gpus: Annotated[int, Field(ge=0)] | None = Field(None, description="GPUs to use, 0 for none (default: all).")
     """GPUs that the embedded cluster uses, one worker process each; None is all that there are."""
-    cluster: str | None = None
+    cluster: str | None = Field(None, description="A cluster of cluster.yaml (default: all local cores).")
     """A name from cluster.yaml; None is the embedded local cluster."""
-    check: Literal["fingerprint", "digest"] = "fingerprint"
+    check: Literal["fingerprint", "digest"] = Field(
+        "fingerprint", description="Look for changes by size and time, or by content."
+    )
     """How images that are done are known to be unchanged: by size and time, or by reading them all and comparing their SHA-256."""
-    retry_quarantined: bool = False
+    retry_quarantined: bool = Field(False, description="Try quarantined and rejected images again.")
     """Try quarantined and rejected images again, also those that have not changed."""
-    max_quarantined: Annotated[int, Field(ge=0)] | None = None
+    max_quarantined: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="Exit with 3 when more images than this are bad."
+    )
     """More quarantined or rejected images than this end the run with exit code 3; None allows any number."""
-    max_removed: Annotated[float, Field(ge=0, le=1)] = 0.10
+    max_removed: float = Field(0.10, ge=0, le=1, description="Largest share that one run may mark removed (0.10).")
     """Largest share of the store's images that one run may mark as removed."""
-    durability: Literal["process", "machine"] = "process"
+    durability: Literal["process", "machine"] = Field("process", description="What may die without loss (process).")
     """What may die without a committed row being lost: any process, or, as each object is synced to the disk, the machine."""
-    sole_writer: bool = False
+    sole_writer: bool = Field(False, description="Vouch that nobody else writes to a bucket's store.")
     """Use a bucket whose server ignores conditional puts: nobody else ever writes to this store, and you vouch for it."""
-    deadline_s: Annotated[float, Field(gt=0)] = 600.0
+    deadline_s: float = Field(600.0, gt=0, description="Replace a worker that is at one image, or one write, for longer (600).")
     """A worker that is at one image, or at one write, for longer waits for a storage that hangs: it is replaced."""
 
 

@@ -1,10 +1,10 @@
-"""Words that people read and write: numbers of things, names on one line, layers."""
+"""Words that people read and write: numbers with their units, names on one line, layers."""
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipeline.errors import UsageError
@@ -16,15 +16,95 @@ _POOL = re.compile(r"pool([0-9]{1,9})")
 _CONVOLUTION = re.compile(r"(pad|padding|same|valid|stride|dilat|dilation|group|groups|s|p|d|g)[=_-]?[0-9x]*", re.IGNORECASE)
 
 
-def count(n: int, noun: str, plural: str = "") -> str:
+def count(n: int, noun: str, plural: str = "", *, commas: bool = False) -> str:
     """A number of things.
 
     Examples
     --------
     >>> count(1, "image"), count(0, "image"), count(2, "shape class", "shape classes")
     ('1 image', '0 images', '2 shape classes')
+    >>> count(1200, "image", commas=True)
+    '1,200 images'
     """
-    return f"{n} {noun if n == 1 else plural or f'{noun}s'}"
+    return f"{f'{n:,}' if commas else n} {noun if n == 1 else plural or f'{noun}s'}"
+
+
+def bad_lines(bad: Sequence[Mapping[str, str]], n_all: int | None = None) -> list[str]:
+    r"""A line for each bad image, of ``path`` and ``error``, and one for those of all that are not named.
+
+    Examples
+    --------
+    >>> bad_lines([{"path": "a\n.png", "error": "empty: the file has 0 bytes"}], 3)
+    ['  a\\n.png  empty: the file has 0 bytes', '  and 2 more']
+    """
+    lines = [f"  {printable(image['path'])}  {printable(image['error'])}" for image in bad]
+    n_more = 0 if n_all is None else n_all - len(bad)
+    return [*lines, f"  and {n_more} more"] if n_more else lines
+
+
+def skipped(suffixes: Mapping[str, int]) -> str:
+    """Say how many files of a folder were skipped; ``suffixes`` has their number per suffix.
+
+    Examples
+    --------
+    >>> skipped({".py": 12, "": 1})
+    'Skipped 13 files without an image suffix (.py, none).'
+    """
+    shown = [printable(suffix) or "none" for suffix in list(suffixes)[:8]]
+    return f"Skipped {count(sum(suffixes.values()), 'file')} without an image suffix ({', '.join(shown)})."
+
+
+def human_size(n_bytes: float) -> str:
+    """Bytes in a unit that suits them.
+
+    Examples
+    --------
+    >>> human_size(0), human_size(999), human_size(1_234_567), human_size(5e15)
+    ('0 bytes', '999 bytes', '1.2 MB', '5,000 TB')
+    """
+    if n_bytes < 1000:
+        return f"{n_bytes:.0f} bytes"
+    for unit in ("kB", "MB", "GB"):
+        n_bytes /= 1000
+        if n_bytes < 1000:
+            return f"{n_bytes:.1f} {unit}"
+    return f"{n_bytes / 1000:,.1f} TB".replace(".0 TB", " TB")
+
+
+def human_duration(seconds: float) -> str:
+    """Seconds in words.
+
+    Examples
+    --------
+    >>> human_duration(1.234), human_duration(75), human_duration(7384)
+    ('1.2 s', '1 min 15 s', '2 h 3 min')
+    """
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def human_moment(stamp: str) -> str:
+    """A receipt's time, UTC, to the second.
+
+    Examples
+    --------
+    >>> human_moment("2026-11-23T21:51:59+00:00")
+    '2026-11-23 21:51:59'
+    """
+    return stamp[:19].replace("T", " ") or "not said"
+
+
+def rounded(value: float) -> str:
+    """A number of seconds, or per second, to three digits.
+
+    Examples
+    --------
+    >>> rounded(0.01234), rounded(12.34), rounded(1234.5)
+    ('0.0123', '12.3', '1,234')
+    """
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def printable(name: str) -> str:
@@ -98,7 +178,7 @@ def _explain_size(size: str) -> str:
 
 
 def _explain(word: str, activations: Sequence[str]) -> str:
-    """What is wrong with a word that is none of a layer's."""
+    """What is wrong with a word that a layer does not know."""
     if not word:
         return "a word between two colons, or after the last one, is missing"
     if word.startswith("pool"):

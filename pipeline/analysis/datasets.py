@@ -10,13 +10,13 @@ import dask.array as da
 import numpy as np
 import xarray as xr
 
-from pipeline import urls
 from pipeline.errors import FeaturemapsError, ImageError, UsageError
-from pipeline.extract.layers import layer_names, output_sizes, receptive_field
+from pipeline.extract.layers import receptive_field
 from pipeline.extract.weights import dequantise
 from pipeline.source.decoding import decode
 from pipeline.source.fetch import Source, read_current
 from pipeline.store.codecs import Array
+from pipeline.store.image_maps import image_maps, map_sizes
 from pipeline.store.layout import Size
 from pipeline.store.schema import LEDGER_COLUMNS, STATISTICS, ShapeClass, Status, StoredLayer
 from pipeline.store.settings import decode_spec, extractor_spec
@@ -49,7 +49,7 @@ def image_dataset(store: Store, shape_class: ShapeClass, row: int, size: Size, l
     ValueError
         When there are no values where some must be.
     """
-    named = map_sizes(store, *size)
+    named = map_sizes(store.spec, *size)
     found: dict[str, Any] = {}
     for name, (dimension, values, attributes) in coordinates(store, shape_class, layers).items():
         layer_name, axis = name.rsplit("_", 1)
@@ -62,26 +62,11 @@ def _row(store: Store, group: str, layer: StoredLayer, row: int, size: Size) -> 
     """One image's maps and pooled values of a layer, read without the rest of their shard."""
     dims = tuple(f"{layer.name}_{axis}" for axis in ("channel", "y", "x"))
     if layer.has_maps:
-        with urls.errors(str(store.path)):
-            stored = np.asarray(store.array(group, layer.name)[row, :, : size[0], : size[1]])
-        yield layer.name, (dims, decoded(stored, layer), {"error_bound": layer.error_bound})
+        maps = image_maps(store, group, layer, row, size)
+        yield layer.name, (dims, maps, {"error_bound": layer.error_bound})
     for statistic in STATISTICS:
         name = f"{layer.name}_{statistic}"
         yield name, (dims[:1], store.cell(group, name, row))
-
-
-def decoded(stored: Array, layer: StoredLayer) -> Array:
-    """Maps of an image that is done, float32, from those as stored, without padding.
-
-    Raises
-    ------
-    ValueError
-        When some values are NaN, which data never are.
-    """
-    maps = dequantise(stored, layer)
-    if np.isnan(maps).any():
-        raise ValueError("the ledger says done, and there are no values: an object is missing")
-    return maps
 
 
 def read_weights(store: Store) -> dict[str, Array]:
@@ -93,12 +78,6 @@ def read_weights(store: Store) -> dict[str, Array]:
             f"the weights in {store.path} cannot be read ({error}): an object under extractor/ is damaged or out of reach; restore it "
             "from a copy, or make the store anew"
         ) from error
-
-
-def map_sizes(store: Store, height: int, width: int) -> dict[str, Size]:
-    """Height and width of every layer's maps, by its name, for an input height and width."""
-    layers = extractor_spec(store.spec).layers
-    return dict(zip(layer_names(layers), output_sizes(layers, height, width), strict=True))
 
 
 def _maps(store: Store, shape_class: ShapeClass, layer: StoredLayer) -> da.Array:
@@ -118,7 +97,7 @@ def coordinates(store: Store, shape_class: ShapeClass, layers: Sequence[StoredLa
     """Centre of each value's receptive field, input pixels, for the layers that have maps."""
     found: dict[str, Any] = {}
     specs = extractor_spec(store.spec).layers
-    sizes = map_sizes(store, *shape_class.size)
+    sizes = map_sizes(store.spec, *shape_class.size)
     for layer in layers:
         if not layer.has_maps:
             continue

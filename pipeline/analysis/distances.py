@@ -12,11 +12,11 @@ import numpy as np
 from pipeline.errors import UsageError
 
 Array: TypeAlias = np.ndarray[Any, Any]
-ROUNDING = 4 * float(np.finfo(np.float32).eps)  # of a column's largest magnitude: less spread than that is none
+ROUNDING = 4 * float(np.finfo(np.float32).eps)  # a column varies only if its range is above this share of its largest magnitude
 _BLOCK_ROWS = 1 << 16
 _BLOCK_ANSWERS = 1 << 22
 TREE_COLUMNS = 16
-"""Of more columns a tree looks at nearly all pairs, and products of matrices do that many times faster."""
+"""Up to so many columns a tree is used. With more it looks at nearly all pairs, which matrix products do many times faster."""
 _PRODUCT_ROWS = 1 << 10
 """8 MiB of distances at once."""
 _BLOCK_VALUES = 1 << 20
@@ -183,7 +183,7 @@ def _distinct_pairs(tree: Any, points: Array, n: int) -> Iterator[tuple[int, int
 
 
 def _product_pairs(points: Array, n: int) -> Iterator[tuple[int, int, float]]:
-    """As `_distinct_pairs`, by looking at all pairs.
+    """Same as `_distinct_pairs`, by looking at all pairs.
 
     |a - b|^2 = |a|^2 + |b|^2 - 2 ab loses the digits of small distances, so what may be among the closest within the rounding of that
     is computed again from the differences.
@@ -214,7 +214,7 @@ def _product_pairs(points: Array, n: int) -> Iterator[tuple[int, int, float]]:
 
 
 def _squared_distances(points: Array, pairs: Array) -> Array:
-    """Of some pairs of rows, from their differences: (pair,) float64."""
+    """Distances of some pairs of rows, from their differences: (pair,) float64."""
     found = np.empty(len(pairs))
     step = max(1, _BLOCK_VALUES // points.shape[1])
     for start in range(0, len(pairs), step):

@@ -12,7 +12,7 @@ import xarray as xr
 
 from pipeline.analysis import map_images, selection, tables
 from pipeline.analysis.datasets import read_weights, source_pixels
-from pipeline.analysis.images import Entries
+from pipeline.analysis.images import Images
 from pipeline.analysis.neighbours import Neighbours
 from pipeline.config import ExtractorSpec
 from pipeline.store.codecs import Array
@@ -50,15 +50,15 @@ class FeatureStore:
     `select` and `join` give another one that sees fewer images, or more columns, of the same store. Made by `open_store`.
     """
 
-    def __init__(self, path: Place, *, _entries: Entries | None = None) -> None:
+    def __init__(self, path: Place, *, _images: Images | None = None) -> None:
         path = path.absolute()  # a notebook may change its folder, and chunks that are not found read as fill
-        self._entries = _entries or Entries(Store(path))
-        self._store = self._entries.store
-        self._neighbours = Neighbours(self._entries)
+        self._images = _images or Images(Store(path))
+        self._store = self._images.store
+        self._neighbours = Neighbours(self._images)
         self.path = path
 
     def __repr__(self) -> str:
-        return f"<FeatureStore {self._entries.describe()}>"
+        return f"<FeatureStore {self._images.describe()}>"
 
     # -- what the store is ---------------------------------------------------------------------------------------------------------
 
@@ -119,17 +119,17 @@ class FeatureStore:
         Columns: path, class, row, source_height, source_width, input_height, input_width (pixels; 0 where rejected), status
         (pending, done, quarantined or rejected) and error; then those that were joined. The index numbers the lines of the whole store.
         """
-        return self._entries.table.copy(deep=False)
+        return self._images.table.copy(deep=False)
 
     @property
     def counts(self) -> dict[str, int]:
         """Number of images per status, which is pending, done, quarantined or rejected."""
-        return dict(self._entries.counts)
+        return dict(self._images.counts)
 
     @property
     def joined(self) -> dict[str, int]:
         """Columns that `join` brought in, and how many images had a line in the user's table."""
-        return dict(self._entries.joined)
+        return dict(self._images.joined)
 
     def join(self, table: pd.DataFrame, on: str = "path") -> FeatureStore:
         """The same images with the columns of a table of yours: labels, dates, what else is known of them.
@@ -158,7 +158,7 @@ class FeatureStore:
         >>> labels = pandas.DataFrame({"path": ["a.png", "b.png"], "label": ["cat", "dog"]})  # doctest: +SKIP
         >>> store.join(labels).select(label="cat").images  # doctest: +SKIP
         """
-        return FeatureStore(self.path, _entries=self._entries.join(table, on))
+        return FeatureStore(self.path, _images=self._images.join(table, on))
 
     def select(self, where: Any = None, /, **columns: Any) -> FeatureStore:
         """Some of the images, in the order of `images`.
@@ -186,7 +186,7 @@ class FeatureStore:
         --------
         >>> large = store.select(store.images["input_width"] > 500, status="done")  # doctest: +SKIP
         """
-        return FeatureStore(self.path, _entries=self._entries.select(where, columns))
+        return FeatureStore(self.path, _images=self._images.select(where, columns))
 
     # -- values --------------------------------------------------------------------------------------------------------------------
 
@@ -212,7 +212,7 @@ class FeatureStore:
         UsageError
             When there is no such class, or no such layer.
         """
-        return self._entries.dataset(name, selection.choose_layers(self.spec, layers, str(self.path)))
+        return self._images.dataset(name, selection.choose_layers(self.spec, layers, str(self.path)))
 
     def tree(self, layers: str | Sequence[str] | None = None) -> xr.DataTree:
         """All shape classes, or those of a selection, lazy: a node per class, each what `dataset` gives.
@@ -221,7 +221,7 @@ class FeatureStore:
         --------
         >>> {name: node["conv1"].mean().compute() for name, node in store.tree("conv1").children.items()}  # doctest: +SKIP
         """
-        names = self._entries.table["class"].unique() if self._entries.is_selection else self.classes
+        names = self._images.table["class"].unique() if self._images.is_selection else self.classes
         return xr.DataTree.from_dict({name: self.dataset(name, layers) for name in map(str, names) if name})
 
     def image(self, path: str, layers: str | Sequence[str] | None = None) -> xr.Dataset:
@@ -247,7 +247,7 @@ class FeatureStore:
         FeaturemapsError
             When its maps are damaged.
         """
-        return self._entries.image(path, selection.choose_layers(self.spec, layers, str(self.path)))
+        return self._images.image(path, selection.choose_layers(self.spec, layers, str(self.path)))
 
     def pixels(self, path: str) -> Array | None:
         """The source image as the extractor saw it, whatever its status.
@@ -262,8 +262,8 @@ class FeatureStore:
         UsageError
             When the path is unknown, or the image has changed since its maps were computed.
         """
-        name, group, row = self._entries.find(path)
-        return source_pixels(self._store, name, group, row, is_done=self._entries.status(group, row) == "done")
+        name, group, row = self._images.find(path)
+        return source_pixels(self._store, name, group, row, is_done=self._images.status(group, row) == "done")
 
     def map_images(self, function: map_images.Function, layer: str | None = None) -> pd.DataFrame | pd.Series:
         """Call a function with the maps of every image that is done, and make a table of what it gives.
@@ -300,7 +300,7 @@ class FeatureStore:
         >>> contrast = store.map_images(lambda maps: maps.max((1, 2)) - maps.min((1, 2)))  # doctest: +SKIP
         """
         chosen = selection.choose_map_layer(self.spec, layer, str(self.path))
-        return map_images.map_images(self._store, self._entries.done, chosen, function)
+        return map_images.map_images(self._store, self._images.done, chosen, function)
 
     def pooled(self, layer: str | Sequence[str] | None = None, statistics: str | Sequence[str] = STATISTICS) -> pd.DataFrame:
         """Mean, standard deviation, minimum and maximum of every map, as the run computed them; no maps are read.
@@ -324,7 +324,7 @@ class FeatureStore:
             When there is no such layer or statistic.
         """
         layers = selection.choose_layers(self.spec, layer, str(self.path))
-        return tables.pooled(self._store, self._entries.done, layers, selection.choose_statistics(statistics))
+        return tables.pooled(self._store, self._images.done, layers, selection.choose_statistics(statistics))
 
     def nearest(
         self, path: str, n: int = 5, *, layer: str | Sequence[str] | None = None, statistics: str | Sequence[str] = STATISTICS
@@ -343,7 +343,7 @@ class FeatureStore:
         n : int
             Number of neighbours; fewer where there are fewer.
         layer, statistics
-            As of `pooled`.
+            Same as for `pooled`.
 
         Returns
         -------
@@ -370,7 +370,7 @@ class FeatureStore:
         n : int
             Number of pairs; fewer where there are fewer.
         layer, statistics
-            As of `pooled`.
+            Same as for `pooled`.
 
         Returns
         -------
@@ -395,6 +395,6 @@ class FeatureStore:
         UsageError
             When pyarrow (the extra ``parquet``) is missing, or the file cannot be written.
         """
-        done, images = self._entries.done, self._entries.table
+        done, images = self._images.done, self._images.table
         pooled = tables.pooled(self._store, done, self.spec.layers, STATISTICS).set_index(done.index).reindex(images.index)
         tables.write_parquet(pd.concat([images, pooled], axis=1), file)

@@ -17,12 +17,13 @@ from pipeline.analysis import selection
 from pipeline.analysis.datasets import class_dataset, image_dataset
 from pipeline.analysis.tables import Table, done, images_table, nullable, plain
 from pipeline.errors import FeaturemapsError, UsageError
+from pipeline.store.contents import count_statuses
 from pipeline.store.path_index import PathIndex, similar_names, stored_forms
 from pipeline.store.schema import REJECTED, ShapeClass, Status, StoredLayer
 from pipeline.store.store import Store
 
 
-class Entries:
+class Images:
     """Images of a store, found by path without a table of all, which is made when it is asked for.
 
     Parameters
@@ -40,7 +41,7 @@ class Entries:
 
     @property
     def table(self) -> Table:
-        """As `tables.images_table` makes it, joined and selected; not to be changed."""
+        """The table of `tables.images_table`, joined and selected; do not change it."""
         if self._table is None:
             self._table = images_table(self.store)
         return self._table
@@ -57,23 +58,21 @@ class Entries:
         if self._table is not None:
             found = self._table["status"].value_counts()
             return {name: int(found.get(name, 0)) for name in (*names, "rejected")}
-        columns = [self.store.column(shape_class.name, "status") for shape_class in self.store.classes.values()]
-        total = np.bincount(np.concatenate([*columns, np.empty(0, np.uint8)]), minlength=len(Status))
-        n_rejected = int((self.store.column(REJECTED, "status") < Status.REMOVED).sum())
-        return {name: int(total[i]) for i, name in enumerate(names)} | {"rejected": n_rejected}
+        counts = count_statuses(self.store)
+        return {name: counts[name] for name in (*names, "rejected")}
 
-    def join(self, table: Table, on: str) -> Entries:
+    def join(self, table: Table, on: str) -> Images:
         """See `FeatureStore.join`."""
         images, n_matched = selection.join(self.table, table, on, self.store.spec.layers, str(self.store.path))
         new = {str(name): n_matched for name in images.columns if name not in self.table.columns}
         return self._derive(images, self.joined | new, is_selection=self.is_selection)
 
-    def select(self, where: Any, columns: dict[str, Any]) -> Entries:
+    def select(self, where: Any, columns: dict[str, Any]) -> Images:
         """See `FeatureStore.select`."""
         images = selection.select(self.table, where, columns, str(self.store.path), self._n_lines or len(self.table))
         return self._derive(images, self.joined, is_selection=True)
 
-    def _derive(self, table: Table, joined: dict[str, int], *, is_selection: bool) -> Entries:
+    def _derive(self, table: Table, joined: dict[str, int], *, is_selection: bool) -> Images:
         derived = copy.copy(self)
         for name in ("counts", "_lines"):
             derived.__dict__.pop(name, None)
@@ -136,7 +135,7 @@ class Entries:
         name, group, row = self.find(path)
         status = self.status(group, row)
         if status != "done":
-            reason = self.store.cell(group, "error", row) or "its turn has not come: run again to go on"
+            reason = self.store.cell(group, "error", row) or "no run has reached it yet: run again"
             raise UsageError(f"{path!r} has no maps in {self.store.path}: it is {status} ({reason})")
         return name, group, row
 

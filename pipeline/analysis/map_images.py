@@ -11,17 +11,17 @@ import numpy as np
 import pandas as pd
 
 from pipeline import urls
-from pipeline.analysis.datasets import decoded, map_sizes
 from pipeline.analysis.tables import Table, rows_by_class
 from pipeline.errors import FeaturemapsError, UsageError
 from pipeline.store.codecs import Array
+from pipeline.store.image_maps import decoded, map_sizes
 from pipeline.store.layout import Size
 from pipeline.store.objects import Place
 from pipeline.store.schema import ShapeClass, StoredLayer
 from pipeline.store.store import Store, open_array
 
 TASK_BYTES = 64 * 1024**2
-"""Of float32 maps that a task holds at most, beside as many as they are stored; or one image."""
+"""Bytes of float32 maps that a task holds at most, beside the same maps as stored; one image may be more."""
 Function: TypeAlias = Callable[[Array], Any]
 
 
@@ -40,7 +40,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    """What the function gave for the images of a piece."""
+    """Results of the function for the images of a piece."""
 
     kind: tuple[Any, ...]
     """("number",), ("array", length) or ("dict", *keys): the same for all images."""
@@ -62,10 +62,10 @@ def split(rows: Array, shard_rows: int, row_bytes: int) -> list[Array]:
     return [part for shard in shards for part in np.split(shard, range(most, len(shard), most))]
 
 
-def map_images(store: Store, entries: Table, layer: StoredLayer, function: Function) -> pd.DataFrame | pd.Series:
+def map_images(store: Store, table: Table, layer: StoredLayer, function: Function) -> pd.DataFrame | pd.Series:
     """What ``function`` gives for the maps of each entry; see `FeatureStore.map_images`."""
     positions, pieces = [], []
-    for chosen, piece in _pieces(store, entries, layer):
+    for chosen, piece in _pieces(store, table, layer):
         positions.append(chosen)
         pieces.append(piece)
     shared: Any = dask.delayed(function, pure=False, traverse=False)  # in the graph once, however many pieces there are
@@ -73,7 +73,7 @@ def map_images(store: Store, entries: Table, layer: StoredLayer, function: Funct
     parts: Sequence[Results] = dask.compute(*(run(piece, shared) for piece in pieces))
     for piece, part in zip(pieces, parts, strict=True):
         _check_kinds(parts[0].kind, pieces[0].paths[0], part.kind, piece.paths[0])
-    index = pd.Index(entries["path"], name="path")
+    index = pd.Index(table["path"], name="path")
     if not parts:
         return pd.Series(np.empty(0), index)
     order = np.argsort(np.concatenate(positions), kind="stable")
@@ -81,23 +81,23 @@ def map_images(store: Store, entries: Table, layer: StoredLayer, function: Funct
     return _tabulate(parts[0].kind, [values[i] for i in order], index)
 
 
-def _pieces(store: Store, entries: Table, layer: StoredLayer) -> Iterator[tuple[Array, Piece]]:
-    """The work, and at which positions of the entries its images are."""
-    paths = entries["path"].to_numpy(object)
-    inputs = entries[["input_height", "input_width"]].to_numpy()
+def _pieces(store: Store, table: Table, layer: StoredLayer) -> Iterator[tuple[Array, Piece]]:
+    """The work, and at which positions of ``table`` its images are."""
+    paths = table["path"].to_numpy(object)
+    inputs = table[["input_height", "input_width"]].to_numpy()
     classes = {c.name: c for c in store.classes.values()}
     known: dict[Size, Size] = {}
-    for group, positions, rows in rows_by_class(entries):
+    for group, positions, rows in rows_by_class(table):
         for part in split(rows, classes[group].layout.shard_rows, _row_bytes(store, classes[group], layer)):
             chosen = positions[part]
             for size in {*map(tuple, inputs[chosen].tolist())} - known.keys():
-                known[size] = map_sizes(store, *size)[layer.name]
+                known[size] = map_sizes(store.spec, *size)[layer.name]
             sizes = tuple(known[height, width] for height, width in inputs[chosen].tolist())
             yield chosen, Piece(store.path, group, layer, tuple(rows[part].tolist()), tuple(paths[chosen]), sizes)
 
 
 def _row_bytes(store: Store, shape_class: ShapeClass, layer: StoredLayer) -> int:
-    height, width = map_sizes(store, *shape_class.size)[layer.name]
+    height, width = map_sizes(store.spec, *shape_class.size)[layer.name]
     return 4 * layer.channels * height * width
 
 

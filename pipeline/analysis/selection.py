@@ -269,12 +269,12 @@ def choose_statistics(names: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def require_number(n: int, what: str) -> None:
-    """Refuse a number of things to look for that is none.
+    """Raise `UsageError` if ``n`` is not a positive integer.
 
     Raises
     ------
     UsageError
-        When it is not a whole number above 0.
+        When it is not.
     """
     if isinstance(n, bool) or not isinstance(n, int | np.integer) or n < 1:
-        raise UsageError(f"{n} {what} were asked for, and there is nothing to look for: give a whole number, 1 or more")
+        raise UsageError(f"{n} {what} were asked for, so there is nothing to look for: give a whole number, 1 or more")

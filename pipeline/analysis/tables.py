@@ -55,17 +55,17 @@ def done(table: Table) -> Table:
     return table[table["status"] == "done"]
 
 
-def pooled(store: Store, entries: Table, layers: Sequence[StoredLayer], statistics: Sequence[str]) -> Table:
-    """Pooled values of some rows: columns ``conv1_mean_0``, ... float32, indexed by path in the order of the entries."""
+def pooled(store: Store, images: Table, layers: Sequence[StoredLayer], statistics: Sequence[str]) -> Table:
+    """Pooled values of some rows: columns ``conv1_mean_0``, ... float32, indexed by path in the order of the images."""
     columns = {f"{la.name}_{statistic}": la.channels for la in layers for statistic in statistics}
-    values = np.empty((len(entries), sum(columns.values())), np.float32)
-    for name, positions, rows in rows_by_class(entries):
+    values = np.empty((len(images), sum(columns.values())), np.float32)
+    for name, positions, rows in rows_by_class(images):
         start = 0
         for column, n_channels in columns.items():
             values[positions, start : start + n_channels] = store.column(name, column)[rows]
             start += n_channels
     names = [f"{column}_{channel}" for column, n_channels in columns.items() for channel in range(n_channels)]
-    return pd.DataFrame(values, pd.Index(entries["path"], name="path"), names)
+    return pd.DataFrame(values, pd.Index(images["path"], name="path"), names)
 
 
 def write_parquet(table: Table, file: str | os.PathLike[str]) -> None:

@@ -5,4 +5,4 @@ from __future__ import annotations
 from pipeline import lazily
 
 __all__ = ["diagnose", "plan_job", "store_status", "verify_store"]
-__getattr__ = lazily(__name__, {"diagnose": "doctor", "plan_job": "plan", "store_status": "plan", "verify_store": "verify"})
+__getattr__ = lazily(__name__, {"diagnose": "doctor", "plan_job": "plan", "store_status": "status", "verify_store": "verify"})

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pipeline.errors import FeaturemapsError, ImageError
-from pipeline.extract.layers import ROUNDING, TF32_ROUNDING, layer_names, output_sizes
-from pipeline.extract.weights import dequantise
+from pipeline.extract.layers import ROUNDING, TF32_ROUNDING
 from pipeline.source.fetch import Source, digest_block, read_current
 from pipeline.store.codecs import Array, maps_digest
+from pipeline.store.image_maps import image_maps, map_sizes
 from pipeline.store.layout import ClassLayout, class_name, group_by_shard
 from pipeline.store.objects import Place, read_json
 from pipeline.store.schema import (
@@ -55,7 +55,7 @@ class Finding(NamedTuple):
     row: int
     """-1 where it is no single row."""
     path: str
-    """Of the image, or of the object."""
+    """Path of the image, or of the object."""
     text: str
 
 
@@ -70,11 +70,11 @@ def check_root(store: Store) -> Iterator[Finding]:
         del expected["attributes"]["featuremaps"]["sha256"]
     elif digest != expected["attributes"]["featuremaps"]["sha256"]:
         yield Finding(
-            "metadata", "", -1, "zarr.json", "its texts (source, source root, versions, settings) do not fit their sha256"
+            "metadata", "", -1, "zarr.json", "its texts (source, source root, versions, settings) do not match their sha256"
         )
         found["attributes"]["featuremaps"]["sha256"] = expected["attributes"]["featuremaps"]["sha256"]
     if found != expected:
-        yield Finding("metadata", "", -1, "zarr.json", "it holds more or other keys than format 1 has")
+        yield Finding("metadata", "", -1, "zarr.json", "it has keys that format 1 does not have, or lacks some")
     try:
         weights = store.weights()
     except Exception as error:  # noqa: BLE001 (Zarr raises anything over metadata that it does not understand)
@@ -119,13 +119,13 @@ def _compare_documents(store: Store, group: str, name: str, length: int | None, 
     if length is not None:
         shape = found.get("shape") or [None]
         if not isinstance(shape[0], int) or shape[0] < length:
-            yield Finding("metadata", group, -1, where, f"it has {shape[0]} rows, and the ledger {length}")
+            yield Finding("metadata", group, -1, where, f"it has {shape[0]} rows, but the ledger has {length}")
             return
         found, document = found | {"shape": shape[1:]}, document | {"shape": document["shape"][1:]}
     document = json.loads(json.dumps(document))
     if found != document:
         keys = sorted(key for key in found.keys() | document.keys() if found.get(key) != document.get(key))
-        yield Finding("metadata", group, -1, where, f"it is not what this store's settings make it: {', '.join(keys)}")
+        yield Finding("metadata", group, -1, where, f"it differs from what this store's settings require: {', '.join(keys)}")
 
 
 def read_columns(store: Store, group: str, findings: list[Finding]) -> dict[str, Array]:
@@ -154,8 +154,8 @@ def check_ledger(store: Store, columns: dict[str, dict[str, Array]]) -> Iterator
         if c.kind == "exact":
             sizes_fit &= (found["input_height"] == c.size[0]) & (found["input_width"] == c.size[1])
         claims = {
-            "a status that there is not": found["status"] > max(Status),
-            "a size that does not fit its class": ~sizes_fit,
+            "unknown status": found["status"] > max(Status),
+            "the size does not fit the class": ~sizes_fit,
             "done without a digest": is_done & ((found["digest"] == "") | (found["maps_digest"] == "")),
             "quarantined without a reason": (found["status"] == Status.QUARANTINED) & (found["error"] == ""),
         }
@@ -185,7 +185,7 @@ class Shard(NamedTuple):
     sizes: tuple[tuple[int, int], ...]
     digests: tuple[str, ...]
     pooled: dict[str, Array]
-    """Of layers without maps: (row, statistic, channel) float32."""
+    """Pooled values of the layers that keep no maps: (row, statistic, channel) float32."""
 
 
 def shards(store: Store, shape_class: ShapeClass, rows: Array, digests: Array, columns: dict[str, Array]) -> Iterator[Shard]:
@@ -207,7 +207,7 @@ def _pooled(layer: StoredLayer, rows: list[int], columns: dict[str, Array]) -> A
 
 def check_shard(shard: Shard) -> list[Finding]:
     """Compare the digest of each row's maps with the ledger's; reading checks every chunk's checksum."""
-    group, layers = class_name(shard.layout.size), extractor_spec(shard.spec).layers
+    group = class_name(shard.layout.size)
     start, stop = shard.rows[0], shard.rows[-1] + 1
     blocks: list[Array] | None = None  # where some chunk is bad: each row is looked at alone
     with contextlib.suppress(FeaturemapsError, OSError):
@@ -219,11 +219,10 @@ def check_shard(shard: Shard) -> list[Finding]:
         except (FeaturemapsError, OSError) as error:
             text = f"cannot be read: {error.__cause__ or error}"
             if not expected:
-                text += "; nobody needs them, and featuremaps vacuum frees them, but whole classes cannot be read"
+                text += "; no image needs them, but a read of the whole class fails: featuremaps vacuum frees them"
         else:
             pooled = {name: values[i] for name, values in shard.pooled.items()}
-            extents = dict(zip(layer_names(layers), output_sizes(layers, *size), strict=True))
-            text = expected and _judge(maps, pooled, shard.spec, extents, expected)
+            text = expected and _what_is_wrong(maps, pooled, shard.spec, map_sizes(shard.spec, *size), expected)
         if text:
             parts = [f"maps in {_objects(shard, row)}"] if shard.layout.layers else []
             parts += [f"pooled values of {', '.join(shard.pooled)}"] if shard.pooled else []
@@ -235,10 +234,10 @@ def _read(shard: Shard, start: int, stop: int) -> list[Array]:
     return [read_maps(shard.store, shard.layout, layer.name, start, stop) for layer in shard.layout.layers]
 
 
-def _judge(
+def _what_is_wrong(
     maps: Sequence[Array], pooled: dict[str, Array], spec: StoreSpec, extents: dict[str, tuple[int, int]], expected: str
 ) -> str:
-    """What is wrong with one row's maps, of which the image takes these extents, and with the pooled values of layers without."""
+    """What is wrong with one row's maps and pooled values, or nothing; ``extents`` are the sizes of the image's maps."""
     valid = dict(pooled)
     for layer, values in zip(spec.map_layers, maps, strict=True):
         height, width = extents[layer.name]
@@ -249,7 +248,7 @@ def _judge(
         np.array_equal(v, np.full_like(v, layer.fill_value), equal_nan=True)
         for layer, v in ((layer, valid[layer.name]) for layer in spec.layers)
     )
-    return "are missing" if is_missing else "are not those that the ledger speaks of"
+    return "are missing" if is_missing else "do not match the digest in the ledger"
 
 
 def _objects(shard: Shard, row: int) -> str:
@@ -275,13 +274,13 @@ class Originals(NamedTuple):
 
 @dataclass(slots=True)
 class Compared:
-    """What became of them."""
+    """Result of comparing them."""
 
     n_compared: int = 0
     reasons: list[str] = field(default_factory=list)
     """Why others were not."""
     n_faults: int = 0
-    """Of those, by faults of the storage."""
+    """How many of these could not be read because the storage failed."""
     findings: list[Finding] = field(default_factory=list)
 
 
@@ -301,7 +300,7 @@ def check_originals(part: Originals) -> Compared:
         if image.digest:
             result.n_compared += 1
             if image.digest != expected:
-                text = "the image has other bytes than its maps were computed from, though its size and time are the same"
+                text = "the content of the image has changed since its maps were computed, though its size and time are the same"
                 result.findings.append(Finding("source", part.group, row, path, text))
         else:
             result.reasons.append(image.error.split(":", 1)[0] or "storage_fault")
@@ -309,7 +308,7 @@ def check_originals(part: Originals) -> Compared:
     return result
 
 
-class Sample(NamedTuple):
+class SampledRow(NamedTuple):
     """A row that is computed anew."""
 
     group: str
@@ -320,7 +319,7 @@ class Sample(NamedTuple):
 
 @dataclass(slots=True)
 class Recomputed:
-    """What became of some samples."""
+    """Result of recomputing some rows."""
 
     n_done: int = 0
     n_not_reachable: int = 0
@@ -328,7 +327,7 @@ class Recomputed:
     findings: list[Finding] = field(default_factory=list)
 
 
-def recompute(job: tuple[Place, Sequence[Sample]]) -> Recomputed:
+def recompute(job: tuple[Place, Sequence[SampledRow]]) -> Recomputed:
     """Read, decode and extract in float64 with the stored weights, and compare with what is stored."""
     from pipeline.extract.cpu import Extractor, use_one_thread  # noqa: PLC0415 (as above)
     from pipeline.source.decoding import decode  # noqa: PLC0415 (only where something is recomputed)
@@ -364,13 +363,13 @@ def _compare(store: Store, shape_class: ShapeClass, row: int, stored: StoredLaye
     bound = (TF32_ROUNDING if is_tf32 else ROUNDING) * max(1.0, float(np.abs(expected).max()))
     difference = -np.inf
     if stored.has_maps:
+        _, height, width = expected.shape
         try:
-            maps = dequantise(np.asarray(store.array(shape_class.name, stored.name)[row]), stored)
+            maps = image_maps(store, shape_class.name, stored, row, (height, width))
         except (OSError, ValueError, RuntimeError) as error:
             return f"the maps cannot be read: {error}", 0.0
-        _, height, width = expected.shape
-        off = np.abs(maps[:, :height, :width].astype(np.float64) - expected)
-        difference = float(np.nan_to_num(off, nan=np.inf).max()) - stored.error_bound
+        off = np.abs(maps.astype(np.float64) - expected)
+        difference = float(off.max()) - stored.error_bound
         if difference > bound:
             return f"stored and recomputed maps differ by {off.max():.3g}, more than {stored.error_bound + bound:.3g}", difference
     pooled = [store.array(shape_class.name, f"{stored.name}_{statistic}")[row] for statistic in STATISTICS]

@@ -1,4 +1,4 @@
-"""What a run would do, and how far a store is; both only look."""
+"""What a run would do; it only looks."""
 
 from __future__ import annotations
 
@@ -12,19 +12,17 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.cluster.batch_commands import QueuedJob
 from pipeline.cluster.connection import check_cluster
 from pipeline.cluster.local import local_workers
 from pipeline.cluster.session import cluster_of
 from pipeline.cluster.slots import planned_slots
-from pipeline.cluster.submit.record import GONE, last_submission
 from pipeline.config import Job
-from pipeline.errors import EXIT_COMPLETE, UsageError
+from pipeline.errors import EXIT_COMPLETE
 from pipeline.run.forecast import Forecast, end_of_run
-from pipeline.run.lifecycle import check_job, compare_with_store, count_statuses, open_for, settle_returned
-from pipeline.run.plan.changes import check_removals
+from pipeline.run.lifecycle import check_job, compare_with_store, open_for, settle_returned
+from pipeline.run.plan.changes import Changes, check_removals
 from pipeline.run.plan.memory import WorkerKind, bucket_bytes, guess_decode_bytes, usable_bytes, worker_memory_bytes
-from pipeline.run.summary import MAX_BAD, describe_bottleneck
+from pipeline.run.summary import MAX_BAD
 from pipeline.run.workers import judge
 from pipeline.source.dropped import describe_dropped
 from pipeline.source.fetch import Probed, Source, probe_block
@@ -38,15 +36,16 @@ from pipeline.store.layout import (
     cut_pieces,
     pack_batches,
 )
-from pipeline.store.lock import current_holder, last_heard
-from pipeline.store.objects import Place, free_bytes, place
-from pipeline.store.schema import REJECTED, ShapeClass, Status
+from pipeline.store.lock import current_holder
+from pipeline.store.objects import free_bytes, place
+from pipeline.store.schema import ShapeClass
 from pipeline.store.settings import cost_s, layout_of, needed_size, scratch_bytes
-from pipeline.store.store import Store, is_store
-from pipeline.text import count, printable
+from pipeline.store.store import Store
+from pipeline.text import bad_lines, count, human_size, skipped
 
 BLOCK = 2048
 INLINE = 4 * BLOCK
+DOES_NOT_FIT = " -- DOES NOT FIT"
 
 
 @dataclass(slots=True)
@@ -112,9 +111,27 @@ class Preview:
 
     def describe(self) -> str:
         """For a person."""
+        lines = [*self._describe_work(), *self._describe_size()]
+        if self.n_to_check:
+            lines.append(
+                f"{count(self.n_to_check, 'image')} to read and compare with their digests; those that differ are computed too"
+            )
+        if self.reasons:
+            lines.append("to reject: " + ", ".join(f"{n} {code}" for code, n in self.reasons.items()))
+            lines += bad_lines(self.bad, self.n_to_reject)
+        lines += describe_dropped(self.dropped)
+        if self.ignored:
+            lines.append(skipped(self.ignored))
+        if self.n_faults:
+            lines.append(f"{count(self.n_faults, 'image')} could not be reached just now; a run would try them again")
+        lines.append(f"a run would end with exit code {self.exit_code}: {self.verdict}")
+        return "\n".join(lines)
+
+    def _describe_work(self) -> list[str]:
+        """Images, classes and batches."""
         largest = sorted(self.classes.items(), key=lambda item: -item[1])
         listed = ", ".join(f"{name} ({n})" for name, n in largest[:5]) + (", ..." if len(largest) > 5 else "")
-        lines = [
+        return [
             (
                 f"{count(self.n_listed, 'image')} listed: {self.n_to_compute} to compute, {self.n_unchanged} unchanged, "
                 f"{self.n_to_reject} to reject, {self.n_removed} to mark removed"
@@ -122,31 +139,16 @@ class Preview:
             ),
             f"{count(len(self.classes), 'shape class', 'shape classes')} ({self.n_new_classes} new): {listed or 'none'}",
             f"shards: {self.n_shards}, batches: {self.n_batches}, workers: {self.workers}; roughly {max(1, self.work_s):.0f} s of one core",
-            f"maps up to {self.maps_bytes / 1e6:,.0f} MB before compression, "
-            + ("in a bucket" if self.free_bytes is None else f"{self.free_bytes / 1e6:,.0f} MB free")
-            + ("" if self.fits_disk else " -- DOES NOT FIT"),
-            f"up to {self.worker_memory_bytes / 2**20:.0f} MiB per worker"
-            + (f" of {self.worker_limit_bytes / 2**20:.0f} MiB" if self.worker_limit_bytes else "")
-            + ("" if self.fits_memory else " -- DOES NOT FIT"),
         ]
-        if self.n_to_check:
-            lines.append(
-                f"{count(self.n_to_check, 'image')} to read and compare with their digests; those that differ are computed too"
-            )
-        if self.reasons:
-            lines.append("to reject: " + ", ".join(f"{n} {code}" for code, n in self.reasons.items()))
-            lines += [f"  {printable(item['path'])}  {printable(item['error'])}" for item in self.bad]
-            n_more = self.n_to_reject - len(self.bad)
-            lines += [f"  and {n_more} more"] if n_more else []
-        lines += describe_dropped(self.dropped)
-        if self.ignored:
-            lines.append(
-                f"{count(sum(self.ignored.values()), 'other file')} passed over, by their suffix: {', '.join(map(printable, self.ignored))}"
-            )
-        if self.n_faults:
-            lines.append(f"{count(self.n_faults, 'image')} could not be reached just now and would be tried again")
-        lines.append(f"a run would end with exit code {self.exit_code}: {self.verdict}")
-        return "\n".join(lines)
+
+    def _describe_size(self) -> list[str]:
+        """Disk and memory."""
+        room = "in a bucket" if self.free_bytes is None else f"{human_size(self.free_bytes)} free"
+        limit = f" of {self.worker_limit_bytes / 2**20:.0f} MiB" if self.worker_limit_bytes else ""
+        return [
+            f"maps up to {human_size(self.maps_bytes)} before compression, {room}{'' if self.fits_disk else DOES_NOT_FIT}",
+            f"up to {self.worker_memory_bytes / 2**20:.0f} MiB per worker{limit}{'' if self.fits_memory else DOES_NOT_FIT}",
+        ]
 
 
 def plan_job(job: Job, cluster_file: Path = Path("cluster.yaml")) -> Preview:
@@ -155,71 +157,33 @@ def plan_job(job: Job, cluster_file: Path = Path("cluster.yaml")) -> Preview:
     Raises
     ------
     UsageError
-        As `run_job`.
+        When a run would be refused: settings, store or cluster do not fit, or too many images are gone.
     """
     listing = list_collection(job.source)
     if job.limit is not None:
         listing = listing.limit(job.limit)
     check_cluster(job, cluster_file)
     spec, _ = check_job(job, listing)
-    store = open_for(place(job.store), spec)
+    path = place(job.store)
+    store = open_for(path, spec)
     found = compare_with_store(job, store, listing)
-    holder = current_holder(place(job.store).absolute())
+    holder = current_holder(path.absolute())
     if holder is None:
         check_removals(found, job.max_removed)  # which a run does once it holds the store
-    slots = planned_slots(cluster_of(job, cluster_file))
-    needs = judge(slots) if slots else None
-    workers = sum(worker.extract for worker in slots) or local_workers(job.workers)
-    preview = Preview(len(listing), found.n_unchanged, n_removed=found.n_removed, workers=workers)
-    preview.ignored = dict(listing.ignored)
-    if needs is not None:
-        preview.worker_limit_bytes = usable_bytes(needs.memory_limit_bytes)
+    preview = Preview(len(listing), found.n_unchanged, n_removed=found.n_removed, ignored=dict(listing.ignored))
+    kind = _look_at_workers(preview, job, cluster_file)
+    kind = kind._replace(bucket_bytes=bucket_bytes(listing.root, path))
     n_pending = found.n_pending
     if store is not None:
         settle_returned(store, found)
     preview.n_returned = sum(map(len, found.returned.values())) - (found.n_pending - n_pending)
     preview.n_to_check = found.n_to_check
-    preview.free_bytes = free_bytes(place(job.store).absolute())
+    preview.free_bytes = free_bytes(path.absolute())
 
-    existing = {} if store is None else store.classes
-    pending = {size: [row for row, _ in found.pending.get(c.name, ())] for size, c in existing.items()}
-    sizes: list[Size] = []
-    decode_bytes = max(
-        (
-            guess_decode_bytes(size, max(listing.size_bytes[i] for _, i in found.pending[c.name]))
-            for size, c in existing.items()
-            if found.pending.get(c.name)
-        ),
-        default=0,
-    )
-    reasons: Counter[str] = Counter()
-    dropped: Counter[str] = Counter()
     forecast = Forecast(store, listing, found)
-    for i, probed in zip(found.new, _probe_all(job, listing, found.new, local_workers(None)), strict=True):
-        p = forecast.take(i, probed)
-        if p.error:
-            reasons[p.error.split(":", 1)[0]] += 1
-            if len(preview.bad) < MAX_BAD:
-                preview.bad.append({"path": listing.paths[i], "error": p.error})
-        elif not p.fault:
-            sizes.append((p.input_height, p.input_width))
-            decode_bytes = max(decode_bytes, p.decode_bytes)
-            dropped.update(p.dropped)
-    new = Counter(assign_classes(sizes, existing))
-    pending = {size: rows for size, rows in pending.items() if rows}
-    kind = WorkerKind(1) if needs is None else needs.kind
-    kind = kind._replace(bucket_bytes=bucket_bytes(listing.root, place(job.store)))
-    _fill(
-        preview,
-        job,
-        existing,
-        pending,
-        new,
-        kind,
-        decode_bytes,
-    )
-    preview.dropped = dict(dropped)
-    preview.reasons, preview.n_to_reject, preview.n_faults = dict(reasons), sum(reasons.values()), forecast.n_faults
+    work = _pending(store, listing, found)
+    _take_new(preview, work, job, forecast)
+    _fill(preview, work, job, kind)
     preview.exit_code, preview.verdict = end_of_run(
         forecast,
         holder=holder,
@@ -228,6 +192,60 @@ def plan_job(job: Job, cluster_file: Path = Path("cluster.yaml")) -> Preview:
         max_quarantined=job.max_quarantined,
     )
     return preview
+
+
+@dataclass(slots=True)
+class _Work:
+    """What is to compute."""
+
+    existing: Mapping[Size, ShapeClass]
+    """Classes that the store has."""
+    pending: dict[Size, list[int]]
+    """Rows of these that wait."""
+    decode_bytes: int
+    """Memory that decoding the largest of the images takes."""
+    new: Mapping[Size, int] = field(default_factory=dict)
+    """Images to enter, per class."""
+
+
+def _look_at_workers(preview: Preview, job: Job, cluster_file: Path) -> WorkerKind:
+    """Note how many workers there would be and what they may take; return what their memory follows from."""
+    slots = planned_slots(cluster_of(job, cluster_file))
+    preview.workers = sum(worker.extract for worker in slots) or local_workers(job.workers)
+    if not slots:
+        return WorkerKind(1)
+    needs = judge(slots)
+    preview.worker_limit_bytes = usable_bytes(needs.memory_limit_bytes)
+    return needs.kind
+
+
+def _pending(store: Store | None, listing: Listing, found: Changes) -> _Work:
+    """The rows that wait."""
+    existing = {} if store is None else store.classes
+    pending = {size: found.pending[c.name] for size, c in existing.items() if found.pending.get(c.name)}
+    largest = (guess_decode_bytes(size, max(listing.size_bytes[i] for _, i in rows)) for size, rows in pending.items())
+    return _Work(existing, {size: [row for row, _ in rows] for size, rows in pending.items()}, max(largest, default=0))
+
+
+def _take_new(preview: Preview, work: _Work, job: Job, forecast: Forecast) -> None:
+    """Probe the images that a run would enter, and note what it would make of them."""
+    listing, found = forecast.listing, forecast.found
+    sizes: list[Size] = []
+    reasons: Counter[str] = Counter()
+    dropped: Counter[str] = Counter()
+    for i, probed in zip(found.new, _probe_all(job, listing, found.new, local_workers(None)), strict=True):
+        p = forecast.take(i, probed)
+        if p.error:
+            reasons[p.error.split(":", 1)[0]] += 1
+            if len(preview.bad) < MAX_BAD:
+                preview.bad.append({"path": listing.paths[i], "error": p.error})
+        elif not p.fault:
+            sizes.append((p.input_height, p.input_width))
+            work.decode_bytes = max(work.decode_bytes, p.decode_bytes)
+            dropped.update(p.dropped)
+    work.new = Counter(assign_classes(sizes, work.existing))
+    preview.dropped = dict(dropped)
+    preview.reasons, preview.n_to_reject, preview.n_faults = dict(reasons), sum(reasons.values()), forecast.n_faults
 
 
 def _probe_all(job: Job, listing: Listing, images: Sequence[int], workers: int) -> Iterator[Probed]:
@@ -248,24 +266,16 @@ def _probe_all(job: Job, listing: Listing, images: Sequence[int], workers: int) 
             yield from future.result()
 
 
-def _fill(
-    preview: Preview,
-    job: Job,
-    existing: Mapping[Size, ShapeClass],
-    pending: dict[Size, list[int]],
-    new: Mapping[Size, int],
-    worker: WorkerKind,
-    decode_bytes: int,
-) -> None:
+def _fill(preview: Preview, work: _Work, job: Job, worker: WorkerKind) -> None:
     """Cut the rows of each class as a run would."""
     layouts: dict[Size, ClassLayout] = {}
     pieces = []
     channels = job.decode.channels
-    for size in pending.keys() | new.keys():
-        known = existing.get(size)
+    for size in work.pending.keys() | work.new.keys():
+        known = work.existing.get(size)
         length = known.length if known else 0
-        n_rows = length + new.get(size, 0)
-        rows = [*pending[size], *range(length, n_rows)] if size in pending else range(length, n_rows)
+        n_rows = length + work.new.get(size, 0)
+        rows = [*work.pending[size], *range(length, n_rows)] if size in work.pending else range(length, n_rows)
         layout = known.layout if known else layout_of(size, job.extractor, np.dtype(job.dtype).itemsize, channels)
         layouts[size] = layout
         image_s = cost_s(job.extractor, layout, channels)
@@ -274,140 +284,8 @@ def _fill(
         preview.maps_bytes += len(rows) * layout.row_bytes
         preview.classes[class_name(size)] = len(rows)
     preview.n_to_compute = sum(preview.classes.values())
-    preview.n_new_classes = len(layouts.keys() - existing.keys())
+    preview.n_new_classes = len(layouts.keys() - work.existing.keys())
     preview.n_shards = len(pieces)
     preview.n_batches = len(pack_batches(pieces, preview.workers))
     scratch = {size: scratch_bytes(job.extractor, job.dtype, size, channels) for size in layouts}
-    preview.worker_memory_bytes = worker_memory_bytes(layouts.values(), channels, worker, decode_bytes, scratch)
-
-
-@dataclass(slots=True)
-class StoreStatus:
-    """How far a store is."""
-
-    store: str
-    source: str
-    dtype: str
-    has_maps: bool
-    """False where only pooled values are kept."""
-    n_classes: int
-    counts: dict[str, int]
-    bad: list[dict[str, str]]
-    """The first quarantined and rejected images: path and error."""
-    holder: dict[str, Any] | None
-    """Who works on it now, and ``silent_s``, the seconds since its last heartbeat, of which there is one every 10 s."""
-    last_run: dict[str, Any] | None
-    """The newest receipt; that of a run at work is written every 10 s."""
-    submission: dict[str, Any] | None = None
-    """What was handed to a batch system, with ``state`` in words and the ``jobs`` that work for the store."""
-    dropped: dict[str, int] = field(default_factory=dict)
-    """Images that the runs have entered and of which something is dropped, per code of `dropped.dropped`."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON values."""
-        return asdict(self) | {"is_at_work": self.holder is not None, "left_s": self.left_s}
-
-    @property
-    def left_s(self) -> float | None:
-        """Seconds until the run at work ends at its present pace."""
-        run = self.last_run
-        if not self.holder or not run or run["run_id"] != self.holder["run_id"] or not run["images_per_s"]:
-            return None
-        finished = sum(run[name] for name in ("n_unchanged", "n_returned", "n_done", "n_quarantined", "n_rejected"))
-        return float((run["n_listed"] - finished) / run["images_per_s"])
-
-    def describe(self) -> str:
-        """For a person."""
-        what = f"{self.dtype} maps" if self.has_maps else "pooled values"
-        lines = [
-            f"{self.store}: {count(self.n_classes, 'shape class', 'shape classes')} of {what} from {self.source}",
-            ", ".join(f"{n} {name}" for name, n in self.counts.items()),
-        ]
-        if self.holder:
-            left = f", about {self.left_s:.0f} s left" if self.left_s is not None else ""
-            job = f" (job {self.holder['job_id']})" if self.holder["job_id"] else ""
-            lines.append(
-                f"run {self.holder['run_id']} works on it: process {self.holder['pid']} on {self.holder['host']}{job}, "
-                f"{last_heard(self.holder['silent_s'] - self.holder['ahead_s'])}{left}"
-            )
-        if self.last_run:
-            run = self.last_run
-            is_dead = run["outcome"] == "running" and not self.holder
-            did = any(run[f"n_{name}"] for name in ("new", "done", "quarantined", "rejected", "removed", "checked"))
-            done = f"{run['n_done']} done" if did or run["outcome"] != "complete" else "there was nothing to do"
-            outcome = "died before its end; the same command goes on" if is_dead else f"{run['outcome']}, {done}"
-            lines.append(
-                f"last run {run['run_id']}: {outcome}"
-                + (f" at {run['images_per_s']:.1f} images/s" if run["n_done"] else "")
-                + (f" on {count(run['slots'], 'slot')}" if run["n_done"] else "")
-                + (
-                    f", bottleneck {describe_bottleneck(run['bottleneck'])}"
-                    if run["bottleneck"] and (run["n_done"] or run["n_checked"])
-                    else ""
-                )
-                + (f" -- {run['message']}" if run["message"] else "")
-            )
-            if run["outcome"] in {"incomplete", "stopped"} and run["n_pending"]:
-                faults = "; ".join(map(printable, run["faults"][:3]))
-                lines.append(f"it left {count(run['n_pending'], 'image')} to the next run" + (f": {faults}" if faults else ""))
-        if self.submission:
-            known = self.submission
-            lines.append(f"handed to {known['kind']} as job {known['job_id'] or '?'} on {known['submitted']}: {known['state']}")
-            lines += [f"  {QueuedJob(**job)}" for job in known["jobs"] if job["job_id"] != known["job_id"]]
-        lines += describe_dropped(self.dropped)
-        lines += [f"  {printable(item['path'])}  {printable(item['error'])}" for item in self.bad]
-        n_more = self.counts["quarantined"] + self.counts["rejected"] - len(self.bad)
-        if n_more:
-            lines.append(f"  and {count(n_more, 'more bad image')}: --quarantined N lists N")
-        return "\n".join(lines)
-
-
-def store_status(path: Place, n_bad: int = 20) -> StoreStatus:
-    """Look at a store.
-
-    Raises
-    ------
-    UsageError
-        When there is no store.
-    """
-    submission = last_submission(path)
-    if submission is not None and not is_store(path):
-        state, _ = submission.look()
-        remedy = (
-            f"It ended before there was anything to show; {submission.job_name}-driver*, in log_folder of the cluster, says why: mend "
-            "that and submit again"
-            if state == GONE
-            else "Wait until it has begun"
-        )
-        raise UsageError(
-            f"store {path} does not exist yet; its run was handed to {submission.kind} as job {submission.job_id or '?'} on "
-            f"{submission.submitted}: {state}. {remedy}"
-        )
-    state, jobs = ("", []) if submission is None else submission.look()
-    store = Store(path)
-    last = store.last_receipt()
-    return StoreStatus(
-        str(path),
-        store.spec.source,
-        store.spec.dtype,
-        bool(store.spec.map_layers),
-        len(store.classes),
-        count_statuses(store),
-        _bad_images(store, n_bad),
-        current_holder(path),
-        last,
-        None if submission is None else asdict(submission) | {"state": state, "jobs": jobs},
-        (last or {}).get("dropped_total") or {},
-    )
-
-
-def _bad_images(store: Store, n: int) -> list[dict[str, str]]:
-    found: list[dict[str, str]] = []
-    for group in [REJECTED, *(c.name for c in store.classes.values())]:
-        if len(found) >= n:
-            break
-        bad = np.flatnonzero(store.column(group, "status") == Status.QUARANTINED)[: n - len(found)]
-        if len(bad):
-            path, error = store.column(group, "path"), store.column(group, "error")
-            found += [{"path": path[row], "error": error[row]} for row in bad.tolist()]
-    return found
+    preview.worker_memory_bytes = worker_memory_bytes(layouts.values(), channels, worker, work.decode_bytes, scratch)

@@ -16,6 +16,7 @@ from pipeline.store.create import check_folder
 from pipeline.store.lock import HEARTBEAT_S, current_holder, server_clock_s
 from pipeline.store.objects import Place, free_bytes, modified_s, nearest_folder
 from pipeline.store.store import Store, is_store
+from pipeline.text import human_size
 from pipeline.urls import Url, is_url
 
 MAX_SKEW_S = 3 * HEARTBEAT_S
@@ -127,11 +128,11 @@ def space(store: Place, preview: Preview | None) -> Iterator[Finding]:
     if free is None:
         yield Finding("ok", "space", "in a bucket, which does not say how much there is")
         return
-    found = f"{free / 1e6:,.0f} MB free"
+    found = f"{human_size(free)} free"
     if preview is None:
         yield Finding("ok" if free > 0 else "FAIL", "space", found, "" if free > 0 else "make room")
         return
-    found += f", and maps take up to {preview.maps_bytes / 1e6:,.0f} MB before compression"
+    found += f", and maps take up to {human_size(preview.maps_bytes)} before compression"
     if preview.maps_bytes <= free:
         yield Finding("ok", "space", found)
     else:

@@ -18,7 +18,7 @@ import numpy as np
 from pipeline.checks.audit import (
     Finding,
     Originals,
-    Sample,
+    SampledRow,
     Shard,
     check_documents,
     check_ledger,
@@ -34,7 +34,7 @@ from pipeline.cluster.local import local_workers
 from pipeline.source.health import SourceWatch
 from pipeline.store.codecs import Array
 from pipeline.store.lock import StoreLock, require_lock
-from pipeline.store.objects import Place
+from pipeline.store.objects import Place, place
 from pipeline.store.run_ids import new_run_id
 from pipeline.store.schema import (
     EXTRACTOR,
@@ -109,8 +109,8 @@ class Audit:
         lines = [what, self._describe_source()]
         if self.largest_difference is not None:
             lines.append(
-                f"{self.n_recomputed} images were recomputed from the source and the stored weights; largest difference "
-                f"beyond rounding for storage {self.largest_difference:.1e}"
+                f"{self.n_recomputed} images were recomputed from the source with the stored weights; beyond rounding for storage, the "
+                f"largest difference is {self.largest_difference:.1e}"
             )
         else:
             lines.append("no image was recomputed")
@@ -119,7 +119,7 @@ class Audit:
                 f"{self.n_not_checked} rows could not be checked, because metadata or columns of their class are damaged"
             )
         if self.n_not_reachable:
-            lines.append(f"{self.n_not_reachable} more were to be recomputed, but their images are gone or changed")
+            lines.append(f"{self.n_not_reachable} more could not be recomputed, because their images are gone or changed")
         lines += [
             f"  {f.kind}: {printable(f.path)}" + (f" ({f.group}, row {f.row})" if f.row >= 0 else "") + f": {printable(f.text)}"
             for f in self.findings[:50]
@@ -130,9 +130,9 @@ class Audit:
             lines.append(f"{self.n_repaired} rows were set to pending: the command that made the store computes their maps again")
         verdict = "nothing is wrong" if self.is_sound else f"{self.n_findings} things are wrong"
         if any(finding.kind in {"maps", "recomputation"} for finding in self.findings) and not self.n_repaired:
-            verdict += "; --repair sets rows with bad maps to pending, so that the next run computes them"
+            verdict += "; --repair sets rows with bad maps to pending, and the next run computes them"
         if any(finding.kind == "source" for finding in self.findings):
-            verdict += "; a run with --check digest computes images anew whose content changed"
+            verdict += "; a run with --check digest recomputes images whose content changed"
         if any(finding.kind not in {"maps", "recomputation", "source"} for finding in self.findings):
             verdict += "; restore damaged metadata and columns from a copy"
         return "\n".join([*lines, verdict])
@@ -151,7 +151,7 @@ class Audit:
 
 
 def verify_store(
-    path: Place,
+    store: str | Place,
     *,
     n_sample: int = 20,
     seed: int | None = None,
@@ -164,7 +164,8 @@ def verify_store(
 
     Parameters
     ----------
-    path : Path or Url
+    store : str, Path or Url
+        A folder, or a bucket's address.
     n_sample : int
         Done images that are read from the source and recomputed in float64, chosen at random.
     seed : int, optional
@@ -176,7 +177,7 @@ def verify_store(
     workers : int, optional
         Processes; None is one per core.
     sole_writer : bool
-        As of `StoreLock`, for ``repair``.
+        With ``repair``: vouch that nobody else writes to a bucket's store, see `StoreLock`.
 
     Raises
     ------
@@ -187,21 +188,50 @@ def verify_store(
     StoreBusyError
         When ``repair`` is wanted while a run works on it.
     """
-    store = Store(path, durable=True)
+    path = place(store)
+    opened = Store(path, durable=True)
     audit = Audit(str(path), is_source_read=read_source)
+    columns, damaged = _check_ledger(opened, audit)
+    jobs, done = _jobs(opened, columns, damaged, audit)
+    samples: list[SampledRow] = []
+    if read_source and not damaged & {"", EXTRACTOR}:  # else there are no weights to compute with
+        for group, row in _choose(done, n_sample, seed):
+            samples.append(SampledRow(group, row, str(columns[group]["path"][row]), str(columns[group]["digest"][row])))
+    bad: list[Finding] = []
+    with _processes(local_workers(workers)) as processes:
+        for findings in processes.map(check_shard, jobs):
+            bad += findings
+        if read_source:
+            parts = (originals(opened.spec.source_root, group, rows, columns[group]) for group, rows in done.items())
+            audit.add(_compare_originals(chain.from_iterable(parts), audit, processes))
+        bad += _recompute(path, samples, audit, processes)
+    audit.add(bad)
+    if repair and bad:
+        audit.n_repaired = _repair(opened, bad, sole_writer)
+    return audit
+
+
+def _check_ledger(store: Store, audit: Audit) -> tuple[dict[str, dict[str, Array]], set[str]]:
+    """Check metadata and columns; return the columns that can be read, and the groups whose metadata are damaged."""
     documents = [*check_root(store), *check_documents(store)]
     audit.add(documents)
     unreadable: list[Finding] = []
     columns = {group: read_columns(store, group, unreadable) for group in [*(c.name for c in store.classes.values()), REJECTED]}
     audit.add(unreadable)
     audit.add(check_ledger(store, columns))
-    not_understood = {finding.group for finding in documents}
+    return columns, {finding.group for finding in documents}
+
+
+def _jobs(
+    store: Store, columns: dict[str, dict[str, Array]], damaged: set[str], audit: Audit
+) -> tuple[list[Shard], dict[str, Array]]:
+    """Shards whose maps are compared with their digests, and the done rows of each class."""
     jobs: list[Shard] = []
     done: dict[str, Array] = {}
     for shape_class in store.classes.values():
         found = columns[shape_class.name]
         audit.n_rows += shape_class.length
-        if not_understood & {"", shape_class.name} or not LEDGER_COLUMNS.keys() <= found.keys():
+        if damaged & {"", shape_class.name} or not LEDGER_COLUMNS.keys() <= found.keys():
             audit.n_not_checked += shape_class.length  # what its maps should be is not known
             continue
         is_done = found["status"] == Status.DONE
@@ -215,28 +245,18 @@ def verify_store(
         shard = np.arange(shape_class.length) // shape_class.layout.shard_rows
         is_written_anew = np.isin(shard, shard[found["status"] == Status.PENDING])  # by the next run
         jobs += shards(store, shape_class, np.flatnonzero(is_done | returnable | ~is_written_anew), digests, found)
-    samples: list[Sample] = []
-    if read_source and not not_understood & {"", EXTRACTOR}:  # else there are no weights to compute with
-        for group, row in _choose(done, n_sample, seed):
-            samples.append(Sample(group, row, str(columns[group]["path"][row]), str(columns[group]["digest"][row])))
-    bad: list[Finding] = []
-    with _processes(local_workers(workers)) as processes:
-        for findings in processes.map(check_shard, jobs):
-            bad += findings
-        if read_source:
-            parts_of = (originals(store.spec.source_root, group, rows, columns[group]) for group, rows in done.items())
-            audit.add(_compare_originals(chain.from_iterable(parts_of), audit, processes))
-        parts = [(path, samples[start : start + 8]) for start in range(0, len(samples), 8)]
-        for recomputed in processes.map(recompute, parts):
-            audit.n_recomputed += recomputed.n_done
-            audit.n_not_reachable += recomputed.n_not_reachable
-            if recomputed.n_done:
-                audit.largest_difference = max(audit.largest_difference or 0.0, recomputed.largest_difference)
-            bad += recomputed.findings
-    audit.add(bad)
-    if repair and bad:
-        audit.n_repaired = _repair(store, bad, sole_writer)
-    return audit
+    return jobs, done
+
+
+def _recompute(path: Place, samples: Sequence[SampledRow], audit: Audit, processes: _Processes) -> Iterator[Finding]:
+    """Compute some rows anew."""
+    parts = [(path, samples[start : start + 8]) for start in range(0, len(samples), 8)]
+    for recomputed in processes.map(recompute, parts):
+        audit.n_recomputed += recomputed.n_done
+        audit.n_not_reachable += recomputed.n_not_reachable
+        if recomputed.n_done:
+            audit.largest_difference = max(audit.largest_difference or 0.0, recomputed.largest_difference)
+        yield from recomputed.findings
 
 
 def _compare_originals(parts: Iterable[Originals], audit: Audit, processes: _Processes) -> Iterator[Finding]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -23,4 +24,10 @@ store_argument = click.argument(  # which a job file may name
     "store",
     callback=lambda _context, _parameter, store: as_place(load_job(store).store if store.endswith(JOB_SUFFIXES) else store),
     metavar="STORE | JOB.yaml",
+)
+log_format_option = click.option(
+    "--log-format", type=click.Choice(["text", "json"]), default="text", help="One JSON object per log line."
+)
+cluster_file_option = click.option(
+    "--cluster-file", type=click.Path(path_type=Path), default="cluster.yaml", show_default=True, help="Where clusters are named."
 )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pipeline.cli.arguments import as_place
+from pipeline.cli.arguments import cluster_file_option, log_format_option
 from pipeline.cli.terminal import log_lines, start_logging, stop_on_signal
 from pipeline.config import JOB_SUFFIXES, load_job
 from pipeline.errors import EXIT_COMPLETE, EXIT_FAILED
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("job_file", metavar="JOB.yaml", type=click.Path(path_type=Path, dir_okay=False))
 @click.option("--cluster", metavar="NAME", help="A cluster of a batch system (default: the one that the job names).")
-@click.option("--cluster-file", type=click.Path(path_type=Path), default=Path("cluster.yaml"), show_default=True)
+@cluster_file_option
 @click.option(
     "--attempts", type=click.IntRange(1), default=5, show_default=True, metavar="N", help="Give up after N without progress."
 )
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 @click.option("--dry-run", is_flag=True, help="Only print the job script.")
 @click.option("--attend", is_flag=True, hidden=True, help="What the driver's job calls.")
 @click.option("-v", "--verbose", count=True, help="More log lines; twice for Dask's own.")
-@click.option("--log-format", type=click.Choice(["text", "json"]), default="text", help="One JSON object per log line.")
+@log_format_option
 def submit(
     job_file: Path,
     cluster: str | None,
@@ -43,7 +43,10 @@ def submit(
     log_format: str,
     **options: Any,
 ) -> int:
-    """Hand the whole run to a batch system: a driver's job that comes back until the store is complete, and then audits it."""
+    """Hand the whole run to a batch system such as Slurm.
+
+    The driver is a job of its own. It comes back until the store is complete, and then audits it.
+    """
     from pipeline.cluster.submit.script import Order, driver_script
 
     start_logging(verbose, as_json=log_format == "json")
@@ -69,7 +72,7 @@ def submit(
     def audit() -> Audit:
         from pipeline.checks.verify import verify_store
 
-        return verify_store(as_place(job.store), n_sample=order.n_sample, workers=order.spec.driver.threads)
+        return verify_store(job.store, n_sample=order.n_sample, workers=order.spec.driver.threads)
 
     with stop_on_signal() as stop:
         return attend_run(order, stop=stop, signalled=stop.signalled, on_progress=log_lines(), report=report, audit=audit)
@@ -78,15 +81,14 @@ def submit(
 @click.command()
 @click.argument("what", required=False, metavar="[JOB.yaml | STORE]")
 @click.option("--cluster", metavar="NAME", help="A cluster of cluster.yaml (default: that of the job, or this machine).")
-@click.option(
-    "--cluster-file", type=click.Path(path_type=Path), default="cluster.yaml", show_default=True, help="Where clusters are named."
-)
+@cluster_file_option
 @click.option("--start", is_flag=True, help="Start the cluster, look at its workers, and stop it again.")
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
 def doctor(what: str | None, as_json: bool, **options: Any) -> int:
-    """Say what stands between this installation and a run: versions, GPUs, limits, the cluster, the store's place, the source.
+    """Check what a run needs, and name a remedy for what is missing.
 
-    With JOB.yaml its source is listed and its headers are read, as by plan.
+    Checks versions, GPUs, limits, the cluster, the store's place and the source. With JOB.yaml it lists the source and reads the
+    headers, as plan does.
     """
     start_logging(0, as_json=False)
     from pipeline.checks.doctor import diagnose
@@ -107,18 +109,13 @@ def doctor(what: str | None, as_json: bool, **options: Any) -> int:
 
 @click.group()
 def cluster() -> None:
-    """Look at the clusters of cluster.yaml, without starting anything."""
-
-
-_cluster_file = click.option(
-    "--cluster-file", type=click.Path(path_type=Path), default="cluster.yaml", show_default=True, help="Where clusters are named."
-)
+    """Show the clusters of cluster.yaml. Starts nothing."""
 
 
 @cluster.command("list")
-@_cluster_file
+@cluster_file_option
 def cluster_list(cluster_file: Path) -> int:
-    """Say which clusters there are, of what kind and groups, and which cannot be used from here."""
+    """List the clusters, their kinds and groups, and which cannot be used from here."""
     from pipeline.cluster.show import list_clusters
 
     click.echo(list_clusters(cluster_file))
@@ -127,7 +124,7 @@ def cluster_list(cluster_file: Path) -> int:
 
 @cluster.command("show")
 @click.argument("name")
-@_cluster_file
+@cluster_file_option
 def cluster_show(name: str, cluster_file: Path) -> int:
     """Print what `run --cluster NAME` would launch: job scripts, ssh commands, manifests or processes. Launches nothing."""
     from pipeline.cluster.show import show_cluster

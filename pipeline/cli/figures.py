@@ -44,7 +44,9 @@ def show(
     channels: tuple[int, ...],
     n: int | None,
 ) -> int:
-    """Draw the image PATH of STORE with its maps, or with --figure another picture of the store.
+    """Draw an image with its maps, or another figure of STORE.
+
+    Without --figure it draws the image PATH with its maps.
 
     contact: a channel of many images, of each PATH or of N spread over the store. histogram: the values of a layer, channel by channel.
     filters: the weights of a layer. stages: where the time of the last run went.
@@ -82,7 +84,10 @@ def show(
 )
 @click.option("--samples", "n_samples", type=click.IntRange(0), default=6, show_default=True, metavar="N", help="Images to show.")
 def report(store: Place, output: Path, n_samples: int) -> int:
-    """Write one HTML page about STORE: what was run on what, how it went, bad images, samples with their maps."""
+    """Write one HTML page about STORE.
+
+    The page shows what was run on what, how it went, the bad images, and some images with their maps.
+    """
     from pipeline.report.page import write_report
 
     write_report(store, output, n_samples=n_samples)

@@ -9,6 +9,7 @@ from typing import TypeAlias
 import numpy as np
 
 from pipeline.extract.weights import INTEGER_MAX, Array, StoredAs
+from pipeline.store.schema import StoredLayer
 
 Extent: TypeAlias = tuple[float, float, float, float]
 
@@ -164,12 +165,51 @@ def bin_edges(low: float, high: float, stored: StoredAs, n_bins: int = N_BINS) -
     return edges
 
 
-def rounded(value: float) -> str:
-    """A number of seconds, or per second, to three digits.
+@dataclass(slots=True)
+class Histogram:
+    """How often each value occurs in the maps of a layer, channel by channel, of the first channels."""
 
-    Examples
-    --------
-    >>> rounded(0.01234), rounded(12.34), rounded(1234.5)
-    ('0.0123', '12.3', '1,234')
-    """
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    layer: StoredLayer
+    edges: Array
+    """(bin + 1,) float64."""
+    counts: Array
+    """(channel, bin) int64."""
+    totals: Array
+    """Sums of values, (channel,) float64."""
+    squares: Array
+    """Sums of their squares, (channel,) float64."""
+    n_images: int = 0
+
+    @classmethod
+    def over(cls, layer: StoredLayer, low: float, high: float, n_channels: int) -> Histogram:
+        """An empty one over a range of values."""
+        edges = bin_edges(low, high, layer)
+        n = min(layer.channels, n_channels)
+        return cls(layer, edges, np.zeros((n, len(edges) - 1), np.int64), np.zeros(n), np.zeros(n))
+
+    def add(self, maps: Array) -> None:
+        """Count the values (channel, y, x) of one image; those outside the range are in the outermost bins."""
+        for channel, values in enumerate(maps[: len(self.counts)]):
+            flat = values.ravel()
+            self.counts[channel] += np.histogram(flat.clip(self.edges[0], self.edges[-1]), self.edges)[0]
+            self.totals[channel] += flat.sum(dtype=np.float64)
+            self.squares[channel] += np.einsum("i,i->", flat, flat, dtype=np.float64)
+        self.n_images += 1
+
+    @property
+    def shares(self) -> Array:
+        """Share of each bin in the values of its channel, (channel, bin) float64."""
+        shares: Array = self.counts / self.counts.sum(1, keepdims=True)
+        return shares
+
+    @property
+    def mean(self) -> Array:
+        """(channel,) float64."""
+        mean: Array = self.totals / self.counts.sum(1)
+        return mean
+
+    @property
+    def std(self) -> Array:
+        """Standard deviations, (channel,) float64."""
+        std: Array = np.sqrt(np.maximum(self.squares / self.counts.sum(1) - self.mean**2, 0))
+        return std

@@ -11,11 +11,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
 from pipeline.errors import EXIT_QUARANTINED
 from pipeline.run.summary import Summary
-from pipeline.store.schema import REJECTED, Status
+from pipeline.store.contents import BadImage, bad_images, count_class, count_rejected
+from pipeline.store.schema import Status
 from pipeline.store.store import Store
 from pipeline.text import count, printable
 
@@ -36,21 +35,6 @@ class Verdict:
     text: str
     remedy: str = ""
     """What to do; empty where nothing is to be done."""
-
-
-@dataclass(frozen=True, slots=True)
-class BadImage:
-    """A quarantined or rejected image."""
-
-    path: str
-    code: str
-    """Stable, such as ``truncated``."""
-    text: str
-    """What was found."""
-    status: str
-    """quarantined or rejected."""
-    size_bytes: int
-    fingerprint: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +122,7 @@ def gather(store: Store, holder: dict[str, Any] | None, n_bad: int) -> Facts:
     ----------
     store : Store
     holder : dict, optional
-        As of `lock.current_holder`.
+        Who works on the store, from `lock.current_holder`.
     n_bad : int
         Bad images to name.
     """
@@ -148,49 +132,17 @@ def gather(store: Store, holder: dict[str, Any] | None, n_bad: int) -> Facts:
     run_ids = store.run_ids()
     found.n_runs, found.first_run = len(run_ids), _date_of(run_ids[0]) if run_ids else ""
     sizes, found.other_bytes = _disk_bytes(store)
-    reasons: Counter[str] = Counter()
     for shape_class in store.classes.values():
-        status = store.column(shape_class.name, "status")
-        numbers = dict(zip(*(part.tolist() for part in np.unique(status, return_counts=True)), strict=True))
-        for value, number in numbers.items():
-            found.counts[Status(value).name.lower()] += number
-        n_live = sum(number for value, number in numbers.items() if Status(value).is_live)
-        n_done = numbers.get(Status.DONE, 0)
+        counted = count_class(store, shape_class.name)
+        for status, number in counted.items():
+            found.counts[status.name.lower()] += number
+        n_live = sum(number for status, number in counted.items() if status.is_live)
+        n_done = counted.get(Status.DONE, 0)
         found.classes.append(ClassFacts(shape_class.name, shape_class.kind, n_live, n_done, sizes.get(shape_class.name)))
-        found.bad += _bad(store, shape_class.name, np.flatnonzero(status == Status.QUARANTINED), n_bad - len(found.bad), reasons)
-    rejected = np.flatnonzero(store.column(REJECTED, "status") < Status.REMOVED)
-    found.counts["rejected"] = len(rejected)
-    found.bad += _bad(store, REJECTED, rejected, n_bad - len(found.bad), reasons)
+    found.bad, found.reasons = bad_images(store, n_bad, with_reasons=True)
+    found.counts["rejected"] = count_rejected(store)
     found.classes.sort(key=lambda c: (-c.n_live, c.name))
-    found.reasons = dict(reasons.most_common())
     return found
-
-
-def _bad(store: Store, group: str, rows: np.ndarray[Any, Any], n: int, reasons: Counter[str]) -> Iterator[BadImage]:
-    """Count the reasons of some rows, and name the first of them."""
-    if not len(rows):
-        return
-    errors = store.column(group, "error")
-    reasons.update(code_of(errors[row]) for row in rows.tolist())
-    if n <= 0:
-        return
-    path, size_bytes, fingerprint = (store.column(group, name) for name in ("path", "size_bytes", "fingerprint"))
-    status = "rejected" if group == REJECTED else "quarantined"
-    for row in rows[:n].tolist():
-        code, _, text = str(errors[row]).partition(":")
-        yield BadImage(path[row], code_of(errors[row]), text.strip() or code, status, int(size_bytes[row]), fingerprint[row])
-
-
-def code_of(error: str) -> str:
-    """The stable code that an error begins with.
-
-    Examples
-    --------
-    >>> code_of("truncated: the file ends early"), code_of("no code")
-    ('truncated', 'other')
-    """
-    code, colon, _ = str(error).partition(":")
-    return code if colon and code.replace("_", "").isalpha() and code.islower() else "other"
 
 
 def _date_of(run_id: str) -> str:
@@ -287,26 +239,26 @@ def _is_number(value: Any) -> bool:
 # -- the verdict -----------------------------------------------------------------------------------------------------------------
 
 
-def judge(facts: Facts) -> Verdict:
+def verdict_of(facts: Facts) -> Verdict:
     """One sentence for those who read no further, and what to do."""
     run = as_summary(facts.last) if facts.last else None
     state = next(run_facts(facts.receipts[:1], facts.holder)).state if run else ""
     n_done, n_live = facts.counts["done"], facts.n_live
     n_listed = max(n_live, run.n_listed) if run and state != "complete" else n_live
     if facts.holder:
-        return Verdict("working", f"A run is at work: {n_done:,} of {count_of(n_listed)} are done so far.", "Look again later.")
+        return Verdict("working", f"A run is at work: {n_done:,} of {_images(n_listed)} are done so far.", "Look again later.")
     n_missing = n_listed - n_done - facts.n_bad
-    missing = f"{n_missing:,} of {count_of(n_listed)} {'is' if n_missing == 1 else 'are'} missing" if n_missing else ""
+    missing = f"{n_missing:,} of {_images(n_listed)} {'is' if n_missing == 1 else 'are'} missing" if n_missing else ""
     if run and state in {"failed", "died"}:
         why = f": {printable(run.message)}" if run.message else ""
         text = "The last run died before its end" if state == "died" else "The last run failed"
         return Verdict(
             "bad",
             f"{text}{f'; {missing}' if missing else ''}{why}.".replace("..", "."),
-            "What is done stands: mend the cause, if one is named, and run the same command again.",
+            "Finished images are kept. Fix the cause, if one is named, and run the same command again.",
         )
     if n_missing:
-        return Verdict("warning", f"{missing}: {_why_missing(run)}.", "Run the same command again: what is done stands.")
+        return Verdict("warning", f"{missing}: {_why_missing(run)}.", "Run the same command again. Finished images are kept.")
     if not n_live:
         return Verdict("warning", "The store is empty: no image was entered yet.", "Run the command that made it again.")
     reasons = ", ".join(f"{n:,} {code}" for code, n in facts.reasons.items())
@@ -314,10 +266,8 @@ def judge(facts: Facts) -> Verdict:
         remedy = "Look at the reasons below; if the settings were wrong, delete the store and run with others."
         return Verdict("bad", f"No image is done: all {n_live:,} are bad ({reasons}).", remedy)
     if run and run.exit_code == EXIT_QUARANTINED:
-        limit = run.config.get("max_quarantined")
-        text = (
-            f"Complete, but with {count_of(facts.n_bad, 'bad image')} ({reasons}), more than the {limit:,} that the run allows."
-        )
+        limit, n_bad = run.config.get("max_quarantined"), count(facts.n_bad, "bad image", commas=True)
+        text = f"Complete, but with {n_bad} ({reasons}), more than the {limit:,} that the run allows."
         return Verdict("warning", text, "Look at the reasons below, mend the images, and run with --retry-quarantined.")
     if facts.n_bad:
         return Verdict("good", f"Complete: {_are(n_done)} done, and {facts.n_bad:,} cannot be ({reasons}).")
@@ -331,19 +281,12 @@ def _why_missing(run: Summary | None) -> str:
         return "the last run was stopped before its end"
     if run.faults:
         return f"the storage failed, which may pass ({printable(run.faults[0])})"
-    return "their turn has not come yet"
+    return "no run has reached them yet"
 
 
-def count_of(n: int, noun: str = "image") -> str:
-    """A number of things.
-
-    Examples
-    --------
-    >>> count_of(1), count_of(1200)
-    ('1 image', '1,200 images')
-    """
-    return count(n, noun).replace(str(n), f"{n:,}")
+def _images(n: int) -> str:
+    return count(n, "image", commas=True)
 
 
 def _are(n: int) -> str:
-    return f"{count_of(n)} {'is' if n == 1 else 'are'}"
+    return f"{_images(n)} {'is' if n == 1 else 'are'}"

@@ -23,12 +23,11 @@ from pipeline.extract.layers import layer_names
 from pipeline.report import arrays, choices
 from pipeline.report.choices import MAX_PANELS
 from pipeline.run.summary import WAITING
-from pipeline.text import count, printable
+from pipeline.text import count, printable, rounded
 
 if TYPE_CHECKING:
     from pipeline.analysis.feature_store import FeatureStore
     from pipeline.report.canvas import Canvas
-    from pipeline.store.codecs import Array
     from pipeline.store.schema import StoredLayer
 
 FORMATS = (".png", ".svg", ".pdf")
@@ -171,27 +170,18 @@ def histograms(store: FeatureStore, layer: str | None = None, *, n_images: int =
     if not isinstance(n_images, int | np.integer) or n_images < 1:
         raise UsageError(f"histograms of {n_images} images were asked for: nothing was drawn; take a whole number, 1 or more")
     sample = _sample(done, n_images)
-    n = min(stored.channels, MAX_PANELS)
-    edges = _edges(store, stored, sample)
-    counts = np.zeros((n, len(edges) - 1), np.int64)
-    total, squares, n_values = np.zeros(n), np.zeros(n), 0
+    counted = _empty_histogram(store, stored, sample)
     for path in sample:
-        maps = store.image(path, name)[name].values[:n].reshape(n, -1)
-        for channel, values in enumerate(maps):
-            counts[channel] += np.histogram(values.clip(edges[0], edges[-1]), edges)[0]
-            total[channel] += values.sum(dtype=np.float64)
-            squares[channel] += np.einsum("i,i->", values, values, dtype=np.float64)
-        n_values += maps.shape[1]
-    mean = total / n_values
-    std = np.sqrt(np.maximum(squares / n_values - mean**2, 0))
+        counted.add(store.image(path, name)[name].values)
+    n = len(counted.counts)
     few = 4 < n <= 16  # room for the numbers alone
     titles = [
         f"channel {i}: mean {m:.3g}, standard deviation {s:.2g}" if n <= 4 else f"{i}: {m:.2g} ± {s:.1g}" if few else str(i)
-        for i, (m, s) in enumerate(zip(mean, std, strict=True))
+        for i, (m, s) in enumerate(zip(counted.mean, counted.std, strict=True))
     ]
     title = f"{name}, {len(sample)} of {count(len(done), 'image')}" + choices.first_of(n, stored.channels, "channels")
     title += ": mean ± standard deviation of each channel" if few else ""
-    return draw_charts.histogram_panels(title, edges, counts / n_values, titles)
+    return draw_charts.histogram_panels(title, counted.edges, counted.shares, titles)
 
 
 def filters(store: FeatureStore, layer: str | None = None) -> Canvas:
@@ -260,14 +250,14 @@ def stage_times(store: FeatureStore, receipt: str | Mapping[str, Any] | None = N
     stages = found["stage_s"]
     slot_s = max(found.get("slot_s", 0.0), sum(stages.values()))
     seconds = stages | {WAITING: slot_s - sum(stages.values())}
-    speed = f"{arrays.rounded(found['compute_s'])} s, {arrays.rounded(found['images_per_s'])} images/s"
+    speed = f"{rounded(found['compute_s'])} s, {rounded(found['images_per_s'])} images/s"
     title = f"{count(found['n_done'], 'image')} in {speed}"
     note = f"run {found['run_id']} ({found['outcome']}), {count(found['slots'], 'slot')}; waiting: a slot had no batch"
     return draw_charts.stage_bars(title, note, seconds)
 
 
 def check_format(output: Path) -> None:
-    """Refuse a file that is none of `FORMATS`, before anything is read."""
+    """Raise `UsageError` if the file is of none of `FORMATS`, before anything is read."""
     if output.suffix.lower() not in FORMATS:
         raise UsageError(f"figure {output} would be of an unknown kind {output.suffix!r}: name it .png, .svg or .pdf")
 
@@ -302,9 +292,9 @@ def _sample(paths: Sequence[str], n: int) -> list[str]:
     return sorted(paths[i] for i in drawn.tolist())  # an array of the paths would give each as much room as the longest takes
 
 
-def _edges(store: FeatureStore, stored: StoredLayer, sample: Sequence[str]) -> Array:
+def _empty_histogram(store: FeatureStore, stored: StoredLayer, sample: Sequence[str]) -> arrays.Histogram:
     """Bins for the values of these images."""
     pooled = store.pooled(stored.name, ("min", "max")).loc[list(sample)]
     low = pooled.filter(regex="_min_").to_numpy().min()
     high = pooled.filter(regex="_max_").to_numpy().max()
-    return arrays.bin_edges(float(low), float(high), stored)
+    return arrays.Histogram.over(stored, float(low), float(high), MAX_PANELS)

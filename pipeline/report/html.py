@@ -11,9 +11,8 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from pipeline.report.facts import count_of
 from pipeline.run.summary import describe_bottleneck
-from pipeline.text import printable
+from pipeline.text import count, human_duration, human_moment, human_size, printable
 
 
 def asset(name: str) -> str:
@@ -44,7 +43,7 @@ def _environment() -> jinja2.Environment:
     environment.filters |= {
         "printable": lambda value: printable(str(value)),
         "number": lambda value: f"{value:,}",
-        "images": count_of,
+        "images": lambda n, noun="image": count(n, noun, commas=True),
         "size": lambda value: human_size(value).replace(" ", "\u00a0"),
         "duration": human_duration,
         "moment": human_moment,
@@ -54,45 +53,3 @@ def _environment() -> jinja2.Environment:
         "bottleneck": describe_bottleneck,
     }
     return environment
-
-
-def human_size(n_bytes: float) -> str:
-    """Bytes in a unit that suits them.
-
-    Examples
-    --------
-    >>> human_size(0), human_size(999), human_size(1_234_567), human_size(5e15)
-    ('0 bytes', '999 bytes', '1.2 MB', '5,000 TB')
-    """
-    if n_bytes < 1000:
-        return f"{n_bytes:.0f} bytes"
-    for unit in ("kB", "MB", "GB"):
-        n_bytes /= 1000
-        if n_bytes < 1000:
-            return f"{n_bytes:.1f} {unit}"
-    return f"{n_bytes / 1000:,.1f} TB".replace(".0 TB", " TB")
-
-
-def human_duration(seconds: float) -> str:
-    """Seconds in words.
-
-    Examples
-    --------
-    >>> human_duration(1.234), human_duration(75), human_duration(7384)
-    ('1.2 s', '1 min 15 s', '2 h 3 min')
-    """
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
-
-
-def human_moment(stamp: str) -> str:
-    """A receipt's time, UTC, to the second.
-
-    Examples
-    --------
-    >>> human_moment("2026-11-23T21:51:59+00:00")
-    '2026-11-23 21:51:59'
-    """
-    return stamp[:19].replace("T", " ") or "not said"

@@ -14,16 +14,18 @@ from pipeline.analysis.feature_store import FeatureStore, open_store
 from pipeline.errors import UsageError
 from pipeline.extract.layers import ROUNDING, TF32_ROUNDING, receptive_field
 from pipeline.report import figures
-from pipeline.report.facts import LIVE, BadImage, Facts, as_summary, count_of, gather, judge, run_facts
+from pipeline.report.arrays import Histogram
+from pipeline.report.facts import LIVE, Facts, as_summary, gather, run_facts, verdict_of
 from pipeline.report.html import page
-from pipeline.report.samples import MAX_VALUES, Histogram, Sample, choose, histograms, samples
+from pipeline.report.samples import MAX_VALUES, Sample, choose, histograms, samples
 from pipeline.report.sandbox import Embedded, data_uri, thumbnails
+from pipeline.store.contents import BadImage
 from pipeline.store.lock import current_holder
 from pipeline.store.objects import Place, put
 from pipeline.store.schema import StoredLayer
 from pipeline.store.settings import VERSION, decode_spec
 from pipeline.store.store import Store
-from pipeline.text import printable
+from pipeline.text import count, printable
 
 N_BAD = 200
 """Bad images that are named."""
@@ -46,7 +48,7 @@ T = TypeVar("T", Sample, "Plot")
 TONES = {"complete": "good", "at work": "working", "failed": "bad", "died": "bad"}
 STATUSES = {
     "done": "its maps are in the store",
-    "pending": "its turn has not come, or the storage failed; the next run does it",
+    "pending": "no run has reached it yet, or the storage failed; the next run computes it",
     "quarantined": "it could not be decoded or extracted",
     "rejected": "its header or its file is unfit, so that it has no row",
 }
@@ -111,9 +113,26 @@ def render(features: FeatureStore, *, n_samples: int = 6, n_bad: int = N_BAD, se
     counted = histograms(store, chosen)
     shown, n_left_out = _within_budget(samples(store, chosen, counted, n_samples), PICTURE_BYTES)
     layers = list(_layers(features, shown))
-    location = _location(features.path)
     plots, n_plots_left_out = _within_budget(itertools.chain(plots, _histograms(counted)), PLOT_BYTES)
-    values = {
+    values = _about_store(store, facts, shown) | {
+        "has_maps": bool(features.map_layers),
+        "samples": shown,
+        "n_left_out": n_left_out,
+        "too_large": too_large,
+        "max_values": MAX_VALUES,
+        "seed": seed,
+        "layers": layers,
+        "doubts": list(_doubts(layers, tf32=features.extractor.tf32)),
+        "figures": plots,
+        "n_plots_left_out": n_plots_left_out,
+    }
+    return page(values)
+
+
+def _about_store(store: Store, facts: Facts, shown: list[Sample]) -> dict[str, Any]:
+    """What the page says of the store itself, and how to open it."""
+    location = _location(store.path)
+    return {
         "now": datetime.now(UTC),
         "version": VERSION,
         "spec": store.spec,
@@ -121,7 +140,7 @@ def render(features: FeatureStore, *, n_samples: int = 6, n_bad: int = N_BAD, se
         "origin": _origin(store.spec.extractor.get("origin", {})),
         "location": location,
         "facts": facts,
-        "verdict": judge(facts),
+        "verdict": verdict_of(facts),
         "live": LIVE,
         "stack": list(_stack(facts)),
         "statuses": STATUSES,
@@ -133,20 +152,9 @@ def render(features: FeatureStore, *, n_samples: int = 6, n_bad: int = N_BAD, se
         "rest_images": sum(c.n_live for c in facts.classes[N_CLASSES:]),
         "n_hosts": N_HOSTS,
         "bad": list(zip(facts.bad, _thumbnails(store, facts.bad), strict=True)),
-        "has_maps": bool(features.map_layers),
-        "samples": shown,
-        "n_left_out": n_left_out,
-        "too_large": too_large,
-        "max_values": MAX_VALUES,
-        "seed": seed,
-        "layers": layers,
-        "doubts": list(_doubts(layers, tf32=features.extractor.tf32)),
-        "figures": plots,
-        "n_plots_left_out": n_plots_left_out,
-        "python_code": _python_code(features.path, facts, shown),
+        "python_code": _python_code(store.path, facts, shown),
         "shell_code": "\n".join(printable(f"featuremaps {command} {location.quoted}") for command in ("status", "verify")),
     }
-    return page(values)
 
 
 # -- what the template is given ------------------------------------------------------------------------------------------------------
@@ -243,9 +251,11 @@ def _histograms(counted: list[Histogram]) -> Iterator[Plot]:
             continue
         name, n = histogram.layer.name, len(histogram.counts)
         rest = f", the first {n} of {histogram.layer.channels} channels" if n < histogram.layer.channels else ""
-        shares = histogram.counts / histogram.counts.sum(1, keepdims=True)
         figure = draw_charts.histogram_panels(
-            f"{name} of {count_of(histogram.n_images)}", histogram.edges, shares, [f"channel {i}" for i in range(n)]
+            f"{name} of {count(histogram.n_images, 'image', commas=True)}",
+            histogram.edges,
+            histogram.shares,
+            [f"channel {i}" for i in range(n)],
         )
         alt = f"Histograms of the values in the maps of {name}, channel by channel"
         yield Plot(f"Values of {name}{rest}", alt, _drawn(figure))

@@ -9,14 +9,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pipeline import urls
-from pipeline.analysis.datasets import decoded, map_sizes
 from pipeline.errors import FeaturemapsError
-from pipeline.report.arrays import bin_edges
+from pipeline.report.arrays import Histogram
 from pipeline.report.sandbox import PIXEL_LIMIT, Embedded, Photograph, encode, photographs
 from pipeline.store.codecs import Array
+from pipeline.store.image_maps import image_maps, map_sizes
 from pipeline.store.layout import Size
-from pipeline.store.schema import ShapeClass, Status, StoredLayer
+from pipeline.store.schema import ShapeClass, Status
 from pipeline.store.settings import decode_spec, extractor_spec
 from pipeline.store.store import Store
 
@@ -53,7 +52,7 @@ class Sample:
 
     path: str
     size: Size
-    """Of what the extractor saw, pixels."""
+    """Height and width that the extractor saw, pixels."""
     photograph: Embedded | None = None
     trouble: str = ""
     """Why there is no photograph."""
@@ -102,25 +101,6 @@ def _n_values(shape_class: ShapeClass) -> int:
     return max(3 * height * width, values)
 
 
-@dataclass(slots=True)
-class Histogram:
-    """How often each value occurs in the maps of a layer, channel by channel."""
-
-    layer: StoredLayer
-    edges: Array
-    """(bin + 1,) float64."""
-    counts: Array
-    """(channel, bin) int64, of the first channels."""
-    n_images: int = 0
-
-    def add(self, maps: Array) -> None:
-        """Count the values (channel, y, x) of one image."""
-        for channel in range(len(self.counts)):
-            values = maps[channel].clip(self.edges[0], self.edges[-1])
-            self.counts[channel] += np.histogram(values, self.edges)[0]
-        self.n_images += 1
-
-
 def histograms(store: Store, chosen: Sequence[Chosen]) -> list[Histogram]:
     """An empty histogram for each layer with maps, over the range that the chosen images' pooled values say."""
     found = []
@@ -129,10 +109,8 @@ def histograms(store: Store, chosen: Sequence[Chosen]) -> list[Histogram]:
         for statistic in ("min", "max"):
             values = [store.cell(c.shape_class.name, f"{layer.name}_{statistic}", c.row) for c in chosen]
             ends[statistic] = getattr(np, statistic)(np.nan_to_num(np.array(values)))
-        edges = bin_edges(float(ends["min"]), float(ends["max"]), layer)
-        counts = np.zeros((min(layer.channels, HISTOGRAM_CHANNELS), len(edges) - 1), np.int64)
         if layer.has_maps:
-            found.append(Histogram(layer, edges, counts))
+            found.append(Histogram.over(layer, float(ends["min"]), float(ends["max"]), HISTOGRAM_CHANNELS))
     return found
 
 
@@ -147,7 +125,7 @@ def samples(store: Store, chosen: Sequence[Chosen], counted: Sequence[Histogram]
     for turn, (shape_class, row) in enumerate(chosen):
         path, height, width = (store.cell(shape_class.name, name, row) for name in ("path", "input_height", "input_width"))
         sample = Sample(str(path), (int(height), int(width)))
-        sizes = map_sizes(store, *sample.size)
+        sizes = map_sizes(store.spec, *sample.size)
         is_shown = turn < n_shown
         pixels, sample.trouble = next(found) if is_shown else Photograph(None)
         if pixels is not None:
@@ -156,7 +134,7 @@ def samples(store: Store, chosen: Sequence[Chosen], counted: Sequence[Histogram]
         for histogram in counted:
             name = histogram.layer.name
             try:
-                maps = _maps(store, shape_class, histogram.layer, row, sizes[name])
+                maps = image_maps(store, shape_class.name, histogram.layer, row, sizes[name])
             except (FeaturemapsError, OSError, ValueError, RuntimeError) as error:
                 sample.trouble = f"its maps of {name} cannot be read ({error}): run featuremaps verify"
                 continue
@@ -190,7 +168,7 @@ class _Computer:
 
 
 def _photographs(store: Store, chosen: Sequence[Chosen]) -> Iterator[Photograph]:
-    """Of each row, in order; those that are too large are not asked for."""
+    """The image of each row, in order; images that are too large are not decoded."""
     names = ("path", "size_bytes", "digest", "source_height", "source_width")
     rows = [[store.cell(c.shape_class.name, name, c.row) for name in names] for c in chosen]
     n_pixels = [int(height) * int(width) for *_, height, width in rows]
@@ -201,12 +179,6 @@ def _photographs(store: Store, chosen: Sequence[Chosen]) -> Iterator[Photograph]
             yield Photograph(None, f"the source image has {n:,} pixels, and at most {PIXEL_LIMIT:,} are decoded for this page")
         else:
             yield next(found)
-
-
-def _maps(store: Store, shape_class: ShapeClass, layer: StoredLayer, row: int, size: Size) -> Array:
-    with urls.errors(str(store.path)):
-        stored = np.asarray(store.array(shape_class.name, layer.name)[row, :, : size[0], : size[1]])
-    return decoded(stored, layer)
 
 
 def _draw(layer: str, maps: Array, n: int) -> Iterator[MapPicture]:

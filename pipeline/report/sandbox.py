@@ -8,12 +8,11 @@ import io
 import json
 import os
 import resource
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -24,6 +23,7 @@ from PIL import Image, ImageFile
 
 from pipeline.config import DecodeSpec
 from pipeline.errors import FeaturemapsError, ImageError
+from pipeline.run.bounded import bounded_process
 from pipeline.source.decoding import decode
 from pipeline.source.fetch import Patience, Source, read_bytes, read_current
 from pipeline.source.names import absolute_path, absolute_url
@@ -40,8 +40,6 @@ IMAGE_S = 5.0
 """How long one file is waited for."""
 TOTAL_S = 20.0
 """How long all are, or a second for each where they are more."""
-END_S = 1.0
-"""How long a process that was killed is waited for."""
 STARTS = 4
 """Processes, one after another: each may be killed by one file."""
 _ANSWER_BYTES = 1 << 22
@@ -112,7 +110,7 @@ def thumbnails(root: str, spec: DecodeSpec, images: Sequence[tuple[str, str]], l
     root : str
         Source root.
     spec : DecodeSpec
-        As of the store; of its pixel limit at most `PIXEL_LIMIT` counts.
+        The store's; a pixel limit above `PIXEL_LIMIT` is lowered to it.
     images : sequence of (str, str)
         Path and fingerprint; a file of another fingerprint has none.
     longest : int
@@ -138,7 +136,7 @@ def photographs(root: str, spec: DecodeSpec, images: Sequence[tuple[str, int, st
     root : str
         Source root, which may hang.
     spec : DecodeSpec
-        As of the store; of its pixel limit at most `PIXEL_LIMIT` counts.
+        The store's; a pixel limit above `PIXEL_LIMIT` is lowered to it.
     images : sequence of (str, int, str)
         Path, size in bytes and sha256 of what the maps were computed of.
     """
@@ -185,27 +183,15 @@ def _ask(order: dict[str, Any], images: Sequence[tuple[Any, ...]]) -> Iterator[A
 def _process(order: dict[str, Any]) -> Iterator[Connection]:
     """One that answers. At the end it is killed and hardly waited for: while a file system hangs it cannot end."""
     answers, theirs = Pipe(duplex=False)
-    # An allocator and a client of buckets that think of as many threads as there are cores take address space for them.
-    one = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2", "TOKIO_WORKER_THREADS": "2"}
+    # -P: a file json.py or a folder pipeline of the current folder is none of ours
+    command = [sys.executable, "-P", "-m", "pipeline.report.sandbox", str(theirs.fileno())]
+    limits = {resource.RLIMIT_AS: MEMORY_BYTES, resource.RLIMIT_CORE: 0}
     with answers, tempfile.TemporaryFile() as file:
         file.write(json.dumps(order).encode())
         file.seek(0)
-        with theirs:
-            process = subprocess.Popen(  # noqa: S603 (this program)
-                # -P: a file json.py or a folder pipeline of the current folder is none of ours
-                [sys.executable, "-P", "-m", "pipeline.report.sandbox", str(theirs.fileno())],
-                stdin=file,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
-                env=os.environ | one,
-            )
-        try:
+        with bounded_process(command, n_threads=1, limits=limits, stdin=file, pass_fds=[theirs.fileno()]):
+            theirs.close()  # only the process has it now, so that its death ends what is read here
             yield answers
-        finally:
-            process.kill()
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(END_S)
 
 
 def _receive(answers: Connection, patience_s: float) -> Any:
@@ -267,13 +253,9 @@ def _size_bytes(root: str, path: str) -> int:
 
 
 def _main() -> None:
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     order = json.load(sys.stdin)
     if order["kind"] == "thumbnails":
         ImageFile.LOAD_TRUNCATED_IMAGES = True  # here, what there is of a picture is wanted
-    _, most = resource.getrlimit(resource.RLIMIT_AS)
-    limit = MEMORY_BYTES if most == resource.RLIM_INFINITY else min(most, MEMORY_BYTES)
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     with Connection(int(sys.argv[1]), readable=False) as connection:
         _send(connection, "begun")
         for found in answers(order):

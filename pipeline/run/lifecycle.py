@@ -29,11 +29,12 @@ from pipeline.source.fingerprints import Listing
 from pipeline.source.identity import is_same_folder, is_same_source
 from pipeline.source.listing import list_collection, walks_into
 from pipeline.store.codecs import Array
+from pipeline.store.contents import count_statuses
 from pipeline.store.create import check_folder, create_store, prepare_folder
 from pipeline.store.lock import StoreLock, last_holder, require_lock
 from pipeline.store.objects import Place, place
 from pipeline.store.run_ids import new_run_id, next_number
-from pipeline.store.schema import REJECTED, RUNS, Status, StoreSpec, difference
+from pipeline.store.schema import REJECTED, RUNS, StoreSpec, difference
 from pipeline.store.settings import VERSION, needed_size, store_spec
 from pipeline.store.store import Store, is_store, receipt_ids
 from pipeline.urls import Url
@@ -281,17 +282,6 @@ def _apply(store: Store, found: Changes) -> None:
     for group, statuses in found.set_status.items():
         rows_array = np.array(sorted(statuses))
         store.commit(group, rows_array, {"status": np.array([statuses[row] for row in rows_array.tolist()], np.uint8)})
-
-
-def count_statuses(store: Store) -> dict[str, int]:
-    """Rows of each status over all classes, and live ``rejected`` entries."""
-    counts = {status.name.lower(): 0 for status in Status}
-    for shape_class in store.classes.values():
-        values, numbers = np.unique(store.column(shape_class.name, "status"), return_counts=True)
-        for value, number in zip(values.tolist(), numbers.tolist(), strict=True):
-            counts[Status(value).name.lower()] += number
-    counts["rejected"] = int((store.column(REJECTED, "status") < Status.REMOVED).sum())
-    return counts
 
 
 def _now() -> str:

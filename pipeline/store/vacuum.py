@@ -13,10 +13,11 @@ from pipeline.errors import FeaturemapsError
 from pipeline.store.codecs import Array
 from pipeline.store.layout import ClassLayout, LayerLayout, group_by_shard
 from pipeline.store.lock import StoreLock, require_lock
-from pipeline.store.objects import Place, delete, size_bytes
+from pipeline.store.objects import Place, delete, place, size_bytes
 from pipeline.store.run_ids import new_run_id
 from pipeline.store.schema import RUNS, STATISTICS, ShapeClass, Status, StoredLayer, encode_rows, object_keys, stack
 from pipeline.store.store import Store, read_maps, write_maps
+from pipeline.text import human_size
 
 
 @dataclass(slots=True)
@@ -40,7 +41,7 @@ class Vacuumed:
         would = "would be " if self.is_dry_run else ""
         lines = [
             (
-                f"{self.store}: {self.freed_bytes / 1e6:,.1f} MB {would}freed of {self.n_dead} rows that are removed or superseded: "
+                f"{self.store}: {human_size(self.freed_bytes)} {would}freed of {self.n_dead} rows that are removed or superseded: "
                 f"{self.n_deleted} objects {would}deleted, {self.n_rewritten} {would}written anew"
             )
         ]
@@ -56,7 +57,7 @@ class Vacuumed:
         return asdict(self)
 
 
-def vacuum_store(path: Place, *, dry_run: bool = False, sole_writer: bool = False) -> Vacuumed:
+def vacuum_store(store: str | Place, *, dry_run: bool = False, sole_writer: bool = False) -> Vacuumed:
     """Delete or overwrite the maps of dead rows.
 
     What the ledger claims goes first: once ``maps_digest`` of a removed row is cleared, an image that comes back is computed anew.
@@ -64,11 +65,12 @@ def vacuum_store(path: Place, *, dry_run: bool = False, sole_writer: bool = Fals
 
     Parameters
     ----------
-    path : Path or Url
+    store : str, Path or Url
+        A folder, or a bucket's address.
     dry_run : bool
         Only say what would be freed; nothing is locked or changed.
     sole_writer : bool
-        As of `StoreLock`.
+        Vouch that nobody else writes to a bucket's store, see `StoreLock`.
 
     Raises
     ------
@@ -77,21 +79,22 @@ def vacuum_store(path: Place, *, dry_run: bool = False, sole_writer: bool = Fals
     StoreBusyError
         When a run works on it.
     """
-    store, run_id = Store(path, durable=True), new_run_id()
+    path = place(store)
+    opened, run_id = Store(path, durable=True), new_run_id()
     result = Vacuumed(str(path), dry_run)
     with contextlib.nullcontext() if dry_run else StoreLock(path / RUNS, run_id, sole_writer=sole_writer):
         if not dry_run:
-            store.reload()  # as it was before the lock may have changed
-            store.fence = partial(require_lock, path / RUNS, run_id)
-            store.repair()
-        for shape_class in store.classes.values():
-            status = store.column(shape_class.name, "status")
+            opened.reload()  # as it was before the lock may have changed
+            opened.fence = partial(require_lock, path / RUNS, run_id)
+            opened.repair()
+        for shape_class in opened.classes.values():
+            status = opened.column(shape_class.name, "status")
             dead = np.flatnonzero((status == Status.REMOVED) | (status == Status.SUPERSEDED))
             result.n_dead += len(dead)
             if not dry_run:
-                _clear_claims(store, shape_class.name, dead)
+                _clear_claims(opened, shape_class.name, dead)
             for shard, _ in group_by_shard(dead.tolist(), shape_class.layout.shard_rows):
-                _free_shard(store, run_id, shape_class, shard, status, result)
+                _free_shard(opened, run_id, shape_class, shard, status, result)
     return result
 
 

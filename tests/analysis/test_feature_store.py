@@ -290,7 +290,7 @@ def test_an_unknown_path_is_refused_with_the_nearest(folder):
 @pytest.mark.parametrize(
     ("row", "expected"),
     [
-        (0, r"has no maps in .*: it is pending \(its turn has not come: run again to go on\)"),
+        (0, r"has no maps in .*: it is pending \(no run has reached it yet: run again\)"),
         (1, r"has no maps in .*: it is quarantined \(truncated: the file ends before the image does\)"),
         (2, r"is not an image of"),
     ],

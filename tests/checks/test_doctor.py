@@ -161,14 +161,14 @@ def test_a_full_disk_is_a_failure(small_disk):
     assert only(storage.writing(folder)).found == "writing a file failed (No space left on device)"
     assert [path.name for path in folder.iterdir()] == ["large"]
     found = only(storage.space(folder, None))
-    assert (found.level, found.found) == ("FAIL", "0 MB free")
+    assert (found.level, found.found) == ("FAIL", "0 bytes free")
 
 
 def test_a_plan_that_does_not_fit_the_disk_is_a_failure(tmp_path):
     assert only(storage.space(tmp_path, Preview(maps_bytes=1000))).level == "ok"
     found = only(storage.space(tmp_path / "f.zarr", Preview(maps_bytes=10**18)))
     assert found.level == "FAIL"
-    assert found.found.endswith("maps take up to 1,000,000,000,000 MB before compression")
+    assert found.found.endswith("maps take up to 1,000,000 TB before compression")
 
 
 def test_a_file_system_without_hard_links_is_a_failure(tmp_path, monkeypatch):

@@ -134,7 +134,7 @@ def test_a_missing_and_a_truncated_shard_are_found(copy):
     assert len(audit.findings) == 7
     assert all(f.text.endswith("are missing") for f in audit.findings)
     assert audit.describe().endswith(
-        "7 things are wrong; --repair sets rows with bad maps to pending, so that the next run computes them"
+        "7 things are wrong; --repair sets rows with bad maps to pending, and the next run computes them"
     )
     assert "no image was recomputed" in audit.describe()
     assert audit.to_dict()["largest_difference"] is None
@@ -159,8 +159,8 @@ def test_claims_that_contradict_each_other_are_found(copy):
     store.commit("40x50", np.array([0, 1]), wrong)
     texts = {f.text for f in verify_store(copy, n_sample=0, workers=1).findings}
     assert texts >= {
-        "a status that there is not",
-        "a size that does not fit its class",
+        "unknown status",
+        "the size does not fit the class",
         "quarantined without a reason",
         "the image has 2 live rows or entries",
     }
@@ -173,7 +173,7 @@ def test_swapped_rows_are_found(copy):
     audit = verify_store(copy, n_sample=0, workers=1)
     assert {(f.kind, f.row) for f in audit.findings} == {("maps", 1), ("maps", 3)}
     (text,) = {f.text for f in audit.findings}
-    assert text == "the maps in 40x50/conv1/c.0.*, 40x50/conv2/c.0.* are not those that the ledger speaks of"
+    assert text == "the maps in 40x50/conv1/c.0.*, 40x50/conv2/c.0.* do not match the digest in the ledger"
 
 
 def test_weights_that_do_not_match_are_found(copy):
@@ -201,7 +201,7 @@ def test_images_that_are_gone_or_changed_are_said_to_be_out_of_reach(client, tmp
     make_images(tmp_path / "source", 1, [(40, 50)], seed=9).joinpath("img00000.png").rename(tmp_path / "source" / "img00001.png")
     audit = verify_store(tmp_path / "f.zarr", workers=1)
     assert (audit.n_recomputed, audit.n_not_reachable, audit.is_sound) == (1, 2, True)
-    assert "2 more were to be recomputed, but their images are gone or changed" in audit.describe()
+    assert "2 more could not be recomputed, because their images are gone or changed" in audit.describe()
     assert (audit.n_compared, audit.not_compared) == (1, {"missing": 1, "changed": 1})
     assert (
         "of 1 images at the source were compared with their digests; 2 could not be: 1 gone, 1 changed since" in audit.describe()
@@ -221,7 +221,7 @@ def test_an_image_that_changed_without_a_sign_and_a_digest_of_another_are_found(
     store.commit("40x50", np.array([3]), {"digest": store.column("40x50", "digest")[[2]]})
     audit = verify_store(tmp_path / "f.zarr", n_sample=0, workers=1)
     assert [(f.kind, f.row, f.path) for f in audit.findings] == [("source", 1, path.name), ("source", 3, "img00003.bmp")]
-    assert audit.describe().endswith("2 things are wrong; a run with --check digest computes images anew whose content changed")
+    assert audit.describe().endswith("2 things are wrong; a run with --check digest recomputes images whose content changed")
     assert verify_store(tmp_path / "f.zarr", n_sample=0, workers=1, repair=True).n_repaired == 0
     unread = verify_store(tmp_path / "f.zarr", read_source=False, workers=1)
     assert (unread.is_sound, unread.n_compared, unread.n_recomputed) == (True, 0, 0)
@@ -252,7 +252,7 @@ def test_any_change_of_the_roots_texts_is_found_and_older_stores_have_no_sum(cop
     for key in ("source", "source_root", "created_version", "written_version"):
         root.write_text(json.dumps(before | {"attributes": {"featuremaps": texts | {key: texts[key] + "x"}}}))
         (finding,) = verify_store(copy, read_source=False, workers=1).findings
-        assert finding.text == "its texts (source, source root, versions, settings) do not fit their sha256"
+        assert finding.text == "its texts (source, source root, versions, settings) do not match their sha256"
     older = {key: value for key, value in texts.items() if key != "sha256"}
     root.write_text(json.dumps(before | {"attributes": {"featuremaps": older}}))
     assert not kinds(copy)
@@ -389,7 +389,7 @@ def test_a_damaged_chunk_that_nobody_needs_is_found_and_vacuumed(client, tmp_pat
     path.write_bytes(data)
     (finding,) = verify_store(tmp_path / "f.zarr", workers=1).findings
     assert (finding.kind, finding.row) == ("maps", 0)
-    assert "nobody needs them, and featuremaps vacuum frees them" in finding.text
+    assert "no image needs them, but a read of the whole class fails: featuremaps vacuum frees them" in finding.text
     vacuum_store(tmp_path / "f.zarr")
     assert verify_store(tmp_path / "f.zarr", workers=1).is_sound
 

@@ -10,12 +10,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Annotated, Literal
 
+import click.testing
 import pytest
+from pydantic import BaseModel, Field
 
 from pipeline import __version__
 from pipeline.api import run_job
-from pipeline.cli import commands, terminal
+from pipeline.cli import job_options, terminal
+from pipeline.cli.groups import GroupedCommands
+from pipeline.cli.job_options import job_fields
 from pipeline.config import LayerSpec, make_job
 from pipeline.errors import FeaturemapsError, StoreBusyError
 from pipeline.run.summary import Progress, Summary, describe
@@ -85,6 +90,11 @@ def test_every_option_finds_its_place_in_the_job(jobs):
         }
     )
     assert jobs("a", "b", "--weights", "w.safetensors").extractor.weights == "w.safetensors"
+    job = jobs(
+        "a", "b", "--no-exif-orientation", "--background", 1, 2, 3, "--formats", "PNG", "--formats", "JPEG", "--deadline", 7
+    )
+    assert (job.decode.exif_orientation, job.decode.background, job.decode.formats) == (False, (1, 2, 3), ("PNG", "JPEG"))
+    assert job.deadline_s == 7.0
 
 
 def test_a_job_file_is_relative_to_itself_and_options_replace_what_it_says(jobs, tmp_path, monkeypatch):
@@ -139,8 +149,54 @@ def test_the_version_and_the_help_are_there(command):
     code, out, _ = command("run", "-h")
     assert code == 0
     assert out == command("run", "--help")[1]
-    documented = {parameter.name for parameter in commands.run.params if f"--{parameter.name.replace('_', '-')}" in out}
-    assert {"dtype", "resize", "layers", "limit", "workers", "retry_quarantined", "max_quarantined", "cluster"} <= documented
+    assert [field.path for field in job_fields() if not field.help] == [], "a field of a job without a description"
+
+
+def test_the_help_groups_commands_by_what_people_want(command):
+    _, out, _ = command("--help")
+    lines = [line for line in out.partition("Run:")[2].splitlines() if line.strip()]
+    listed = [line.split()[0] for line in lines]
+    assert " ".join(listed) == "run submit Look: plan status show report Check verify vacuum doctor Clusters: cluster"
+
+
+def test_a_command_that_no_heading_names_is_listed_all_the_same():
+    group = GroupedCommands("it", commands={"new": click.Command("new"), "run": click.Command("run")})
+    out = click.testing.CliRunner().invoke(group, ["--help"]).output
+    assert "Run:\n  run\n\nMore:\n  new\n" in out
+
+
+def test_a_new_field_of_a_model_is_an_option_at_once(monkeypatch):
+    class Inner(BaseModel):
+        mode: Literal["a", "b"] = Field("a", description="A choice.")
+        is_on: bool = Field(True, description="A switch.")
+        pair: tuple[int, int] | None = None
+
+    class Outer(BaseModel):
+        needed: str
+        inner: Inner = Inner()
+        size_bytes: Annotated[int, Field(gt=0)] | None = None
+        share: float = 0.5
+        names: tuple[str, ...] = ()
+
+    fields = [*job_fields(Outer)]
+    monkeypatch.setattr(job_options, "job_fields", lambda: fields)
+    found = {}
+    it = click.command()(job_options.job_options(lambda **options: found.update(job_options.job_values(options))))
+    line = "--mode b --no-is-on --pair 3 4 --size 2 --share 0.25 --names x --names y"
+    assert click.testing.CliRunner().invoke(it, line.split()).exit_code == 0
+    inner = {"mode": "b", "is_on": False, "pair": (3, 4)}
+    assert found == {"inner": inner, "size_bytes": 2 * 2**20, "share": 0.25, "names": ("x", "y")}
+    assert "--mode [a|b]" in (help_ := click.testing.CliRunner().invoke(it, ["--help"]).output)
+    assert ("A choice." in help_, "--size MIB" in help_, "--needed" in help_) == (True, True, False)
+    assert click.testing.CliRunner().invoke(it, ["--mode", "c"]).exit_code == 2
+    found.clear()
+    assert click.testing.CliRunner().invoke(it, []).exit_code == 0
+    assert found == {}, "what a job file says stands where no option says otherwise"
+
+
+def test_no_two_fields_of_a_job_have_one_option():
+    names = [field.path[-1] for field in job_fields()]
+    assert len(set(names)) == len(names)
 
 
 # -- results ---------------------------------------------------------------------------------------------------------------------

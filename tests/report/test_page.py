@@ -19,7 +19,7 @@ from pipeline.config import make_job
 from pipeline.errors import EXIT_USAGE, FeaturemapsError, UsageError
 from pipeline.extract.weights import load_weights
 from pipeline.report import page
-from pipeline.report.facts import Facts, code_of, gather, judge, run_facts
+from pipeline.report.facts import Facts, gather, run_facts, verdict_of
 from pipeline.report.page import write_report
 from pipeline.report.samples import choose
 from pipeline.run.lifecycle import new_run_id
@@ -133,7 +133,7 @@ def test_all_images_rejected(run, tmp_path):
             {"outcome": "incomplete", "faults": ["a.png: Stale\nhandle"]},
             "2 of 6 images are missing: the storage failed, which may pass (a.png: Stale\\nhandle).",
         ),
-        ({"outcome": "complete"}, "2 of 6 images are missing: their turn has not come yet."),
+        ({"outcome": "complete"}, "2 of 6 images are missing: no run has reached them yet."),
         ({"outcome": "failed", "message": "disk full"}, "The last run failed; 2 of 6 images are missing: disk full."),
         ({"outcome": "running"}, "The last run died before its end; 2 of 6 images are missing."),
         ({"outcome": "stopped", "n_listed": 100}, "96 of 100 images are missing: the last run was stopped"),
@@ -142,7 +142,7 @@ def test_all_images_rejected(run, tmp_path):
 def test_a_half_written_store_says_how_much_is_missing_and_why(store, outcome, said):
     set_status(store, "40x60", [0, 2], Status.PENDING)
     leave_receipt(store, **outcome)
-    verdict = judge(facts_of(store))
+    verdict = verdict_of(facts_of(store))
     assert verdict.text.startswith(said)
     assert "run the same command again" in verdict.remedy.lower()
     text = text_of(store)
@@ -154,7 +154,7 @@ def test_a_store_without_receipts(store):
     for path in (store / "runs").glob("*Z-*.json"):
         path.unlink()
     set_status(store, "40x60", [0], Status.PENDING)
-    assert judge(facts_of(store)).text == "1 of 6 images is missing: no run has left a receipt."
+    assert verdict_of(facts_of(store)).text == "1 of 6 images is missing: no run has left a receipt."
     assert "No run has left a receipt." in text_of(store)
 
 
@@ -263,7 +263,7 @@ def test_photographs_that_are_large_and_were_resized_are_not_decoded_and_their_m
 def test_receipts_of_other_versions_say_what_they_have(store, odd):
     set_status(store, "40x60", [0], Status.PENDING)
     (store / "runs" / "20990101T000000.000Z-999999-00000000.json").write_text(json.dumps(odd))
-    assert judge(facts_of(store)).tone in {"warning", "bad"}
+    assert verdict_of(facts_of(store)).tone in {"warning", "bad"}
     for path in (store / "runs").glob("202*Z-*.json"):
         path.unlink()
     assert "All runs, newest first" in text_of(store)
@@ -328,10 +328,6 @@ def test_maps_that_are_further_off_than_they_may_be_are_said(store):
     values[:, 0] += 9
     zarr.open_array(store / "40x60" / "conv1", mode="r+")[...] = values
     assert re.search(r"conv1 is off by 0\.0\d+, more than its bound 0\.00\d+: .* run featuremaps verify", text_of(store))
-
-
-def test_codes_are_stable_words():
-    assert [code_of(text) for text in ("too_small: 4 x 4", "no code", "<b>x: y", "", "A B: c")] == ["too_small", *["other"] * 4]
 
 
 def test_the_space_on_disk_is_counted_or_not(store, monkeypatch):

@@ -143,8 +143,10 @@ def test_photographs_that_are_gone_or_others_are_said(folder, monkeypatch):
     assert found == [changed, changed, "the source image cannot be read any more", large]
 
 
-def test_the_memory_of_the_process_suffices_for_the_largest_pictures(folder):
+def test_the_memory_of_the_process_suffices_for_the_largest_pictures(folder, monkeypatch):
     """Of which WebP takes most, 32 bytes for a pixel."""
+    monkeypatch.setattr(module, "IMAGE_S", 600.0)
+    monkeypatch.setattr(module, "TOTAL_S", 600.0)
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 255, (500, 4, 3), np.uint8).repeat(9, 0).repeat(1100, 1)  # 19.8 megapixels
     Image.fromarray(pixels).save(folder / "large.webp", quality=1, method=0)

@@ -103,9 +103,9 @@ def test_a_pooled_value_that_is_not_what_was_computed_is_found_and_repaired(run,
     audit = verify_store(path, n_sample=0, workers=1)
     assert [(found.kind, found.group, found.row) for found in audit.findings] == [("maps", "40x50", 3)]
     assert re.fullmatch(
-        "the pooled values of conv1, conv2 are not those that the ledger speaks of"
+        "the pooled values of conv1, conv2 do not match the digest in the ledger"
         if outputs == ["pooled"]
-        else r"the maps in 40x50/conv1/c\.0\.\* or the pooled values of conv2 are not those that the ledger speaks of",
+        else r"the maps in 40x50/conv1/c\.0\.\* or the pooled values of conv2 do not match the digest in the ledger",
         audit.findings[0].text,
     )
     verify_store(path, n_sample=0, workers=1, repair=True)

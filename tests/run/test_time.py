@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.analysis.feature_store import FeatureStore
-from pipeline.checks.plan import store_status
+from pipeline.checks.status import store_status
 from pipeline.cluster.submit.record import Claim, Submission
 from pipeline.errors import StoreBusyError
 from pipeline.report.facts import gather

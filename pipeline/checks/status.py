@@ -1,0 +1,149 @@
+"""How far a store is; it only looks."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from pipeline.cluster.batch_commands import QueuedJob
+from pipeline.cluster.submit.record import GONE, Submission, last_submission
+from pipeline.errors import UsageError
+from pipeline.run.summary import describe_bottleneck
+from pipeline.source.dropped import describe_dropped
+from pipeline.store.contents import bad_images, count_statuses
+from pipeline.store.lock import current_holder, last_heard
+from pipeline.store.objects import Place, place
+from pipeline.store.store import Store, is_store
+from pipeline.text import bad_lines, count, printable
+
+
+@dataclass(slots=True)
+class StoreStatus:
+    """How far a store is."""
+
+    store: str
+    source: str
+    dtype: str
+    has_maps: bool
+    """False where only pooled values are kept."""
+    n_classes: int
+    counts: dict[str, int]
+    bad: list[dict[str, str]]
+    """The first quarantined and rejected images: path and error."""
+    holder: dict[str, Any] | None
+    """Who works on it now, and ``silent_s``, the seconds since its last heartbeat, of which there is one every 10 s."""
+    last_run: dict[str, Any] | None
+    """The newest receipt; that of a run at work is written every 10 s."""
+    submission: dict[str, Any] | None = None
+    """What was handed to a batch system, with ``state`` in words and the ``jobs`` that work for the store."""
+    dropped: dict[str, int] = field(default_factory=dict)
+    """Images that the runs have entered and of which something is dropped, per code of `dropped.dropped`."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        return asdict(self) | {"is_at_work": self.holder is not None, "left_s": self.left_s}
+
+    @property
+    def left_s(self) -> float | None:
+        """Seconds until the run at work ends at its present pace."""
+        run = self.last_run
+        if not self.holder or not run or run["run_id"] != self.holder["run_id"] or not run["images_per_s"]:
+            return None
+        finished = sum(run[name] for name in ("n_unchanged", "n_returned", "n_done", "n_quarantined", "n_rejected"))
+        return float((run["n_listed"] - finished) / run["images_per_s"])
+
+    def describe(self) -> str:
+        """For a person."""
+        what = f"{self.dtype} maps" if self.has_maps else "pooled values"
+        lines = [
+            f"{self.store}: {count(self.n_classes, 'shape class', 'shape classes')} of {what} from {self.source}",
+            ", ".join(f"{n} {name}" for name, n in self.counts.items()),
+        ]
+        lines += self._describe_holder(self.holder) if self.holder else []
+        lines += self._describe_run(self.last_run) if self.last_run else []
+        if self.submission:
+            known = self.submission
+            lines.append(f"handed to {known['kind']} as job {known['job_id'] or '?'} on {known['submitted']}: {known['state']}")
+            lines += [f"  {QueuedJob(**job)}" for job in known["jobs"] if job["job_id"] != known["job_id"]]
+        lines += describe_dropped(self.dropped)
+        lines += bad_lines(self.bad)
+        n_more = self.counts["quarantined"] + self.counts["rejected"] - len(self.bad)
+        if n_more:
+            lines.append(f"  and {count(n_more, 'more bad image')}: --quarantined N lists N")
+        return "\n".join(lines)
+
+    def _describe_holder(self, holder: dict[str, Any]) -> list[str]:
+        """Who works on the store."""
+        left = f", about {self.left_s:.0f} s left" if self.left_s is not None else ""
+        job = f" (job {holder['job_id']})" if holder["job_id"] else ""
+        heard = last_heard(holder["silent_s"] - holder["ahead_s"])
+        return [f"run {holder['run_id']} works on it: process {holder['pid']} on {holder['host']}{job}, {heard}{left}"]
+
+    def _describe_run(self, run: dict[str, Any]) -> list[str]:
+        """What the last run did."""
+        is_dead = run["outcome"] == "running" and not self.holder
+        did = any(run[f"n_{name}"] for name in ("new", "done", "quarantined", "rejected", "removed", "checked"))
+        done = f"{run['n_done']} done" if did or run["outcome"] != "complete" else "there was nothing to do"
+        line = f"last run {run['run_id']}: "
+        line += "died before its end; the same command goes on" if is_dead else f"{run['outcome']}, {done}"
+        if run["n_done"]:
+            line += f" at {run['images_per_s']:.1f} images/s on {count(run['slots'], 'slot')}"
+        if run["bottleneck"] and (run["n_done"] or run["n_checked"]):
+            line += f", bottleneck {describe_bottleneck(run['bottleneck'])}"
+        lines = [line + (f" -- {run['message']}" if run["message"] else "")]
+        if run["outcome"] in {"incomplete", "stopped"} and run["n_pending"]:
+            faults = "; ".join(map(printable, run["faults"][:3]))
+            lines.append(f"it left {count(run['n_pending'], 'image')} to the next run" + (f": {faults}" if faults else ""))
+        return lines
+
+
+def store_status(store: str | Place, n_bad: int = 20) -> StoreStatus:
+    """Look at a store.
+
+    Parameters
+    ----------
+    store : str, Path or Url
+        A folder, or a bucket's address.
+    n_bad : int
+        Bad images to list.
+
+    Raises
+    ------
+    UsageError
+        When there is no store.
+    """
+    path = place(store)
+    submission = last_submission(path)
+    if submission is not None and not is_store(path):
+        raise UsageError(_not_there_yet(path, submission))
+    state, jobs = ("", []) if submission is None else submission.look()
+    opened = Store(path)
+    last = opened.last_receipt()
+    return StoreStatus(
+        str(path),
+        opened.spec.source,
+        opened.spec.dtype,
+        bool(opened.spec.map_layers),
+        len(opened.classes),
+        count_statuses(opened),
+        [{"path": image.path, "error": image.error} for image in bad_images(opened, n_bad).images],
+        current_holder(path),
+        last,
+        None if submission is None else asdict(submission) | {"state": state, "jobs": jobs},
+        (last or {}).get("dropped_total") or {},
+    )
+
+
+def _not_there_yet(path: Place, submission: Submission) -> str:
+    """Why a store is not there whose run was handed to a batch system."""
+    state, _ = submission.look()
+    remedy = (
+        f"It ended before there was anything to show; {submission.job_name}-driver*, in log_folder of the cluster, says why: mend "
+        "that and submit again"
+        if state == GONE
+        else "Wait until it has begun"
+    )
+    return (
+        f"store {path} does not exist yet; its run was handed to {submission.kind} as job {submission.job_id or '?'} on "
+        f"{submission.submitted}: {state}. {remedy}"
+    )

@@ -1,0 +1,55 @@
+"""Maps of one image: their sizes, and their values as float32, read without the rest of their shard."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pipeline import urls
+from pipeline.extract.layers import layer_names, output_sizes
+from pipeline.extract.weights import dequantise
+from pipeline.store.codecs import Array
+from pipeline.store.layout import Size
+from pipeline.store.schema import StoredLayer, StoreSpec
+from pipeline.store.settings import extractor_spec
+from pipeline.store.store import Store
+
+
+def map_sizes(spec: StoreSpec, height: int, width: int) -> dict[str, Size]:
+    """Height and width of every layer's maps, by its name, for an input height and width."""
+    layers = extractor_spec(spec).layers
+    return dict(zip(layer_names(layers), output_sizes(layers, height, width), strict=True))
+
+
+def image_maps(store: Store, group: str, layer: StoredLayer, row: int, size: Size) -> Array:
+    """Maps of one row that is done, cropped to ``size``, the height and width that the image gives.
+
+    Returns
+    -------
+    (channel, y, x) float32
+
+    Raises
+    ------
+    OSError
+        When they cannot be read.
+    RuntimeError
+        When a checksum does not fit.
+    ValueError
+        When some values are NaN, which data never are.
+    """
+    with urls.errors(str(store.path)):
+        stored = np.asarray(store.array(group, layer.name)[row, :, : size[0], : size[1]])
+    return decoded(stored, layer)
+
+
+def decoded(stored: Array, layer: StoredLayer) -> Array:
+    """Maps of an image that is done, float32, from those as stored, without padding.
+
+    Raises
+    ------
+    ValueError
+        When some values are NaN, which data never are.
+    """
+    maps = dequantise(stored, layer)
+    if np.isnan(maps).any():
+        raise ValueError("the ledger says done, and there are no values: an object is missing")
+    return maps
