@@ -24,7 +24,7 @@ DOCS = Path(__file__).parents[1]
 ROOT = DOCS.parent
 _LINK = re.compile(r"\]\((?!\w+:|#)([^)#\s]+)(#[^)\s]+)?\)")
 _STANDS_FOR = re.compile(r"\s*\[[^\]]+\]\((\.\./[^)#]+\.(?:md|ipynb))\)\s*")
-_KEYS = re.compile(r"^<!-- keys of (\w+)\.(\w+) -->$", re.MULTILINE)
+_KEYS = re.compile(r"^<!-- keys of ([\w.]+)\.(\w+) -->$", re.MULTILINE)
 
 
 @cache
