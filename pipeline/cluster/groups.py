@@ -35,6 +35,11 @@ class Launch(NamedTuple):
 
     group: str
     cls: Any
+    """A `distributed.deploy.spec.ProcessInterface`, called with the scheduler's address, ``name`` and the options, and then awaited.
+
+    It has two more functions. ``async find_gone(workers)`` takes workers by name, and says of those that have ended why. ``explain(error)``
+    says in words why one was not started.
+    """
     options: dict[str, Any]
 
 

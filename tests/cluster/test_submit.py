@@ -18,7 +18,7 @@ import yaml
 
 from pipeline.api import run_job
 from pipeline.cli.terminal import stop_on_signal
-from pipeline.cluster.submit import clock, next_attempt, record
+from pipeline.cluster.submit import clock, ending, next_attempt, record
 from pipeline.cluster.submit.hand_in import adopt, submit
 from pipeline.cluster.submit.inside_job import job_clock
 from pipeline.cluster.submit.next_attempt import NextAttempt
@@ -388,7 +388,7 @@ def complete(order, client, tmp_path):
     def finish(**changes) -> tuple[int, list[str]]:
         said: list[object] = []
         made = order("p", verify=False, **changes)
-        code = finish(made, job_clock(made, threading.Event()), summary, report=said.append, audit=lambda: None)
+        code = ending.finish(made, job_clock(made, threading.Event()), summary, report=said.append, audit=lambda: None)
         return code, [str(text) for text in said]
 
     return finish
