@@ -20,7 +20,7 @@ nitpick_ignore_regex = [
         r"py:.*",
         r"(collections|concurrent|dask|distributed|matplotlib|np|numpy|pandas|pathlib|pd|pydantic|threading|typing|xarray|xr)\..*",
     ),
-    (r"py:.*", r"pipeline\.\w+\.(Array|Pixels|Place|M|_\w+)"),  # aliases of types, which have no page
+    (r"py:.*", r"pipeline\.[\w.]+\.(Array|Pixels|Place|M|_\w+)"),  # aliases of types, which have no page
     (r"py:class", r"[^.]*"),  # words of numpy docstrings: "int, optional", "(y, x, channel) uint8"
     (r"py:obj", r".*"),  # single back quotes: a link where there is a page, code elsewhere
 ]

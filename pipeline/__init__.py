@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -37,24 +38,36 @@ __all__ = [
     "write_report",
 ]
 
-_HOMES = {
-    "Job": "pipeline.config",
-    "load_job": "pipeline.config",
-    "open_store": "pipeline.analysis.feature_store",
-    "plan_job": "pipeline.checks.plan",
-    "run_job": "pipeline.api",
-    "store_status": "pipeline.checks.plan",
-    "vacuum_store": "pipeline.store.vacuum",
-    "verify_store": "pipeline.checks.verify",
-    "write_report": "pipeline.report.page",
-}
-_MODULES = {"errors": "pipeline.errors", "figures": "pipeline.report.figures"}
+
+def lazily(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
+    """Return a package's ``__getattr__``, which imports a name from its home in that package when it is first used.
+
+    A worker that needs `decode` must not import the driver, and ``import pipeline`` stays fast. A home that bears the name
+    itself is the module.
+    """
+
+    def find(name: str) -> Any:
+        if name not in homes:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        module = import_module(f"{package}.{homes[name]}")
+        return module if homes[name].rpartition(".")[2] == name else getattr(module, name)
+
+    return find
 
 
-def __getattr__(name: str) -> Any:
-    """Import a name on first use, so that ``import pipeline`` stays fast."""
-    if name in _MODULES:
-        return import_module(_MODULES[name])
-    if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
-    raise AttributeError(f"module 'pipeline' has no attribute {name!r}")
+__getattr__ = lazily(
+    __name__,
+    {
+        "Job": "config",
+        "errors": "errors",
+        "figures": "report.figures",
+        "load_job": "config",
+        "open_store": "analysis.feature_store",
+        "plan_job": "checks.plan",
+        "run_job": "api",
+        "store_status": "checks.plan",
+        "vacuum_store": "store.vacuum",
+        "verify_store": "checks.verify",
+        "write_report": "report.page",
+    },
+)

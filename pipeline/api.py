@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pipeline.cluster.connection import connection
+from pipeline.cluster.connection import connector
 from pipeline.config import Job
 from pipeline.run import lifecycle
 from pipeline.run.summary import Progress, Summary
@@ -59,4 +59,4 @@ def run_job(
     >>> summary.outcome, summary.n_done  # doctest: +SKIP
     ('complete', 28)
     """
-    return lifecycle.run_job(job, connection(job, client, cluster_file), on_progress=on_progress, stop=stop)
+    return lifecycle.run_job(job, connector(job, client, cluster_file), on_progress=on_progress, stop=stop)

@@ -15,7 +15,7 @@ from pipeline.store.objects import place
 from pipeline.store.store import is_store
 
 
-def connection(
+def connector(
     job: Job, client: Any = None, cluster_file: Path = Path("cluster.yaml")
 ) -> Callable[[threading.Event, Callable[[str], None]], AbstractContextManager[Any]]:
     """Check the cluster that a job names, and return what `lifecycle.run_job` calls to connect to it.

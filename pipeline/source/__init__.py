@@ -2,3 +2,12 @@
 
 Nothing here knows of Dask, Zarr or torch. A new file format is one module that `decoding` calls.
 """
+
+from __future__ import annotations
+
+from pipeline import lazily
+
+__all__ = ["Listing", "decode", "list_collection", "probe"]
+__getattr__ = lazily(
+    __name__, {"Listing": "fingerprints", "decode": "decoding", "list_collection": "listing", "probe": "decoding"}
+)

@@ -22,7 +22,7 @@ def check_bitmap(image: Any, head: bytes) -> None:
     image : PIL.Image.Image
         Opened, not loaded.
     head : bytes
-        The first 30 bytes of the file.
+        The first 64 bytes of the file.
 
     Raises
     ------
@@ -31,8 +31,11 @@ def check_bitmap(image: Any, head: bytes) -> None:
     """
     if image.format == "BMP":
         _check_bmp(image, head)
+        if image.tile[0].codec_name == "bmp_rle" and hasattr(image.fp, "getvalue"):
+            _check_runs(image, image.fp.getvalue())
     elif image.format == "PPM" and hasattr(image.fp, "getvalue"):
         codec = image.tile[0].codec_name
+        _check_comments(image, codec)
         if codec == "ppm":
             _check_samples(image, image.fp.getvalue())
         elif codec == "ppm_plain" and image.mode != "1":
@@ -62,8 +65,46 @@ def _check_bmp(image: Any, head: bytes) -> None:
         text = f"runs (compression {compression}) of {bits} bits at byte {offset}"
     elif codec == "raw" and bits in _RAW_MODES and raw_mode not in _RAW_MODES[bits]:
         text = f"indices of {bits} bits with a palette of greys"
+    size = int.from_bytes(head[14:18], "little")
+    n_colours = (int.from_bytes(head[46:50], "little") if size > 12 else 0) or 1 << bits
+    if bits <= 8 and 14 + size + (4 if size > 12 else 3) * n_colours > offset:
+        text = f"a palette of {n_colours} colours that reaches into the pixels"
     if text:
         raise ImageError("unsupported_mode", f"BMP with {text}: Pillow reads it otherwise; save it as PNG")
+
+
+def _check_runs(image: Any, data: bytes) -> None:
+    """Refuse runs that leave their row, where decoders differ; some writers fill a row up to whole words."""
+    is_nibbles = image.info["compression"] == 2
+    end_of_row = -(-image.width // (8 if is_nibbles else 4)) * (8 if is_nibbles else 4)
+    place, x, y = image.tile[0].offset, 0, 0
+    while place + 1 < len(data):
+        n, value = data[place], data[place + 1]
+        place += 2
+        if n:
+            x += n
+        elif value == 0:
+            x, y = 0, y + 1
+        elif value == 1:
+            return
+        elif value == 2:
+            x, y, place = x + data[place], y + data[place + 1], place + 2
+        else:  # so many pixels as they are, in whole words
+            x += value
+            n_bytes = (value + 1) // 2 if is_nibbles else value
+            place += n_bytes + n_bytes % 2
+        if x > end_of_row or (x and y >= image.height):
+            raise ImageError("corrupt", f"the image cannot be decoded (a run of row {y} goes on behind its last pixel)")
+
+
+def _check_comments(image: Any, codec: str) -> None:
+    """Refuse a comment that touches the number before it: Pillow joins that number with the next one."""
+    data = image.fp.getvalue()
+    text = data if codec == "ppm_plain" and image.mode != "1" else data[: image.tile[0].offset]
+    if data[1:2] not in b"123456f":
+        raise ImageError("unsupported_mode", f"PNM of kind {data[:2]!r}, which only Pillow knows; save it as PNG")
+    if b"#" in text and re.search(rb"[^\s#]#", re.sub(rb"#[^\r\n]*", b"#", text)):
+        raise ImageError("unsupported_mode", "PNM with a comment directly behind a number; put a space between them")
 
 
 def _check_samples(image: Any, data: bytes) -> None:

@@ -30,21 +30,26 @@ from PIL import (
 
 from pipeline.config import DEFAULT_PIXEL_LIMIT, DecodeSpec, ImageFormat
 from pipeline.errors import ImageError
+from pipeline.source.avif import check_avif
 from pipeline.source.bitmaps import check_bitmap, check_indices
 from pipeline.source.dropped import dropped, is_far
 from pipeline.source.header_limits import (
     HEADER_BYTES,
     HeaderStream,
     StorageFault,
+    check_gif_blocks,
     check_pixels,
     check_webp,
     check_webp_chunks,
     gif_size,
     n_scans,
 )
-from pipeline.source.jpeg import check_scans, load_jpeg
+from pipeline.source.jpeg import check_scans, load_jpeg, without_filling
 from pipeline.source.png import load_png, open_png
-from pipeline.source.tiff import check_tiff, unpack
+from pipeline.source.tiff import check_tiff
+from pipeline.source.tiff_data import unpack
+from pipeline.source.tiff_fax import check_fax
+from pipeline.source.tiff_jpeg import check_jpegs
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -76,7 +81,7 @@ _JPEG_SCANS = 500  # as libjpeg-turbo's own fuzzers: an empty scan of 14 bytes c
 _PLAIN_COMMENTS = 10_000  # Pillow copies up to a megabyte for each
 _OTHER_BYTES, _CODEC_BYTES = 20, 32  # per pixel at most, as measured: of other modes, of WebP and AVIF
 _DECODE_BASE_BYTES = 32 * 1024**2  # objects made of a header, a block of plain PNM as words
-_ENDED = {"tiff_adobe_deflate", "tiff_deflate", "lzma", "group4", "jpeg"}  # as Pillow names compressions of a TIFF
+_ENDED = {"tiff_adobe_deflate", "tiff_deflate", "lzma"}  # as Pillow names compressions of a TIFF
 _TRUNCATED = ("truncat", "not enough image data", "reached eof", "cannot load this image")
 
 
@@ -175,10 +180,8 @@ def decode(data: bytes, spec: DecodeSpec, *, partial: bool = False) -> np.ndarra
         _check_cost(image, data)
         stream.end_of_header()
         is_jpeg = isinstance(image, JpegImagePlugin.JpegImageFile)
-        if is_jpeg and not partial:
-            check_scans(data)
-        if image.format == "WEBP" and not partial:
-            check_webp_chunks(data)
+        if not partial:
+            data = _check_data(image, data)
         turn = _turn(image, orientation, spec)
         pixels = None
         if image.info.get("compression") in _ENDED and not partial:
@@ -213,6 +216,39 @@ def _decode_fast(data: bytes) -> np.ndarray | None:
     except Exception:  # noqa: BLE001 (a flaw, also one that Pillow passes over: it decides)
         return None
     return pixels
+
+
+def _check_data(image: Image.Image, data: bytes) -> bytes:
+    """Refuse what the bytes of a file show to be damaged, missing or misread; return those to decode."""
+    if isinstance(image, JpegImagePlugin.JpegImageFile):
+        check_scans(data)
+        return without_filling(data)
+    if image.format == "WEBP":
+        check_webp_chunks(data)
+    elif image.format == "GIF":
+        check_gif_blocks(data, cast("Any", image).tile[0].offset)
+    elif image.format == "AVIF":
+        check_avif(data, *image.size)
+    elif image.info.get("compression") == "jpeg":
+        check_jpegs(data, _check_jpeg)
+    elif image.info.get("compression") == "group4":
+        check_fax(data, _last_rows)
+    return data
+
+
+def _last_rows(data: bytes) -> np.ndarray:
+    """The last two rows of a TIFF of one bit."""
+    image = TiffImagePlugin.TiffImageFile(io.BytesIO(data))
+    image.load()
+    return np.asarray(image.crop((0, image.height - 2, *image.size)))
+
+
+def _check_jpeg(data: bytes) -> None:
+    """Refuse a JPEG inside another file unless all its pixels come from its data."""
+    image = JpegImagePlugin.JpegImageFile(io.BytesIO(data))
+    _check_cost(image, data)
+    check_scans(data)
+    load_jpeg(image, without_filling(data), Image)
 
 
 def _is_wanted(pixels: np.ndarray, image: Image.Image, orientation: int, spec: DecodeSpec) -> bool:
@@ -276,7 +312,7 @@ def _blaming_the_image() -> Iterator[None]:
 
 def _open(stream: HeaderStream, spec: DecodeSpec) -> tuple[Image.Image, int]:
     """Read the header, refuse what must not be decoded, return the image and its orientation."""
-    head = stream.read(30)
+    head = stream.read(64)
     if not head:
         raise ImageError("empty", "the file has 0 bytes")
     largest_bytes = 8 * spec.pixel_limit + HEADER_BYTES
@@ -342,6 +378,8 @@ def _explain_unidentified(head: bytes, spec: DecodeSpec) -> str:
 
 def _orientation(image: Image.Image) -> int:
     """EXIF orientation, 1 to 8, as Pillow finds it in what precedes the pixels; damaged EXIF counts as none."""
+    if image.format == "AVIF":  # whose own boxes alone turn it
+        image.info.pop("xmp", None)
     if not isinstance(image, TiffImagePlugin.TiffImageFile) and image.info.keys().isdisjoint(_EXIF_KEYS):
         return 1
     try:

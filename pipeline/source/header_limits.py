@@ -5,15 +5,19 @@ from __future__ import annotations
 import io
 import re
 import struct
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from pipeline.errors import ImageError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 _SIDE_LIMIT = (2**31 - 1) // 32  # of Pillow, whose longer rows end in a MemoryError, however much memory there is
 # What a header may cost: real ones take a few hundred reads, and Pillow needs a microsecond for each.
 _HEADER_READS = 1 << 18
 # Of a JPEG, whose EXIF segments Pillow joins one by one; of others, it is the share of a file that is no pixels.
 HEADER_BYTES = 16 * 1024**2
+_GIF_RECORDS = {b",", b"!", b"\0"}  # zeros are passed over, as some writers put too many
 _JPEG_MARKER = re.compile(rb"\xff[^\0\xff\xd0-\xd7]")
 
 
@@ -73,11 +77,14 @@ def gif_size(stream: HeaderStream) -> tuple[int, int]:
     stream.seek(6)
     width, height, flags, background = struct.unpack("<HHBBx", stream.read(7))
     is_clear = False
-    if flags & 0x80:  # a global palette
-        stream.read(6 << (flags & 7))
+    controls: set[bytes] = set()
+    palette = stream.read(6 << (flags & 7)) if flags & 0x80 else b""
     while (kind := stream.read(1)) and kind != b";":
+        if kind not in _GIF_RECORDS:
+            raise _broken_gif()
         if kind == b",":  # the first frame
             left, top, frame_width, frame_height, frame_flags = struct.unpack("<4HB", stream.read(9))
+            _check_gif_colours(stream, palette, frame_flags, controls)
             height, width = max(height, top + frame_height), max(width, left + frame_width)
             is_whole = (left, top, frame_width, frame_height) == (0, 0, width, height)
             if not (is_whole or is_clear) and (background or frame_flags & 0x80 or not flags & 0x80):
@@ -90,7 +97,45 @@ def gif_size(stream: HeaderStream) -> tuple[int, int]:
                 block = stream.read(length[0])
                 if label == b"\xf9" and block:
                     is_clear = bool(block[0] & 1)
+                    controls.add(block[3:4] if is_clear else b"")
+                elif label == b"\x01" and controls:  # a text, which takes the control before it
+                    controls |= {b"", b"text"}
     return height, width
+
+
+def check_gif_blocks(data: bytes, place: int) -> None:
+    """Refuse a GIF whose chain of blocks, from the pixels of the first picture at ``place`` on, does not lead to a record or the end."""
+    while place < len(data) and data[place]:
+        place += 1 + data[place]
+    rest = data[place:].lstrip(b"\0")[:1]
+    if place > len(data):
+        raise ImageError("truncated", "the file ends before the image does (its last block is cut)")
+    if rest not in {b"", b";", *_GIF_RECORDS}:
+        raise _broken_gif()
+
+
+def _broken_gif() -> ImageError:
+    return ImageError("corrupt", "the image cannot be decoded (something is between its blocks that is none)")
+
+
+def _check_gif_colours(stream: HeaderStream, palette: bytes, frame_flags: int, controls: set[bytes]) -> None:
+    """Refuse a first picture whose palette or transparent colour Pillow takes from elsewhere; the stream is at its palette."""
+    text = ""
+    if frame_flags & 0x80:
+        own = stream.read(6 << (frame_flags & 7))
+        if palette and own == _greys(own) and palette != _greys(palette):
+            text = "a GIF whose first picture has a palette of greys beside a global one, which Pillow takes instead"
+    elif not palette:
+        text = "a GIF without any palette, whose colours are not known"
+    if len(controls) > 1:
+        text = "a GIF whose first picture has several transparent colours"
+    if text:
+        raise ImageError("unsupported_mode", f"{text}; save it as PNG")
+
+
+def _greys(palette: bytes) -> bytes:
+    """A palette of as many colours, each of which is the grey of its index."""
+    return b"".join(bytes([index] * 3) for index in range(len(palette) // 3))
 
 
 def check_webp(head: bytes, found_bytes: int, limit: int) -> None:
@@ -113,21 +158,38 @@ def check_webp_chunks(data: bytes) -> None:
     """Refuse a WebP whose header says other than its chunks of its transparency, or whose canvas Pillow fills with black."""
     if data[12:16] != b"VP8X":
         return
-    flags, canvas, place, kinds = data[20], data[24:30], 30, set()
-    while place + 8 <= len(data):
-        kind, n_bytes = data[place : place + 4], int.from_bytes(data[place + 4 : place + 8], "little")
+    is_clear, kinds = bool(data[20] & 0x10), set()
+    for kind, start, n_bytes in _webp_chunks(data, 30, len(data)):
         if kind == b"ANMF":  # the first frame: two places, then two sides, as in the header
-            if not flags & 0x10 and (any(data[place + 8 : place + 14]) or data[place + 14 : place + 20] != canvas):
+            if not is_clear and (any(data[start : start + 6]) or data[start + 6 : start + 12] != data[24:30]):
                 text = "a WebP without transparency whose first frame leaves a part of the canvas out"
                 raise ImageError("unsupported_mode", f"{text}; save that frame as PNG")
+            parts = list(_webp_chunks(data, start + 16, start + n_bytes))
+            has_alpha = any(
+                kind == b"ALPH" or (kind == b"VP8L" and data[place + 4 : place + 5] > b"\x0f" and data[place + 4] & 0x10)
+                for kind, place, _ in parts
+            )
+            if has_alpha and not is_clear:
+                raise _alpha_in_doubt()
             return
         kinds.add(kind)
         if kind == b"VP8 ":
             break
+    if b"VP8 " in kinds and is_clear != (b"ALPH" in kinds):
+        raise _alpha_in_doubt()
+
+
+def _alpha_in_doubt() -> ImageError:
+    text = "its header and its chunks disagree on whether it has an alpha channel"
+    return ImageError("corrupt", f"the image cannot be decoded ({text})")
+
+
+def _webp_chunks(data: bytes, place: int, end: int) -> Iterator[tuple[bytes, int, int]]:
+    """Kind, place and bytes of each chunk."""
+    while place + 8 <= min(end, len(data)):
+        n_bytes = int.from_bytes(data[place + 4 : place + 8], "little")
+        yield data[place : place + 4], place + 8, n_bytes
         place += 8 + n_bytes + n_bytes % 2
-    if b"VP8 " in kinds and bool(flags & 0x10) != (b"ALPH" in kinds):
-        text = "its header and its chunks disagree on whether it has an alpha channel"
-        raise ImageError("corrupt", f"the image cannot be decoded ({text})")
 
 
 def n_scans(data: bytes, n_colours: int) -> int:

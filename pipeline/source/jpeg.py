@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 from pipeline.errors import ImageError
@@ -15,10 +15,13 @@ _END = b"\xff\xd9"
 _END_OF_DATA = re.compile(rb"(?<!\xff)\xff++[^\x00\xd0-\xd7]")
 _MARKER = re.compile(rb"\xff[\xc0-\xfe]")
 _FRAMES = set(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_QUANTISERS, _CODES = 0xDB, 0xC4
+_PROVEN = {0xC0, 0xC1, 0xC2}  # with Huffman codes: libjpeg does not warn where arithmetic codes end early
 _ALL = range(64)  # coefficients of a block
 # Where `struct jpeg_error_mgr` holds the number of its last message and the count of warnings, on 64 bits.
 _MESSAGE_BYTES, _WARNINGS_BYTES = 40, 128
 _CONTEXT_BYTES = 2048
+_HOLE = bytes(64)  # more than two blocks of the shortest codes that are no end of a block
 _MORE = bytes(16)  # so much libjpeg may read ahead
 _DOT = (  # a grey square of 8 x 8 pixels, in parts: garbage between them is worth one warning each
     b"\xff\xd8\xff\xdb\0\x43\0" + b"\1" * 64,
@@ -40,7 +43,14 @@ def check_scans(data: bytes) -> None:
         place = start if 0xD0 <= kind <= 0xD8 else start + int.from_bytes(data[start : start + 2], "big")
         if place > len(data):
             break
-        if kind in _FRAMES and not missing:
+        if kind in {_QUANTISERS, _CODES}:
+            tables_of(kind, data[start + 2 : place])
+        elif kind in _FRAMES and not missing:
+            if kind not in _PROVEN:
+                text = (
+                    f"a JPEG of frame kind {kind - 0xC0} (arithmetic codes or lossless), where nothing shows that all blocks came"
+                )
+                raise ImageError("unsupported_mode", f"{text}; convert it with jpegtran, or to PNG")
             is_progressive = kind & 3 == 2
             missing = {data[start + 8 + 3 * i]: set(_ALL) for i in range(data[start + 7])}
         elif kind == 0xDA and missing:
@@ -59,6 +69,70 @@ def check_scans(data: bytes) -> None:
                 return
     if not missing or any(missing.values()):
         raise ImageError("truncated", "the file ends before the image does (not all scans of its pixels are there)")
+
+
+@lru_cache(64)  # most files share a few tables
+def tables_of(kind: int, content: bytes) -> set[tuple[int, int]]:
+    """Kind (of its segment) and number of each table in a segment, which is refused where it breaks the rules of ITU-T T.81."""
+    names, place = set(), 0
+    while kind in {_QUANTISERS, _CODES} and place < len(content):
+        names.add((kind, content[place]))
+        if kind == _QUANTISERS:
+            n_bytes = 1 + (content[place] >> 4 > 0)
+            values = content[place + 1 : place + 1 + 64 * n_bytes]
+            is_sound = len(values) == 64 * n_bytes and all(values if n_bytes == 1 else map(max, values[::2], values[1::2]))
+            place += 1 + 64 * n_bytes
+        else:
+            n_codes = sum(content[place + 1 : place + 17])
+            symbols = content[place + 17 : place + 17 + n_codes]
+            is_sound = len(set(symbols)) == n_codes
+            place += 17 + n_codes
+        if not is_sound or place > len(content):
+            what = "quantisers" if kind == _QUANTISERS else "codes"
+            raise ImageError("corrupt", f"the image cannot be decoded (a table of its {what} is damaged)")
+    return names
+
+
+def without_filling(data: bytes) -> bytes:
+    """A sequential JPEG without the zeros that fill its data up to the end marker: they are padding, or what never came.
+
+    libjpeg takes zeros for blocks. If those were needed, they are missing now. If they were padding, nothing changes.
+
+    Raises
+    ------
+    ImageError
+        ``corrupt``: zeros go on within the data, and no codes of its tables are zeros that go on.
+    """
+    if _HOLE not in data:
+        return data
+    place, ends = 2, set()  # symbols whose code is all zeros; that of a block's end may go on
+    while (found := _MARKER.search(data, place)) and found[0] != _END:
+        kind, start = found[0][1], found.end()
+        place = start if 0xD0 <= kind <= 0xD8 else start + int.from_bytes(data[start : start + 2], "big")
+        if kind in _FRAMES and kind & 3 == 2:
+            break
+        if kind == _CODES:
+            ends |= _first_symbols(data[start + 2 : place])
+        elif kind == 0xDA and ends - {0}:
+            hole = data.find(_HOLE, place)
+            stop = _END_OF_DATA.search(data, place) if hole >= 0 else None
+            if stop is None or hole > stop.start():
+                break
+            if data[hole : stop.start()].strip(b"\0") or stop[0] != _END:
+                raise ImageError("corrupt", "the image cannot be decoded (zeros within its data are no blocks)")
+            hole += data[hole - 1 : hole] == b"\xff"  # whose zero only says that it is no marker
+            return data[:hole] + data[stop.start() :]
+    return data
+
+
+def _first_symbols(content: bytes) -> set[int]:
+    """What the code of zeros means in each table for the coefficients after the first."""
+    symbols, place = set(), 0
+    while place + 17 < len(content):
+        if content[place] >> 4:
+            symbols.add(content[place + 17])
+        place += 17 + sum(content[place + 1 : place + 17])
+    return symbols
 
 
 def load_jpeg(image: Any, data: bytes, pillow: Any) -> None:
@@ -144,8 +218,6 @@ class _Trial:
 
 def _is_whole(trial: _Trial, data: bytes) -> bool:
     """Say what is wrong with a JPEG that libjpeg warned of, refused or wanted more of."""
-    if _is_arithmetic(data):  # whose decoder does not warn of missing data
-        raise ImageError("truncated", "the file ends before the image does (it has no end marker, and arithmetic codes)")
     start, end = _last_scan(data)
     picture = data[:end]
     n_before = trial.decode(data[:start])[2]
@@ -191,14 +263,6 @@ def _is_filled(data: bytes, end: int) -> bool:
         and data[end - 2 : end] != b"\xff\0"
         and b"\0" in (data[end - 2 : end - 1], data[end : end + 1])
     )
-
-
-def _is_arithmetic(data: bytes) -> bool:
-    """Whether the first frame has arithmetic codes."""
-    place = 2
-    while (found := _MARKER.search(data, place)) and found[0][1] not in _FRAMES:
-        place = found.end() + int.from_bytes(data[found.end() : found.end() + 2], "big")
-    return found is not None and found[0][1] >= 0xC9
 
 
 def _last_scan(data: bytes) -> tuple[int, int]:

@@ -1,20 +1,15 @@
 """What the header of a TIFF declares, and whether Pillow is proven to read it right.
 
 Pillow opens more kinds of TIFF than it reads right. `check_tiff` accepts the kinds that ``tests/support/tiff_matrix.py`` compares with
-another library in every pixel. It refuses all others, and says why. `unpack` proves deflate and LZMA data sound.
+another library in every pixel. It refuses all others, and says why.
 """
 
 from __future__ import annotations
 
-import io
-import lzma
 import struct
-import zlib
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING
-
-import numpy as np
 
 from pipeline.errors import ImageError
 from pipeline.source.header_limits import check_pixels
@@ -26,17 +21,16 @@ if TYPE_CHECKING:
 
 _VALUES = 1 << 17  # of one tag: Pillow makes an object of each strip or tile, whatever the size of the image
 _TYPES = {1: "B", 3: "H", 4: "I", 16: "Q"}  # of whole numbers without a sign
+_BYTES = 7  # the type of bytes without a meaning
 _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC, _FILL_ORDER = 256, 257, 258, 259, 262, 266
 _STRIP_OFFSETS, _SAMPLES, _STRIP_ROWS, _STRIP_BYTES, _PLANES, _PREDICTOR = 273, 277, 278, 279, 284, 317
 _COLOURS, _TILE_WIDTH, _TILE_HEIGHT, _TILE_OFFSETS, _TILE_BYTES = 320, 322, 323, 324, 325
-_EXTRA, _FORMAT, _SUBSAMPLING, _INKS = 338, 339, 530, 332
+_EXTRA, _FORMAT, _SUBSAMPLING, _INKS, _JPEG_TABLES = 338, 339, 530, 332, 347
 _LAYOUT = frozenset({_WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC, _FILL_ORDER, _STRIP_OFFSETS, _SAMPLES, _STRIP_ROWS})
 _LAYOUT |= {_STRIP_BYTES, _PLANES, _PREDICTOR, _COLOURS, _TILE_WIDTH, _TILE_HEIGHT, _TILE_OFFSETS, _TILE_BYTES, _EXTRA, _FORMAT}
-_LAYOUT |= {_SUBSAMPLING, _INKS}
+_LAYOUT |= {_SUBSAMPLING, _INKS, _JPEG_TABLES}
 _NONE, _GROUP_4, _LZW, _JPEG, _PACKBITS, _ZSTD, _LZMA = 1, 4, 5, 7, 32773, 50000, 34925
 _DEFLATE = {8, 32946}
-_END_OF_FAX = 0x001001  # of group 4, ITU-T T.6: twice 000000000001
-_REVERSED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 _GENERAL = _DEFLATE | {_LZW, _ZSTD, _LZMA}  # those that a predictor goes with
 _OTHERS = {
     2: "fax of group 3",
@@ -113,15 +107,20 @@ class Layout:
     """Bytes, of each strip or tile."""
     block_bytes: tuple[int, ...]
     """Of each strip or tile, as stored."""
+    jpeg_tables: bytes
+    """Of the tag JPEGTables: what the JPEG data of all strips or tiles share."""
+
+    def n_rows(self, block: int) -> int:
+        """Rows of one strip or tile: a tile is always whole, the last strip is not."""
+        if self.is_tiled:
+            return self.block_height
+        per_plane = -(-self.height // self.block_height)
+        return min(self.block_height, self.height - block % per_plane * self.block_height)
 
     def n_bytes(self, block: int) -> int:
-        """Bytes of one strip or tile, once decompressed: a tile is always whole, the last strip is not."""
-        rows = self.block_height
-        if not self.is_tiled:
-            per_plane = -(-self.height // rows)
-            rows = min(rows, self.height - block % per_plane * rows)
+        """Bytes of one strip or tile, once decompressed."""
         row_bits = self.block_width * self.bits * (1 if self.is_separate else self.n_samples)
-        return rows * -(-row_bits // 8)
+        return self.n_rows(block) * -(-row_bits // 8)
 
 
 def check_tiff(stream: HeaderStream, pixel_limit: int) -> None:
@@ -132,75 +131,11 @@ def check_tiff(stream: HeaderStream, pixel_limit: int) -> None:
     ImageError
         ``unsupported_mode``, ``truncated``, ``too_many_pixels`` or ``corrupt``, with the property that is at fault.
     """
-    _read_layout(stream, stream.size_bytes, pixel_limit)
+    read_layout(stream, stream.size_bytes, pixel_limit)
 
 
-def unpack(data: bytes) -> np.ndarray | None:
-    """Look at the ends of a TIFF's compressed data, which libtiff does not: checksums, the end of fax, the end marker of JPEG.
-
-    Returns
-    -------
-    np.ndarray or None
-        Pixels ``(height, width, channel) uint8`` of plain grey or RGB in strips, as stored. None leaves all others to Pillow.
-
-    Raises
-    ------
-    ImageError
-        ``corrupt``: a strip or tile ends too early, or its checksum is wrong.
-    """
-    layout = _read_layout(io.BytesIO(data), len(data))
-    if layout.compression in {_GROUP_4, _JPEG}:
-        (_check_fax if layout.compression == _GROUP_4 else _check_jpegs)(layout, data)
-        return None
-    kind = layout.bits, layout.photometric, layout.n_samples, layout.is_separate, layout.is_tiled
-    is_plain = kind in {(8, _BLACK_0, 1, False, False), (8, _RGB, 3, False, False)}
-    pixels = np.empty((layout.height, layout.width, layout.n_samples) if is_plain else 0, np.uint8)
-    view = memoryview(data)
-    for block, (offset, n_bytes) in enumerate(zip(layout.offsets, layout.block_bytes, strict=True)):
-        unpacked = _unpack_block(layout, view[offset : offset + n_bytes], block)
-        if is_plain:
-            rows = pixels[block * layout.block_height :][: layout.block_height]
-            rows[...] = np.frombuffer(unpacked, np.uint8, rows.size).reshape(rows.shape)
-            del unpacked  # before the next copy
-            if layout.predictor == 2:
-                np.add.accumulate(rows, axis=1, dtype=np.uint8, out=rows)
-    return pixels if is_plain else None
-
-
-def _check_fax(layout: Layout, data: bytes) -> None:
-    """Refuse group 4 data without the end code that each strip has: libtiff leaves the rows that are missing as they are."""
-    for block, (offset, n_bytes) in enumerate(zip(layout.offsets, layout.block_bytes, strict=True)):
-        end = data[offset : offset + n_bytes].rstrip(b"\0")[-4:]
-        bits = int.from_bytes(end.translate(_REVERSED) if layout.fill_order == 2 else end, "big")
-        if not bits or (bits // (bits & -bits)) & 0xFFFFFF != _END_OF_FAX:
-            raise ImageError("truncated", f"the fax data of strip or tile {block} have no end code: rows are missing")
-
-
-def _check_jpegs(layout: Layout, data: bytes) -> None:
-    """Refuse JPEG data without an end marker: libtiff puts one where they end and fills what is missing with grey."""
-    for block, (offset, n_bytes) in enumerate(zip(layout.offsets, layout.block_bytes, strict=True)):
-        if not data[offset : offset + n_bytes].rstrip(b"\0").endswith(b"\xff\xd9"):
-            raise ImageError("truncated", f"the JPEG data of strip or tile {block} have no end marker: pixels are missing")
-
-
-def _unpack_block(layout: Layout, stored: memoryview, block: int) -> bytes:
-    """One strip or tile, decompressed to its end."""
-    wanted, most = layout.n_bytes(block), layout.n_bytes(0) + 1  # some writers fill the last strip up to its full height
-    unpacker = zlib.decompressobj() if layout.compression in _DEFLATE else lzma.LZMADecompressor()
-    fault, unpacked = "", b""
-    try:
-        unpacked = unpacker.decompress(stored, most)
-    except (zlib.error, lzma.LZMAError, EOFError) as error:
-        fault = str(error)
-    if not fault and len(unpacked) < wanted:
-        fault = f"{len(unpacked)} of {wanted} bytes"
-    if fault or not unpacker.eof:
-        text = fault or "its end is missing"
-        raise ImageError("corrupt", f"the compressed data of strip or tile {block} are damaged ({text})")
-    return unpacked
-
-
-def _read_layout(stream: BinaryIO | HeaderStream, size_bytes: int, pixel_limit: int | None = None) -> Layout:
+def read_layout(stream: BinaryIO | HeaderStream, size_bytes: int, pixel_limit: int | None = None) -> Layout:
+    """Read what the first directory declares, and refuse what Pillow is not proven to read right."""
     order, tags = _read_tags(stream)
     _check_depth(tags)
     layout = _layout(order, tags)
@@ -232,6 +167,8 @@ def _read_tags(stream: BinaryIO | HeaderStream) -> tuple[str, dict[int, tuple[in
     tags: dict[int, tuple[int, ...]] = {}
     for tag, kind, n_values, inline in islice(entry.iter_unpack(directory), n_tags):
         if tag in _LAYOUT:
+            if kind == _BYTES and tag == _JPEG_TABLES:
+                kind = 1  # noqa: PLW2901
             if tag in tags or kind not in _TYPES or not n_values or n_values > _VALUES:
                 raise ImageError("corrupt", _fault_of_tag(tag, kind, n_values))
             tags[tag] = _values(stream, struct.Struct(f"{order}{n_values}{_TYPES[kind]}"), inline, order)
@@ -312,6 +249,7 @@ def _layout(order: str, tags: dict[int, tuple[int, ...]]) -> Layout:
         block_height=block[1] if is_tiled else min(block[1], height),
         offsets=tags.get(offsets, ()),
         block_bytes=tags.get(block_bytes, ()),
+        jpeg_tables=bytes(tags.get(_JPEG_TABLES, ())),
     )
 
 
@@ -349,11 +287,9 @@ def _unproven_compression(layout: Layout, tags: dict[int, tuple[int, ...]]) -> s
     is_subsampled = tags.get(_SUBSAMPLING, (2, 2)) != (1, 1)
     if layout.photometric == _YCBCR and compression != _JPEG and is_subsampled:
         return "YCbCr of halved colour that is not JPEG, which Pillow misreads; save it as RGB"
-    if compression == _JPEG and layout.bits not in {8, 12}:
-        return f"JPEG of {layout.bits} bits"
-    if compression == _JPEG and (
-        layout.photometric == _LAB or (layout.extra and layout.photometric != _BLACK_0 and not layout.is_separate)
-    ):
+    if compression == _JPEG and layout.bits != 8:
+        return f"JPEG of {layout.bits} bits, which cannot be proven whole; save it with deflate or LZW"
+    if compression == _JPEG and (layout.photometric == _LAB or (layout.extra and not layout.is_separate)):
         return f"JPEG of {_NAMES[layout.photometric]} with {len(layout.extra)} extra channels"
     return ""
 

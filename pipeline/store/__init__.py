@@ -2,3 +2,10 @@
 
 zarr lives here and nowhere else. `layout` and `schema` are plain values that planning shares.
 """
+
+from __future__ import annotations
+
+from pipeline import lazily
+
+__all__ = ["Store", "StoreLock", "create_store", "vacuum_store"]
+__getattr__ = lazily(__name__, {"Store": "store", "StoreLock": "lock", "create_store": "create", "vacuum_store": "vacuum"})

@@ -19,7 +19,7 @@ from pipeline.extract.weights import dequantise, quantisation, seeded_weights
 
 ACTIVATIONS = {"none": lambda x: x, "sigmoid": torch.sigmoid, "tanh": torch.tanh, "relu": torch.relu}
 HAS_COMPILER = shutil.which("cc") is not None
-needs_kernel = pytest.mark.skipif(not HAS_COMPILER, reason="no C compiler: torch does the work")
+needs_kernel = pytest.mark.skipif(not HAS_COMPILER, reason="needs the C compiler (Debian package gcc)")
 
 
 def test_where_there_is_a_compiler_the_layer_is_compiled():

@@ -190,8 +190,35 @@ def test_missing_blocks_are_seen_without_libjpegs_warnings(monkeypatch):
     assert end_of((CASES / "half_eoi.jpg").read_bytes()) == "truncated"
 
 
-def test_arithmetic_codes_need_their_end_marker():
-    data = FILES["grey"].replace(b"\xff\xc0", b"\xff\xc9", 1)
-    assert not jpeg._is_arithmetic(FILES["grey"])
-    with pytest.raises(ImageError, match=r"^truncated: .*it has no end marker, and arithmetic codes"):
-        jpeg._is_whole(None, data)
+def test_arithmetic_codes_and_lossless_frames_are_refused():
+    """libjpeg does not warn where arithmetic codes end early."""
+    for kind in (b"\xff\xc9", b"\xff\xca", b"\xff\xc3"):
+        with pytest.raises(ImageError, match=r"^unsupported_mode: a JPEG of frame kind "):
+            check_scans(FILES["grey"].replace(b"\xff\xc0", kind, 1))
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if "progressive" not in name and name != "optimised"])
+def test_zeros_in_place_of_the_data_are_refused(name):
+    """Also where libjpeg takes them for as many blocks as are missing."""
+    data = FILES[name]
+    start = jpeg._last_scan(data)[0]
+    for n in range(100, 9000, 37):
+        assert end_of(data[: start + 20] + bytes(n) + END) in {"truncated", "corrupt"}, n
+    middle = (start + len(data)) // 2
+    if len(data) - middle > 200:
+        with pytest.raises(ImageError, match=r"^corrupt: .*zeros within its data are no blocks"):
+            decode(data[:middle] + bytes(64) + data[middle + 64 :], RGB)
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name != "restarts"])  # whose own data end in a zero
+def test_zeros_before_the_end_marker_are_padding(name):
+    data = FILES[name]
+    np.testing.assert_array_equal(decode(data[:-2] + bytes(500) + END, RGB), plain_pixels(data))
+
+
+def test_zeros_may_be_blocks_where_the_code_of_their_end_is_zeros():
+    file = io.BytesIO()
+    Image.new("RGB", (2048, 2048), "white").save(file, "JPEG", optimize=True)
+    data = file.getvalue()
+    assert bytes(64) in data[jpeg._last_scan(data)[0] :]
+    assert decode(data, RGB).min() == 255

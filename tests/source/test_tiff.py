@@ -169,3 +169,43 @@ def test_group_3_is_refused_because_nothing_shows_that_all_rows_came():
     for compression in ("tiff_ccitt", "group3"):
         with pytest.raises(ImageError, match=r"^unsupported_mode: TIFF with fax of group 3 inside, which is not supported"):
             decode(fax(compression), SPEC)
+
+
+def with_tags(data: bytes, **values: int) -> bytes:
+    """The file with other numbers in tags of its directory."""
+    changed = bytearray(data)
+    with tifffile.TiffFile(io.BytesIO(data)) as file:
+        for name, value in values.items():
+            tag = file.pages[0].tags[name]
+            struct.pack_into({3: "<H", 4: "<I"}[tag.dtype.value], changed, tag.valueoffset, value)
+    return bytes(changed)
+
+
+@pytest.mark.parametrize("fill_order", [1, 2])
+@pytest.mark.parametrize("change", [-9, -1, 1, 2, 3, 9])
+def test_group_4_of_more_or_fewer_rows_than_the_tiff_says_is_refused(fill_order, change):
+    data, file = fax("group4", fill_order), io.BytesIO()
+    with Image.open(io.BytesIO(data)) as image:
+        image.save(file, "TIFF", compression="group4", tiffinfo={278: 40} | ({266: 2} if fill_order == 2 else {}))
+    decode(file.getvalue(), SPEC)
+    rows = 40 + change
+    with pytest.raises(ImageError, match=r"^corrupt: .*the fax data of strip or tile 0 have other rows than the TIFF says"):
+        decode(with_tags(file.getvalue(), ImageLength=rows, RowsPerStrip=rows), SPEC)
+
+
+def test_group_4_of_half_its_rows_with_an_end_code_is_refused():
+    whole, part = io.BytesIO(), io.BytesIO()
+    with Image.open(io.BytesIO(fax("group4"))) as image:
+        image.save(whole, "TIFF", compression="group4", tiffinfo={278: 40})
+        image.crop((0, 0, 64, 20)).save(part, "TIFF", compression="group4", tiffinfo={278: 20})
+    with pytest.raises(ImageError, match=r"^corrupt: .*the fax data of strip or tile 0 have other rows than the TIFF says"):
+        decode(with_tags(part.getvalue(), ImageLength=40, RowsPerStrip=40), SPEC)
+
+
+@pytest.mark.parametrize("density", [0, 0.02, 0.5, 1])
+@pytest.mark.parametrize("width", [1, 2, 3, 7, 8, 9, 63, 64, 65, 2561, 3000])
+def test_group_4_of_any_width_is_read(width, density):
+    pixels = np.random.default_rng(width).random((13, width)) < density
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "TIFF", compression="group4", tiffinfo={278: 5})
+    np.testing.assert_array_equal(decode(file.getvalue(), SPEC)[..., 0] == 255, pixels)

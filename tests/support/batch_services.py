@@ -18,17 +18,10 @@ from pathlib import Path
 
 import psutil
 
+from tests.support.needs import ROOT_RIGHTS, SBIN, debian_program, need
 from tests.support.services import free_port
 
-_SBIN = "/usr/local/sbin:/usr/sbin:/sbin"
 _WAIT_S = 900.0
-
-
-def debian_program(name: str, package: str) -> str:
-    """A program of Debian's; its absence is an error, never a skip."""
-    found = shutil.which(name, path=f"{os.environ['PATH']}:{_SBIN}")
-    assert found, f"{name} is not installed: apt-get install {package} brings it"
-    return found
 
 
 def wait_for(what: str, is_so: Callable[[], object], limit_s: float = _WAIT_S, log: Callable[[], str] = str) -> None:
@@ -201,7 +194,7 @@ def slurm(folder: Path, *, cpus: int = 8, grace_s: int = 0, kill_wait_s: int = 5
     kill_wait_s
         Between SIGTERM and SIGKILL of a job that is preempted, requeued or cancelled, or has used up its time.
     """
-    assert os.geteuid() == 0, "the tests' Slurm runs its jobs without a change of user, which only root's Slurm does"
+    need("slurm-wlm", "munge", rights=[ROOT_RIGHTS])  # it runs its jobs without a change of user, which only root's Slurm does
     host = socket.gethostname().partition(".")[0]
     for name in ("state", "spool"):
         (folder / name).mkdir(parents=True)
@@ -211,7 +204,7 @@ def slurm(folder: Path, *, cpus: int = 8, grace_s: int = 0, kill_wait_s: int = 5
     (folder / "slurm.conf").write_text(template.format(host=host, folder=folder, **ports, **values))
     (folder / "gres.conf").write_text("".join(f"NodeName={host} Name=gpu File=/dev/{device}\n" for device in ("null", "zero")))
     env = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "SBATCH_"))}
-    env |= {"SLURM_CONF": str(folder / "slurm.conf"), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}:{_SBIN}"}
+    env |= {"SLURM_CONF": str(folder / "slurm.conf"), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}:{SBIN}"}
     service = Slurm(folder, env, host)
     try:
         _start_slurm(service)
@@ -232,9 +225,9 @@ def _start_slurm(service: Slurm) -> None:
     # forced, as a scratch folder is not one that munged takes for a safe place
     service.start("munged", "--foreground", "--force", *options, package="munge")
     wait_for("socket of munged", socket_path.exists, log=service.log)
-    service.start("slurmctld", "-D", "-i", package="slurmctld")
-    service.start("slurmd", "-D", package="slurmd")
-    ping = [debian_program("sinfo", "slurm-client"), "--noheader", "-o", "%t"]
+    service.start("slurmctld", "-D", "-i", package="slurm-wlm")
+    service.start("slurmd", "-D", package="slurm-wlm")
+    ping = [debian_program("sinfo", "slurm-wlm"), "--noheader", "-o", "%t"]
 
     def is_idle() -> bool:
         for name, daemon in service._daemons.items():
@@ -278,7 +271,8 @@ class SshServer:
 
     def start(self) -> None:
         """Start the server, or start it again."""
-        Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)  # its privilege separation wants this one, whatever the configuration
+        if os.geteuid() == 0:  # root's server separates privileges, and wants this folder whatever the configuration
+            Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)
         command = [debian_program("sshd", "openssh-server"), "-D", "-e", "-f", str(self.folder / "sshd_config")]
         with (self.folder / "sshd.log").open("ab") as log:
             self._daemon = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
@@ -329,6 +323,7 @@ def sshd(folder: Path, port: int = 0) -> Iterator[SshServer]:
     port
         On 127.0.0.1; 0 takes a free one.
     """
+    need("openssh-server", "openssh-client")
     folder.mkdir(parents=True, exist_ok=True)
     port = port or free_port()
     for name in ("host_key", "client_key"):

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from pipeline.cluster.connection import connection
+from pipeline.cluster.connection import connector
 from pipeline.cluster.submit.clock import Clock
 from pipeline.cluster.submit.ending import finish
 from pipeline.cluster.submit.next_attempt import NextAttempt
@@ -53,7 +53,7 @@ def attend(
     ]
     try:
         next_attempt.begin()
-        connect = connection(order.job, cluster_file=order.cluster_file)
+        connect = connector(order.job, cluster_file=order.cluster_file)
         summary = run_job(order.job, connect, on_progress=on_progress, stop=stop)
         report(summary)
         is_complete = summary.outcome == "complete"

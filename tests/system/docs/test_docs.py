@@ -273,3 +273,16 @@ def test_a_field_without_a_meaning_is_refused(monkeypatch):
         reference.meaning(Silent, "key")
     assert get_args(config.Dtype)  # the reference lists them
     assert "`float32`, `float16`, `uint16`, `uint8`" in reference.keys("config", "Job")
+
+
+def test_the_picture_of_the_folders_is_that_of_the_import_contract():
+    drawn = subprocess.run(
+        [sys.executable, "-c", "import layout_picture; print(layout_picture.draw(), end='')"],
+        cwd=ROOT / "docs" / "extensions",
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert drawn == (ROOT / "docs" / "layout.svg").read_text()
+    folders = {path.parent.name for path in (ROOT / "pipeline").glob("*/__init__.py")}
+    assert {f">{name}/<" in drawn for name in folders} == {True}

@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 import pipeline
 from pipeline.api import run_job
 from pipeline.errors import FeaturemapsError, UsageError
+from tests.support.needs import need
 from workflows.lenet import data, draw, end_to_end, probe, tell, train
 from workflows.lenet.__main__ import main
 
@@ -38,6 +39,7 @@ pytestmark = pytest.mark.long
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory) -> data.Labelled:
+    need("dataset-fashion-mnist")
     return data.fashion_mnist(data.DEBIAN, tmp_path_factory.mktemp("lenet"), SEED, N_TRAIN, N_TEST)
 
 

@@ -21,7 +21,8 @@ import psutil
 import pytest
 
 from tests.conftest import make_images
-from tests.support.batch_services import debian_program, slurm, wait_for
+from tests.support.batch_services import slurm, wait_for
+from tests.support.needs import MOUNTS, ROOT_RIGHTS, debian_program, need
 
 pytestmark = pytest.mark.cluster
 
@@ -128,6 +129,7 @@ def test_the_mail_says_what_happened_and_what_to_do(site):
 
 
 def test_cron_runs_its_line_and_mails_what_was_said(site, tmp_path):
+    need("cron", rights=[ROOT_RIGHTS, MOUNTS])
     (site.folder / "photos/broken.png").write_bytes(b"\x89PNG\r\n\x1a\n of no use")
     site.write_job(max_quarantined=0)
     table = site.file("crontab")

@@ -20,7 +20,7 @@ from pipeline.store.schema import REJECTED
 from pipeline.store.store import Store
 from pipeline.text import printable
 from tests.conftest import make_images
-from tests.support.batch_services import debian_program
+from tests.support.needs import debian_program
 
 pytestmark = pytest.mark.cluster
 
@@ -42,7 +42,7 @@ WIDTHS = (400, 1600)
 
 @pytest.fixture(scope="module")
 def browser():
-    """Chromium; where there is none that is an error, never a skip."""
+    """Start Chromium."""
     with sync_playwright() as playwright:
         options = ["--no-sandbox"] if os.getuid() == 0 else []
         found = playwright.chromium.launch(executable_path=debian_program("chromium", "chromium"), args=options)
