@@ -12,8 +12,8 @@ from pipeline.checks import cluster as check_cluster
 from pipeline.checks import installation, storage, workers
 from pipeline.checks.finding import Finding, look
 from pipeline.checks.plan import Preview, plan_job
-from pipeline.cluster.config import AddressSpec, ClusterSpec, CudaSpec, KubernetesSpec, SshSpec, load_cluster
-from pipeline.cluster.local import local_workers
+from pipeline.cluster.config import load_cluster
+from pipeline.cluster.spec import ClusterSpec
 from pipeline.config import Job
 from pipeline.store.objects import Place, place
 
@@ -74,7 +74,7 @@ def diagnose(
     specs: list[ClusterSpec] = []
     about_cluster = look(f"cluster {name}", _load, name, cluster_file, specs)
     for spec in specs:
-        about_cluster += look("open files", installation.open_files, _n_workers(spec, job))
+        about_cluster += look("open files", installation.open_files, spec.n_connections(job))
         entry = look(f"cluster {name or 'local'}", check_cluster.entry, name, spec)
         about_cluster += entry
         about_cluster += [] if _failed(entry[:1]) else look("cluster", check_cluster.can_be_reached, spec)
@@ -82,7 +82,7 @@ def diagnose(
     if wanted is not None:
         findings += _look_at_storage(wanted, job, cluster_file)
     for spec in specs:
-        if (start or isinstance(spec, AddressSpec)) and not _failed(about_cluster):
+        if (start or spec.runs_already) and not _failed(about_cluster):
             findings += look("workers", workers.started, spec, wanted, stop, on_wait)
     return Diagnosis(findings)
 
@@ -110,14 +110,3 @@ def _look_at_storage(store: Place, job: Job | None, cluster_file: Path) -> list[
 def _plan(job: Job, cluster_file: Path, plans: list[Preview]) -> Iterator[Finding]:
     plans.append(plan_job(job, cluster_file))
     return storage.planned(plans[0])
-
-
-def _n_workers(spec: ClusterSpec, job: Job | None) -> int:
-    """Workers that the driver is connected to."""
-    if isinstance(spec, SshSpec):
-        return sum(group.workers * len(group.hosts) for group in spec.groups.values())
-    if isinstance(spec, AddressSpec | KubernetesSpec):
-        return 0  # they are the scheduler's, which is another process
-    if isinstance(spec, CudaSpec) or not spec.groups:
-        return local_workers(job.workers if job is not None and job.workers else getattr(spec, "workers", None))
-    return sum(group.workers for group in spec.groups.values())

@@ -1,29 +1,14 @@
-"""What a check finds; checks never raise, because one that cannot look must not keep the others from it."""
+"""Do the checks of ``featuremaps doctor``. They never raise, because one that cannot look must not keep the others from it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
+from pipeline.cluster.finding import Finding, Level
 from pipeline.errors import FeaturemapsError
 
-Level = Literal["ok", "note", "FAIL"]
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One line of ``featuremaps doctor``."""
-
-    level: Level
-    """``note``: a run works, but could do better or may surprise; ``FAIL``: a run would not work."""
-    what: str
-    """What was looked at."""
-    found: str
-    remedy: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.level:4}  {self.what}: {self.found}" + (f" -> {self.remedy}" if self.remedy else "")
+__all__ = ["Finding", "Level", "look"]
 
 
 def look(what: str, check: Callable[..., Iterable[Finding]], *arguments: Any) -> list[Finding]:

@@ -9,10 +9,10 @@ from typing import Any
 
 from distributed import Client
 
-from pipeline.checks.cluster import compare_versions
 from pipeline.checks.finding import Finding
-from pipeline.cluster.config import AddressSpec, BatchSpec, ClusterSpec, CudaSpec, KubernetesSpec, LocalSpec, SshSpec
+from pipeline.cluster.finding import compare_versions
 from pipeline.cluster.session import connect
+from pipeline.cluster.spec import ClusterSpec
 from pipeline.errors import FeaturemapsError
 from pipeline.run.admission import ask, having_gpus
 from pipeline.run.slots import scheduler_workers, worker_slots
@@ -40,9 +40,8 @@ def started(
     stop, on_wait
         As of `cluster.connect`.
     """
-    what = "scheduler" if isinstance(spec, AddressSpec) else "starting"
-    if isinstance(spec, BatchSpec | SshSpec | KubernetesSpec):
-        spec = spec.model_copy(update={"start_timeout_s": min(spec.start_timeout_s, MAX_WAIT_S)})
+    what = "scheduler" if spec.runs_already else "starting"
+    spec = spec.waiting_at_most(MAX_WAIT_S)
     try:
         with connect(spec, stop=stop, on_wait=on_wait) as client:
             yield from _workers(client, spec)
@@ -56,17 +55,15 @@ def started(
 
 
 def _workers(client: Client, spec: ClusterSpec) -> Iterator[Finding]:
-    if isinstance(spec, AddressSpec):
+    if spec.runs_already:
         n = len(scheduler_workers(client))
-        yield Finding("ok" if n else "FAIL", "workers", f"{n} at {spec.address}", "" if n else "start some: dask worker")
+        yield Finding("ok" if n else "FAIL", "workers", f"{n} at {spec.describe()}", "" if n else "start some: dask worker")
         return
     for group, (n, wanted) in client.cluster.counts().items():
         if n == wanted:
             yield Finding("ok", f"group {group}", f"all of {wanted} workers are there")
         else:
-            remedy = (
-                "" if isinstance(spec, LocalSpec | CudaSpec) else "a run starts with one, and takes the others when they come"
-            )
+            remedy = "" if spec.is_here else "a run starts with one, and takes the others when they come"
             yield Finding("note" if n else "FAIL", f"group {group}", f"{n} of {wanted} workers are there yet", remedy)
 
 

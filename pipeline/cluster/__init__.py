@@ -1,6 +1,6 @@
 """Where workers come from: this machine, a batch system, ssh, Kubernetes, or a scheduler that is there already.
 
-Each kind of cluster.yaml is started, shown and checked from here.
+`kinds` has one module for each kind of ``cluster.yaml``, behind the interface of `spec`. `session` connects to any of them.
 """
 
 from __future__ import annotations

@@ -16,9 +16,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline.cluster import batch_commands
-from pipeline.cluster.config import BatchSpec, GroupSpec
-from pipeline.cluster.dask_settings import worker_environment
-from pipeline.cluster.groups import DEATH_TIMEOUT_S, Launch, resources_text
+from pipeline.cluster.dask_settings import group_environment
+from pipeline.cluster.groups import DEATH_TIMEOUT_S, Launch
+from pipeline.cluster.kinds.batch import BatchSpec
+from pipeline.cluster.spec import GroupSpec
 from pipeline.errors import UsageError
 
 logger = logging.getLogger(__name__)
@@ -114,16 +115,15 @@ def _end_of_log(job: Any) -> str:
 
 def batch_options(spec: BatchSpec, group: GroupSpec, job_name: str) -> dict[str, Any]:
     """Options of `dask_jobqueue`'s jobs."""
-    arguments = ["--resources", shlex.quote(resources_text(group)), "--no-dashboard", *lifetime(spec.walltime)]
-    environment = worker_environment() | ({} if group.gpus else {"CUDA_VISIBLE_DEVICES": ""}) | group.environment
-    exports = [f"export {key}={shlex.quote(value)}" for key, value in environment.items()]
+    arguments = ["--resources", shlex.quote(group.resources_text), "--no-dashboard", *lifetime(spec.walltime)]
+    exports = [f"export {key}={shlex.quote(value)}" for key, value in group_environment(group).items()]
     options: dict[str, Any] = {
         "job_name": job_name,
         "cores": group.threads,
         "memory": f"{int(group.memory or 0)} B",
         "processes": 1,
         "interface": spec.interface,
-        "security": spec.tls and spec.tls.security(),
+        "security": spec.security,
         "protocol": "tls://" if spec.tls else None,
         "death_timeout": DEATH_TIMEOUT_S,
         "local_directory": spec.local_folder,
@@ -206,9 +206,7 @@ def job_script(spec: BatchSpec, group_name: str, job_name: str) -> str:
         options = batch_options(
             spec.model_copy(update={"log_folder": folder}), spec.groups[group_name], f"{job_name}-{group_name}"
         )
-        script: str = job_class(
-            "tls://DRIVER:PORT" if spec.tls else "tcp://DRIVER:PORT", f"{group_name}-0", **options
-        ).job_script()
+        script: str = job_class(f"{spec.protocol}DRIVER:PORT", f"{group_name}-0", **options).job_script()
     return script.replace(folder, spec.log_folder)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
+from pipeline.cluster.spec import GroupSpec
 from pipeline.store.lock import WORKER_TTL_S
 
 DASK_SETTINGS: dict[str, Any] = {
@@ -18,7 +20,7 @@ DASK_SETTINGS: dict[str, Any] = {
     "distributed.worker.memory.spill": False,
     "distributed.worker.memory.pause": 0.85,
     "distributed.worker.memory.terminate": 0.97,
-    # Who looks after lost workers is `launch.GroupCluster`.
+    # Who looks after lost workers is `groups.GroupCluster`.
     "distributed.deploy.lost-worker-timeout": "1000h",
     "distributed.admin.large-graph-warning-threshold": "1GB",
     # Dask's looks at itself, 50 and 100 times a second by default, cost a tenth of the throughput of two cores.
@@ -52,3 +54,13 @@ def worker_environment() -> dict[str, str]:
     }
     process: dict[str, str] = DASK_SETTINGS["distributed.nanny.pre-spawn-environ"]
     return settings | process | {"DASK_LOGGING__DISTRIBUTED": "warning"}
+
+
+def group_environment(group: GroupSpec, own_gpus: Iterable[int] | None = None) -> dict[str, str]:
+    """All variables of a worker that this process does not start itself; those of the group win.
+
+    ``own_gpus`` are the GPUs of its machine that it may use. None leaves that to whoever gives it some.
+    """
+    is_given = group.gpus and own_gpus is None
+    visible = {} if is_given else {"CUDA_VISIBLE_DEVICES": ",".join(map(str, own_gpus or ()))}
+    return worker_environment() | visible | group.environment

@@ -1,21 +1,20 @@
-"""Worker groups: a scheduler here and workers wherever they are started, again where they are lost; and those of this machine."""
+"""Worker groups: a scheduler here and workers wherever they are started, again where they are lost."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import logging
-import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from distributed import Nanny, Scheduler
+from distributed import Scheduler
 from distributed.core import Status
 from distributed.deploy.spec import SpecCluster
 from tornado.ioloop import PeriodicCallback
 
-from pipeline.cluster.config import GroupSpec
+from pipeline.cluster.spec import GroupSpec
 from pipeline.run.slots import WorkerSlots, slots_of
 
 logger = logging.getLogger(__name__)
@@ -36,6 +35,11 @@ class Launch(NamedTuple):
 
     group: str
     cls: Any
+    """A `distributed.deploy.spec.ProcessInterface`, called with the scheduler's address, ``name`` and the options, and then awaited.
+
+    It has two more functions. ``async find_gone(workers)`` takes workers by name, and says of those that have ended why. ``explain(error)``
+    says in words why one was not started.
+    """
     options: dict[str, Any]
 
 
@@ -188,53 +192,3 @@ class GroupCluster(SpecCluster):  # type: ignore[misc]
         else:
             self.workers[name] = worker
             self.worker_spec[name] = {"cls": launch.cls, "options": launch.options}
-
-
-# -- processes of this machine ---------------------------------------------------------------------------------------------------
-
-
-class LocalWorker(Nanny):  # type: ignore[misc]
-    """A worker process of this machine; its nanny is in this process and starts another where it dies."""
-
-    @staticmethod
-    async def find_gone(_: Mapping[str, Any]) -> dict[str, str]:
-        """None ever is."""
-        return {}
-
-    @staticmethod
-    def explain(error: Exception) -> str:
-        """Why one did not start."""
-        return f"{error}: {error.__cause__}"
-
-
-def local_launches(groups: Mapping[str, GroupSpec], *, security: Any) -> dict[str, Launch]:
-    """The wanted processes of this machine, of groups whose memory is known; each sees its own GPUs only."""
-    gpus = visible_gpus(sum(group.workers * group.gpus for group in groups.values()))
-    launches: dict[str, Launch] = {}
-    for group_name, group in groups.items():
-        for i in range(group.workers):
-            own = [next(gpus) for _ in range(group.gpus)]
-            options = {
-                "nthreads": group.threads,
-                "memory_limit": int(group.memory or 0),
-                "resources": group.resources,
-                "env": {"CUDA_VISIBLE_DEVICES": ",".join(own), **group.environment},
-                "host": "127.0.0.1",
-                "dashboard": False,
-                "protocol": "tls://" if security else "tcp://",
-                "security": security,
-                "silence_logs": False,
-            }
-            launches[f"{group_name}-{i}"] = Launch(group_name, LocalWorker, options)
-    return launches
-
-
-def visible_gpus(wanted: int) -> Iterator[str]:
-    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return iter(named.split(",") if named else map(str, range(wanted)))
-
-
-def resources_text(group: GroupSpec) -> str:
-    """What a group's workers offer, as ``dask worker --resources`` wants it."""
-    return " ".join(f"{name}={count}" for name, count in group.resources.items())

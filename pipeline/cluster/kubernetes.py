@@ -10,9 +10,12 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from pipeline.cluster.config import KubernetesSpec
+from distributed import Client
+
 from pipeline.cluster.groups import Launch
+from pipeline.cluster.kinds.kubernetes import KubernetesSpec
 from pipeline.cluster.kubernetes_manifests import API_VERSION, manifests, ordered_groups
+from pipeline.cluster.starting import quiet_dask, wait_for_workers
 from pipeline.errors import FeaturemapsError, UsageError
 from pipeline.run.slots import WorkerSlots, slots_of
 
@@ -67,7 +70,7 @@ class PodCluster:
     def start(self) -> None:
         """Kubernetes has been told already."""
 
-    def is_hopeless(self, n_tries: int, *, everybody: bool) -> bool:  # noqa: ARG002 (as of `launch.GroupCluster`)
+    def is_hopeless(self, n_tries: int, *, everybody: bool) -> bool:  # noqa: ARG002 (as of `groups.GroupCluster`)
         """It never gives up, and whether a pod still waits for room or in vain it cannot say either."""
         return False
 
@@ -97,6 +100,17 @@ class PodCluster:
         """What there is of each group, and what Kubernetes says of pods that do not run."""
         lines = [f"{group}: {n} of {wanted} workers" for group, (n, wanted) in self.counts().items()]
         return "; ".join([*lines, *_pod_troubles(self.name, self.namespace)])
+
+
+@contextlib.contextmanager
+def connect_pods(
+    spec: KubernetesSpec, name: str, stop: threading.Event | None, on_wait: Callable[[str], None]
+) -> Iterator[Client]:
+    """Start a cluster of pods and wait for a worker of each group."""
+    with quiet_dask(), kubernetes_cluster(spec, name) as pods:
+        wait_for_workers(pods, spec.start_timeout_s, stop, on_wait, everybody=False)
+        with Client(pods) as client:
+            yield client
 
 
 @contextlib.contextmanager

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from pipeline.cluster.config import KubernetesGroupSpec, KubernetesSpec
-from pipeline.cluster.dask_settings import DASK_SETTINGS, worker_environment
-from pipeline.cluster.groups import DEATH_TIMEOUT_S, resources_text
+from pipeline.cluster.dask_settings import DASK_SETTINGS, group_environment
+from pipeline.cluster.groups import DEATH_TIMEOUT_S
+from pipeline.cluster.kinds.kubernetes import KubernetesGroupSpec, KubernetesSpec
 from pipeline.errors import UsageError
 
 API_VERSION = "kubernetes.dask.org/v1"
@@ -104,12 +104,11 @@ def worker_pod(spec: KubernetesSpec, group: KubernetesGroupSpec) -> dict[str, An
     """The spec of a worker's pod; it asks for as much as it may use, so that nobody is evicted for what another takes."""
     resources = {"cpu": str(group.threads), "memory": _quantity(group.memory)}
     resources |= {"nvidia.com/gpu": str(group.gpus)} if group.gpus else {}
-    environment = worker_environment() | ({} if group.gpus else {"CUDA_VISIBLE_DEVICES": ""}) | group.environment
     container: dict[str, Any] = {
         "name": "worker",
         "image": spec.image,
         "args": worker_arguments(group),
-        "env": _variables(environment),
+        "env": _variables(group_environment(group)),
         "resources": {"requests": resources, "limits": dict(resources)},
     }
     if spec.volume_mounts:
@@ -124,7 +123,7 @@ def worker_arguments(group: KubernetesGroupSpec) -> list[str]:
     """What a worker's container runs; the operator gives it name and scheduler as variables."""
     return [
         *("dask", "worker", "--name", "$(DASK_WORKER_NAME)", "--nthreads", str(group.threads)),
-        *("--memory-limit", str(int(group.memory)), "--resources", resources_text(group)),
+        *("--memory-limit", str(int(group.memory)), "--resources", group.resources_text),
         *("--nanny", "--death-timeout", str(DEATH_TIMEOUT_S), "--no-dashboard"),
     ]
 

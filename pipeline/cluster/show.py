@@ -3,45 +3,17 @@
 from __future__ import annotations
 
 import re
-import shlex
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from pipeline.cluster import batch_commands
-from pipeline.cluster.batch_workers import job_script
-from pipeline.cluster.config import (
-    AddressSpec,
-    BatchSpec,
-    ClusterSpec,
-    CudaSpec,
-    GroupSpec,
-    KubernetesSpec,
-    LocalSpec,
-    SshSpec,
-    load_cluster,
-)
-from pipeline.cluster.groups import local_launches, resources_text
-from pipeline.cluster.kubernetes_manifests import manifests
-from pipeline.cluster.local import local_groups
-from pipeline.cluster.ssh_workers import ssh_options
+from pipeline.cluster.config import load_cluster
+from pipeline.cluster.spec import ClusterSpec, GroupSpec, describe_groups
 from pipeline.config import read_yaml
 from pipeline.errors import UsageError
-from pipeline.text import count
 
 JOB_NAME = "featuremaps-12345678"
 """As an example: the digits follow from the store."""
-EXTRAS = {
-    "slurm": ("dask_jobqueue", "batch"),
-    "pbs": ("dask_jobqueue", "batch"),
-    "sge": ("dask_jobqueue", "batch"),
-    "htcondor": ("dask_jobqueue", "batch"),
-    "ssh": ("asyncssh", "ssh"),
-    "kubernetes": ("dask_kubernetes", "kubernetes"),
-}
-"""Of each kind that needs one: the module and the extra that brings it."""
 _SECRET = re.compile(r"(?i)secret|token|passw|credential|_key\b|apikey")
 
 
@@ -53,63 +25,13 @@ def show_cluster(name: str, path: Path = Path("cluster.yaml")) -> str:
     UsageError
         When there is no such cluster, or its entry cannot be used.
     """
-    spec = _without_secrets(load_cluster(name, path))
-    if isinstance(spec, LocalSpec | CudaSpec):
-        return "\n".join(["# processes of this machine", *_local_lines(spec)])
-    if isinstance(spec, AddressSpec):
-        return f"# a scheduler that runs already{', over TLS' if spec.tls else ''}; nothing is launched\n{spec.address}"
-    if isinstance(spec, KubernetesSpec):
-        return yaml.safe_dump_all(manifests(spec, JOB_NAME), sort_keys=False).rstrip()
-    if isinstance(spec, SshSpec):
-        return "\n".join(["# the driver connects by itself, as these commands would", *_ssh_lines(spec)])
-    command = batch_commands.SYSTEMS[spec.kind].submit
-    scripts = (
-        f"# group {group_name}: {group.workers} of these are handed in with {command}\n{job_script(spec, group_name, JOB_NAME)}"
-        for group_name, group in spec.groups.items()
-    )
-    return "\n".join(scripts).rstrip()
-
-
-def _local_lines(spec: LocalSpec | CudaSpec) -> list[str]:
-    groups = local_groups(spec)
-    lines = []
-    for name, launch in local_launches(groups, security=None).items():
-        options = launch.options
-        gpus = options["env"]["CUDA_VISIBLE_DEVICES"]
-        lines.append(
-            f"{name}: {count(options['nthreads'], 'thread')}, {options['memory_limit'] / 2**30:.1f} GiB of memory, "
-            f"{f'GPU {gpus}' if gpus else 'no GPU'}, resources {resources_text(groups[launch.group])}"
-        )
-    return lines
-
-
-def _ssh_lines(spec: SshSpec) -> list[str]:
-    scheduler = "tls://DRIVER:PORT" if spec.tls else "tcp://DRIVER:PORT"
-    lines = []
-    for name, (_, options) in ssh_options(spec).items():
-        remote = shlex.join([*options["command"], scheduler, "--name", name, *options["arguments"]])
-        lines.append(shlex.join(["ssh", *_ssh_arguments(options["connection"]), options["host"], f"exec {remote}"]))
-    return lines
-
-
-def _ssh_arguments(connection: dict[str, Any]) -> list[str]:
-    """Options of asyncssh as the command ``ssh`` has them."""
-    arguments = []
-    for key, flag in (("port", "-p"), ("username", "-l")):
-        if key in connection:
-            arguments += [flag, str(connection[key])]
-    if "known_hosts" in connection:
-        arguments += ["-o", f"UserKnownHostsFile={connection['known_hosts']}"]
-    for key_file in connection.get("client_keys", []):
-        arguments += ["-i", key_file]
-    return arguments
+    return _without_secrets(load_cluster(name, path)).show(JOB_NAME)
 
 
 def _without_secrets(spec: ClusterSpec) -> ClusterSpec:
-    if isinstance(spec, AddressSpec | CudaSpec):
-        return spec
-    groups = {name: group.model_copy(update={"environment": _hidden(group.environment)}) for name, group in spec.groups.items()}
-    return spec.model_copy(update={"groups": groups})
+    given: dict[str, GroupSpec] = getattr(spec, "groups", {})
+    groups = {name: group.model_copy(update={"environment": _hidden(group.environment)}) for name, group in given.items()}
+    return spec.model_copy(update={"groups": groups}) if groups else spec
 
 
 def _hidden(environment: dict[str, str]) -> dict[str, str]:
@@ -158,14 +80,10 @@ def _row(name: str, entry: Any, path: Path) -> tuple[str, str, str]:
 
 def unusable(spec: ClusterSpec) -> str:
     """Why such a cluster cannot be started from this machine, as far as can be seen without trying; empty if it can."""
-    module, extra = EXTRAS.get(spec.kind, ("", ""))
-    if module and find_spec(module) is None:
-        return f"{module} is not installed (pip install 'featuremaps[{extra}]')"
+    if spec.extra is not None and find_spec(spec.extra[0]) is None:
+        return f"{spec.extra[0]} is not installed (pip install 'featuremaps[{spec.extra[1]}]')"
     try:
-        if isinstance(spec, BatchSpec):
-            batch_commands.require_commands(spec.kind, "it")
-        if isinstance(spec, LocalSpec | CudaSpec):
-            local_groups(spec)
+        spec.require_usable()
     except UsageError as error:
         return str(error)
     return ""
@@ -173,13 +91,4 @@ def unusable(spec: ClusterSpec) -> str:
 
 def groups_text(spec: ClusterSpec) -> str:
     """Groups of a cluster on one line."""
-    if isinstance(spec, AddressSpec):
-        return spec.address
-    groups = local_groups(spec) if isinstance(spec, LocalSpec | CudaSpec) and not unusable(spec) else getattr(spec, "groups", {})
-    return "; ".join(f"{name}: {_group_text(group)}" for name, group in groups.items())
-
-
-def _group_text(group: GroupSpec) -> str:
-    where = f" on each of {count(len(group.hosts), 'host')}" if hasattr(group, "hosts") else ""
-    gpus = f", {count(group.gpus, 'GPU')} each" if group.gpus else ""
-    return f"{count(group.workers, 'worker')}{where}, {count(group.threads, 'thread')} each{gpus}, {' and '.join(group.roles)}"
+    return describe_groups(getattr(spec, "groups", {})) if unusable(spec) else spec.describe()

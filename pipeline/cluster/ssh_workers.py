@@ -12,9 +12,9 @@ from typing import Any
 
 from distributed.deploy.spec import ProcessInterface
 
-from pipeline.cluster.config import SshGroupSpec, SshSpec
-from pipeline.cluster.dask_settings import worker_environment
-from pipeline.cluster.groups import DEATH_TIMEOUT_S, Launch, resources_text
+from pipeline.cluster.dask_settings import group_environment
+from pipeline.cluster.groups import DEATH_TIMEOUT_S, Launch
+from pipeline.cluster.kinds.ssh import SshGroupSpec, SshSpec
 from pipeline.errors import FeaturemapsError, UsageError
 
 SSH_TIMEOUT_S = 20.0
@@ -148,8 +148,7 @@ def _connection(group: SshGroupSpec) -> dict[str, Any]:
 
 def ssh_command(spec: SshSpec, group: SshGroupSpec, gpus: Iterable[int]) -> dict[str, list[str]]:
     """What is run on a host for a worker that is to have these of its GPUs."""
-    environment = worker_environment() | {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus))} | group.environment
-    command = ["env", *(f"{key}={value}" for key, value in environment.items())]
+    command = ["env", *(f"{key}={value}" for key, value in group_environment(group, gpus).items())]
     arguments = [
         "--nthreads",
         str(group.threads),
@@ -157,7 +156,7 @@ def ssh_command(spec: SshSpec, group: SshGroupSpec, gpus: Iterable[int]) -> dict
         str(int(group.memory)) if group.memory else "auto",
         "--nanny",
     ]
-    arguments += ["--death-timeout", str(DEATH_TIMEOUT_S), "--resources", resources_text(group), "--no-dashboard"]
+    arguments += ["--death-timeout", str(DEATH_TIMEOUT_S), "--resources", group.resources_text, "--no-dashboard"]
     arguments += ["--interface", spec.interface] if spec.interface else []
     if spec.tls:
         arguments += [

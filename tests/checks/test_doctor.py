@@ -23,7 +23,8 @@ from pipeline.checks.doctor import diagnose
 from pipeline.checks.finding import Finding, look
 from pipeline.checks.plan import Preview
 from pipeline.cli import commands as cli
-from pipeline.cluster.config import AddressSpec, load_cluster
+from pipeline.cluster.config import load_cluster
+from pipeline.cluster.kinds.address import AddressSpec
 from pipeline.errors import UsageError
 from pipeline.extract import kernel
 from pipeline.run import admission
@@ -309,24 +310,24 @@ def commands(tmp_path, monkeypatch):
 
 def test_a_batch_system_is_asked_for_its_queue(spec, commands):
     jobs = spec(kind="slurm", queue="gpu", groups={"all": {"memory": 1}})
-    assert only(check_cluster.batch_system(jobs)).found == "there is no sbatch on the PATH"
+    assert only(jobs.look_there()).found == "there is no sbatch on the PATH"
     commands(sbatch="", scancel="")
-    assert only(check_cluster.batch_system(jobs)).found == "squeue: [Errno 2] No such file or directory: 'squeue'"
+    assert only(jobs.look_there()).found == "squeue: [Errno 2] No such file or directory: 'squeue'"
     commands(squeue="echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1")
-    found = only(check_cluster.batch_system(jobs))
+    found = only(jobs.look_there())
     assert (found.level, found.found) == ("FAIL", "squeue: slurm_load_jobs error: Unable to contact slurm controller")
     commands(squeue="exit 0", sinfo="echo short; echo long")
     answers, queue = check_cluster.can_be_reached(jobs)
     assert (answers.level, answers.found) == ("ok", "squeue answers")
     assert (queue.level, queue.remedy) == ("FAIL", "set queue to one of long, short")
     commands(sinfo="echo gpu; echo cpu")
-    assert only(check_cluster.batch_system(jobs)).level == "ok"
+    assert only(jobs.look_there()).level == "ok"
     several = jobs.model_copy(update={"queue": "gpu,cpu"})
-    assert only(check_cluster.batch_system(several)).level == "ok"
-    _, queue = check_cluster.batch_system(several.model_copy(update={"queue": "gpu,none"}))
+    assert only(several.look_there()).level == "ok"
+    _, queue = several.model_copy(update={"queue": "gpu,none"}).look_there()
     assert queue.found == "Slurm has no partition none"
     commands(condor_submit="", condor_rm="", condor_q="exit 3")
-    found = only(check_cluster.batch_system(spec(kind="htcondor", groups={"all": {"memory": 1}})))
+    found = only(spec(kind="htcondor", groups={"all": {"memory": 1}}).look_there())
     assert found.found == "condor_q: exit code 3"
 
 
@@ -441,7 +442,7 @@ def test_a_scheduler_that_runs_is_asked_for_its_workers(running, tmp_path):
 
 def test_workers_that_lack_roles_gpus_or_versions_are_found(running, monkeypatch):
     monkeypatch.setattr("pipeline.extract.gpu.n_gpus", lambda: 0)
-    monkeypatch.setattr(check_cluster, "own_versions", lambda: own_versions() | {"zarr": "9.9"})
+    monkeypatch.setattr("pipeline.run.worker_versions.own_versions", lambda: own_versions() | {"zarr": "9.9"})
     assert levels(workers.started(running(**ALL, gpu=1), None)) == {
         "workers": "ok",
         "roles": "ok",
@@ -510,7 +511,7 @@ def test_a_doctor_that_is_asked_to_end_takes_its_jobs_back(waiting_jobs, spec, t
 
 
 def test_a_scheduler_that_does_not_answer_is_a_failure(monkeypatch):
-    monkeypatch.setattr("pipeline.cluster.session.CONNECT_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("pipeline.cluster.kinds.address.CONNECT_TIMEOUT_S", 0.2)
     found = only(workers.started(AddressSpec(kind="address", address=f"tcp://127.0.0.1:{free_port()}"), None))
     assert (found.level, found.what) == ("FAIL", "scheduler")
     assert "no Dask scheduler answers at" in found.found

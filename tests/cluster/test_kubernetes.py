@@ -16,7 +16,8 @@ from referencing.jsonschema import DRAFT7
 
 from pipeline.api import run_job
 from pipeline.cluster import kubernetes
-from pipeline.cluster.config import KubernetesSpec, load_cluster
+from pipeline.cluster.config import load_cluster
+from pipeline.cluster.kinds.kubernetes import KubernetesSpec
 from pipeline.cluster.kubernetes import PodCluster, kubernetes_cluster, pod_reasons
 from pipeline.cluster.kubernetes_manifests import manifests
 from pipeline.cluster.session import connect

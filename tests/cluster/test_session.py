@@ -22,10 +22,13 @@ from cryptography.x509.oid import NameOID
 from distributed import Client, LocalCluster
 
 from pipeline.api import run_job
-from pipeline.cluster import groups, session
-from pipeline.cluster.config import AddressSpec, CudaSpec, LocalSpec, TlsSpec, load_cluster
-from pipeline.cluster.local import local_memory_bytes, local_processes, local_workers
+from pipeline.cluster import local_workers as processes
+from pipeline.cluster.config import load_cluster
+from pipeline.cluster.kinds.address import AddressSpec
+from pipeline.cluster.kinds.local import CudaSpec, LocalSpec
+from pipeline.cluster.local import local_memory_bytes, local_workers
 from pipeline.cluster.session import connect, with_client
+from pipeline.cluster.spec import TlsSpec
 from pipeline.config import make_job
 from pipeline.errors import FeaturemapsError, UsageError
 from pipeline.run.slots import ROLES, worker_slots
@@ -163,7 +166,7 @@ def test_this_machines_cores_and_memory_are_shared_among_the_workers():
 
 
 def test_an_unreachable_scheduler_is_named(monkeypatch):
-    monkeypatch.setattr(session, "CONNECT_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("pipeline.cluster.kinds.address.CONNECT_TIMEOUT_S", 0.2)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # bound, but nobody listens
         address = f"tcp://127.0.0.1:{taken.getsockname()[1]}"
@@ -175,7 +178,7 @@ def test_an_unreachable_scheduler_is_named(monkeypatch):
 
 
 def test_an_address_of_no_known_form_is_named(monkeypatch):
-    monkeypatch.setattr(session, "CONNECT_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("pipeline.cluster.kinds.address.CONNECT_TIMEOUT_S", 0.2)
     with (
         pytest.raises(FeaturemapsError, match="no Dask scheduler answers at quic://here"),
         connect(AddressSpec(kind="address", address="quic://here")),
@@ -186,7 +189,7 @@ def test_an_address_of_no_known_form_is_named(monkeypatch):
 @pytest.mark.parametrize("address", ["tls://127.0.0.1:1", "tcp://127.0.0.1:1", "quic://here"])
 def test_a_client_that_could_not_connect_leaves_no_thread_and_does_not_keep_the_next_from_starting(address, monkeypatch):
     """Left to the garbage collector, it may be closed in the thread of the next one, and both wait for each other."""
-    monkeypatch.setattr(session, "CONNECT_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("pipeline.cluster.kinds.address.CONNECT_TIMEOUT_S", 0.2)
     before = set(threading.enumerate())
     with (
         pytest.raises(FeaturemapsError, match="no Dask scheduler answers"),
@@ -364,7 +367,7 @@ def test_a_run_over_tls_makes_the_same_store_and_nobody_without_the_certificate_
         assert address.startswith("tls://127.0.0.1:")
         assert not [place for place in listening() if not ipaddress.ip_address(place.ip).is_loopback]
         assert all(worker.startswith("tls://127.0.0.1:") for worker in worker_slots(client))
-        monkeypatch.setattr(session, "CONNECT_TIMEOUT_S", 1.0)
+        monkeypatch.setattr("pipeline.cluster.kinds.address.CONNECT_TIMEOUT_S", 1.0)
         strangers = [
             AddressSpec(kind="address", address=address),
             AddressSpec(kind="address", address=address.replace("tls", "tcp")),
@@ -373,7 +376,7 @@ def test_a_run_over_tls_makes_the_same_store_and_nobody_without_the_certificate_
         for spec in strangers:
             with pytest.raises(FeaturemapsError, match=r"no Dask scheduler answers at .* certificates under tls"), connect(spec):
                 pass
-        monkeypatch.setattr(session, "CONNECT_TIMEOUT_S", 200.0)
+        monkeypatch.setattr("pipeline.cluster.kinds.address.CONNECT_TIMEOUT_S", 200.0)
         with connect(AddressSpec(kind="address", address=address, tls=TlsSpec(**ours))) as known:
             assert run_job(job, known).n_done == 12
     assert content(tmp_path / "f.zarr") == content(tmp_path / "plain.zarr")
@@ -427,14 +430,14 @@ def dying(monkeypatch):
     """Have worker processes die while they start, which no test can time; the first so many of them."""
 
     def die(n: int) -> None:
-        real, left = groups.LocalWorker.start_unsafe, iter(range(n))
+        real, left = processes.LocalWorker.start_unsafe, iter(range(n))
 
         async def start(self):
             if next(left, None) is None:
                 return await real(self)
             raise RuntimeError("Nanny failed to start.") from OSError("gone")
 
-        monkeypatch.setattr(groups.LocalWorker, "start_unsafe", start)
+        monkeypatch.setattr(processes.LocalWorker, "start_unsafe", start)
 
     return die
 
@@ -469,22 +472,22 @@ def test_gpus_that_are_not_there_are_refused_with_what_to_check(monkeypatch):
     with pytest.raises(
         UsageError, match=r"2 GPUs were asked for, and this installation of torch sees 0: nothing was started; .*nvidia-smi"
     ):
-        local_processes(LocalSpec(gpus=2))
-    assert local_processes(LocalSpec(workers=3, gpus=0)) == (3, 1, 0)
+        LocalSpec(gpus=2).processes()
+    assert LocalSpec(workers=3, gpus=0).processes() == (3, 1, 0)
 
 
 def test_with_gpus_the_cores_are_the_threads_of_one_process_for_each(monkeypatch):
     monkeypatch.setattr("pipeline.cluster.local.local_gpus", lambda wanted: 2 if wanted is None else wanted)
-    assert local_processes(LocalSpec(workers=9)) == (2, 4, 2)
-    assert local_processes(LocalSpec(workers=1)) == (2, 1, 2)
-    assert local_processes(LocalSpec(workers=9, gpus=0)) == (9, 1, 0)
+    assert LocalSpec(workers=9).processes() == (2, 4, 2)
+    assert LocalSpec(workers=1).processes() == (2, 1, 2)
+    assert LocalSpec(workers=9, gpus=0).processes() == (9, 1, 0)
 
 
 def test_a_machine_with_a_driver_asks_torch_how_many_gpus_there_are(monkeypatch):
     """Stands for /dev of a machine with two GPUs."""
     monkeypatch.setattr("pipeline.cluster.local.Path.glob", lambda *_: iter(["nvidia0", "nvidia1"]))
     monkeypatch.setattr("pipeline.extract.gpu.n_gpus", lambda: 2)
-    assert local_processes(LocalSpec(workers=8)) == (2, 4, 2)
+    assert LocalSpec(workers=8).processes() == (2, 4, 2)
 
 
 def test_the_workers_are_those_that_the_scheduler_names_just_now_whatever_the_client_asks_for_itself(client):

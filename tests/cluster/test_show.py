@@ -12,19 +12,12 @@ from distributed.core import Status
 
 from pipeline.cluster import show as show_cluster
 from pipeline.cluster.batch_workers import job_script
-from pipeline.cluster.config import (
-    AddressSpec,
-    BatchGroupSpec,
-    BatchSpec,
-    CudaSpec,
-    DriverSpec,
-    KubernetesGroupSpec,
-    KubernetesSpec,
-    LocalSpec,
-    SshGroupSpec,
-    SshSpec,
-    load_cluster,
-)
+from pipeline.cluster.config import load_cluster
+from pipeline.cluster.kinds.address import AddressSpec
+from pipeline.cluster.kinds.batch import BatchGroupSpec, BatchSpec, DriverSpec
+from pipeline.cluster.kinds.kubernetes import KubernetesGroupSpec, KubernetesSpec
+from pipeline.cluster.kinds.local import CudaSpec, LocalSpec
+from pipeline.cluster.kinds.ssh import SshGroupSpec, SshSpec
 from pipeline.cluster.kubernetes_manifests import manifests
 from pipeline.cluster.show import JOB_NAME, list_clusters
 from pipeline.cluster.ssh_workers import ssh_launches

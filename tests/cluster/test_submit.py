@@ -18,9 +18,10 @@ import yaml
 
 from pipeline.api import run_job
 from pipeline.cli.terminal import stop_on_signal
-from pipeline.cluster.submit import inside_job, record
+from pipeline.cluster.submit import clock, ending, next_attempt, record
 from pipeline.cluster.submit.hand_in import adopt, submit
-from pipeline.cluster.submit.inside_job import Attempt
+from pipeline.cluster.submit.inside_job import job_clock
+from pipeline.cluster.submit.next_attempt import NextAttempt
 from pipeline.cluster.submit.record import last_submission
 from pipeline.cluster.submit.script import Order, driver_script
 from pipeline.config import make_job
@@ -89,8 +90,10 @@ def commands(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
-    for name, seconds in {"FIRST_PAUSE_S": 0.01, "PATIENCE_S": 2.0, "VAIN_PAUSE_S": 0.01, "KILLED_S": 0.2}.items():
-        monkeypatch.setattr(inside_job, name, seconds)
+    monkeypatch.setattr(clock, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(clock, "PATIENCE_S", 2.0)
+    monkeypatch.setattr(next_attempt, "VAIN_PAUSE_S", 0.01)
+    monkeypatch.setattr(next_attempt, "KILLED_S", 0.2)
     return Commands(folder)
 
 
@@ -110,9 +113,9 @@ def order(tmp_path):
 
 @pytest.fixture
 def attempt(commands):
-    def make(order: Order, signalled: threading.Event | None = None) -> Attempt:
+    def make(order: Order, signalled: threading.Event | None = None) -> NextAttempt:
         said: list[str] = []
-        made = Attempt(order, signalled or threading.Event(), said.append, lambda: None)
+        made = NextAttempt(order, job_clock(order, signalled or threading.Event()), said.append)
         made.said = said
         made.begin()
         return made
@@ -142,8 +145,8 @@ def test_slurm_that_does_not_answer_at_all_ends_it_with_a_message(commands, orde
 
 
 def test_patience_ends_with_the_walltime(commands, order, attempt, monkeypatch):
-    monkeypatch.setattr(inside_job, "PATIENCE_S", 10_000.0)
-    monkeypatch.setattr(inside_job, "LONGEST_PAUSE_S", 0.1)
+    monkeypatch.setattr(clock, "PATIENCE_S", 10_000.0)
+    monkeypatch.setattr(clock, "LONGEST_PAUSE_S", 0.1)
     commands.fail("squeue", 10_000)
     assert attempt(order(walltime=6)).come_back() == EXIT_FAILED
 
@@ -156,7 +159,7 @@ def test_a_job_that_is_taken_back_is_not_put_back(commands, order, attempt):
 
 
 def test_a_requeued_job_ends_as_soon_as_it_is_told(commands, order, attempt, monkeypatch):
-    monkeypatch.setattr(inside_job, "KILLED_S", 1000.0)
+    monkeypatch.setattr(next_attempt, "KILLED_S", 1000.0)
     prepare_folder(Path(order().job.store))
     commands.queue("7|x|RUNNING|None")
     signalled = threading.Event()
@@ -351,15 +354,17 @@ def test_a_queue_that_cannot_be_seen_is_no_empty_queue(commands, order):
 AUDIT = """
 import sys, threading, time
 from pathlib import Path
-from pipeline.cluster.submit.inside_job import Attempt
+from pipeline.cluster.submit.ending import finish
+from pipeline.cluster.submit.inside_job import job_clock
 from pipeline.config import make_job
 from pipeline.cluster.submit.script import Order
 from pipeline.run.summary import Summary
 
 order = Order(make_job({"source": "x", "store": "f.zarr", "cluster": "p"}), Path("job.yaml"), Path("cluster.yaml"))
-attempt = Attempt(order, threading.Event(), print, lambda: time.sleep(1000))  # stands for the audit of a large store
-attempt.end_s = time.monotonic() + attempt.quarter_s + 0.5
-sys.exit(attempt.finish(Summary("x", outcome="complete")))
+clock = job_clock(order, threading.Event())
+clock.end_s = time.monotonic() + clock.quarter_s + 0.5
+audit = lambda: time.sleep(1000)  # stands for that of a large store
+sys.exit(finish(order, clock, Summary("x", outcome="complete"), report=print, audit=audit))
 """
 
 
@@ -382,7 +387,8 @@ def complete(order, client, tmp_path):
 
     def finish(**changes) -> tuple[int, list[str]]:
         said: list[object] = []
-        code = Attempt(order("p", verify=False, **changes), threading.Event(), said.append, lambda: None).finish(summary)
+        made = order("p", verify=False, **changes)
+        code = ending.finish(made, job_clock(made, threading.Event()), summary, report=said.append, audit=lambda: None)
         return code, [str(text) for text in said]
 
     return finish
@@ -432,7 +438,7 @@ def test_a_source_that_hangs_costs_the_page_its_photographs_and_a_store_that_han
     (page,) = (tmp_path / "featuremaps-logs").glob("featuremaps-*-report.html")
     assert (code, said) == (0, [f"page about the store: {page}"])
     assert "the source image is out of reach" in page.read_text()
-    monkeypatch.setattr("pipeline.cluster.submit.inside_job.PAGE_S", 6.0)
+    monkeypatch.setattr("pipeline.cluster.submit.ending.PAGE_S", 6.0)
     disk = mount_stuck(tmp_path / "f.zarr")
     try:
         code, said = complete()

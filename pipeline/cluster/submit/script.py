@@ -9,7 +9,8 @@ from pathlib import Path
 
 from pipeline.cluster import batch_commands
 from pipeline.cluster.batch_workers import clock, condor_text
-from pipeline.cluster.config import BatchSpec, load_cluster
+from pipeline.cluster.config import load_cluster
+from pipeline.cluster.kinds.batch import BatchSpec
 from pipeline.cluster.session import job_name
 from pipeline.config import Job
 from pipeline.errors import UsageError

@@ -21,7 +21,8 @@ import pipeline
 from pipeline import config, errors
 from pipeline.analysis.feature_store import FeatureStore
 from pipeline.cli.commands import cli
-from pipeline.cluster import config as cluster_spec
+from pipeline.cluster import spec as cluster_spec
+from pipeline.cluster.kinds import address, batch, kubernetes, local, spec_types, ssh
 from pipeline.report import figures
 
 ROOT = Path(__file__).parents[3]
@@ -135,13 +136,15 @@ def models(module: ModuleType) -> list[type[BaseModel]]:
 
 
 @pytest.mark.cluster
-@pytest.mark.parametrize(("page", "module"), [("job-file", config), ("clusters", cluster_spec)])
-def test_every_key_is_in_the_reference(site, page, module):
+@pytest.mark.parametrize(
+    ("page", "modules"), [("job-file", [config]), ("clusters", [cluster_spec, address, batch, kubernetes, local, ssh])]
+)
+def test_every_key_is_in_the_reference(site, page, modules):
     text = (DOCS / f"{page}.md").read_text()
-    for model in models(module):
-        if model is cluster_spec.Clusters:  # names of clusters, which is what the page is about
+    for model in (model for module in modules for model in models(module)):
+        if issubclass(model, cluster_spec.ClusterSpec) and model not in spec_types():  # what several kinds have in common
             continue
-        assert f"<!-- keys of {module.__name__.removeprefix('pipeline.')}.{model.__name__} -->" in text
+        assert f"<!-- keys of {model.__module__.removeprefix('pipeline.')}.{model.__name__} -->" in text
         assert set(model.model_fields) <= set(read(site / f"{page}.html").code), model.__name__
 
 

@@ -13,7 +13,9 @@ import pytest
 import yaml
 
 from pipeline.cluster.batch_workers import job_script
-from pipeline.cluster.config import BatchSpec, TlsSpec, load_cluster
+from pipeline.cluster.config import load_cluster
+from pipeline.cluster.kinds.batch import BatchSpec
+from pipeline.cluster.spec import TlsSpec
 from pipeline.errors import UsageError
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "scripts"

@@ -20,7 +20,9 @@ import skimage
 import yaml
 
 from pipeline.cluster.batch_workers import job_script
-from pipeline.cluster.config import BatchSpec, KubernetesSpec, load_cluster
+from pipeline.cluster.config import load_cluster
+from pipeline.cluster.kinds.batch import BatchSpec
+from pipeline.cluster.kinds.kubernetes import KubernetesSpec
 from pipeline.cluster.kubernetes_manifests import manifests
 from pipeline.config import load_job, make_job
 from tests.cluster.test_kubernetes import check

@@ -14,8 +14,10 @@ import yaml
 from distributed import Client
 
 from pipeline.api import run_job
-from pipeline.cluster.config import GroupSpec, LocalSpec, load_cluster
+from pipeline.cluster.config import load_cluster
+from pipeline.cluster.kinds.local import LocalSpec
 from pipeline.cluster.session import connect
+from pipeline.cluster.spec import GroupSpec
 from pipeline.config import make_job
 from pipeline.errors import FeaturemapsError
 from tests.conftest import content, make_images

@@ -1,0 +1,194 @@
+"""Workers as jobs of a batch system: Slurm, PBS, Grid Engine, HTCondor."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import ByteSize, Field, model_validator
+
+from pipeline.cluster import batch_commands
+from pipeline.cluster.finding import Finding
+from pipeline.cluster.spec import GroupSpec, Memory, Name, RemoteSpec, Walltime
+from pipeline.config import Positive, StrictModel
+from pipeline.errors import FeaturemapsError
+from pipeline.store.objects import nearest_folder
+
+if TYPE_CHECKING:
+    from pipeline.cluster.groups import Launch
+
+logger = logging.getLogger(__name__)
+
+BatchKind = Literal["slurm", "pbs", "sge", "htcondor"]
+QUERIES = {
+    "slurm": ["squeue", "--noheader", "--me"],
+    "pbs": ["qstat"],
+    "sge": ["qstat"],
+    "htcondor": ["condor_q", "-totals"],
+}
+"""What only a batch system that works answers."""
+
+
+class BatchGroupSpec(GroupSpec):
+    """Jobs of a batch system, a worker in each."""
+
+    memory: Memory
+    options: tuple[str, ...] = ()
+    """Further lines of the job script, as the batch system wants them: ``--constraint=a100``."""
+
+
+class DriverSpec(StrictModel):
+    """The job that ``featuremaps submit`` hands in: the driver, which needs no GPU."""
+
+    threads: Positive = 2
+    """Cores that it asks for."""
+    memory: Memory = ByteSize(4 * 2**30)
+    """Bytes, or text such as ``4 GiB``."""
+    walltime: Walltime | None = None
+    """None is that of the workers."""
+    queue: str | None = None
+    """None is that of the workers."""
+    options: tuple[str, ...] = ()
+    """Further lines of its script, as the batch system wants them."""
+
+
+class BatchSpec(RemoteSpec):
+    """Jobs of a batch system."""
+
+    extra: ClassVar[tuple[str, str] | None] = ("dask_jobqueue", "batch")
+
+    kind: BatchKind
+    groups: Annotated[dict[Name, BatchGroupSpec], Field(min_length=1)]
+    queue: str | None = None
+    """Queue or partition; HTCondor has none."""
+    account: str | None = None
+    """Whom it is charged to; for Grid Engine the project."""
+    walltime: Walltime = 3600
+    """Of each job, seconds or ``HH:MM:SS`` or ``D-HH:MM:SS``; its worker retires before, and another takes its place."""
+    prologue: tuple[str, ...] = ()
+    """Lines of shell before the worker starts, for instance ``module load cuda``."""
+    log_folder: str = "featuremaps-logs"
+    """Where the jobs' output goes; relative to the folder of ``cluster.yaml``."""
+    local_folder: str | None = None
+    """Scratch space of the workers on their machine."""
+    driver: DriverSpec = DriverSpec()
+    """The job that ``featuremaps submit`` hands in."""
+
+    @model_validator(mode="after")
+    def _names_apart(self) -> BatchSpec:
+        if "driver" in self.groups:
+            raise ValueError("a group cannot be called 'driver', as the job that submit hands in is: give it another name")
+        return self
+
+    @model_validator(mode="after")
+    def _condor(self) -> BatchSpec:
+        if self.kind != "htcondor":
+            return self
+        if self.queue is not None:
+            raise ValueError(
+                f"HTCondor has no queues, and queue is {self.queue!r}: say which machines in options (requirements = ...)"
+            )
+        for line in (*self.driver.options, *(line for group in self.groups.values() for line in group.options)):
+            if not re.fullmatch(r"\s*[+\w.]+\s*=.*", line):
+                raise ValueError(f"option {line!r} is no line of a submit file of HTCondor: write it as 'key = value'")
+        return self
+
+    def launches(self, name: str) -> dict[str, Launch]:
+        """The wanted jobs."""
+        from pipeline.cluster.batch_workers import batch_launches  # noqa: PLC0415 (imports Dask)
+
+        batch_commands.require_commands(self.kind, "the cluster")
+        return batch_launches(self, name)
+
+    def take_back(self, name: str) -> None:
+        """Take back jobs of this name: those of a dead run, and those that were handed in without our hearing of it."""
+        _take_back(self.kind, {f"{name}-{group}" for group in self.groups})
+
+    def show(self, job_name: str) -> str:
+        """The script of each group."""
+        from pipeline.cluster.batch_workers import job_script  # noqa: PLC0415 (imports Dask)
+
+        command = batch_commands.SYSTEMS[self.kind].submit
+        scripts = (
+            f"# group {name}: {group.workers} of these are handed in with {command}\n{job_script(self, name, job_name)}"
+            for name, group in self.groups.items()
+        )
+        return "\n".join(scripts).rstrip()
+
+    def require_usable(self) -> None:
+        """Check that jobs can be handed in."""
+        batch_commands.require_commands(self.kind, "it")
+
+    def look_here(self) -> Iterator[Finding]:
+        """Check also the folder of logs."""
+        yield from super().look_here()
+        yield _look_at_log_folder(Path(self.log_folder))
+
+    def look_there(self) -> Iterator[Finding]:
+        """Check that the batch system answers, and for Slurm that it has the queue."""
+        system, query = batch_commands.SYSTEMS[self.kind], QUERIES[self.kind]
+        for command in (system.submit, system.cancel):
+            if shutil.which(command) is None:
+                yield Finding("FAIL", system.name, f"there is no {command} on the PATH", "run on a login node, or extend PATH")
+                return
+        said = _said(query)
+        if said is not None:
+            remedy = "check that this machine is a login node, and whether the batch system is down"
+            yield Finding("FAIL", system.name, f"{query[0]}: {said}", remedy)
+            return
+        yield Finding("ok", system.name, f"{query[0]} answers")
+        if self.kind == "slurm" and self.queue is not None:
+            yield from _look_at_partitions(self.queue.split(","))  # of several Slurm takes the first that is free
+
+    def located(self, beside: Callable[[str], str]) -> dict[str, Any]:
+        """The folder of logs."""
+        return {"log_folder": beside(self.log_folder)}
+
+
+def _take_back(kind: str, names: set[str]) -> None:
+    """Take back the jobs that a dead run left in the queue; there is none alive, as the store is locked."""
+    try:
+        left = [job.job_id for name in names for job in batch_commands.jobs_named(kind, name) if job.name == name]
+    except (OSError, subprocess.SubprocessError) as error:
+        raise FeaturemapsError(
+            f"{batch_commands.SYSTEMS[kind].name} does not answer ({batch_commands.said(error)}): nothing was started; try again later"
+        ) from error
+    if left:
+        logger.warning("taking back jobs that a run left in the queue: %s", ", ".join(left))
+        batch_commands.cancel(kind, left)
+
+
+def _look_at_log_folder(folder: Path) -> Finding:
+    nearest = nearest_folder(folder)
+    if os.access(nearest, os.W_OK):
+        return Finding("ok", "log_folder", str(folder))
+    remedy = "set log_folder to a folder that you may write to, on all machines"
+    return Finding("FAIL", "log_folder", f"{folder} cannot be written, in {nearest}", remedy)
+
+
+def _look_at_partitions(wanted: list[str]) -> Iterator[Finding]:
+    done = _run(["sinfo", "--noheader", "--format=%R"])
+    known = sorted(set(done.stdout.split()))
+    unknown = [partition for partition in wanted if partition not in known]
+    if unknown and not done.returncode:
+        remedy = f"set queue to one of {', '.join(known)}"
+        yield Finding("FAIL", "queue", f"Slurm has no partition {', '.join(unknown)}", remedy)
+
+
+def _said(command: list[str]) -> str | None:
+    """What a command said as it failed; None if it did not."""
+    try:
+        done = _run(command)
+    except (OSError, subprocess.SubprocessError) as error:
+        return str(error)
+    return None if done.returncode == 0 else " ".join((done.stderr or done.stdout).split()) or f"exit code {done.returncode}"
+
+
+def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, timeout=batch_commands.COMMAND_TIMEOUT_S, check=False)  # noqa: S603

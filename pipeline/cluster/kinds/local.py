@@ -1,0 +1,139 @@
+"""Workers as processes of this machine, on its cores or its GPUs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
+
+from pydantic import ByteSize, Field, model_validator
+
+from pipeline.cluster import local
+from pipeline.cluster.spec import GroupSpec, GroupsSpec, Memory, Name, StartedSpec, describe_groups
+from pipeline.config import Positive
+from pipeline.errors import UsageError
+from pipeline.text import count
+
+if TYPE_CHECKING:
+    from pipeline.cluster.groups import Launch
+    from pipeline.config import Job
+
+PATIENCE_S = 120.0
+
+
+class ThisMachine(StartedSpec):
+    """Processes of this machine."""
+
+    is_here: ClassVar[bool] = True
+    needs_gpu: ClassVar[bool] = False
+
+    workers: Positive | None = None
+    """Batches at work at once: processes, or with GPUs the threads of their processes; None is one per core."""
+    gpus: Annotated[int, Field(ge=0)] | None = None
+    """None is all that this process may use."""
+    memory: Memory | None = None
+    """Of one worker; None shares the machine's memory among them."""
+
+    @property
+    def patience_s(self) -> float:
+        """Processes of this machine are there soon, or never."""
+        return PATIENCE_S
+
+    def processes(self) -> tuple[int, int, int]:
+        """Worker processes, threads of each, and GPUs."""
+        cores, gpus = local.local_workers(self.workers), local.local_gpus(self.gpus)
+        if not gpus and self.needs_gpu:
+            local.local_gpus(1)  # which says that there is none
+        return (gpus, max(1, cores // gpus), gpus) if gpus else (cores, 1, 0)
+
+    def worker_groups(self) -> Mapping[str, GroupSpec]:
+        """One group that does everything, with its memory."""
+        processes, threads, gpus = self.processes()
+        return _with_memory({"local": GroupSpec(workers=processes, threads=threads, gpus=1 if gpus else 0, memory=self.memory)})
+
+    def launches(self, name: str) -> dict[str, Launch]:  # noqa: ARG002 (for batch systems)
+        """The wanted processes."""
+        from pipeline.cluster.local_workers import local_launches  # noqa: PLC0415 (imports Dask)
+
+        return local_launches(self.worker_groups(), security=self.security)
+
+    def show(self, job_name: str) -> str:  # noqa: ARG002 (for batch systems)
+        """A line for each process."""
+        from pipeline.cluster.local_workers import local_launches  # noqa: PLC0415 (imports Dask)
+
+        groups = self.worker_groups()
+        lines = ["# processes of this machine"]
+        for name, launch in local_launches(groups, security=None).items():
+            options = launch.options
+            gpus = options["env"]["CUDA_VISIBLE_DEVICES"]
+            lines.append(
+                f"{name}: {count(options['nthreads'], 'thread')}, {options['memory_limit'] / 2**30:.1f} GiB of memory, "
+                f"{f'GPU {gpus}' if gpus else 'no GPU'}, resources {groups[launch.group].resources_text}"
+            )
+        return "\n".join(lines)
+
+    def require_usable(self) -> None:
+        """Check that the GPUs are there."""
+        self.worker_groups()
+
+    def describe(self) -> str:
+        """The groups on one line."""
+        return describe_groups(self.worker_groups())
+
+    def n_connections(self, job: Job | None) -> int:
+        """As the job says, else as the file."""
+        return local.local_workers(job.workers if job is not None and job.workers else self.workers)
+
+
+class LocalSpec(ThisMachine, GroupsSpec):
+    """Worker processes on this machine: one per core with one thread each, or one per GPU with the cores shared among them."""
+
+    kind: Literal["local"] = "local"
+    groups: dict[Name, GroupSpec] = {}
+    """Worker groups by name; without any there is one group that reads and extracts, of the keys workers, gpus and memory."""
+
+    @model_validator(mode="after")
+    def _one_way(self) -> LocalSpec:
+        if self.groups and (self.workers or self.gpus is not None or self.memory):
+            raise ValueError("workers, gpus and memory are those of each group where there are groups: move them there")
+        return self
+
+    def worker_groups(self) -> Mapping[str, GroupSpec]:
+        """Those of the file, each with its memory, or one that does everything."""
+        if not self.groups:
+            return super().worker_groups()
+        local.local_gpus(sum(group.workers * group.gpus for group in self.groups.values()))
+        return _with_memory(self.groups)
+
+    def n_connections(self, job: Job | None) -> int:
+        """All workers of the groups, if there are any."""
+        return sum(group.n_workers for group in self.groups.values()) if self.groups else super().n_connections(job)
+
+    def for_job(self, job: Job) -> Self:
+        """Take what the job says of workers, unless there are groups."""
+        wanted = {"workers": job.workers, "memory": job.memory_limit_bytes, "gpus": job.gpus}
+        given = {key: value for key, value in wanted.items() if value is not None}
+        if self.groups and given:
+            raise UsageError(
+                f"cluster {job.cluster!r} has groups with workers, memory and GPUs of their own, and {', '.join(given)} were given for "
+                "the run: nothing was started; leave them away, or write them into the groups"
+            )
+        return self.model_copy(update=given)
+
+
+class CudaSpec(ThisMachine):
+    """One worker process for each GPU of this machine, with the cores shared among them; without a GPU nothing is started."""
+
+    needs_gpu: ClassVar[bool] = True
+
+    kind: Literal["cuda"]
+    workers: Positive | None = None
+    """Batches at work at once over all GPUs; None is one per core."""
+    gpus: Positive | None = None
+    """None is all that this process may use."""
+
+
+def _with_memory(groups: Mapping[str, GroupSpec]) -> dict[str, GroupSpec]:
+    """Each group with the memory of its workers, of which those without a limit share the machine's."""
+    n_workers = sum(group.workers for group in groups.values())
+    memory = {name: ByteSize(local.local_memory_bytes(n_workers, group.memory)) for name, group in groups.items()}
+    return {name: group.model_copy(update={"memory": memory[name]}) for name, group in groups.items()}

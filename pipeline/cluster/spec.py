@@ -1,0 +1,325 @@
+"""The interface that a kind of cluster fills, `ClusterSpec`, and the keys and answers that several kinds share.
+
+Nothing here imports Dask, so that ``cluster.yaml`` is read fast.
+"""
+
+from __future__ import annotations
+
+import re
+import socket
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from threading import Event
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, get_args
+
+import psutil
+from pydantic import BeforeValidator, ByteSize, Field, model_validator
+
+from pipeline.cluster.finding import Finding
+from pipeline.config import Positive, StrictModel
+from pipeline.text import count
+
+if TYPE_CHECKING:
+    from distributed.security import Security
+
+    from pipeline.cluster.groups import Launch
+    from pipeline.config import Job
+
+Role = Literal["read", "extract"]
+
+LOOPBACK = "127.0.0.1:0"
+START_TIMEOUT_S = 3600.0
+_WALLTIME = re.compile(r"(?:(\d+)-)?(\d+):([0-5]?\d):([0-5]?\d)")
+
+
+def _seconds(value: Any) -> Any:
+    """``HH:MM:SS`` or ``D-HH:MM:SS``; YAML itself reads 8:00:00, without a zero before it, as 28,800."""
+    match = _WALLTIME.fullmatch(value) if isinstance(value, str) else None
+    if match is None:
+        return value
+    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
+    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
+Memory = Annotated[ByteSize, Field(gt=0)]
+"""Bytes, or text such as ``16 GiB``."""
+Walltime = Annotated[Positive, BeforeValidator(_seconds)]
+"""Seconds, or ``HH:MM:SS``."""
+HostPort = Annotated[str, Field(pattern=r"^.*:\d+$")]
+Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$")]
+"""As file names, worker names and Kubernetes have it."""
+Text = Annotated[str, Field(min_length=1)]
+
+
+class TlsSpec(StrictModel):
+    """Certificates, PEM: scheduler, workers and client let nobody in who has none that the authority signed."""
+
+    ca_file: str
+    """Of the authority."""
+    cert: str
+    """Certificate, signed by the authority."""
+    key: str
+    """Private key of the certificate, without a password."""
+
+    def security(self) -> Security:
+        """As Dask wants it: one certificate for all roles, and no connection without."""
+        from distributed.security import Security  # noqa: PLC0415 (cluster.yaml is read without Dask)
+
+        roles = ("client", "scheduler", "worker")
+        files = {f"tls_{role}_{part}": getattr(self, part) for role in roles for part in ("cert", "key")}
+        return Security(tls_ca_file=self.ca_file, require_encryption=True, **files)
+
+
+class GroupSpec(StrictModel):
+    """Workers of one kind within a cluster."""
+
+    roles: Annotated[tuple[Role, ...], Field(min_length=1)] = ("read", "extract")
+    """What they do: ``read`` images and decode them, ``extract`` maps and write them."""
+    workers: Positive = 1
+    """Processes; in a batch system each is a job, with ssh that many run on each host."""
+    threads: Positive = 1
+    """Batches at work at once in each of them, and the cores that it asks for."""
+    gpus: Annotated[int, Field(ge=0)] = 0
+    """Of each worker; those without see none."""
+    memory: Memory | None = None
+    """Of each worker, bytes or text such as ``16 GiB``; None, on this machine, is a share of it."""
+    environment: dict[str, str] = {}
+    """Variables of each worker."""
+
+    @property
+    def resources(self) -> dict[str, int]:
+        """As the scheduler hands tasks out; who extracts also writes, so that no maps travel."""
+        roles = {*self.roles, *(["write"] if "extract" in self.roles else [])}
+        counts = {role: self.threads for role in ("read", "extract", "write") if role in roles}
+        return counts | ({"gpu": 1} if self.gpus else {})
+
+    @property
+    def resources_text(self) -> str:
+        """What each worker offers, as ``dask worker --resources`` wants it."""
+        return " ".join(f"{name}={n}" for name, n in self.resources.items())
+
+    @property
+    def n_workers(self) -> int:
+        """Processes in all."""
+        return self.workers
+
+    def describe(self, where: str = "") -> str:
+        """The group on one line; ``where`` follows the number of workers."""
+        gpus = f", {count(self.gpus, 'GPU')} each" if self.gpus else ""
+        return f"{count(self.workers, 'worker')}{where}, {count(self.threads, 'thread')} each{gpus}, {' and '.join(self.roles)}"
+
+
+class ClusterSpec(StrictModel):
+    """An entry of ``cluster.yaml``, and what the rest of the package asks of it: the interface of a kind of cluster.
+
+    A kind has to fill `worker_groups`, `connect` and `show`. The other methods have answers that are right for most kinds. A kind with
+    worker groups starts from `GroupsSpec`; one whose scheduler is in the driver's process from `StartedSpec`; one with both from
+    `RemoteSpec`.
+    """
+
+    kind: str
+    is_here: ClassVar[bool] = False
+    """Whether the workers are processes of this machine: then a run waits for all of them."""
+    runs_already: ClassVar[bool] = False
+    """Whether nothing is started: then ``featuremaps doctor`` may connect without being asked to."""
+    extra: ClassVar[tuple[str, str] | None] = None
+    """The module that such a cluster needs, and the extra that brings it."""
+
+    # -- what every kind has to answer ----------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def worker_groups(self) -> Mapping[str, GroupSpec]:
+        """Worker groups by name, as they would be started; empty where nobody knows the workers before.
+
+        Raises
+        ------
+        UsageError
+            When this machine cannot start them.
+        """
+
+    @abstractmethod
+    def connect(self, name: str, stop: Event | None, on_wait: Callable[[str], None]) -> AbstractContextManager[Any]:
+        """Start or find the cluster, wait for workers and yield a client; what was started is stopped on every way out.
+
+        Arguments and errors are those of `session.connect`.
+        """
+
+    @abstractmethod
+    def show(self, job_name: str) -> str:
+        """What a run whose jobs have this name would launch: words, scripts, commands or manifests."""
+
+    # -- what has an answer that is right for most ----------------------------------------------------------------------------------
+
+    def require_usable(self) -> None:
+        """Check that this machine can start such a cluster, as far as can be seen without trying; `extra` is looked for elsewhere.
+
+        Raises
+        ------
+        UsageError
+        """
+
+    def describe(self) -> str:
+        """What there would be, on one line."""
+        return ""
+
+    def look_here(self) -> Iterator[Finding]:
+        """Check what such a cluster needs of this machine."""
+        return iter(())
+
+    def look_there(self) -> Iterator[Finding]:
+        """Ask the other side what it can say without starting anything."""
+        return iter(())
+
+    def n_connections(self, job: Job | None) -> int:  # noqa: ARG002 (for kinds whose scheduler is here)
+        """Workers that connect to the driver's process; none where the scheduler is another process."""
+        return 0
+
+    def for_job(self, job: Job) -> Self:  # noqa: ARG002 (for this machine)
+        """The cluster with what a job says of workers.
+
+        Raises
+        ------
+        UsageError
+            When both say how many workers there are to be.
+        """
+        return self
+
+    def located(self, beside: Callable[[str], str]) -> dict[str, Any]:  # noqa: ARG002 (for kinds that name files)
+        """Keys that change as ``beside`` makes their paths absolute; ``tls`` is not among them."""
+        return {}
+
+    def waiting_at_most(self, limit_s: float) -> Self:
+        """The cluster with a shorter wait for its workers, where it has such a key."""
+        own_s = getattr(self, "start_timeout_s", None)
+        return self if own_s is None else self.model_copy(update={"start_timeout_s": min(own_s, limit_s)})
+
+
+class GroupsSpec(ClusterSpec):
+    """A cluster of worker groups."""
+
+    groups: Mapping[Name, GroupSpec] = {}
+    """Worker groups by name; together they have to have both roles."""
+
+    @model_validator(mode="after")
+    def _roles_filled(self) -> GroupsSpec:
+        filled = {role for group in self.groups.values() for role in group.roles}
+        for role in get_args(Role):
+            if self.groups and role not in filled:
+                raise ValueError(
+                    f"no group has the role {role!r}, so its tasks would wait for ever: add it to the roles of a group"
+                )
+        return self
+
+    def worker_groups(self) -> Mapping[str, GroupSpec]:
+        """As they are in the file."""
+        return self.groups
+
+    def describe(self) -> str:
+        """The groups on one line."""
+        return describe_groups(self.groups)
+
+
+def describe_groups(groups: Mapping[str, GroupSpec]) -> str:
+    """Groups on one line."""
+    return "; ".join(f"{name}: {group.describe()}" for name, group in groups.items())
+
+
+class StartedSpec(ClusterSpec):
+    """A cluster whose scheduler is in the driver's process, and whose workers are launched from there.
+
+    A kind has to fill `launches`, `patience_s` and `show`; then `connect` works.
+    """
+
+    dashboard: HostPort | None = LOOPBACK
+    """HOST:PORT of Dask's dashboard, which asks nobody for a password; port 0 is any free one, None is no dashboard."""
+    tls: TlsSpec | None = None
+    """Without, everybody who reaches the scheduler's port can run code as you: on one machine all its users. The files have to be there on
+    every machine."""
+
+    @property
+    def security(self) -> Security | None:
+        """As Dask wants it."""
+        return self.tls and self.tls.security()
+
+    @property
+    def protocol(self) -> str:
+        """What the scheduler's address begins with."""
+        return "tls://" if self.tls else "tcp://"
+
+    @property
+    @abstractmethod
+    def patience_s(self) -> float:
+        """Seconds until workers have to be there."""
+
+    @property
+    def listening(self) -> dict[str, str | None]:
+        """Where the scheduler listens, as Dask's has it."""
+        return {"host": "127.0.0.1"}
+
+    @abstractmethod
+    def launches(self, name: str) -> dict[str, Launch]:
+        """How each of the wanted workers is started, by its name; ``name`` is what jobs are called.
+
+        Raises
+        ------
+        UsageError
+            When this machine cannot start them.
+        """
+
+    def take_back(self, name: str) -> None:
+        """Take back what a dead run of this name left; called before workers are launched, and after the scheduler was stopped.
+
+        Raises
+        ------
+        FeaturemapsError
+        """
+
+    def connect(self, name: str, stop: Event | None, on_wait: Callable[[str], None]) -> AbstractContextManager[Any]:
+        """Start the scheduler here and launch the workers."""
+        from pipeline.cluster.starting import start  # noqa: PLC0415 (cluster.yaml is read without Dask)
+
+        return start(self, name, stop, on_wait)
+
+    def n_connections(self, job: Job | None) -> int:  # noqa: ARG002 (for this machine)
+        """All workers."""
+        return sum(group.n_workers for group in self.worker_groups().values())
+
+
+class RemoteSpec(GroupsSpec, StartedSpec):
+    """A cluster on other machines, whose workers connect to the scheduler in the driver's process."""
+
+    interface: str | None = None
+    """Network interface by which scheduler and workers reach each other, for instance ``ib0``; None is the default route's."""
+    python: str | None = None
+    """Python of the workers, with the same featuremaps; None is the driver's path."""
+    start_timeout_s: Annotated[float, Field(gt=0)] = START_TIMEOUT_S
+    """Seconds that a run waits for a worker of each group, and for any when all were lost."""
+
+    @property
+    def patience_s(self) -> float:
+        """As the file says."""
+        return self.start_timeout_s
+
+    @property
+    def listening(self) -> dict[str, str | None]:
+        """On the interface by which the others reach this machine."""
+        return {"interface": self.interface}
+
+    def look_here(self) -> Iterator[Finding]:
+        """Check the interface, and whether connections are encrypted."""
+        if self.interface is not None:
+            yield _look_at_interface(self.interface)
+        if self.tls is None:
+            found = "no tls: whoever reaches the driver's port can run code as you"
+            yield Finding("note", "encryption", found, "give tls, or use a network that you trust (docs/clusters.md)")
+
+
+def _look_at_interface(name: str) -> Finding:
+    addresses = psutil.net_if_addrs()
+    found = [address.address for address in addresses.get(name, []) if address.family == socket.AF_INET]
+    if found:
+        return Finding("ok", "interface", f"{name} has {found[0]} here")
+    reason = "has no IPv4 address" if name in addresses else "does not exist"
+    remedy = f"set interface to one of {', '.join(sorted(addresses))}, or leave it away"
+    return Finding("FAIL", "interface", f"{name} {reason} on this machine, where the scheduler would be", remedy)

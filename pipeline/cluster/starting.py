@@ -1,0 +1,197 @@
+"""Start a scheduler in this process, have workers launched, and wait for them; all is stopped on every way out."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import multiprocessing
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from multiprocessing import resource_tracker
+from typing import Any, Protocol
+
+import dask
+from distributed import Client
+
+from pipeline.cluster.groups import MAX_FALSE_STARTS, GroupCluster
+from pipeline.cluster.spec import LOOPBACK, StartedSpec
+from pipeline.errors import FeaturemapsError, StoppedError, UsageError
+
+logger = logging.getLogger(__name__)
+
+WAIT_LINE_S = 5.0
+QUICK_S = 3.0
+
+
+class WorkerCluster(Protocol):
+    """What is asked of a cluster while its workers are waited for."""
+
+    def start(self) -> None:
+        """Begin to start the workers that are missing."""
+
+    def counts(self) -> Mapping[str, tuple[int, int]]:
+        """Of each group, how many workers are there, and how many are wanted."""
+
+    def is_hopeless(self, n_tries: int, *, everybody: bool) -> bool:
+        """Whether a group cannot be filled, or a worker that must be there could not be started so many times."""
+
+    def describe_troubles(self) -> str:
+        """Why workers could not be started."""
+
+    def describe(self) -> str:
+        """What there is of each group, and what is known of the others."""
+
+
+@contextlib.contextmanager
+def start(spec: StartedSpec, name: str, stop: threading.Event | None, on_wait: Callable[[str], None]) -> Iterator[Client]:
+    """Start scheduler and workers, wait for workers, yield a client and stop all; as of `session.connect`."""
+    groups, launches, patience_s, security = spec.worker_groups(), spec.launches(name), spec.patience_s, spec.security
+    spec.take_back(name)
+
+    def sweep() -> None:
+        """Take back jobs that were handed in without our hearing of it, as when the batch system was slow to answer."""
+        with contextlib.suppress(FeaturemapsError):
+            spec.take_back(name)
+
+    settings: dict[str, Any] = {"distributed.scheduler.no-workers-timeout": f"{patience_s}s"}
+    if not spec.dashboard:  # without one there are no pages about workers and tasks either, which are another part of Dask
+        settings["distributed.scheduler.http.routes"] = ["distributed.http.health"]
+    options = {
+        "port": 0,
+        "protocol": spec.protocol,
+        "security": security,
+        "dashboard_address": spec.dashboard or LOOPBACK,  # with no address Dask would take a fixed port
+        "dashboard": spec.dashboard is not None,
+    } | spec.listening
+    with (
+        dask.config.set(settings),
+        quiet_dask(),
+        _stopped(lambda: GroupCluster(launches, groups, options, patience_s, security), sweep) as cluster,
+    ):
+        wait_for_workers(cluster, patience_s, stop, on_wait, everybody=spec.is_here)
+        with Client(cluster) as client:
+            cluster.dashboard = client.dashboard_link if spec.dashboard else ""
+            yield client
+
+
+def wait_for_workers(
+    cluster: WorkerCluster,
+    patience_s: float,
+    stop: threading.Event | None,
+    on_wait: Callable[[str], None],
+    *,
+    everybody: bool,
+) -> None:
+    """Start the workers, and wait for one of each group, or for all.
+
+    Raises
+    ------
+    StoppedError
+        When ``stop`` was set before they were there.
+    FeaturemapsError
+        When they cannot be started, or did not come in time.
+    """
+    started = time.monotonic()
+    next_line = started + (WAIT_LINE_S if everybody else 0.0)  # processes of this machine are there at once
+    cluster.start()
+    while True:
+        counts = cluster.counts()
+        if all(n == wanted if everybody else n for n, wanted in counts.values()):
+            return
+        if stop is not None and stop.is_set():
+            raise StoppedError("stopped while waiting for workers: nothing was computed, nothing is lost; run again to go on")
+        waited_s = time.monotonic() - started
+        _require_hope(cluster, counts, waited_s, patience_s, everybody=everybody)
+        if time.monotonic() >= next_line:
+            next_line = time.monotonic() + WAIT_LINE_S
+            on_wait(cluster.describe())
+        if everybody or waited_s < QUICK_S:  # later its own clock looks, as a queue may be asked for hours
+            cluster.start()
+        time.sleep(0.05 if waited_s < QUICK_S else 0.5)
+
+
+def _require_hope(
+    cluster: WorkerCluster, counts: Mapping[str, tuple[int, int]], waited_s: float, patience_s: float, *, everybody: bool
+) -> None:
+    """Raise FeaturemapsError if the workers cannot be started, or did not come in time."""
+    if cluster.is_hopeless(MAX_FALSE_STARTS, everybody=everybody):
+        raise FeaturemapsError(
+            f"workers could not be started, in {MAX_FALSE_STARTS} tries each ({cluster.describe_troubles()}): nothing was computed, "
+            "what was started was stopped, and what was committed stands; mend what is said there, or ask for less in cluster.yaml, "
+            "and run again"
+        )
+    if waited_s > patience_s:
+        absent = ", ".join(repr(group) for group, (n, wanted) in counts.items() if n < (wanted if everybody else 1))
+        raise FeaturemapsError(
+            f"no worker of group {absent} came within {waited_s:.0f} s ({cluster.describe()}): nothing was computed, what was started "
+            "was stopped, and what was committed stands; ask for less in cluster.yaml, or wait longer (start_timeout_s), and run again"
+        )
+
+
+@contextlib.contextmanager
+def _stopped(start: Callable[[], GroupCluster], sweep: Callable[[], None]) -> Iterator[GroupCluster]:
+    """Start the cluster and stop it; a process that is stuck in the kernel cannot be stopped, and must not keep this one from ending."""
+    others = set(multiprocessing.active_children())
+    try:
+        with _without_interrupts():
+            cluster = start()
+    except RuntimeError as error:
+        raise UsageError(
+            f"the scheduler could not be started ({error}): nothing was started; check interface, dashboard and tls of the cluster"
+        ) from error
+    try:
+        yield cluster
+    finally:
+        tornado = logging.getLogger("tornado.application")  # prints a traceback of the same error
+        level = tornado.level
+        try:
+            tornado.setLevel(logging.CRITICAL)
+            with _deaf():
+                cluster.close()
+        except (TimeoutError, AssertionError) as error:
+            logger.warning("the cluster did not stop as it should: %s", error)
+        finally:
+            tornado.setLevel(level)
+            sweep()
+            for left in set(multiprocessing.active_children()) - others:
+                left.kill()
+                multiprocessing.process._children.discard(left)  # type: ignore[attr-defined]
+
+
+@contextlib.contextmanager
+def _deaf() -> Iterator[None]:
+    """Let no Ctrl-C cut short what takes jobs and processes back; it takes a minute at most."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextlib.contextmanager
+def quiet_dask() -> Iterator[None]:
+    """Dask's own lines below ERROR stay out of the terminal."""
+    before = {name: logging.getLogger(name).level for name in ("distributed", "distributed.client", "distributed.gc")}
+    for name, level in before.items():
+        logging.getLogger(name).setLevel(max(level, logging.ERROR))
+    try:
+        yield
+    finally:
+        for name, level in before.items():
+            logging.getLogger(name).setLevel(level)
+
+
+@contextlib.contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Threads and processes that start meanwhile never see SIGINT: a Ctrl-C at the terminal is for the driver alone, which drains."""
+    resource_tracker.ensure_running()  # whose start would unblock the signal
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -1,0 +1,103 @@
+"""What is done at the end of a run that is complete, as long as the job has time: the audit of the store, and a page about it."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+from pipeline.cluster import batch_commands
+from pipeline.cluster.submit.clock import Clock
+from pipeline.cluster.submit.script import Order, report_page
+from pipeline.errors import EXIT_FAILED
+from pipeline.run.summary import Summary
+
+PAGE_S = 300.0
+"""How long the page at the end may take."""
+_SAID_BYTES = 1000
+
+
+def finish(order: Order, clock: Clock, summary: Summary, *, report: Callable[[Any], None], audit: Callable[[], Any]) -> int:
+    """Audit the store, if that is wanted, and write its page; returns the exit code. Arguments are those of `inside_job.attend`."""
+    code = _audit(order, clock, summary, report, audit) if order.verify else summary.exit_code
+    _write_page(order, clock, report)
+    return code
+
+
+def _audit(order: Order, clock: Clock, summary: Summary, report: Callable[[Any], None], audit: Callable[[], Any]) -> int:
+    timer = clock.timer(1, lambda: _end_without_audit(order, report))
+    try:
+        found = audit()
+    finally:
+        timer.cancel()
+    report(found)
+    return summary.exit_code if found.is_sound else EXIT_FAILED
+
+
+def _end_without_audit(order: Order, report: Callable[[Any], None]) -> None:
+    """End the process, as nothing else ends an audit; it only reads."""
+    report(
+        f"the store is complete, and the job's time is up before its audit came to an end: nothing is known to be wrong, and not all "
+        f"was looked at; run `featuremaps verify {order.job.store}`, or give the driver a longer walltime"
+    )
+    sys.stdout.flush()
+    sys.stderr.flush()
+    for process in multiprocessing.active_children():
+        process.kill()
+    os._exit(EXIT_FAILED)
+
+
+def _write_page(order: Order, clock: Clock, report: Callable[[Any], None]) -> None:
+    """Leave a report beside the driver's log, by a process of its own: whatever becomes of it, the run is none the worse."""
+    page, store, driver = report_page(order), order.job.store, order.spec.driver
+    command = [sys.executable, "-P", "-m", "pipeline", "report", store, "-o", str(page)]
+    try:
+        page.parent.mkdir(parents=True, exist_ok=True)
+        limit_s = max(1.0, min(PAGE_S, clock.left_s - clock.quarter_s))
+        _run_apart(command, limit_s=limit_s, n_bytes=int(driver.memory) // 2, n_threads=driver.threads)
+    except (OSError, subprocess.SubprocessError) as error:
+        report(
+            f"the page about the store was not written ({batch_commands.said(error)}): the run is none the worse; `featuremaps report "
+            f"{store}` writes it"
+        )
+    else:
+        report(f"page about the store: {page}")
+
+
+def _run_apart(command: list[str], *, limit_s: float, n_bytes: int, n_threads: int) -> None:
+    """Run a command in a session of its own, with bounds for its time and for the data of each of its processes.
+
+    Once the time is over the session is killed and not waited for, since what waits for a file system that hangs cannot be ended.
+
+    Raises
+    ------
+    subprocess.SubprocessError
+        When it took too long, or failed; with what it said.
+    """
+    threads = {"OMP_NUM_THREADS": str(n_threads), "OPENBLAS_NUM_THREADS": str(n_threads), "MALLOC_ARENA_MAX": "2"}
+    with tempfile.TemporaryFile() as said:  # and no pipe, whose end might never come
+        process = subprocess.Popen(  # noqa: S603 (this program)
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=said,
+            start_new_session=True,
+            env=os.environ | threads,
+        )
+        with contextlib.suppress(ProcessLookupError):  # it is over already
+            resource.prlimit(process.pid, resource.RLIMIT_DATA, (n_bytes, n_bytes))
+        try:
+            code = process.wait(limit_s)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+        if code:
+            said.seek(0)
+            raise subprocess.CalledProcessError(code, command, stderr=said.read()[-_SAID_BYTES:].decode(errors="replace"))
