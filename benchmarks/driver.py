@@ -29,6 +29,7 @@ from pipeline.config import make_job
 from pipeline.run import driver, lifecycle, tasks
 from pipeline.source.fetch import Probed, ProbedBlock
 from pipeline.source.fingerprints import Listing
+from pipeline.store import create
 from pipeline.store.schema import STATISTICS, Status
 
 SIZE = (516, 639)
@@ -68,7 +69,7 @@ def main() -> None:
     paths = [f"{i // 1000:04d}/{i:07d}.jpg" for i in range(n)]
     listing = Listing("/photos", paths, array("q", [100_000]) * n, array("q", [1]) * n)
     lifecycle.list_collection = lambda _: listing  # type: ignore[attr-defined,assignment]
-    lifecycle.check_apart = lambda *_: None  # type: ignore[assignment]
+    create.check_apart = lambda *_: None  # type: ignore[assignment]
     driver.require_space = lambda *_: None  # type: ignore[attr-defined,assignment]
     driver.require_memory = lambda *_: None  # type: ignore[attr-defined,assignment]
     driver.reading.probe_block = probe  # type: ignore[assignment]

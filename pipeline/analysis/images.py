@@ -17,6 +17,7 @@ from pipeline.analysis import selection
 from pipeline.analysis.datasets import class_dataset, image_dataset
 from pipeline.analysis.tables import Table, done, images_table, nullable, plain
 from pipeline.errors import FeaturemapsError, UsageError
+from pipeline.store.counts import count_statuses
 from pipeline.store.path_index import PathIndex, similar_names, stored_forms
 from pipeline.store.schema import REJECTED, ShapeClass, Status, StoredLayer
 from pipeline.store.store import Store
@@ -57,10 +58,8 @@ class Entries:
         if self._table is not None:
             found = self._table["status"].value_counts()
             return {name: int(found.get(name, 0)) for name in (*names, "rejected")}
-        columns = [self.store.column(shape_class.name, "status") for shape_class in self.store.classes.values()]
-        total = np.bincount(np.concatenate([*columns, np.empty(0, np.uint8)]), minlength=len(Status))
-        n_rejected = int((self.store.column(REJECTED, "status") < Status.REMOVED).sum())
-        return {name: int(total[i]) for i, name in enumerate(names)} | {"rejected": n_rejected}
+        counts = count_statuses(self.store)
+        return {name: counts[name] for name in (*names, "rejected")}
 
     def join(self, table: Table, on: str) -> Entries:
         """See `FeatureStore.join`."""

@@ -20,16 +20,19 @@ from pipeline.cluster.slots import planned_slots
 from pipeline.cluster.submit.record import GONE, last_submission
 from pipeline.config import Job
 from pipeline.errors import EXIT_COMPLETE, UsageError
+from pipeline.run.comparison import compare_with_store, settle_returned
 from pipeline.run.forecast import Forecast, end_of_run
-from pipeline.run.lifecycle import check_job, compare_with_store, count_statuses, open_for, settle_returned
 from pipeline.run.plan.changes import check_removals
 from pipeline.run.plan.memory import WorkerKind, bucket_bytes, guess_decode_bytes, usable_bytes, worker_memory_bytes
-from pipeline.run.summary import MAX_BAD, describe_bottleneck
+from pipeline.run.summary import MAX_BAD
+from pipeline.run.summary_text import describe_bottleneck
 from pipeline.run.workers import judge
 from pipeline.source.dropped import describe_dropped
 from pipeline.source.fetch import Probed, Source, probe_block
 from pipeline.source.fingerprints import Listing
 from pipeline.source.listing import list_collection
+from pipeline.store.counts import count_statuses
+from pipeline.store.create import check_job, open_for
 from pipeline.store.layout import (
     ClassLayout,
     Size,

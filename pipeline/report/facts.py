@@ -15,6 +15,7 @@ import numpy as np
 
 from pipeline.errors import EXIT_QUARANTINED
 from pipeline.run.summary import Summary
+from pipeline.store.counts import tally
 from pipeline.store.schema import REJECTED, Status
 from pipeline.store.store import Store
 from pipeline.text import count, printable
@@ -151,10 +152,10 @@ def gather(store: Store, holder: dict[str, Any] | None, n_bad: int) -> Facts:
     reasons: Counter[str] = Counter()
     for shape_class in store.classes.values():
         status = store.column(shape_class.name, "status")
-        numbers = dict(zip(*(part.tolist() for part in np.unique(status, return_counts=True)), strict=True))
+        numbers = tally(status)
         for value, number in numbers.items():
-            found.counts[Status(value).name.lower()] += number
-        n_live = sum(number for value, number in numbers.items() if Status(value).is_live)
+            found.counts[value.name.lower()] += number
+        n_live = sum(number for value, number in numbers.items() if value.is_live)
         n_done = numbers.get(Status.DONE, 0)
         found.classes.append(ClassFacts(shape_class.name, shape_class.kind, n_live, n_done, sizes.get(shape_class.name)))
         found.bad += _bad(store, shape_class.name, np.flatnonzero(status == Status.QUARANTINED), n_bad - len(found.bad), reasons)

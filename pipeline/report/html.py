@@ -12,7 +12,7 @@ import jinja2
 from markupsafe import Markup
 
 from pipeline.report.facts import count_of
-from pipeline.run.summary import describe_bottleneck
+from pipeline.run.summary_text import describe_bottleneck
 from pipeline.text import printable
 
 

@@ -18,7 +18,8 @@ from pipeline.api import run_job
 from pipeline.cli import commands, terminal
 from pipeline.config import LayerSpec, make_job
 from pipeline.errors import FeaturemapsError, StoreBusyError
-from pipeline.run.summary import Progress, Summary, describe
+from pipeline.run.summary import Progress, Summary
+from pipeline.run.summary_text import describe
 from pipeline.store.lock import StoreLock
 from pipeline.store.schema import RUNS
 from pipeline.store.store import Store

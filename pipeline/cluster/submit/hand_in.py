@@ -14,7 +14,7 @@ from pipeline.cluster.session import job_name
 from pipeline.cluster.submit.record import Claim, Submission, last_submission
 from pipeline.cluster.submit.script import Order, driver_script
 from pipeline.errors import FeaturemapsError, StoreBusyError
-from pipeline.run.lifecycle import count_statuses
+from pipeline.store.counts import count_statuses
 from pipeline.store.create import prepare_folder
 from pipeline.store.objects import Place, place
 from pipeline.store.store import Store, is_store

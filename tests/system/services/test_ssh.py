@@ -210,7 +210,7 @@ def test_a_run_whose_scheduler_is_restarted_ends_with_a_message_and_the_next_one
 
 
 def done_of(path: Path) -> int:
-    from pipeline.run.lifecycle import count_statuses
+    from pipeline.store.counts import count_statuses
     from pipeline.store.store import Store, is_store
 
     time.sleep(0.2)
