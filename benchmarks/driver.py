@@ -26,7 +26,8 @@ from pipeline.api import run_job
 from pipeline.cluster.config import LocalSpec
 from pipeline.cluster.session import connect
 from pipeline.config import make_job
-from pipeline.run import driver, lifecycle, tasks
+from pipeline.run import batch_queue, driver, lifecycle, tasks
+from pipeline.source import fetch
 from pipeline.source.fetch import Probed, ProbedBlock
 from pipeline.source.fingerprints import Listing
 from pipeline.store import create
@@ -70,9 +71,9 @@ def main() -> None:
     listing = Listing("/photos", paths, array("q", [100_000]) * n, array("q", [1]) * n)
     lifecycle.list_collection = lambda _: listing  # type: ignore[attr-defined,assignment]
     create.check_apart = lambda *_: None  # type: ignore[assignment]
-    driver.require_space = lambda *_: None  # type: ignore[attr-defined,assignment]
-    driver.require_memory = lambda *_: None  # type: ignore[attr-defined,assignment]
-    driver.reading.probe_block = probe  # type: ignore[assignment]
+    batch_queue.require_space = lambda *_: None  # type: ignore[attr-defined,assignment]
+    batch_queue.require_memory = lambda *_: None  # type: ignore[attr-defined,assignment]
+    fetch.probe_block = probe  # type: ignore[assignment]
     tasks.process = process  # type: ignore[assignment]
     tasks.ExtractorPlugin = NoExtractor  # type: ignore[assignment,misc]
     taken: list[float] = []

@@ -1,4 +1,4 @@
-"""The driver: compare the listing with the ledger, send batches within a window, commit what they did."""
+"""A run from listing to receipt: list, lock, compare with the store, compute what is missing, and write down what was done."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from pipeline.config import Job
 from pipeline.errors import StoppedError
 from pipeline.extract import kernel
 from pipeline.run.comparison import apply, compare_with_store
-from pipeline.run.plan.changes import Changes, check_removals
+from pipeline.run.context import Context
+from pipeline.run.plan.changes import check_removals
 from pipeline.run.summary import Progress, Summary, receipt, working
 from pipeline.source.decoding import decode_versions
-from pipeline.source.fingerprints import Listing
 from pipeline.source.listing import list_collection
 from pipeline.store.counts import count_statuses
 from pipeline.store.create import check_job, create_store, open_for, prepare_folder
@@ -30,7 +30,7 @@ from pipeline.store.objects import Place, place
 from pipeline.store.run_ids import new_run_id, next_number
 from pipeline.store.schema import RUNS
 from pipeline.store.settings import VERSION
-from pipeline.store.store import Store, receipt_ids
+from pipeline.store.store import receipt_ids
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +93,8 @@ def run_job(
         if took_over or previous.get("outcome") != "complete":
             store.repair()
         try:
-            _work(job, store, listing, summary, progress, notify, connect, stop or threading.Event())
+            found = compare_with_store(job, store, listing)
+            _work(Context(job, store, listing, found, summary, progress, notify, stop or threading.Event()), connect)
         except KeyboardInterrupt:
             summary.outcome = "stopped"
             raise
@@ -121,65 +122,66 @@ def _numbered(path: Place, summary: Summary, *, sole_writer: bool) -> Iterator[b
                 return
 
 
-def _work(
-    job: Job,
-    store: Store,
-    listing: Listing,
-    summary: Summary,
-    progress: Progress,
-    notify: Callable[[Progress], None],
-    connect: Connect,
-    stop: threading.Event,
-) -> None:
-    """Compare, and send what there is to do, if anything, to the cluster."""
-    found = compare_with_store(job, store, listing)
-    check_removals(found, job.max_removed)
+def _work(context: Context, connect: Connect) -> None:
+    """Note what the listing says, and send what there is to do, if anything, to the cluster."""
+    store, found, summary, progress = context.store, context.found, context.summary, context.progress
+    check_removals(found, context.job.max_removed)
     if found.has_work:
         store.write_receipt(
             summary.run_id, receipt(summary)
-        )  # whose outcome has the next run repair the store, should this one die
+        )  # its outcome has the next run repair the store, should this one die
     apply(store, found)
     summary.n_removed, summary.n_unreachable = found.n_removed, found.n_unreachable
-    _account(found, listing, summary, progress)
+    _account(context)
     progress.stage = "starting workers"
-    notify(progress)
+    context.notify(progress)
     all_checked = True
     if found.new or found.n_pending or found.to_check:
         store.touch_version(VERSION)
-        from pipeline.run.admission import only_like_this  # noqa: PLC0415 (no Dask when there is nothing to do)
-        from pipeline.run.content_check import check_digests  # noqa: PLC0415 (as above)
-        from pipeline.run.driver import Driver  # noqa: PLC0415 (as above)
-        from pipeline.run.failures import scheduler_lost  # noqa: PLC0415 (as above)
-        from pipeline.run.metrics import beside_dask  # noqa: PLC0415 (as above)
-
-        def on_wait(text: str) -> None:
-            progress.stage = f"waiting for workers ({text})"
-            notify(progress)
-
-        try:
-            with beside_dask(), connect(stop, on_wait) as connected:
-                progress.dashboard = getattr(connected.cluster, "dashboard", "")
-                with only_like_this(connected):
-                    all_checked = check_digests(store, listing, found, connected, summary, progress, notify, stop, job.deadline_s)
-                    _account(found, listing, summary, progress)
-                    if found.new or found.n_pending:
-                        Driver(job, store, listing, found, connected, summary, progress, notify, stop).run()
-        except ConnectionError as error:
-            raise scheduler_lost(error) from error
-        except StoppedError as error:
-            logger.warning("%s", error)
-            summary.outcome, summary.n_pending = "stopped", len(found.new) + found.n_pending
+        all_checked = _compute(context, connect)
     if summary.outcome in {"running", "complete"}:
-        summary.outcome = "complete" if all_checked else "stopped" if stop.is_set() else "incomplete"
+        summary.outcome = "complete" if all_checked else "stopped" if context.stop.is_set() else "incomplete"
     counts = count_statuses(store)
     summary.n_bad_total, summary.n_done_total = counts["quarantined"] + counts["rejected"], counts["done"]
 
 
-def _account(found: Changes, listing: Listing, summary: Summary, progress: Progress) -> None:
+def _compute(context: Context, connect: Connect) -> bool:
+    """Connect to the cluster and give it what there is to do; return whether every image was compared that was to be."""
+    from pipeline.run.admission import only_like_this  # noqa: PLC0415 (no Dask when there is nothing to do)
+    from pipeline.run.content_check import check_digests  # noqa: PLC0415 (as above)
+    from pipeline.run.driver import Driver  # noqa: PLC0415 (as above)
+    from pipeline.run.failures import scheduler_lost  # noqa: PLC0415 (as above)
+    from pipeline.run.metrics import beside_dask  # noqa: PLC0415 (as above)
+
+    found, summary, progress = context.found, context.summary, context.progress
+    all_checked = True
+
+    def on_wait(text: str) -> None:
+        progress.stage = f"waiting for workers ({text})"
+        context.notify(progress)
+
+    try:
+        with beside_dask(), connect(context.stop, on_wait) as client:
+            progress.dashboard = getattr(client.cluster, "dashboard", "")
+            with only_like_this(client):
+                all_checked = check_digests(context, client)
+                _account(context)
+                if found.new or found.n_pending:
+                    Driver(context, client).run()
+    except ConnectionError as error:
+        raise scheduler_lost(error) from error
+    except StoppedError as error:
+        logger.warning("%s", error)
+        summary.outcome, summary.n_pending = "stopped", len(found.new) + found.n_pending
+    return all_checked
+
+
+def _account(context: Context) -> None:
+    found, summary, progress = context.found, context.summary, context.progress
     summary.n_unchanged, summary.n_new = found.n_unchanged, len(found.new)
     summary.n_returned = sum(map(len, found.returned.values()))
-    progress.n_total, progress.n_start = len(listing), len(listing) - len(found.new) - found.n_pending
-    progress.n_finished = progress.n_start
+    progress.n_total = len(context.listing)
+    progress.n_start = progress.n_finished = progress.n_total - len(found.new) - found.n_pending
 
 
 def _now() -> str:
