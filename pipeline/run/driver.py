@@ -53,13 +53,10 @@ class Driver:
     def __init__(self, context: Context, client: Client) -> None:
         self.context, self.client = context, client
         self.store, self.summary = context.store, context.summary
-        spec = self.store.spec
-        self.spec = extractor_spec(spec)
-        self.extractor = f"extractor-{spec.extractor['sha256'][:16]}-{context.job.dtype}"
+        self.spec = extractor_spec(self.store.spec)
         self.ending = Ending(context.stop, self.store.path, lambda: client.status == "running")
-        source = fetch.Source(context.listing.root, context.job.decode)
-        target = tasks.Target(str(self.store.path), self.summary.run_id, self.extractor, durable=self.store.durable)
-        self.flight = Flight(client, source, target, needed_size(self.spec))
+        self.target, source = _target(context), fetch.Source(context.listing.root, context.job.decode)
+        self.flight = Flight(client, source, self.target, needed_size(self.spec))
         self.ledger, health = Ledger(self.store, context.listing), SourceWatch(context.listing.root)
         self.intake = Intake(context, self.ledger, health)
         self.outcomes = Outcomes(context, self.ledger, health)
@@ -88,7 +85,7 @@ class Driver:
         self.watch.count_workers()
         self.batches = BatchQueue(self.context, self.ledger, self.fleet)
         self.fleet.register(ActivityPlugin())
-        self.fleet.register(tasks.ExtractorPlugin(self.extractor, self.spec, self.store.weights(), self.store.spec.layers))
+        self.fleet.register(tasks.ExtractorPlugin(self.target.extractor, self.spec, self.store.weights(), self.store.spec.layers))
         self.context.progress.stage = "running"
         if not self.context.found.new:
             self.batches.plan(complete=True)
@@ -120,8 +117,6 @@ class Driver:
         finally:
             self.flight.cancel()
             self.summary.count_time(time.monotonic() - started)
-
-    # -- what is sent ----------------------------------------------------------------------------------------------------------
 
     def _send(self) -> None:
         """Send what may be sent; while a crash is looked into, nothing else."""
@@ -165,8 +160,6 @@ class Driver:
         except (FeaturemapsError, OSError) as error:
             self.ending.fail_with(error)
         return self.ending.failure is None
-
-    # -- what comes back -------------------------------------------------------------------------------------------------------
 
     def _take(self, sent: Sent) -> None:
         task, future = sent
@@ -218,8 +211,6 @@ class Driver:
         except FeaturemapsError as failure:
             self.ending.fail(failure)
 
-    # -- what is written -------------------------------------------------------------------------------------------------------
-
     def _commit(self, *, last: bool = False) -> None:
         try:
             self.outcomes.commit(last=last)
@@ -244,6 +235,13 @@ class Driver:
             self.summary.outcome = "stopped"
         else:
             self.summary.outcome = "incomplete" if self.summary.n_pending else "complete"
+
+
+def _target(context: Context) -> tasks.Target:
+    """Where the maps of a run go."""
+    store, spec = context.store, context.store.spec
+    extractor = f"extractor-{spec.extractor['sha256'][:16]}-{context.job.dtype}"
+    return tasks.Target(str(store.path), context.summary.run_id, extractor, durable=store.durable)
 
 
 def _pieces(task: Task) -> Sequence[tasks.WorkPiece]:
