@@ -26,9 +26,11 @@ from pipeline.api import run_job
 from pipeline.cluster.config import LocalSpec
 from pipeline.cluster.session import connect
 from pipeline.config import make_job
-from pipeline.run import driver, lifecycle, tasks
+from pipeline.run import batch_queue, driver, lifecycle, tasks
+from pipeline.source import fetch
 from pipeline.source.fetch import Probed, ProbedBlock
 from pipeline.source.fingerprints import Listing
+from pipeline.store import create
 from pipeline.store.schema import STATISTICS, Status
 
 SIZE = (516, 639)
@@ -68,10 +70,10 @@ def main() -> None:
     paths = [f"{i // 1000:04d}/{i:07d}.jpg" for i in range(n)]
     listing = Listing("/photos", paths, array("q", [100_000]) * n, array("q", [1]) * n)
     lifecycle.list_collection = lambda _: listing  # type: ignore[attr-defined,assignment]
-    lifecycle.check_apart = lambda *_: None  # type: ignore[assignment]
-    driver.require_space = lambda *_: None  # type: ignore[attr-defined,assignment]
-    driver.require_memory = lambda *_: None  # type: ignore[attr-defined,assignment]
-    driver.reading.probe_block = probe  # type: ignore[assignment]
+    create.check_apart = lambda *_: None  # type: ignore[assignment]
+    batch_queue.require_space = lambda *_: None  # type: ignore[attr-defined,assignment]
+    batch_queue.require_memory = lambda *_: None  # type: ignore[attr-defined,assignment]
+    fetch.probe_block = probe  # type: ignore[assignment]
     tasks.process = process  # type: ignore[assignment]
     tasks.ExtractorPlugin = NoExtractor  # type: ignore[assignment,misc]
     taken: list[float] = []

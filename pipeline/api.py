@@ -14,7 +14,8 @@ from pipeline.cluster.connection import connector
 from pipeline.config import Job
 from pipeline.errors import UsageError
 from pipeline.run import lifecycle
-from pipeline.run.summary import Progress, Summary, headline
+from pipeline.run.summary import Progress, Summary
+from pipeline.run.summary_text import headline
 
 logger = logging.getLogger(__name__)
 

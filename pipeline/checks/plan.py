@@ -18,8 +18,8 @@ from pipeline.cluster.session import cluster_of
 from pipeline.cluster.slots import planned_slots
 from pipeline.config import Job
 from pipeline.errors import EXIT_COMPLETE
+from pipeline.run.comparison import compare_with_store, settle_returned
 from pipeline.run.forecast import Forecast, end_of_run
-from pipeline.run.lifecycle import check_job, compare_with_store, open_for, settle_returned
 from pipeline.run.plan.changes import Changes, check_removals
 from pipeline.run.plan.memory import WorkerKind, bucket_bytes, guess_decode_bytes, usable_bytes, worker_memory_bytes
 from pipeline.run.summary import MAX_BAD
@@ -28,6 +28,7 @@ from pipeline.source.dropped import describe_dropped
 from pipeline.source.fetch import Probed, Source, probe_block
 from pipeline.source.fingerprints import Listing
 from pipeline.source.listing import list_collection
+from pipeline.store.create import check_job, open_for
 from pipeline.store.layout import (
     ClassLayout,
     Size,

@@ -8,7 +8,7 @@ from typing import Any
 from pipeline.cluster.batch_commands import QueuedJob
 from pipeline.cluster.submit.record import GONE, Submission, last_submission
 from pipeline.errors import UsageError
-from pipeline.run.summary import describe_bottleneck
+from pipeline.run.summary_text import describe_bottleneck
 from pipeline.source.dropped import describe_dropped
 from pipeline.store.contents import bad_images, count_statuses
 from pipeline.store.lock import current_holder, last_heard

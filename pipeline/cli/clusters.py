@@ -65,7 +65,8 @@ def submit(
     from pipeline.cluster.submit.inside_job import attend as attend_run
 
     def report(what: Any) -> None:
-        from pipeline.run.summary import Summary, describe
+        from pipeline.run.summary import Summary
+        from pipeline.run.summary_text import describe
 
         click.echo(describe(what, job.store) if isinstance(what, Summary) else what if isinstance(what, str) else what.describe())
 

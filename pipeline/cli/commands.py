@@ -89,7 +89,8 @@ def run(what: tuple[str, ...], as_json: bool, verbose: int, log_format: str, met
     """
     job = _begin(what, options, verbose, log_format)
     from pipeline.api import run_job
-    from pipeline.run.summary import describe, receipt
+    from pipeline.run.summary import receipt
+    from pipeline.run.summary_text import describe
 
     on_terminal = sys.stderr.isatty() and not as_json and log_format == "text"
     with serve_metrics(metrics), stop_on_signal() as stop, show_progress(on_terminal) as on_progress:

@@ -50,7 +50,8 @@ def say(text: str, level: int = logging.INFO, *, before: str = "", **extra: Any)
 
 def say_end(summary: Summary) -> None:
     """Log how a run ended, with its receipt; text has that on stdout."""
-    from pipeline.run.summary import headline, receipt
+    from pipeline.run.summary import receipt
+    from pipeline.run.summary_text import headline
 
     if is_json():
         level = logging.INFO if summary.outcome == "complete" else logging.WARNING

@@ -11,7 +11,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from pipeline.run.summary import describe_bottleneck
+from pipeline.run.summary_text import describe_bottleneck
 from pipeline.text import count, human_duration, human_moment, human_size, printable
 
 

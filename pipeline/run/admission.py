@@ -1,22 +1,29 @@
-"""Who may work for a run: workers that run what the driver runs, at its start and as they join."""
+"""Who may work for a run: workers that run what the driver runs, at its start and as they join.
+
+What is compared is in `worker_versions`.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from distributed import Client
+from distributed import Client, WorkerPlugin
 from distributed.protocol.pickle import dumps
 
 from pipeline.errors import FeaturemapsError
 from pipeline.run.slots import scheduler_workers
-from pipeline.run.worker_versions import TOPIC, VersionsPlugin, asking_for_versions, differences, n_gpus_there, own_versions
+from pipeline.run.worker_versions import asking_for_versions, differences, n_gpus_there, own_versions
 
 logger = logging.getLogger(__name__)
 
 ANSWER_S = 30.0
+"""How long workers are waited for; Dask's own methods wait for ever for one that hangs."""
+TOPIC = "featuremaps-refused"
+"""Under which a worker that does not fit says so, with the id of the client that does not want it."""
 
 
 @contextlib.contextmanager
@@ -39,6 +46,7 @@ def only_like_this(client: Client) -> Iterator[None]:
             )
 
     client.subscribe_topic(TOPIC, warn)
+    # `Client.register_plugin` and `unregister_worker_plugin` have no limit of time, so the scheduler's own calls are used here.
     with _whoever_is_lost():  # by then the scheduler has it for those that join, and these were looked at
         client.sync(
             client.scheduler.register_worker_plugin,
@@ -113,7 +121,7 @@ def ask(client: Client, function: Callable[[], Any], workers: Iterable[str]) -> 
     if not chosen:
         return {}
     try:
-        answers: dict[str, Any] = client.sync(client._run, function, workers=chosen, on_error="ignore", callback_timeout=ANSWER_S)
+        answers: dict[str, Any] = client.run(function, workers=chosen, on_error="ignore", callback_timeout=ANSWER_S)
     except TimeoutError:
         logger.warning("not all workers said within %.0f s what they have: they are taken as they are", ANSWER_S)
         return {}
@@ -122,3 +130,45 @@ def ask(client: Client, function: Callable[[], Any], workers: Iterable[str]) -> 
 
 def _some(names: list[str]) -> str:
     return ", ".join(sorted(names)[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+class VersionsPlugin(WorkerPlugin):  # type: ignore[misc]
+    """Has a worker that joins leave before it works, if it would compute something else than its driver, or on something else.
+
+    Dask lets a worker whose plugin fails go on, so it closes itself; what it was sent goes to others.
+
+    Parameters
+    ----------
+    client : str
+        Id of the driver's client; when it is gone, nobody is refused.
+    """
+
+    def __init__(self, client: str) -> None:
+        self.client, self.versions = client, own_versions()
+        self.name = f"featuremaps-versions-{client}"
+
+    async def setup(self, worker: Any) -> None:
+        """Look, and close where something differs."""
+        reason = ", ".join(differences(own_versions(), self.versions))
+        if not reason and worker.state.total_resources.get("gpu") and not n_gpus_there():
+            reason = "it was to have a GPU, and torch sees none there"
+        if not reason or not await self._is_wanted(worker):
+            return
+        logger.error("worker %s does not fit the run, and leaves before it works: %s", worker.name, reason)
+        worker.log_event(TOPIC, {"client": self.client, "name": str(worker.name), "reason": reason})
+        self._closing = asyncio.create_task(worker.close(reason="featuremaps-versions"))
+        await asyncio.sleep(0)  # from here on it is closing, and begins no task; a nanny answers only when all has started
+
+    async def _is_wanted(self, worker: Any) -> bool:
+        """Whether the driver is still there: one that was killed leaves its plugin with the scheduler."""
+        try:
+            answer = await worker.scheduler.run_function(function=dumps(has_client), kwargs=dumps({"client": self.client}))
+        except Exception as error:  # noqa: BLE001 (of a scheduler that may have any featuremaps, or none)
+            logger.info("the scheduler does not say who is there: %s", error)
+            return True
+        return bool(answer.get("result", True))
+
+
+def has_client(client: str, dask_scheduler: Any) -> bool:
+    """On the scheduler: whether it knows a client."""
+    return client in dask_scheduler.clients

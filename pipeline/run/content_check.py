@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import CancelledError
 from typing import NamedTuple
 
@@ -14,17 +12,16 @@ from distributed.client import ClosedClientError
 
 from pipeline.errors import FeaturemapsError
 from pipeline.run.activity import ActivityPlugin
+from pipeline.run.context import Context
 from pipeline.run.failures import scheduler_lost, why
 from pipeline.run.hangs import find_stalls, replace_worker
-from pipeline.run.plan.changes import Changes, Entry
-from pipeline.run.summary import Progress, Summary
+from pipeline.run.plan.changes import Entry
+from pipeline.run.timer import Every
 from pipeline.run.workers import Fleet
 from pipeline.source.fetch import Digested, digest_block
-from pipeline.source.fingerprints import Listing
 from pipeline.source.health import SourceWatch
 from pipeline.store.codecs import Array
 from pipeline.store.schema import stack
-from pipeline.store.store import Store
 
 BLOCK_IMAGES = 256
 BLOCK_BYTES = 256 * 1024**2
@@ -42,18 +39,8 @@ class Block(NamedTuple):
     """What the ledger says."""
 
 
-def check_digests(
-    store: Store,
-    listing: Listing,
-    found: Changes,
-    client: Client,
-    summary: Summary,
-    progress: Progress,
-    notify: Callable[[Progress], None],
-    stop: threading.Event,
-    deadline_s: float,
-) -> bool:
-    """Read the images of ``found.to_check`` in parallel, and correct ``found`` by what their bytes say.
+def check_digests(context: Context, client: Client) -> bool:
+    """Read the images of ``context.found.to_check`` in parallel, and correct ``found`` by what their bytes say.
 
     One whose bytes are not those of the ledger's digest has changed. One whose fingerprint alone is another has not: its maps
     stand, and its row takes today's fingerprint. What cannot be read keeps what its fingerprint makes of it.
@@ -68,12 +55,13 @@ def check_digests(
     FeaturemapsError
         When the source, the store or the cluster failed; nothing was superseded.
     """
+    found, listing, summary, stop = context.found, context.listing, context.summary, context.stop
     if not found.to_check:
         return True
-    work = _Comparison(store, listing, found, summary)
+    work = _Comparison(context)
     blocks = work.blocks()
     in_flight: dict[Future, Block] = {}
-    n_sent, next_commit = 0, time.monotonic() + COMMIT_S
+    n_sent, commit = 0, Every(COMMIT_S)
     try:
         fleet = Fleet(client)
         fleet.register(ActivityPlugin())
@@ -86,17 +74,17 @@ def check_digests(
             if not in_flight:
                 break
             _wait(in_flight, client, fleet)
-            _check_stalls(client, summary.run_id, deadline_s)
+            _check_stalls(client, summary.run_id, context.job.deadline_s)
             for future in [future for future in in_flight if future.done()]:
                 work.take(in_flight.pop(future), _result(future))
-            if time.monotonic() >= next_commit:
+            if commit.is_due:
                 work.commit()
-                progress.stage = f"comparing digests, {summary.n_checked + summary.n_unchecked} of {found.n_to_check}"
-                notify(progress)
-                next_commit = time.monotonic() + COMMIT_S
+                context.progress.stage = f"comparing digests, {summary.n_checked + summary.n_unchecked} of {found.n_to_check}"
+                context.notify(context.progress)
+                commit.done()
         work.commit()
     except (OSError, RuntimeError, ValueError, CancelledError, ClosedClientError) as error:
-        raise why(error, None, store.path, is_connected=client.status == "running") from error
+        raise why(error, (), context.store.path, is_connected=client.status == "running") from error
     finally:
         for future in in_flight:
             future.release()
@@ -117,7 +105,7 @@ def _wait(in_flight: dict[Future, Block], client: Client, fleet: Fleet) -> None:
 
 def _check_stalls(client: Client, run_id: str, deadline_s: float) -> None:
     """Stop when the storage does not answer; nothing has been superseded."""
-    stalls = [stall for stall in find_stalls(client, deadline_s) if run_id in stall.key]
+    stalls = find_stalls(client, run_id, deadline_s)
     for stall in stalls:
         replace_worker(client, stall.worker)
     if stalls:
@@ -139,9 +127,9 @@ def _result(future: Future) -> tuple[Digested, ...] | None:
 class _Comparison:
     """What the bytes say so far."""
 
-    def __init__(self, store: Store, listing: Listing, found: Changes, summary: Summary) -> None:
-        self.store, self.listing, self.found, self.summary = store, listing, found, summary
-        self.watch = SourceWatch(listing.root)
+    def __init__(self, context: Context) -> None:
+        self.store, self.listing, self.found, self.summary = context.store, context.listing, context.found, context.summary
+        self.watch = SourceWatch(self.listing.root)
         self.changed: dict[int, Entry] = {}
         """Images whose bytes are others, though their fingerprint is the ledger's."""
         self.touched: set[int] = set()

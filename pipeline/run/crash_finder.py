@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
-from pipeline.run.tasks import PieceResult, WorkPiece
+from pipeline.run.in_flight import BatchTask, Flight, ProbeTask, TrialTask
+from pipeline.run.new_images import Intake
+from pipeline.run.tasks import BatchResult, PieceResult, WorkPiece
 from pipeline.source.fetch import Probed
 from pipeline.store.schema import Status
 
@@ -100,6 +104,68 @@ class Trial:
             paths = (piece.paths[i],)
             results.append(PieceResult(piece.layout, piece.start, piece.stop, rows, status, [""], [""], [GUILTY], paths=paths))
         return results
+
+
+class CrashFinder:
+    """Tries what killed its worker again and again, one after another, with nobody beside it that could be blamed.
+
+    Parameters
+    ----------
+    flight : Flight
+        What is in flight: a trial waits until nothing is.
+    intake : Intake
+        Told of headers.
+    take_batch : callable
+        Told of batches.
+    """
+
+    def __init__(self, flight: Flight, intake: Intake, take_batch: Callable[[BatchResult], None]) -> None:
+        self._flight, self._intake, self._take_batch = flight, intake, take_batch
+        self._trials: deque[Trial | HeaderTrial] = deque()  # the first of them is going on, and nothing else
+
+    def __len__(self) -> int:
+        """Trials that are not over."""
+        return len(self._trials)
+
+    @property
+    def n_images(self) -> int:
+        """Images of the batches that wait for the outcome."""
+        return sum(trial.n_images for trial in self._trials)
+
+    def suspect(self, task: ProbeTask | BatchTask) -> None:
+        """Note a task whose worker died again and again, or had no memory left."""
+        if isinstance(task, ProbeTask):
+            self._trials.append(HeaderTrial(task.block, task.paths))
+        else:
+            self._trials.append(Trial(task.pieces, task.n_acquittals))
+
+    def try_next(self) -> None:
+        """Send the next suspect once nothing else is in flight; in a drain the suspects stay pending."""
+        while self._trials and not len(self._flight):
+            suspect = self._trials[0].next()
+            if suspect is None:
+                self._end(self._trials.popleft())
+            else:
+                self._flight.send(TrialTask(suspect))
+
+    def judge(self, result: Any, *, survived: bool) -> None:
+        """Note what became of the worker that had the suspect, and what it said."""
+        trial = self._trials[0]
+        if isinstance(trial, HeaderTrial):
+            trial.judge(result if survived else None)
+        else:
+            trial.judge(survived=survived)
+
+    def _end(self, trial: Trial | HeaderTrial) -> None:
+        """Record the guilty and send the others once more."""
+        if isinstance(trial, HeaderTrial):
+            self._intake.take(trial.block, trial.probed)
+            return
+        result = BatchResult(trial.verdicts(), "none", {})
+        if result.pieces:
+            self._take_batch(result)
+        if innocent := trial.innocent():
+            self._flight.send(BatchTask(innocent, 0 if trial.n_guilty else trial.n_before + 1))
 
 
 def _only(piece: WorkPiece, indices: Sequence[int]) -> WorkPiece:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import errno
 import logging
+from collections.abc import Sequence
 from concurrent.futures import CancelledError
-from typing import Any
 
 from distributed import KilledWorker
 from distributed.client import ClosedClientError
 from distributed.comm import CommClosedError
 
 from pipeline.errors import FeaturemapsError
+from pipeline.run.tasks import WorkPiece
 from pipeline.store.objects import Place
 from pipeline.text import count
 
@@ -31,14 +32,14 @@ def scheduler_lost(error: BaseException | None) -> FeaturemapsError:
     return failure
 
 
-def why(error: BaseException, sent: Any, store: Place, *, is_connected: bool) -> FeaturemapsError:
+def why(error: BaseException, pieces: Sequence[WorkPiece], store: Place, *, is_connected: bool) -> FeaturemapsError:
     """Tell a lost scheduler from what a task or the store raised."""
     is_lost = not is_connected or isinstance(error, CommClosedError | CancelledError | ClosedClientError)
-    return scheduler_lost(error) if is_lost else explain(error, sent, store)
+    return scheduler_lost(error) if is_lost else explain(error, pieces, store)
 
 
-def explain(error: BaseException | None, sent: Any, store: Place) -> FeaturemapsError:
-    """Say what an error in the store, or in the task that ``sent`` describes, means for the run."""
+def explain(error: BaseException | None, pieces: Sequence[WorkPiece], store: Place) -> FeaturemapsError:
+    """Say what an error in the store, or in a task that did ``pieces`` of a batch, means for the run."""
     if isinstance(error, FeaturemapsError):
         return error
     if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}:
@@ -51,8 +52,7 @@ def explain(error: BaseException | None, sent: Any, store: Place) -> Featuremaps
             f"store {store} cannot be written any more ({error}): the run stopped, and what was committed stands; check the disk and "
             "the permissions and run the same command again"
         )
-    elif isinstance(error, KilledWorker | MemoryError):
-        pieces, _ = sent
+    elif isinstance(error, KilledWorker | MemoryError) and pieces:
         text = (
             f"a batch of {sum(len(piece.paths) for piece in pieces)} images from {pieces[0].paths[0]!r} on killed its worker, or found no "
             "memory, every time, though each image alone did not: too little memory per worker, or workers that something else kills; "

@@ -33,14 +33,17 @@ class Stall(NamedTuple):
     since_s: float
 
 
-def find_stalls(client: Client, deadline_s: float) -> list[Stall]:
-    """The tasks that have been at one image, or at one write, for longer than ``deadline_s``, by the workers' last heartbeats."""
+def find_stalls(client: Client, run_id: str, deadline_s: float) -> list[Stall]:
+    """Find tasks of a run that have been at one image, or at one write, for longer than ``deadline_s``.
+
+    The workers' last heartbeats tell. Other runs on the same workers see to their own.
+    """
     workers = scheduler_workers(client)
     return [
         Stall(address, key, what, since_s)
         for address, worker in workers.items()
         for key, what, since_s in worker["metrics"].get(METRIC, ())
-        if since_s > deadline_s
+        if since_s > deadline_s and run_id in key
     ]
 
 

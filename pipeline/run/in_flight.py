@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import queue
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import CancelledError
-from dataclasses import replace
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from distributed import Client, Future
 from distributed.client import ClosedClientError
@@ -19,15 +19,39 @@ from pipeline.run.progress_watch import Departures, ProgressWatch
 from pipeline.run.slots import ROLES
 from pipeline.source import fetch
 
-Kind = Literal["probe", "batch", "trial"]
+
+@dataclass(frozen=True, slots=True)
+class ProbeTask:
+    """Reads the headers of a block of new images."""
+
+    block: int
+    """Its number."""
+    paths: Sequence[str]
+
+
+@dataclass(frozen=True, slots=True)
+class BatchTask:
+    """Reads, extracts and writes a batch."""
+
+    pieces: Sequence[tasks.WorkPiece]
+    n_acquittals: int = 0
+    """Trials of the same batch that found nobody guilty."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrialTask:
+    """Reads one header, or computes one image, alone, because it may have killed its worker."""
+
+    suspect: str | tasks.WorkPiece
+
+
+Task = ProbeTask | BatchTask | TrialTask
 
 
 class Sent(NamedTuple):
     """A task on its way."""
 
-    kind: Kind
-    what: Any
-    """Of a probe the block and its paths, of a batch its pieces and how many trials found nobody guilty, of a trial the suspect."""
+    task: Task
     future: Future
 
 
@@ -56,37 +80,42 @@ class Flight:
     def __len__(self) -> int:
         return len(self._sent)
 
-    def count(self, kind: Kind) -> int:
+    def count(self, kind: type[Task]) -> int:
         """How many tasks of a kind are on their way."""
-        return sum(sent.kind == kind for sent in self._sent.values())
+        return sum(isinstance(sent.task, kind) for sent in self._sent.values())
+
+    def _pieces(self) -> Iterator[tasks.WorkPiece]:
+        """The pieces of the batches on their way."""
+        return (piece for sent in self._sent.values() if isinstance(sent.task, BatchTask) for piece in sent.task.pieces)
 
     @property
     def n_bytes(self) -> int:
         """The most that the batches on their way put, before compression."""
-        pieces = (piece for sent in self._sent.values() if sent.kind == "batch" for piece in sent.what[0])
-        return sum((piece.stop - piece.start) * piece.layout.row_bytes for piece in pieces)
+        return sum((piece.stop - piece.start) * piece.layout.row_bytes for piece in self._pieces())
 
     @property
     def n_images(self) -> int:
         """Images of the batches on their way."""
-        return sum(len(piece.rows) for sent in self._sent.values() if sent.kind == "batch" for piece in sent.what[0])
+        return sum(len(piece.rows) for piece in self._pieces())
 
-    def send(self, kind: Kind, what: Any) -> None:
-        """Send a block of headers, a batch, or one image alone that may have killed its worker."""
+    def send(self, task: Task) -> None:
+        """Send a task."""
         name = f"{self.target.run_id}-{self._n_sent}"
         self._n_sent += 1
-        if kind == "probe":
-            self.follow(Sent(kind, what, self._probe(f"probe-{name}", what[1])))
-        elif kind == "batch":
-            self.follow(Sent(kind, what, self._batch(name, what[0])))
-        else:
-            self.follow(Sent(kind, what, self._trial(name, what)))
+        match task:
+            case ProbeTask():
+                future = self._probe(f"probe-{name}", task.paths)
+            case BatchTask():
+                future = self._batch(name, task.pieces)
+            case TrialTask():
+                future = self._trial(name, task.suspect)
+        self.follow(Sent(task, future))
 
-    def _probe(self, key: str, paths: list[str]) -> Future:
+    def _probe(self, key: str, paths: Sequence[str]) -> Future:
         arguments, options = (self.source, paths, self.needed), {"resources": {"read": 1}, "priority": 10, "pure": False}
         return self.client.submit(fetch.probe_block, *arguments, key=key, **options)
 
-    def _batch(self, name: str, pieces: list[tasks.WorkPiece]) -> Future:
+    def _batch(self, name: str, pieces: Sequence[tasks.WorkPiece]) -> Future:
         """Only the last task's result, a few kB, comes back."""
         submit = self.client.submit
         if self.is_whole:
@@ -155,7 +184,7 @@ class Flight:
         if stall.what:
             self.leave_out(stall.what)
         if sent is not None:
-            self.send(sent.kind, sent.what)
+            self.send(sent.task)
 
     def leave_out(self, path: str) -> None:
         """Have tasks that are sent from now on leave an image to the next run."""

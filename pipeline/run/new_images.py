@@ -6,15 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from pipeline.run.context import Context
 from pipeline.run.failures import warn_of_image
 from pipeline.run.ledger import Ledger
-from pipeline.run.plan.changes import Changes
-from pipeline.run.summary import Progress, Summary
-from pipeline.run.tasks import WorkPiece
 from pipeline.source import fetch
-from pipeline.source.fingerprints import UNREADABLE, Listing
+from pipeline.source.fingerprints import UNREADABLE
 from pipeline.source.health import SourceWatch
-from pipeline.store.layout import ClassLayout, Piece, Size, assign_classes
+from pipeline.store.layout import ClassLayout, Size, assign_classes
 from pipeline.store.lock import require_lock
 from pipeline.store.schema import REJECTED, RUNS
 from pipeline.store.settings import extractor_spec, layout_of
@@ -26,9 +24,9 @@ MAX_APPEND = 65_536
 
 Item = tuple[int, fetch.Probed]
 """An image of the listing and what its header says."""
-Rows = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
 Appended = dict[Size, list[tuple[int, int]]]
 """Per class, rows and their images of the listing."""
+CheckCapacity = Callable[[Mapping[Size, ClassLayout], Mapping[Size, int], int], None]
 
 
 class Intake:
@@ -36,32 +34,18 @@ class Intake:
 
     Parameters
     ----------
-    listing, found
-        What there is, and which of it is new.
+    context : Context
+        Its summary and progress are filled as images are rejected or cannot be reached.
     ledger, watch
         Where images are appended, and who looks at what became of each.
-    channels : int
-        Channels of the decoded image.
-    summary, progress
-        Filled as images are rejected or cannot be reached.
     """
 
-    def __init__(
-        self,
-        listing: Listing,
-        found: Changes,
-        ledger: Ledger,
-        watch: SourceWatch,
-        channels: int,
-        summary: Summary,
-        progress: Progress,
-    ) -> None:
-        self.listing, self.found, self.ledger, self.watch, self.channels = listing, found, ledger, watch, channels
-        self.store, self.summary, self.progress = ledger.store, summary, progress
-        summary.n_changed = len(found.replaces)
-        self.spec = extractor_spec(ledger.store.spec)
-        self.decode_bytes = 0
-        """The most that decoding one of the images probed so far takes."""
+    def __init__(self, context: Context, ledger: Ledger, watch: SourceWatch) -> None:
+        self.listing, self.found, self.channels = context.listing, context.found, context.job.decode.channels
+        self.store, self.summary, self.progress = context.store, context.summary, context.progress
+        self.ledger, self.watch = ledger, watch
+        self.summary.n_changed = len(self.found.replaces)
+        self.spec = extractor_spec(self.store.spec)
         self._next_probe = self._next_append = 0  # blocks
         self._n_appended = 0
         self._probed: dict[int, Sequence[fetch.Probed]] = {}
@@ -108,13 +92,14 @@ class Intake:
         enough = min(max(APPEND_GROWTH * self._n_appended, FIRST_APPEND), MAX_APPEND)
         return bool(self._buffer) and (self.is_complete or len(self._buffer) >= enough)
 
-    def append(self, check_capacity: Callable[[Mapping[Size, ClassLayout], Mapping[Size, int]], None]) -> Appended:
+    def append(self, check_capacity: CheckCapacity) -> Appended:
         """Append what is due, classes first where they are new.
 
         Parameters
         ----------
         check_capacity : callable
-            Called before anything is written with the layout of each class and the number of its new images.
+            Called before anything is written: with the layout of each class, the number of its new images, and the most bytes that
+            decoding one of them takes.
 
         Raises
         ------
@@ -123,38 +108,46 @@ class Intake:
         """
         due, self._buffer = self._buffer, []
         probed = [self._doubt(i, p) for i, p in due if not self._is_known(i, p)]
-        for _, p in probed:
-            self.watch.note(p.error, is_fault=bool(p.fault))
-        self.watch.check()
-        faults = [p.fault for _, p in probed if p.fault]
-        self.summary.faults = (self.summary.faults + faults)[:20]
-        self.summary.n_pending += len(faults)
-        rejected = [(i, p) for i, p in probed if p.error]
+        self._look_for_faults(probed)
         good = [(i, p) for i, p in probed if not p.error and not p.fault]
         groups: dict[Size, list[Item]] = {}
         sizes = assign_classes(((p.input_height, p.input_width) for _, p in good), self.store.classes)
         for size, item in zip(sizes, good, strict=True):
             groups.setdefault(size, []).append(item)
         layouts = {size: self._layout(size) for size in groups}
-        self.decode_bytes = max([self.decode_bytes, *(p.decode_bytes for _, p in good)])
-        check_capacity(layouts, {size: len(items) for size, items in groups.items()})
+        decode_bytes = max((p.decode_bytes for _, p in good), default=0)
+        check_capacity(layouts, {size: len(items) for size, items in groups.items()}, decode_bytes)
         require_lock(self.store.path / RUNS, self.summary.run_id)
         self.summary.note_dropped(code for _, p in good for code in p.dropped)
         appended: Appended = {}
         for size, items in groups.items():
             rows = self.ledger.append(size, layouts[size], items)
             appended[size] = list(zip(rows, (i for i, _ in items), strict=True))
-        if rejected:
-            self.ledger.append_rejected(rejected)
-            for n_before, (i, p) in enumerate(rejected, self.summary.n_rejected + self.summary.n_quarantined):
-                warn_of_image(self.listing.paths[i], p.error, n_before)
-                self.summary.note_bad(self.listing.paths[i], p.error)
-            self.summary.n_rejected += len(rejected)
-            self.progress.n_quarantined += len(rejected)
-            self.progress.n_finished += len(rejected)
+        self._reject([(i, p) for i, p in probed if p.error])
         self.ledger.supersede(self.found.replaces[i] for i, p in probed if not p.fault and i in self.found.replaces)
         self._n_appended += len(good)
         return appended
+
+    def _look_for_faults(self, probed: Sequence[Item]) -> None:
+        """Leave images that cannot be read just now to the next run; raises when the source, not the images, is at fault."""
+        for _, p in probed:
+            self.watch.note(p.error, is_fault=bool(p.fault))
+        self.watch.check()
+        faults = [p.fault for _, p in probed if p.fault]
+        self.summary.faults = (self.summary.faults + faults)[:20]
+        self.summary.n_pending += len(faults)
+
+    def _reject(self, rejected: Sequence[Item]) -> None:
+        """Enter images that cannot be done, with their reason."""
+        if not rejected:
+            return
+        self.ledger.append_rejected(rejected)
+        for n_before, (i, p) in enumerate(rejected, self.summary.n_rejected + self.summary.n_quarantined):
+            warn_of_image(self.listing.paths[i], p.error, n_before)
+            self.summary.note_bad(self.listing.paths[i], p.error)
+        self.summary.n_rejected += len(rejected)
+        self.progress.n_quarantined += len(rejected)
+        self.progress.n_finished += len(rejected)
 
     def _doubt(self, i: int, found: fetch.Probed) -> Item:
         """An image that can be read, but could not be looked at when it was listed, has no fingerprint: the next run does it."""
@@ -176,28 +169,3 @@ class Intake:
         if size in self.store.classes:
             return self.store.classes[size].layout
         return layout_of(size, self.spec, np.dtype(self.store.spec.dtype).itemsize, self.channels)
-
-
-def work_piece(piece: Piece, layout: ClassLayout, listing: Listing, images: Sequence[int], kept: Rows) -> WorkPiece:
-    """A piece of a batch as it is sent: with the paths of its images, and the rows in ``kept`` whose maps must not be lost.
-
-    Parameters
-    ----------
-    piece : Piece
-    layout : ClassLayout
-        Of its class.
-    listing : Listing
-    images : sequence of int
-        The images of the listing that the piece's rows are for.
-    kept : (n,) int64
-        Rows of former runs that have maps, in order.
-    """
-    return WorkPiece(
-        layout,
-        piece.start,
-        piece.stop,
-        piece.rows,
-        tuple(listing.paths[i] for i in images),
-        tuple(listing.fingerprint(i) for i in images),
-        tuple(kept[slice(*np.searchsorted(kept, (piece.start, piece.stop)))].tolist()),
-    )

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from pipeline.run import tasks
+from pipeline.run.context import Context
 from pipeline.run.failures import warn_of_image
 from pipeline.run.ledger import Ledger, has_inaccessible
-from pipeline.run.plan.changes import Changes, Entry
-from pipeline.run.summary import Progress, Summary
+from pipeline.run.plan.changes import Entry
 from pipeline.source.health import SourceWatch, is_inaccessible
 from pipeline.store.layout import class_name
 from pipeline.store.schema import Status
@@ -26,16 +26,15 @@ class Outcomes:
 
     Parameters
     ----------
-    found
-        Which images were tried again.
+    context : Context
+        Its summary and progress are filled as outcomes are committed.
     ledger, watch
         Where outcomes are committed, and who looks at each.
-    summary, progress
-        Filled as outcomes are committed.
     """
 
-    def __init__(self, found: Changes, ledger: Ledger, watch: SourceWatch, summary: Summary, progress: Progress) -> None:
-        self.found, self.ledger, self.watch, self.summary, self.progress = found, ledger, watch, summary, progress
+    def __init__(self, context: Context, ledger: Ledger, watch: SourceWatch) -> None:
+        self.found, self.summary, self.progress = context.found, context.summary, context.progress
+        self.ledger, self.watch = ledger, watch
         self._results: list[tasks.BatchResult] = []
 
     def take(self, result: tasks.BatchResult) -> None:

@@ -143,7 +143,7 @@ class Fleet:
         return ""
 
     def _compare(self, present: set[str]) -> None:
-        """Count those that went; whether those that joined fit is for `versions.VersionsPlugin`, before they work."""
+        """Count those that went; whether those that joined fit is for `admission.VersionsPlugin`, before they work."""
         self.n_lost += len(self._present - present)
         self._known, self._present = self._known | present, present
 

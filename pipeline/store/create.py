@@ -1,14 +1,20 @@
-"""Where a store may be, and how one begins."""
+"""Where a store may be, how one begins, and whether one that exists fits a job."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 
+from pipeline.config import Job
 from pipeline.errors import UsageError
+from pipeline.extract.weights import load_weights
+from pipeline.source.fingerprints import Listing
+from pipeline.source.identity import is_same_folder
+from pipeline.source.listing import walks_into
 from pipeline.store.codecs import Array, compress
-from pipeline.store.objects import Place, children, exists, make_folder, put, put_json, remove_folder
+from pipeline.store.objects import Place, children, exists, make_folder, place, put, put_json, remove_folder
 from pipeline.store.schema import (
     EXTRACTOR,
     REJECTED,
@@ -16,12 +22,15 @@ from pipeline.store.schema import (
     RUNS,
     StoreSpec,
     column_document,
+    difference,
     group_document,
     object_key,
     root_document,
     weights_document,
 )
+from pipeline.store.settings import needed_size, store_spec
 from pipeline.store.store import Store, is_store
+from pipeline.urls import Url
 
 
 def check_folder(path: Place) -> None:
@@ -92,3 +101,64 @@ def create_store(path: Place, spec: StoreSpec, weights: Mapping[str, Array], *, 
     put_json(path / REJECTED / "zarr.json", group_document({}), durable=durable)
     put_json(path / "zarr.json", root_document(spec), durable=durable)
     return Store(path, durable=durable)
+
+
+def check_job(job: Job, listing: Listing) -> tuple[StoreSpec, dict[str, Array]]:
+    """Check settings and store against each other before anything is written; return the store's spec and the weights.
+
+    Raises
+    ------
+    UsageError
+        When they do not fit.
+    """
+    path = place(job.store).absolute()
+    check_apart(path, job.source, listing.root)
+    needed, resize = needed_size(job.extractor), job.decode.resize
+    if resize and (resize[0] < needed[0] or resize[1] < needed[1]):
+        raise UsageError(
+            f"images resized to {resize[0]} x {resize[1]} pixels (height x width) leave no maps, because one value of these layers needs "
+            f"{needed[0]} x {needed[1]}: nothing was started; resize to at least that, or change the layers"
+        )
+    weights = load_weights(job.extractor, job.decode.channels)
+    spec = store_spec(job, listing.root, weights)
+    check_folder(path)
+    open_for(path, spec)
+    return spec, weights
+
+
+def check_apart(store: Place, source: str, root: str) -> None:
+    """Refuse a store inside the folder that is walked; beside a list of paths it may be.
+
+    Raises
+    ------
+    UsageError
+    """
+    if walks_into(source, root, str(store if isinstance(store, Url) else store.resolve())):
+        raise UsageError(
+            f"store {store} lies inside the source {root}: the next listing would walk through the store's own files; nothing was "
+            "started; put the store beside the source"
+        )
+
+
+def open_for(path: Place, spec: StoreSpec) -> Store | None:
+    """Open an existing store if it was made with the same settings; None where there is none.
+
+    Raises
+    ------
+    UsageError
+        With a line for each setting that differs.
+    """
+    if not is_store(path):
+        return None
+    store = Store(path)
+    if is_same_folder(store.spec.source_root, spec.source_root):
+        spec = replace(spec, source_root=store.spec.source_root)  # through a link
+    lines = difference(store.spec, spec)
+    if lines:
+        has_maps = any((store.column(c.name, "maps_digest") != "").any() for c in store.classes.values())
+        raise UsageError(
+            f"store {path} was made with other settings, and one store never mixes two: nothing was touched. What differs: "
+            f"{'; '.join(lines)}. Run with the store's settings, or give another store"
+            + ("" if has_maps else "; this one holds no maps, so it may as well be deleted")
+        )
+    return store

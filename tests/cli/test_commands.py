@@ -23,7 +23,8 @@ from pipeline.cli.groups import GroupedCommands
 from pipeline.cli.job_options import job_fields
 from pipeline.config import LayerSpec, make_job
 from pipeline.errors import FeaturemapsError, StoreBusyError
-from pipeline.run.summary import Progress, Summary, describe
+from pipeline.run.summary import Progress, Summary
+from pipeline.run.summary_text import describe
 from pipeline.store.lock import StoreLock
 from pipeline.store.schema import RUNS
 from pipeline.store.store import Store

@@ -22,12 +22,12 @@ from pipeline.report import page
 from pipeline.report.facts import Facts, gather, run_facts, verdict_of
 from pipeline.report.page import write_report
 from pipeline.report.samples import choose
-from pipeline.run.lifecycle import new_run_id
 from pipeline.run.summary import Summary, receipt
 from pipeline.store.codecs import Array
 from pipeline.store.create import create_store, prepare_folder
 from pipeline.store.lock import StoreLock
 from pipeline.store.objects import Place
+from pipeline.store.run_ids import new_run_id
 from pipeline.store.schema import Status
 from pipeline.store.settings import store_spec
 from pipeline.store.store import Store

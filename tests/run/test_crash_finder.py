@@ -13,7 +13,8 @@ from pipeline.cluster import dask_settings
 from pipeline.cluster.config import LocalSpec
 from pipeline.cluster.session import connect
 from pipeline.config import make_job
-from pipeline.run.crash_finder import GUILTY, HeaderTrial, Trial
+from pipeline.run.crash_finder import GUILTY, CrashFinder, HeaderTrial, Trial
+from pipeline.run.in_flight import BatchTask, ProbeTask, TrialTask
 from pipeline.run.tasks import WorkPiece
 from pipeline.source import decoding
 from pipeline.source.fetch import Probed
@@ -42,6 +43,68 @@ def test_every_image_is_tried_alone_and_only_the_guilty_are_recorded():
     verdicts = trial.verdicts()
     assert [(v.rows, v.error, v.status.tolist()) for v in verdicts] == [((r,), [GUILTY], [Status.QUARANTINED]) for r in (0, 2, 6)]
     assert verdicts[0].pooled == {}
+
+
+class FlightOfOne:
+    """Stands for the tasks in flight: a list that the test empties."""
+
+    def __init__(self):
+        self.tasks = []
+
+    def __len__(self):
+        return len(self.tasks)
+
+    def send(self, task):
+        self.tasks.append(task)
+
+
+class Headers:
+    """Stands for the intake."""
+
+    def __init__(self):
+        self.taken = []
+
+    def take(self, block, probed):
+        self.taken.append((block, probed))
+
+
+def test_suspects_wait_until_nothing_is_in_flight_and_go_one_by_one():
+    flight, headers, results = FlightOfOne(), Headers(), []
+    finder = CrashFinder(flight, headers, results.append)
+    flight.send(ProbeTask(9, ["z"]))
+    finder.suspect(BatchTask([piece(0, 0, 2)], 1))
+    finder.suspect(ProbeTask(3, ["a"]))
+    finder.try_next()
+    assert (len(finder), finder.n_images, len(flight)) == (2, 2, 1)  # somebody else might die with it
+    flight.tasks.clear()
+    for survived in (True, False):
+        finder.try_next()
+        (alone,) = flight.tasks
+        assert isinstance(alone, TrialTask)
+        flight.tasks.clear()
+        finder.judge(None, survived=survived)
+    finder.try_next()
+    assert [result.pieces[0].rows for result in results] == [(2,)]
+    (innocent,) = flight.tasks
+    assert ([p.rows for p in innocent.pieces], innocent.n_acquittals) == ([(0,)], 0)
+    flight.tasks.clear()
+    finder.try_next()
+    assert flight.tasks == [TrialTask("a")]
+    flight.tasks.clear()
+    finder.judge([Probed(20, 30)], survived=True)
+    finder.try_next()
+    assert (headers.taken, len(finder), len(flight)) == ([(3, [Probed(20, 30)])], 0, 0)
+
+
+def test_a_batch_without_a_guilty_image_goes_again_and_is_counted():
+    flight, results = FlightOfOne(), []
+    finder = CrashFinder(flight, Headers(), results.append)
+    finder.suspect(BatchTask([piece(0, 0)], 1))
+    finder.try_next()
+    flight.tasks.clear()
+    finder.judge(None, survived=True)
+    finder.try_next()
+    assert (results, flight.tasks[0].n_acquittals) == ([], 2)
 
 
 class Poison(WorkerPlugin):

@@ -15,28 +15,28 @@ STORE = Path("features.zarr")
 
 def test_what_a_task_says_for_people_is_passed_on():
     error = StaleWriterError("late")
-    assert explain(error, None, STORE) is error
+    assert explain(error, [], STORE) is error
 
 
 @pytest.mark.parametrize(
-    ("error", "sent", "message"),
+    ("error", "pieces", "message"),
     [
-        (OSError(errno.ENOSPC, "No space left"), None, r"the disk of features.zarr is full .*No space left.* free space and run"),
-        (OSError(errno.EROFS, "Read-only"), None, r"store features.zarr cannot be written any more .*Read-only.* check the disk"),
+        (OSError(errno.ENOSPC, "No space left"), [], r"the disk of features.zarr is full .*No space left.* free space and run"),
+        (OSError(errno.EROFS, "Read-only"), [], r"store features.zarr cannot be written any more .*Read-only.* check the disk"),
         (
             KilledWorker("write-1", None, 10),
-            ([SimpleNamespace(paths=("cats/tom.jpg", "b.jpg"))], 3),
+            [SimpleNamespace(paths=("cats/tom.jpg", "b.jpg"))],
             r"a batch of 2 images from 'cats/tom.jpg' on killed its worker, or found no memory, every time, though each image.* memory",
         ),
         (
             ZeroDivisionError("division by zero"),
-            None,
+            [],
             r"failed in a way that it should not \(ZeroDivisionError: division by zero\)",
         ),
     ],
 )
-def test_what_ends_a_run_is_said_for_a_person(error, sent, message):
-    failure = explain(error, sent, STORE)
+def test_what_ends_a_run_is_said_for_a_person(error, pieces, message):
+    failure = explain(error, pieces, STORE)
     assert failure.__cause__ is error
     with pytest.raises(type(failure), match=message):
         raise failure

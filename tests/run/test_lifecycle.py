@@ -19,7 +19,7 @@ from pipeline.checks.plan import plan_job
 from pipeline.config import make_job
 from pipeline.errors import FeaturemapsError, StoreBusyError, UsageError
 from pipeline.run.plan.memory import WORKER_BASE_BYTES, wanted_limit_bytes
-from pipeline.run.summary import describe_news
+from pipeline.run.summary_text import describe_news
 from pipeline.store.lock import StoreLock
 from pipeline.store.schema import RUNS, Status, stack
 from pipeline.store.store import Store

@@ -7,7 +7,7 @@ import pytest
 from pipeline.errors import FeaturemapsError
 from pipeline.run import workers as fleet
 from pipeline.run.driver import Driver
-from pipeline.run.in_flight import Sent
+from pipeline.run.in_flight import BatchTask, Sent
 from pipeline.run.plan.memory import WorkerKind
 from pipeline.run.slots import WorkerSlots
 from pipeline.run.workers import Fleet
@@ -100,6 +100,6 @@ def test_a_result_that_was_lost_with_its_worker_is_waited_for_again(status):
     """Stands for a worker that dies between the end of its task and the driver's look at it."""
     followed = []
     driver = SimpleNamespace(flight=SimpleNamespace(follow=followed.append))
-    sent = Sent("batch", None, SimpleNamespace(status=status))
+    sent = Sent(BatchTask([]), SimpleNamespace(status=status))
     Driver._take(driver, sent)
     assert followed == [sent]

@@ -156,17 +156,12 @@ def compare(
         Every listed image is in exactly one of ``new``, ``pending``, ``returned`` and the unchanged ones.
     """
     position = {path: i for i, path in enumerate(paths)}
-    names: list[str] = []
-    owner_group = array("i", [-1]) * len(paths)
-    owner_row = array("q", [-1]) * len(paths)
-    current = bytearray(len(paths))  # whether the owner has today's fingerprint
-    statuses = bytearray(len(paths))
-    retries = bytearray(len(paths))
+    owners = _Owners(len(paths))
     gone: list[Entry] = []
     changes = Changes(retry_quarantined=retry_quarantined, check_digests=check_digests)
 
     for entries in groups:
-        names.append(entries.group)
+        owners.names.append(entries.group)
         for row, (status, inaccessible) in enumerate(zip(entries.status.tolist(), entries.inaccessible.tolist(), strict=True)):
             if status == Status.SUPERSEDED:
                 continue
@@ -180,20 +175,12 @@ def compare(
             same = entries.fingerprint[row] == fingerprint(i)
             if status == Status.REMOVED and (not same or entries.fingerprint[row] == UNREADABLE):  # which identifies nothing
                 continue
-            old = Entry(names[owner_group[i]], owner_row[i]) if owner_row[i] >= 0 else None
-            # Of two entries the one with today's fingerprint wins, a live one before a removed one, then the last.
-            if old is not None and (current[i], statuses[i] != Status.REMOVED) > (same, status != Status.REMOVED):
-                _retire(changes, entry, status)
-                continue
-            if old is not None:
-                _retire(changes, old, statuses[i])
-            owner_group[i], owner_row[i], current[i], statuses[i] = len(names) - 1, row, same, status
-            retries[i] = retry_quarantined or inaccessible
+            owners.claim(changes, i, entry, status, same=same, retry=retry_quarantined or inaccessible)
 
     for i in range(len(paths)):
-        kept = Entry(names[owner_group[i]], owner_row[i]) if owner_row[i] >= 0 else None
         is_unreachable = fingerprint(i) == UNREADABLE
-        _decide(changes, i, kept, bool(current[i]), statuses[i], bool(retries[i]), is_unreachable)
+        is_current, status, retry = bool(owners.is_current[i]), owners.status[i], bool(owners.retry[i])
+        _decide(changes, i, owners.entry(i), is_current, status, retry, is_unreachable)
     for rows in changes.pending.values():
         rows.sort()
     if complete:
@@ -201,6 +188,34 @@ def compare(
             changes.mark(entry, Status.REMOVED)
         changes.n_removed = len(gone)
     return changes
+
+
+class _Owners:
+    """The entry that stands for each image of a listing; in arrays, because a listing may have millions."""
+
+    def __init__(self, n: int) -> None:
+        self.names: list[str] = []  # of the groups so far
+        self.group = array("i", [-1]) * n
+        self.row = array("q", [-1]) * n
+        self.is_current = bytearray(n)  # whether the entry has today's fingerprint
+        self.status = bytearray(n)
+        self.retry = bytearray(n)
+
+    def entry(self, i: int) -> Entry | None:
+        """Which one stands for image ``i``."""
+        return Entry(self.names[self.group[i]], self.row[i]) if self.row[i] >= 0 else None
+
+    def claim(self, changes: Changes, i: int, entry: Entry, status: int, *, same: bool, retry: bool) -> None:
+        """Have an entry of the last group stand for image ``i``, unless a better one does; the other one is retired."""
+        old = self.entry(i)
+        # Of two entries the one with today's fingerprint wins, a live one before a removed one, then the last.
+        if old is not None and (self.is_current[i], self.status[i] != Status.REMOVED) > (same, status != Status.REMOVED):
+            _retire(changes, entry, status)
+            return
+        if old is not None:
+            _retire(changes, old, self.status[i])
+        self.group[i], self.row[i], self.is_current[i], self.status[i] = len(self.names) - 1, entry.row, same, status
+        self.retry[i] = retry
 
 
 def _retire(changes: Changes, entry: Entry, status: int) -> None:

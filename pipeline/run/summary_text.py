@@ -1,0 +1,125 @@
+"""What a run did, in words for a person."""
+
+from __future__ import annotations
+
+from pipeline.errors import EXIT_QUARANTINED
+from pipeline.run.summary import WAITING, Summary
+from pipeline.source.dropped import describe_dropped
+from pipeline.text import count, printable
+
+
+def headline(summary: Summary) -> str:
+    """How a run ended, in a line."""
+    return (
+        f"{summary.outcome}: {count(summary.n_done, 'image')} done, {summary.n_unchanged} unchanged, {summary.n_quarantined} quarantined, "
+        f"{summary.n_rejected} rejected, {summary.n_pending} pending, {summary.n_removed} removed of {summary.n_listed} listed, "
+        f"in {summary.elapsed_s:.1f} s"
+    )
+
+
+def describe(summary: Summary, store: str) -> str:
+    """What a run did, for a person; names on one line each."""
+    lines = [headline(summary), *describe_news(summary), *_work(summary), *_troubles(summary)]
+    lines += describe_dropped(summary.dropped)
+    if summary.ignored:
+        suffixes = ", ".join(printable(suffix) or "none" for suffix in list(summary.ignored)[:8])
+        lines.append(f"passed over by their suffix: {count(sum(summary.ignored.values()), 'other file')} ({suffixes})")
+    lines += _bad(summary, store)
+    lines.append(f"store {store}, receipt runs/{summary.run_id}.json")
+    return "\n".join(lines)
+
+
+def _work(summary: Summary) -> list[str]:
+    """What was computed and compared, how fast, and by whom."""
+    lines = []
+    if summary.outcome == "complete" and not summary.did_anything and not summary.n_unreachable:
+        lines.append("there was nothing to do: the store has every image as it is listed")
+    if summary.n_done:
+        shares = ", ".join(f"{stage} {share:.0%}" for stage, share in summary.shares().items() if share >= 0.005)
+        lines += [
+            (
+                f"{summary.images_per_s:.1f} images/s, {summary.megapixels_per_s:.1f} megapixels/s on {count(summary.slots, 'slot')}; read "
+                f"{summary.bytes_read / 1e6:.1f} MB, wrote {summary.bytes_written / 1e6:.1f} MB"
+            ),
+            f"time of the workers: {shares}; bottleneck: {describe_bottleneck(summary.bottleneck)}",
+        ]
+    if summary.n_workers_lost:
+        lines.append(f"{count(summary.n_workers_lost, 'worker was', 'workers were')} lost on the way; others did their work")
+    if summary.n_checked or summary.n_unchecked:
+        lines.append(
+            f"{count(summary.n_checked, 'image was', 'images were')} read and compared with their digests, "
+            f"{summary.n_unchecked} could not be; {summary.n_touched} had a new time only"
+        )
+    return lines
+
+
+def _troubles(summary: Summary) -> list[str]:
+    """What kept images from being looked at or done, and may pass."""
+    lines = []
+    if summary.faults:
+        faults = "; ".join(map(printable, summary.faults[:3]))
+        lines.append(f"faults that may pass: {faults}; run again to try these images again")
+    if summary.unreadable_folders:
+        lines.append(
+            "folders that could not be read, whose images keep what they have: "
+            + ", ".join(map(printable, summary.unreadable_folders[:5]))
+        )
+    if summary.n_unreachable:
+        lines.append(
+            f"{count(summary.n_unreachable, 'image')} could not be looked at and keep what they have: check links and permissions"
+        )
+    return lines
+
+
+def _bad(summary: Summary, store: str) -> list[str]:
+    """How many images of the store are bad, and what to do about it."""
+    if not summary.n_bad_total:
+        return []
+    lines = [f"{count(summary.n_bad_total, 'bad image')} in all: featuremaps status {store} lists them with their reasons"]
+    if not summary.n_done_total:
+        lines.insert(
+            0, "the store holds no maps at all: look at the reasons; if the settings were wrong, delete it and run with others"
+        )
+    elif summary.exit_code == EXIT_QUARANTINED:
+        lines.append(f"exit code 3: more images are bad than --max-quarantined {summary.config['max_quarantined']} allows")
+    return lines
+
+
+def describe_news(summary: Summary) -> list[str]:
+    r"""What was found to be other than at the last run, for a person; no lines where nothing was.
+
+    Examples
+    --------
+    >>> summary = Summary("r", n_new=7, n_changed=2, n_removed=1)
+    >>> for path in ("a.png", "b.png"):
+    ...     summary.note_bad(path, "empty: the file has 0 bytes")
+    >>> print("\n".join(describe_news(summary)))
+    since the last run: 5 new, 2 changed or tried again, 1 removed
+    found bad by this run: 2 empty
+      a.png  empty: the file has 0 bytes
+      b.png  empty: the file has 0 bytes
+    """
+    n_of = {
+        "new": summary.n_new - summary.n_changed,
+        "changed or tried again": summary.n_changed,
+        "back": summary.n_returned,
+        "removed": summary.n_removed,
+    }
+    changes = ", ".join(f"{n} {name}" for name, n in n_of.items() if n)
+    lines = [f"since the last run: {changes}"] if changes else []
+    if summary.reasons:
+        reasons = sorted(summary.reasons.items(), key=lambda item: -item[1])
+        lines.append("found bad by this run: " + ", ".join(f"{n} {code}" for code, n in reasons))
+        lines += [f"  {printable(item['path'])}  {printable(item['error'])}" for item in summary.bad]
+        n_more = sum(summary.reasons.values()) - len(summary.bad)
+        lines += [f"  and {n_more} more"] if n_more else []
+    return lines
+
+
+def describe_bottleneck(bottleneck: str) -> str:
+    """The bottleneck, with what it means where the word alone does not say it."""
+    means = (
+        "no batch at hand: while headers were read and entered, while the last batches ended or a worker was replaced, or because "
+        "the driver was behind"
+    )
+    return f"{WAITING} ({means})" if bottleneck == WAITING else bottleneck
