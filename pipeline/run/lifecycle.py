@@ -36,7 +36,6 @@ from pipeline.store.run_ids import new_run_id, next_number
 from pipeline.store.schema import REJECTED, RUNS, Status, StoreSpec, difference
 from pipeline.store.settings import VERSION, needed_size, store_spec
 from pipeline.store.store import Store, is_store, receipt_ids
-from pipeline.urls import Url
 
 logger = logging.getLogger(__name__)
 
@@ -218,7 +217,7 @@ def check_apart(store: Place, source: str, root: str) -> None:
     ------
     UsageError
     """
-    if walks_into(source, root, str(store if isinstance(store, Url) else store.resolve())):
+    if walks_into(source, root, str(store.resolve())):
         raise UsageError(
             f"store {store} lies inside the source {root}: the next listing would walk through the store's own files; nothing was "
             "started; put the store beside the source"
