@@ -13,7 +13,7 @@ import xarray as xr
 from pipeline import urls
 from pipeline.errors import FeaturemapsError, ImageError, UsageError
 from pipeline.extract.layers import layer_names, output_sizes, receptive_field
-from pipeline.extract.weights import dequantise
+from pipeline.extract.quantise import dequantise
 from pipeline.source.decoding import decode
 from pipeline.source.fetch import Source, read_current
 from pipeline.store.codecs import Array

@@ -15,7 +15,7 @@ import numpy as np
 
 from pipeline.errors import FeaturemapsError, ImageError
 from pipeline.extract.layers import ROUNDING, TF32_ROUNDING, layer_names, output_sizes
-from pipeline.extract.weights import dequantise
+from pipeline.extract.quantise import dequantise
 from pipeline.source.fetch import Source, digest_block, read_current
 from pipeline.store.codecs import Array, maps_digest
 from pipeline.store.layout import ClassLayout, class_name, group_by_shard

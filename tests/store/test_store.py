@@ -25,7 +25,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import FeaturemapsError, StaleWriterError, UsageError
-from pipeline.extract.weights import dequantise, quantisation
+from pipeline.extract.quantise import dequantise, quantisation
 from pipeline.store import folder, schema
 from pipeline.store.create import create_store, prepare_folder
 from pipeline.store.layout import ClassLayout, LayerLayout, class_layout, class_name
