@@ -149,6 +149,10 @@ class Url:
         """Itself: a URL is relative to nothing."""
         return self
 
+    def resolve(self) -> Url:
+        """Itself: a bucket has no links."""
+        return self
+
     @property
     def is_bucket(self) -> bool:
         """Whether it can be listed and written."""

@@ -12,7 +12,7 @@ import xarray as xr
 
 from pipeline.errors import FeaturemapsError, ImageError, UsageError
 from pipeline.extract.layers import receptive_field
-from pipeline.extract.weights import dequantise
+from pipeline.extract.quantise import dequantise
 from pipeline.source.decoding import decode
 from pipeline.source.fetch import Source, read_current
 from pipeline.store.codecs import Array

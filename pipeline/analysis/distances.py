@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from itertools import chain, combinations, combinations_with_replacement, islice, product
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 
 from pipeline.errors import UsageError
+from pipeline.extract.layers import Array
 
-Array: TypeAlias = np.ndarray[Any, Any]
 ROUNDING = 4 * float(np.finfo(np.float32).eps)  # a column varies only if its range is above this share of its largest magnitude
 _BLOCK_ROWS = 1 << 16
 _BLOCK_ANSWERS = 1 << 22

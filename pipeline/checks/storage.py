@@ -12,8 +12,9 @@ from pathlib import Path
 from pipeline.checks.finding import Finding
 from pipeline.checks.plan import Preview
 from pipeline.errors import UsageError
+from pipeline.store.bucket import server_clock_s
 from pipeline.store.create import check_folder
-from pipeline.store.lock import HEARTBEAT_S, current_holder, server_clock_s
+from pipeline.store.lock import HEARTBEAT_S, current_holder
 from pipeline.store.objects import Place, free_bytes, modified_s, nearest_folder
 from pipeline.store.store import Store, is_store
 from pipeline.text import human_size
@@ -124,7 +125,7 @@ def file_system(folder: Path) -> str:
 
 def space(store: Place, preview: Preview | None) -> Iterator[Finding]:
     """Free space, and whether what is planned fits."""
-    free = free_bytes(store if isinstance(store, Url) else nearest_folder(store))
+    free = free_bytes(store)
     if free is None:
         yield Finding("ok", "space", "in a bucket, which does not say how much there is")
         return

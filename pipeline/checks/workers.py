@@ -18,7 +18,6 @@ from pipeline.run.admission import ask, having_gpus
 from pipeline.run.slots import scheduler_workers, worker_slots
 from pipeline.run.worker_versions import asking_for_versions, n_gpus_there
 from pipeline.store.objects import Place, delete, nearest_folder, put
-from pipeline.urls import Url
 
 MAX_WAIT_S = 120.0
 """The longest wait for workers: a queue in which they wait for longer says so, and nobody looks at a terminal for an hour."""
@@ -101,7 +100,7 @@ def _worker_gpus(client: Client) -> Iterator[Finding]:
 def _worker_places(client: Client, store: Place) -> Iterator[Finding]:
     """Have all workers read what the driver writes beside the store: another disk of the same name would not hold it."""
     token = uuid.uuid4().hex
-    folder = store if isinstance(store, Url) else nearest_folder(store)
+    folder = nearest_folder(store)
     probe = folder / f"doctor.{token}.partial"
     put(probe, token.encode())
 

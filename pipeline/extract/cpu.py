@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import math
-import threading
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, max_pool2d
 
-from pipeline.errors import FeaturemapsError, ImageError
+from pipeline.errors import ImageError
 from pipeline.extract import kernel
-from pipeline.extract.layers import block_shape, layer_names, output_sizes, padded_extent, receptive_field
-from pipeline.extract.weights import INTEGER_MAX, Array, StoredAs, StoredOutput, quantisation, storable_range
+from pipeline.extract.activations import ACTIVATIONS
+from pipeline.extract.keeping import Pooled, buffer, check_range, pool, quantise_into
+from pipeline.extract.layers import Array, block_shape, layer_names, output_sizes, padded_extent, receptive_field
+from pipeline.extract.quantise import StoredAs, StoredOutput, quantisation
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -28,7 +28,6 @@ BAND_VALUES = 1 << 18  # un-shuffle about 1 MiB at a time, which stays in a core
 UNFOLDED_VALUES = 1 << 24  # 128 MiB in float64
 
 _AS_FLOAT32 = quantisation((0, 0), "float32")
-_scratch = threading.local()
 
 
 def use_one_thread() -> None:
@@ -36,72 +35,10 @@ def use_one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def _buffer(role: str, *shape: int) -> Tensor:
-    """Float32 scratch of this thread, contents undefined: one buffer per role, which grows to the largest request."""
-    size = math.prod(shape)
-    flat: Tensor | None = getattr(_scratch, role, None)
-    if flat is None or flat.numel() < size:
-        with torch.inference_mode(mode=False):  # what is made in that mode cannot be written to outside it
-            flat = torch.empty(size)
-        setattr(_scratch, role, flat)
-    return flat[:size].view(shape)
-
-
-def quantise(maps: Tensor, q: StoredAs) -> Tensor:
-    """Float32 maps, within the bounds that ``q`` was made for, as they are stored; 16 unsigned bits as int32.
-
-    level = (x - offset) / scale + 0.5, cut off. Within the widened bounds it lies in [1.5, max + 0.5], and float32 moves it by less
-    than 0.2: |x| is at most 16 ranges, or 2**20 levels, so that rounding the factor, the constant and the product costs at most
-    2**-4 each, and the sum far less. So the integer is in 1 ... max without a clamp, and never the fill.
-    """
-    if q.dtype not in INTEGER_MAX:
-        return maps.to(torch.float16) if q.dtype == "float16" else maps
-    return _levels(maps, q).to(torch.uint8 if q.dtype == "uint8" else torch.int32)
-
-
-def quantise_into(maps: Tensor, q: StoredAs, out: Array) -> None:
-    """`quantise` float32 maps (channel, y, x) into ``out``, of any strides."""
-    torch.from_numpy(out).copy_(_levels(maps, q) if q.dtype in INTEGER_MAX else maps)
-
-
-def _levels(maps: Tensor, q: StoredAs) -> Tensor:
-    levels = 1 / q.scale_factor
-    constant = torch.full((), 0.5 - q.add_offset * levels, device=maps.device)
-    return torch.add(constant, maps, alpha=levels, out=_work(maps))
-
-
-def _work(maps: Tensor) -> Tensor | None:
-    """Scratch of this thread for a result of the same shape; None on other devices, which keep their own."""
-    return _buffer("work", *maps.shape) if maps.device.type == "cpu" and maps.dtype == torch.float32 else None
-
-
-class Pooled(NamedTuple):
-    """Statistics of one image's maps of a layer, (channel,) float32 each, over y and x."""
-
-    mean: Array
-    std: Array
-    """Population standard deviation (ddof 0)."""
-    min: Array
-    max: Array
-
-
-def pool(maps: Tensor) -> Tensor:
-    """Statistics of float32 maps (..., channel, y, x) over y and x: (4, ..., channel), in the order of `Pooled`."""
-    n = maps.shape[-2] * maps.shape[-1]
-    # Rows are summed in float32 and then in float64; two passes, because E[x^2] - E[x]^2 cancels in float32.
-    mean = (maps.sum(-1).double().sum(-1) / n).float()
-    centred = torch.sub(maps, mean[..., None, None], out=_work(maps))
-    std = (torch.linalg.vector_norm(centred, dim=-1).double().square().sum(-1) / n).sqrt().float()
-    return torch.stack([mean, std, maps.amin((-2, -1)), maps.amax((-2, -1))])
-
-
 def _activate(values: Tensor, activation: Activation) -> Tensor:
     """Apply an activation in place."""
-    if activation == "sigmoid":
-        return values.sigmoid_()
-    if activation == "tanh":
-        return values.tanh_()
-    return values.relu_() if activation == "relu" else values
+    method = ACTIVATIONS[activation].in_place
+    return values if method is None else getattr(values, method)()
 
 
 class Layer(nn.Module):
@@ -152,7 +89,7 @@ class Layer(nn.Module):
             if self.spec.pool == (1, 1):
                 _unshuffle(_activate(y, self.spec.activation), self.block, part)
             else:
-                maps = _unshuffle(y, self.block, _buffer("unpooled", self.spec.filters, rows, width))
+                maps = _unshuffle(y, self.block, buffer("unpooled", self.spec.filters, rows, width))
                 part.copy_(_activate(max_pool2d(maps, self.spec.pool), self.spec.activation))  # max(x) + bias = max(x + bias)
         return out
 
@@ -169,7 +106,7 @@ def _convolve(x: Tensor, weight: Tensor) -> Tensor:
 
 def _channels_last(x: Tensor, height: int, width: int) -> Tensor:
     """Copy (channel, y, x) to a float32 (1, channel, height, width) that is stored channels last, with zeros below and right."""
-    padded = _buffer("input", height, width, x.shape[0])
+    padded = buffer("input", height, width, x.shape[0])
     padded[: x.shape[1], : x.shape[2]].copy_(x.permute(1, 2, 0))
     padded[: x.shape[1], x.shape[2] :].zero_()
     padded[x.shape[1] :].zero_()
@@ -320,7 +257,7 @@ class Extractor(nn.Module):
         """
         self.check(image, out)
         if len(self.layers) == 1:
-            only = out["conv1"] if "conv1" in out else _buffer("maps0", *self._shapes(*image.shape)["conv1"]).numpy()
+            only = out["conv1"] if "conv1" in out else buffer("maps0", *self._shapes(*image.shape)["conv1"]).numpy()
             if self._is_compiled(only, self.stored["conv1"]):
                 pooled = {"conv1": self._first_layer(image, self.stored["conv1"], only)}
                 check_range("conv1", pooled["conv1"], self.stored["conv1"])
@@ -343,7 +280,7 @@ class Extractor(nn.Module):
             return
         x = image.permute(2, 0, 1)  # (channel, y, x); 1/256 is in the weights
         for i, (layer, (name, shape)) in enumerate(zip(self.layers, self._shapes(*image.shape).items(), strict=True)):
-            maps = out[name] if name in out else _buffer(f"maps{i % 2}", *shape)  # the other one still holds its input
+            maps = out[name] if name in out else buffer(f"maps{i % 2}", *shape)  # the other one still holds its input
             if i == 0 and image.dtype == torch.uint8 and self._is_compiled(maps.numpy(), _AS_FLOAT32):
                 self._first_layer(image.numpy(), _AS_FLOAT32, maps.numpy())
                 x = maps
@@ -399,13 +336,3 @@ class Extractor(nn.Module):
 def pixels(image: Array) -> Tensor:
     """View an image as a tensor; a strided or read-only one is copied, because torch refuses the one and warns of the other."""
     return torch.from_numpy(np.require(image, requirements=["C", "W"]))
-
-
-def check_range(name: str, pooled: Pooled, q: StoredAs) -> None:
-    """Raise a `FeaturemapsError` where maps left the bounds that their dtype was chosen for."""
-    low, high = storable_range(q)
-    if not (low <= pooled.min.min() and pooled.max.max() <= high and np.isfinite(pooled.mean).all()):  # also when they are NaN
-        raise FeaturemapsError(
-            f"{name} ranges over [{pooled.min.min()}, {pooled.max.max()}], but {q.dtype} was chosen for [{low:g}, {high:g}], so "
-            "its values would be stored as others; the weights are not those of the store, or overflow float32: use theirs"
-        )

@@ -15,18 +15,19 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import FeaturemapsError
-from pipeline.extract.cpu import Extractor, Pooled, check_range, pixels, pool, quantise
+from pipeline.extract.cpu import Extractor, pixels
 from pipeline.extract.gpu_sizes import GPU_STAGES, gpu_batch
-from pipeline.extract.layers import layer_names, output_sizes
-from pipeline.extract.weights import Array
+from pipeline.extract.keeping import Pooled, check_range, pool, quantise
+from pipeline.extract.layers import Array, layer_names, output_sizes
+from pipeline.extract.quantise import DTYPES
 
 if TYPE_CHECKING:
     from pipeline.config import ExtractorSpec
-    from pipeline.extract.weights import StoredOutput
+    from pipeline.extract.quantise import StoredOutput
 
 MAX_DEVICE_BYTES = 1 << 32  # of the device's memory that a batch may take
 _FLOAT_COPIES = 4  # of a layer's maps that are alive at once: its input, convolution, activation and what is stored
-_TRANSPORT = {"float32": torch.float32, "float16": torch.float16, "uint16": torch.int16, "uint8": torch.uint8}
+_TRANSPORT: dict[str, torch.dtype] = {name: getattr(torch, dtype.copied_as) for name, dtype in DTYPES.items()}
 
 _launching = threading.Lock()  # the switches of cuDNN are those of the process, and count when a kernel is launched
 

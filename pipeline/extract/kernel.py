@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pipeline.extract.weights import INTEGER_MAX, Array, StoredAs
+from pipeline.extract import quantise
+from pipeline.extract.activations import ACTIVATIONS
+from pipeline.extract.layers import Array
+from pipeline.extract.quantise import INTEGER_MAX, StoredAs
 
 if TYPE_CHECKING:
     from pipeline.config import Activation
 
-_ACTIVATIONS: dict[Activation, int] = {"none": 0, "sigmoid": 1, "tanh": 2, "relu": 3}  # as in kernel.c
-DTYPES = {"float32": 0, "uint8": 1, "uint16": 2}
+DTYPES: dict[str, int] = {name: dtype.compiled for name, dtype in quantise.DTYPES.items() if dtype.compiled is not None}
 """How maps may be stored that compiled code computes, and what it calls that."""
 _NAMES = {32: "amx", 16: "avx512", 8: "avx2", 4: "plain"}
 _ABI = 2  # as in kernel.c
@@ -86,7 +88,7 @@ def first_layer(image: Array, weight: Array, bias: Array, activation: Activation
     statistics = np.empty((filters, 4))
     failed = library.featuremaps_layer(
         *(image.ctypes.data, height, width, channels),
-        *(weight.ctypes.data, bias.ctypes.data, filters, kh, kw, _ACTIVATIONS[activation]),
+        *(weight.ctypes.data, bias.ctypes.data, filters, kh, kw, ACTIVATIONS[activation].compiled),
         *(DTYPES[stored.dtype], levels, constant, out.ctypes.data, out.strides[0], out.strides[1]),
         *(statistics.ctypes.data, MAX_LANES),
     )

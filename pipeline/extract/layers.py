@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
+
+from pipeline.extract.activations import ACTIVATIONS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from pipeline.config import Activation, LayerSpec
+    from pipeline.config import LayerSpec
+
+Array: TypeAlias = np.ndarray[Any, Any]
 
 ROUNDING = 1e-5
 """Float32 maps agree with exact ones to this, on whatever kind of processor."""
@@ -105,7 +109,7 @@ def weight_shapes(layers: Sequence[LayerSpec], channels: int) -> dict[str, tuple
     return shapes
 
 
-def output_bounds(layers: Sequence[LayerSpec], weights: Mapping[str, np.ndarray[Any, Any]]) -> list[tuple[float, float]]:
+def output_bounds(layers: Sequence[LayerSpec], weights: Mapping[str, Array]) -> list[tuple[float, float]]:
     """Smallest and largest value that each layer can give, over all its channels, for pixels in [0, 255/256].
 
     Interval arithmetic in float64, channel by channel: positive weights meet the upper end of their channel's interval and
@@ -124,21 +128,13 @@ def output_bounds(layers: Sequence[LayerSpec], weights: Mapping[str, np.ndarray[
         weight = np.asarray(weights[f"{name}_weight"], np.float64)
         bias = np.asarray(weights[f"{name}_bias"], np.float64)
         positive, negative = (part.sum((2, 3)) for part in (np.maximum(weight, 0), np.minimum(weight, 0)))  # (filters, channel)
+        activate = ACTIVATIONS[layer.activation].of_array
         low, high = (
-            activate(bias + (positive * low + negative * high).sum(1), layer.activation),
-            activate(bias + (positive * high + negative * low).sum(1), layer.activation),
+            activate(bias + (positive * low + negative * high).sum(1)),
+            activate(bias + (positive * high + negative * low).sum(1)),
         )
         bounds.append((float(low.min()), float(high.max())))
     return bounds
-
-
-def activate(values: Any, activation: Activation) -> Any:
-    """Apply an activation to an array of floats, in numpy."""
-    if activation == "sigmoid":
-        return 0.5 + 0.5 * np.tanh(0.5 * values)  # never overflows
-    if activation == "tanh":
-        return np.tanh(values)
-    return np.maximum(values, 0) if activation == "relu" else values
 
 
 def block_shape(filters: int, kernel: tuple[int, int]) -> tuple[int, int]:

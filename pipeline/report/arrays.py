@@ -8,7 +8,8 @@ from typing import TypeAlias
 
 import numpy as np
 
-from pipeline.extract.weights import INTEGER_MAX, Array, StoredAs
+from pipeline.extract.layers import Array
+from pipeline.extract.quantise import INTEGER_MAX, StoredAs
 from pipeline.store.schema import StoredLayer
 
 Extent: TypeAlias = tuple[float, float, float, float]
@@ -140,7 +141,7 @@ def bin_edges(low: float, high: float, stored: StoredAs, n_bins: int = N_BINS) -
 
     Examples
     --------
-    >>> from pipeline.extract.weights import quantisation
+    >>> from pipeline.extract.quantise import quantisation
     >>> q = quantisation((0.0, 1.0), "uint8")
     >>> edges = bin_edges(0.25, 0.75, q)
     >>> len(edges) - 1, round(float(edges[1] - edges[0]) / q.scale_factor, 6)

@@ -30,7 +30,6 @@ from pipeline.store.schema import (
 )
 from pipeline.store.settings import needed_size, store_spec
 from pipeline.store.store import Store, is_store
-from pipeline.urls import Url
 
 
 def check_folder(path: Place) -> None:
@@ -133,7 +132,7 @@ def check_apart(store: Place, source: str, root: str) -> None:
     ------
     UsageError
     """
-    if walks_into(source, root, str(store if isinstance(store, Url) else store.resolve())):
+    if walks_into(source, root, str(store.resolve())):
         raise UsageError(
             f"store {store} lies inside the source {root}: the next listing would walk through the store's own files; nothing was "
             "started; put the store beside the source"

@@ -6,7 +6,7 @@ import numpy as np
 
 from pipeline import urls
 from pipeline.extract.layers import layer_names, output_sizes
-from pipeline.extract.weights import dequantise
+from pipeline.extract.quantise import dequantise
 from pipeline.store.codecs import Array
 from pipeline.store.layout import Size
 from pipeline.store.schema import StoredLayer, StoreSpec

@@ -7,9 +7,17 @@ import os
 import socket
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 
+from pipeline.errors import StoreBusyError
+
+if TYPE_CHECKING:
+    from pipeline.urls import Url
+
+LOCK_NAME = "lock.json"
+"""Of the lock object in ``runs/``."""
 held: set[str] = set()
 """Runs of this process that hold a store."""
 
@@ -56,6 +64,19 @@ class Holder:
             return _start_ticks(self.pid) != self.process_started or psutil.Process(self.pid).status() == psutil.STATUS_ZOMBIE
         except (psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):
             return not _is_there(self.pid)
+
+
+def holds(folder: Path | Url, run_id: str) -> bool:
+    """Whether ``run_id`` holds the store whose ``runs`` folder this is."""
+    try:
+        return bool(json.loads((folder / LOCK_NAME).read_bytes()).get("run_id") == run_id)
+    except (FileNotFoundError, NotADirectoryError, ValueError, AttributeError):
+        return False
+
+
+def taken(lock: Path | Url) -> StoreBusyError:
+    """Another run took the lock at the same moment, and was faster."""
+    return StoreBusyError(f"store {lock.parent.parent} was taken by another run just now; run again later")
 
 
 def _start_ticks(pid: int) -> int:

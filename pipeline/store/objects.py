@@ -1,24 +1,30 @@
-"""Objects of a store, in a folder or under a URL, each written whole."""
+"""Objects of a store, each written whole, in a place of any kind; see `storage` for what a kind offers."""
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
-from pipeline.errors import FeaturemapsError, StaleWriterError, UsageError
-from pipeline.patterns import home
-from pipeline.urls import CONCURRENCY, ConflictError, Meta, Url, is_url
+from pipeline.errors import FeaturemapsError
+from pipeline.store import bucket, folder
+from pipeline.store.storage import Lock, Storage
+from pipeline.urls import CONCURRENCY, Url
 
 Place: TypeAlias = Path | Url
 """A store, or an object or folder in it; joined with ``/``."""
+P = TypeVar("P", bound=Path | Url)
 T = TypeVar("T")
 R = TypeVar("R")
+
+KINDS: dict[type[Any], Storage] = {Url: bucket, Path: folder}
+"""The kinds of places, by the type of their paths; the first that understands a user's text has it."""
+
+
+def _storage(path: Place) -> Storage:
+    return next(kind for of, kind in KINDS.items() if isinstance(path, of))
 
 
 def place(store: str | Place) -> Place:
@@ -29,35 +35,32 @@ def place(store: str | Place) -> Place:
     UsageError
         When it is a URL that nothing can be written to.
     """
-    if not isinstance(store, str) or not is_url(store):
-        return store if isinstance(store, Url) else Path(home(store) if isinstance(store, str) else store)
-    url = Url.parse(store)
-    if not url.is_bucket or not url.key:
-        raise UsageError(
-            f"store {store!r} cannot be written to, so nothing was started; give a folder, or s3://, gs:// or az://BUCKET/NAME.zarr"
-        )
-    return url
+    if isinstance(store, str):
+        return next(found for kind in KINDS.values() if (found := kind.parse(store)) is not None)  # type: ignore[no-any-return]
+    return store
+
+
+def is_remote(path: Place) -> bool:
+    """Whether each request takes long and costs little."""
+    return _storage(path).IS_REMOTE
 
 
 def fetch(path: Place) -> tuple[bytes | None, Any]:
     """Content, None where there is no such object, and the condition under which `put` replaces just this one."""
     try:
-        if isinstance(path, Url):
-            content, meta = path.fetch()
-            return content, meta.condition
-        return path.read_bytes(), None
+        return _storage(path).fetch(path)
     except (FileNotFoundError, NotADirectoryError):
         return None, "create"
 
 
+def fetch_dated(path: Place) -> tuple[bytes, float]:
+    """Content of an object that must be there, and when it was written, as `modified_s`."""
+    return _storage(path).fetch_dated(path)
+
+
 def condition_of(path: Place) -> Any:
     """The condition of `fetch`, without the content."""
-    if not isinstance(path, Url):
-        return None
-    try:
-        return path.stat().condition
-    except FileNotFoundError:
-        return "create"
+    return _storage(path).condition_of(path)
 
 
 def put(path: Place, *parts: bytes, durable: bool = False, only: Any = None) -> None:
@@ -70,43 +73,7 @@ def put(path: Place, *parts: bytes, durable: bool = False, only: Any = None) -> 
     StaleWriterError
         When the object has become another.
     """
-    if isinstance(path, Url):
-        _put_object(path, parts, only)
-        return
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
-    try:
-        with temporary.open("wb") as file:
-            file.writelines(parts)
-            if durable:
-                file.flush()
-                os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    if durable:
-        _sync_folder(path.parent)
-
-
-def _put_object(url: Url, parts: Sequence[bytes], only: Any) -> None:
-    try:
-        url.put(*parts, only=only)
-    except ConflictError:
-        if fetch(url)[0] == b"".join(parts):  # ours, whose answer was lost, or another's that is the same
-            return
-        raise StaleWriterError(
-            f"{url} was written by somebody else meanwhile: another run has taken the store over, so this late one writes nothing; "
-            "nothing is to be done, the other run does the work"
-        ) from None
-
-
-def _sync_folder(path: Path) -> None:
-    """Bring a folder's names to the disk."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    _storage(path).put(path, parts, durable=durable, only=only)
 
 
 def put_json(
@@ -160,56 +127,51 @@ def exists(path: Place) -> bool:
 def size_bytes(path: Place) -> int:
     """Size of an object; 0 where there is none."""
     try:
-        status = path.stat()
+        return _storage(path).size_bytes(path)
     except (FileNotFoundError, NotADirectoryError):
         return 0
-    return status.size_bytes if isinstance(status, Meta) else status.st_size
 
 
 def children(path: Place) -> list[str]:
     """Names of the objects and folders in a folder, sorted; FileNotFoundError where there is none."""
-    if isinstance(path, Url):
-        return path.children()
-    return sorted(entry.name for entry in path.iterdir())
+    return _storage(path).children(path)
+
+
+def litter(path: Place) -> list[Place]:
+    """Temporary objects in a store, of writes that are under way or were killed."""
+    return _storage(path).litter(path)
 
 
 def make_folder(path: Place, *, durable: bool = False) -> None:
     """Make a folder with its parents, if it is not there; under a URL there are none to make."""
-    if isinstance(path, Url):
-        return
-    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
-    path.mkdir(parents=True, exist_ok=True)
-    if durable:
-        for folder in missing:
-            _sync_folder(folder.parent)
+    _storage(path).make_folder(path, durable=durable)
+
+
+def nearest_folder(path: P) -> P:
+    """A folder, or the deepest that is there of those that it would be made in; a URL itself."""
+    found: P = _storage(path).nearest_folder(path)
+    return found
 
 
 def modified_s(path: Place) -> float:
     """When an object was written, in seconds since 1970, by the clock of the server that holds it."""
-    status = path.stat()
-    return status.modified.timestamp() if isinstance(status, Meta) else status.st_mtime
+    return _storage(path).modified_s(path)
 
 
 def delete(path: Place) -> None:
     """Delete an object, if there is one."""
-    if isinstance(path, Url):
-        path.unlink()
-    else:
-        path.unlink(missing_ok=True)
+    _storage(path).delete(path)
 
 
 def remove_folder(path: Place) -> None:
     """Remove a folder with all that is in it, if it is there."""
-    if isinstance(path, Url):
-        each(lambda key: (path / key).unlink(), [key for key, _ in path.walk()], path)
-    else:
-        shutil.rmtree(path, ignore_errors=True)
+    _storage(path).remove_folder(path)
 
 
 def each(function: Callable[[T], R], items: Iterable[T], where: Place) -> list[R]:
     """`map`, with many requests at once under a URL, where each takes long and costs little."""
     items = list(items)
-    if isinstance(where, Path) or len(items) < 2:
+    if not is_remote(where) or len(items) < 2:
         return list(map(function, items))
     with ThreadPoolExecutor(min(CONCURRENCY, len(items))) as pool:
         return list(pool.map(function, items))
@@ -217,13 +179,14 @@ def each(function: Callable[[T], R], items: Iterable[T], where: Place) -> list[R
 
 def free_bytes(path: Place) -> int | None:
     """Free space of the file system that a store is or will be on; None where nothing says."""
-    if isinstance(path, Url):
-        return None
-    status = os.statvfs(nearest_folder(path))
-    return status.f_bavail * status.f_frsize
+    return _storage(path).free_bytes(path)
 
 
-def nearest_folder(path: Path) -> Path:
-    """A folder, or the deepest that is there of those that it would be made in."""
-    path = path.absolute()
-    return next(folder for folder in (path, *path.parents) if folder.is_dir())
+def object_store(path: Place) -> Any:
+    """The obstore store through which zarr reads a folder; None where zarr reads its files."""
+    return _storage(path).object_store(path)
+
+
+def lock_object(path: Place, *, sole_writer: bool = False) -> Lock:
+    """The lock at a path, which nobody has taken yet; see `lock.StoreLock`."""
+    return _storage(path).lock(path, sole_writer=sole_writer)

@@ -7,7 +7,6 @@ import os
 import re
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from threading import Lock
 
 import numpy as np
@@ -15,7 +14,7 @@ import numpy as np
 from pipeline.errors import FeaturemapsError
 from pipeline.source.names import encode_path
 from pipeline.store.codecs import Array, decompress_bytes, find_text, texts
-from pipeline.store.objects import each, fetch
+from pipeline.store.objects import each, fetch, is_remote
 from pipeline.store.schema import COLUMN_ROWS, REJECTED, Status, object_key
 from pipeline.store.store import Store
 
@@ -78,7 +77,7 @@ class PathIndex:
     def _chunks(self) -> Iterator[tuple[tuple[str, int], bytes]]:
         """The bytes of the path columns, by group and first row; under a URL all are asked for at once."""
         keys = [(group, start) for group in self._groups() for start in range(0, self._store.length(group), COLUMN_ROWS)]
-        if not isinstance(self._store.path, Path) and not self._raw:
+        if is_remote(self._store.path) and not self._raw:
             self._raw = dict(zip(keys, each(self._read, keys, self._store.path), strict=True))
         for key in keys:
             if key not in self._raw:

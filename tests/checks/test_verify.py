@@ -19,7 +19,7 @@ from pipeline.checks import verify
 from pipeline.checks.verify import verify_store
 from pipeline.config import make_job
 from pipeline.errors import FeaturemapsError, StoreBusyError, UsageError
-from pipeline.store import objects
+from pipeline.store import folder
 from pipeline.store.lock import StoreLock
 from pipeline.store.schema import RUNS, Status
 from pipeline.store.store import Store, is_store
@@ -308,16 +308,16 @@ class Crash(BaseException):
 @contextlib.contextmanager
 def crash_after(n: int):
     """Let the driver end at its put number ``n``."""
-    left = n
+    left, put = n, folder.put
 
-    def put_or_crash(path, *parts, **options):
+    def put_or_crash(path, parts, **options):
         nonlocal left
         left -= 1
         if left < 0 and threading.current_thread() is threading.main_thread():
             raise Crash
-        objects.put(path, *parts, **options)
+        put(path, parts, **options)
 
-    with patch("pipeline.store.store.put", put_or_crash):
+    with patch("pipeline.store.folder.put", put_or_crash):
         yield
 
 

@@ -17,10 +17,12 @@ from torch.nn.functional import conv2d, max_pool2d
 
 from pipeline.config import ExtractorSpec, LayerSpec
 from pipeline.errors import FeaturemapsError, ImageError, UsageError
-from pipeline.extract import cpu
-from pipeline.extract.cpu import Extractor, Layer, Pooled, pool, quantise_into
+from pipeline.extract import cpu, keeping
+from pipeline.extract.cpu import Extractor, Layer
+from pipeline.extract.keeping import Pooled, pool, quantise_into
 from pipeline.extract.layers import output_bounds, output_sizes
-from pipeline.extract.weights import dequantise, load_weights, quantisation, seeded_weights, weights_digest
+from pipeline.extract.quantise import dequantise, quantisation
+from pipeline.extract.weights import load_weights, seeded_weights, weights_digest
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 DTYPES = ("float32", "float16", "uint16", "uint8")
@@ -433,10 +435,10 @@ def test_stored_maps_and_statistics_are_those_of_the_float32_maps(dtype: str) ->
 def test_results_do_not_depend_on_what_ran_before(dtype: str) -> None:
     extract, images = make(TWO_LAYERS, dtype), [random_image(h, w, seed=h) for h, w in [(30, 40), (90, 110), (31, 17), (64, 64)]]
     first = [extract.extract(image) for image in images]
-    vars(cpu._scratch).clear()
+    vars(keeping._scratch).clear()
     for order in ([3, 2, 1, 0], [1, 1, 2, 0, 3]):
         for i in order:
-            for buffer in vars(cpu._scratch).values():
+            for buffer in vars(keeping._scratch).values():
                 buffer.fill_(math.nan)
             for name, maps in extract.extract(images[i]).items():
                 np.testing.assert_array_equal(maps, first[i][name])
@@ -444,12 +446,12 @@ def test_results_do_not_depend_on_what_ran_before(dtype: str) -> None:
 
 def test_scratch_grows_to_the_largest_image_and_no_further() -> None:
     extract = make()
-    vars(cpu._scratch).clear()
+    vars(keeping._scratch).clear()
     extract.extract(random_image(100, 120))
-    held = {role: buffer.numel() for role, buffer in vars(cpu._scratch).items()}
+    held = {role: buffer.numel() for role, buffer in vars(keeping._scratch).items()}
     for side in range(20, 100):
         extract.extract(random_image(side, 119 - side))
-    assert held == {role: buffer.numel() for role, buffer in vars(cpu._scratch).items()}
+    assert held == {role: buffer.numel() for role, buffer in vars(keeping._scratch).items()}
 
 
 def test_threads_do_not_disturb_each_other() -> None:

@@ -16,7 +16,8 @@ from pipeline.extract.cpu import Extractor
 from pipeline.extract.gpu import DeviceExtractor, best_extractor, n_gpus
 from pipeline.extract.gpu_sizes import GPU_STAGES
 from pipeline.extract.layers import layer_names, output_bounds, output_sizes
-from pipeline.extract.weights import dequantise, quantisation, seeded_weights
+from pipeline.extract.quantise import dequantise, quantisation
+from pipeline.extract.weights import seeded_weights
 from pipeline.store.schema import StoredLayer
 
 DEVICES = ["cpu", *(f"cuda:{i}" for i in range(n_gpus()))]

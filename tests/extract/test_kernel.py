@@ -15,7 +15,8 @@ from pipeline.config import ExtractorSpec, LayerSpec
 from pipeline.extract import kernel
 from pipeline.extract.cpu import Extractor
 from pipeline.extract.layers import output_bounds
-from pipeline.extract.weights import dequantise, quantisation, seeded_weights
+from pipeline.extract.quantise import dequantise, quantisation
+from pipeline.extract.weights import seeded_weights
 
 ACTIVATIONS = {"none": lambda x: x, "sigmoid": torch.sigmoid, "tanh": torch.tanh, "relu": torch.relu}
 HAS_COMPILER = shutil.which("cc") is not None
@@ -106,8 +107,8 @@ def test_an_installation_without_a_compiler_falls_back_to_torch(tmp_path):
     shutil.copytree("pipeline", tmp_path / "pipeline", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     (tmp_path / "pipeline" / "extract" / "_kernel.foreign.so").write_bytes(b"another platform's")
     code = (
-        "from pipeline.extract import kernel, weights; "
-        "print(kernel.version(), kernel.is_available(weights.quantisation((0, 1), 'uint8')))"
+        "from pipeline.extract import kernel, quantise; "
+        "print(kernel.version(), kernel.is_available(quantise.quantisation((0, 1), 'uint8')))"
     )
     found = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert found.stdout == "torch False\n"

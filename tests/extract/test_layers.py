@@ -7,15 +7,15 @@ from hypothesis import strategies as st
 
 from pipeline.config import LayerSpec
 from pipeline.extract import layers
+from pipeline.extract.activations import ACTIVATIONS
 
-ACTIVATIONS = ("sigmoid", "tanh", "relu", "none")
 sides = st.integers(1, 4)
 layer_specs = st.builds(
     LayerSpec,
     filters=st.integers(1, 3),
     kernel=st.tuples(sides, sides),
     pool=st.tuples(st.integers(1, 3), st.integers(1, 3)),
-    activation=st.sampled_from(ACTIVATIONS),
+    activation=st.sampled_from(list(ACTIVATIONS)),
 )
 stacks = st.lists(layer_specs, min_size=1, max_size=3)
 
@@ -31,7 +31,7 @@ def forward(stack: list[LayerSpec], weights: dict[str, np.ndarray], image: np.nd
     for name, layer in zip(layers.layer_names(stack), stack, strict=True):
         image = np.einsum("cyxij,fcij->fyx", windows(image, *layer.kernel, 1, 1), weights[f"{name}_weight"])
         image = windows(image, *layer.pool, *layer.pool).max((-2, -1)) + weights[f"{name}_bias"][:, None, None]
-        image = layers.activate(image, layer.activation)
+        image = ACTIVATIONS[layer.activation].of_array(image)
         outputs.append(image)
     return outputs
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.extract.weights import quantisation
+from pipeline.extract.quantise import quantisation
 from pipeline.report import arrays
 from pipeline.report.arrays import Picture
 

@@ -9,7 +9,7 @@ import tempfile
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -25,9 +25,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import FeaturemapsError, StaleWriterError, UsageError
-from pipeline.extract.weights import dequantise, quantisation
-from pipeline.store import create, objects, schema
-from pipeline.store import store as store_module
+from pipeline.extract.quantise import dequantise, quantisation
+from pipeline.store import folder, schema
 from pipeline.store.create import create_store, prepare_folder
 from pipeline.store.layout import ClassLayout, LayerLayout, class_layout, class_name
 from pipeline.store.lock import LOCK_TTL_S, require_lock
@@ -477,7 +476,7 @@ def test_receipts_come_oldest_first_without_the_lock(tmp_path):
 def test_a_commit_writes_status_last_and_the_digest_of_the_maps_before_it(tmp_path, monkeypatch):
     store = fill_store(tmp_path / "s")
     written: list[str] = []
-    monkeypatch.setattr(store_module, "put", lambda path, data, **_: written.append(path.parent.name))
+    monkeypatch.setattr("pipeline.store.columns.put", lambda path, data, **_: written.append(path.parent.name))
     store.commit(GROUP, np.array([5]), reported([5]))
     assert len(written) == 12
     assert written[-2:] == ["maps_digest", "status"]
@@ -506,9 +505,9 @@ class Crash(BaseException):
 @contextmanager
 def crash_after(n_puts: int, *, torn: bool = False) -> Iterator[None]:
     """Let the process end at its put number ``n_puts``; ``torn`` leaves half of the object under its temporary name."""
-    left = n_puts
+    left, real = n_puts, folder.put
 
-    def put_or_crash(path: Path, *parts: bytes, **options: object) -> None:
+    def put_or_crash(path: Path, parts: Sequence[bytes], **options: object) -> None:
         nonlocal left
         if left == 0:
             if torn:
@@ -516,13 +515,9 @@ def crash_after(n_puts: int, *, torn: bool = False) -> Iterator[None]:
                 path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial").write_bytes(data[: len(data) // 2])
             raise Crash
         left -= 1
-        put(path, *parts, **options)
+        real(path, parts, **options)
 
-    with (
-        patch.object(store_module, "put", put_or_crash),
-        patch.object(create, "put", put_or_crash),
-        patch.object(objects, "put", put_or_crash),
-    ):
+    with patch.object(folder, "put", put_or_crash):
         yield
 
 

@@ -20,7 +20,7 @@ from pipeline.api import run_job
 from pipeline.checks.verify import verify_store
 from pipeline.config import make_job
 from pipeline.errors import StoreBusyError, UsageError
-from pipeline.store import objects
+from pipeline.store import folder, objects
 from pipeline.store.lock import StoreLock
 from pipeline.store.schema import RUNS, Status
 from pipeline.store.store import Store
@@ -180,7 +180,7 @@ def crash_after(n: int) -> Iterator[None]:
         return call
 
     with (
-        patch("pipeline.store.store.put", or_crash(objects.put)),
+        patch("pipeline.store.folder.put", or_crash(folder.put)),
         patch("pipeline.store.vacuum.delete", or_crash(objects.delete)),
     ):
         yield
@@ -216,19 +216,20 @@ def test_a_kill_at_any_put_or_deletion_leaves_a_sound_store(client, mine, whole,
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from pipeline.store import objects; from pipeline.store import store; from pipeline.store import vacuum
+from pipeline.store import folder; from pipeline.store import vacuum
 
 left = int(sys.argv[2])
+real = folder.put
 
-def put(path, *parts, **options):
+def put(path, parts, **options):
     global left
     left -= 1
     if left < 0:  # half of it is on the disk
         path.with_name(path.name + ".x.partial").write_bytes(b"".join(parts)[:20])
         os.kill(os.getpid(), signal.SIGKILL)
-    objects.put(path, *parts, **options)
+    real(path, parts, **options)
 
-store.put = put
+folder.put = put
 vacuum.vacuum_store(Path(sys.argv[1]))
 """
 

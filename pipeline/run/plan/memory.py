@@ -12,8 +12,8 @@ from pipeline.extract.gpu_sizes import GPU_STAGES, gpu_batch
 from pipeline.source.decoding import plain_decode_bytes
 from pipeline.source.fetch import READ_AHEAD_BYTES
 from pipeline.store.layout import BATCH_BYTES, SHARD_BYTES, ClassLayout, LayerLayout, Size
-from pipeline.store.objects import Place, free_bytes
-from pipeline.urls import Url, is_url
+from pipeline.store.objects import Place, free_bytes, is_remote
+from pipeline.urls import is_url
 
 # What a worker holds whatever the images: interpreter, torch, dask and zarr. Measured for torch's build for processors; those with
 # CUDA bring more along, also where there is no GPU.
@@ -69,7 +69,7 @@ def worker_memory_bytes(
 
 def bucket_bytes(root: str, store: Place) -> int:
     """What a thread holds for requests: files that are on their way, an object that is sent whole."""
-    return (READ_AHEAD_BYTES if is_url(root) else 0) + (SHARD_BYTES if isinstance(store, Url) else 0)
+    return (READ_AHEAD_BYTES if is_url(root) else 0) + (SHARD_BYTES if is_remote(store) else 0)
 
 
 def guess_decode_bytes(size: Size, file_bytes: int) -> int:

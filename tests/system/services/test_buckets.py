@@ -484,7 +484,7 @@ def test_a_late_driver_overwrites_nothing_of_its_successors_ledger(workers, pict
                 Store(store_url).commit(group, np.array([0]), {"error": np.array(["of the successor"], object)})
             return found
 
-        patch.setattr("pipeline.store.store.fetch", fetch_then_lose)
+        patch.setattr("pipeline.store.columns.fetch", fetch_then_lose)
         with pytest.raises(StaleWriterError, match="another run has taken the store over"):
             late.commit(group, np.array([1]), {"error": np.array(["late"], object), "status": np.array([2], np.uint8)})
     assert Store(store_url).column(group, "error").tolist()[:2] == ["of the successor", ""]

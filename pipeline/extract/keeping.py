@@ -1,0 +1,86 @@
+"""What is kept of float32 maps: values as they are stored, and statistics over each map. In torch, on any device."""
+
+from __future__ import annotations
+
+import math
+import threading
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.errors import FeaturemapsError
+from pipeline.extract.layers import Array
+from pipeline.extract.quantise import INTEGER_MAX, StoredAs, storable_range
+
+_scratch = threading.local()
+
+
+def buffer(role: str, *shape: int) -> Tensor:
+    """Float32 scratch of this thread, contents undefined: one buffer per role, which grows to the largest request."""
+    size = math.prod(shape)
+    flat: Tensor | None = getattr(_scratch, role, None)
+    if flat is None or flat.numel() < size:
+        with torch.inference_mode(mode=False):  # what is made in that mode cannot be written to outside it
+            flat = torch.empty(size)
+        setattr(_scratch, role, flat)
+    return flat[:size].view(shape)
+
+
+def quantise(maps: Tensor, q: StoredAs) -> Tensor:
+    """Float32 maps, within the bounds that ``q`` was made for, as they are stored; 16 unsigned bits as int32.
+
+    level = (x - offset) / scale + 0.5, cut off. Within the widened bounds it lies in [1.5, max + 0.5], and float32 moves it by less
+    than 0.2: |x| is at most 16 ranges, or 2**20 levels, so that rounding the factor, the constant and the product costs at most
+    2**-4 each, and the sum far less. So the integer is in 1 ... max without a clamp, and never the fill.
+    """
+    if q.dtype not in INTEGER_MAX:
+        return maps.to(torch.float16) if q.dtype == "float16" else maps
+    return _levels(maps, q).to(torch.uint8 if q.dtype == "uint8" else torch.int32)
+
+
+def quantise_into(maps: Tensor, q: StoredAs, out: Array) -> None:
+    """`quantise` float32 maps (channel, y, x) into ``out``, of any strides."""
+    torch.from_numpy(out).copy_(_levels(maps, q) if q.dtype in INTEGER_MAX else maps)
+
+
+def _levels(maps: Tensor, q: StoredAs) -> Tensor:
+    levels = 1 / q.scale_factor
+    constant = torch.full((), 0.5 - q.add_offset * levels, device=maps.device)
+    return torch.add(constant, maps, alpha=levels, out=_work(maps))
+
+
+def _work(maps: Tensor) -> Tensor | None:
+    """Scratch of this thread for a result of the same shape; None on other devices, which keep their own."""
+    return buffer("work", *maps.shape) if maps.device.type == "cpu" and maps.dtype == torch.float32 else None
+
+
+class Pooled(NamedTuple):
+    """Statistics of one image's maps of a layer, (channel,) float32 each, over y and x."""
+
+    mean: Array
+    std: Array
+    """Population standard deviation (ddof 0)."""
+    min: Array
+    max: Array
+
+
+def pool(maps: Tensor) -> Tensor:
+    """Statistics of float32 maps (..., channel, y, x) over y and x: (4, ..., channel), in the order of `Pooled`."""
+    n = maps.shape[-2] * maps.shape[-1]
+    # Rows are summed in float32 and then in float64; two passes, because E[x^2] - E[x]^2 cancels in float32.
+    mean = (maps.sum(-1).double().sum(-1) / n).float()
+    centred = torch.sub(maps, mean[..., None, None], out=_work(maps))
+    std = (torch.linalg.vector_norm(centred, dim=-1).double().square().sum(-1) / n).sqrt().float()
+    return torch.stack([mean, std, maps.amin((-2, -1)), maps.amax((-2, -1))])
+
+
+def check_range(name: str, pooled: Pooled, q: StoredAs) -> None:
+    """Raise a `FeaturemapsError` where maps left the bounds that their dtype was chosen for."""
+    low, high = storable_range(q)
+    if not (low <= pooled.min.min() and pooled.max.max() <= high and np.isfinite(pooled.mean).all()):  # also when they are NaN
+        raise FeaturemapsError(
+            f"{name} ranges over [{pooled.min.min()}, {pooled.max.max()}], but {q.dtype} was chosen for [{low:g}, {high:g}], so "
+            "its values would be stored as others; the weights are not those of the store, or overflow float32: use theirs"
+        )

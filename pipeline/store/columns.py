@@ -1,0 +1,95 @@
+"""The columns of the ledger, chunk by chunk, and the lengths of a group's arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from pipeline.errors import FeaturemapsError
+from pipeline.store.codecs import Array, compress, decompress
+from pipeline.store.objects import Place, children, each, fetch, parse_json, put, put_json
+from pipeline.store.schema import Columns, StoredLayer, column_type, object_key
+
+
+class Ledger:
+    """Reads and writes the columns of a store.
+
+    Parameters
+    ----------
+    path : Path or Url
+        The store.
+    layers : sequence of StoredLayer
+        Whose pooled values are columns too.
+    durable : bool
+        As of `Store`.
+    """
+
+    def __init__(self, path: Place, layers: Sequence[StoredLayer], *, durable: bool) -> None:
+        self.path, self.layers, self.durable = path, layers, durable
+        self.fence: Callable[[], None] = lambda: None
+        """Called before columns or lengths of a group are written; raises when this process may no longer."""
+
+    def read(self, group: str, name: str, length: int) -> Array:
+        """The first ``length`` values of a column."""
+        dtype, chunk = column_type(self.layers, group, name)
+        parts = each(partial(self._read_chunk, group, name, dtype, chunk), range(-(-length // chunk[0])), self.path)
+        return np.concatenate(parts)[:length] if parts else np.empty((0, *chunk[1:]), object if dtype == "string" else dtype)
+
+    def cell(self, group: str, name: str, row: int) -> Any:
+        """One value of a column as it is now, of which one chunk is read."""
+        dtype, chunk = column_type(self.layers, group, name)
+        return self._read_chunk(group, name, dtype, chunk, row // chunk[0])[row % chunk[0]]
+
+    def _read_chunk(self, group: str, name: str, dtype: str, chunk: tuple[int, ...], i: int) -> Array:
+        path = self.path / group / name / object_key(i, len(chunk))
+        return _decode_chunk(path, fetch(path)[0], dtype, chunk)
+
+    def write(self, group: str, rows: Array, columns: Columns) -> None:
+        """Write columns of some rows: ``maps_digest`` last but one, ``status`` last."""
+        self.fence()
+        last = [name for name in ("maps_digest", "status") if name in columns]
+        first = [name for name in columns if name not in last]
+        each(lambda name: self._write_column(group, name, rows, columns[name]), first, self.path)
+        for name in last:
+            self._write_column(group, name, rows, columns[name])
+
+    def _write_column(self, group: str, name: str, rows: Array, values: Array) -> None:
+        dtype, chunk = column_type(self.layers, group, name)
+        for i in np.unique(rows // chunk[0]):
+            inside = rows // chunk[0] == i
+            path = self.path / group / name / object_key(int(i), len(chunk))
+            data, condition = fetch(path)
+            content = _decode_chunk(path, data, dtype, chunk)
+            content[rows[inside] - i * chunk[0]] = values[inside]
+            put(path, compress(content), durable=self.durable, only=condition)
+
+    def resize(self, group: str, length: int) -> None:
+        """Give all arrays of a group a length, ``status`` last."""
+        self.fence()
+        names = [name for name in children(self.path / group) if name not in {"zarr.json", "status"}]
+        each(lambda name: self._resize_array(self.path / group / name, length), names, self.path)
+        self._resize_array(self.path / group / "status", length)
+
+    def _resize_array(self, folder: Place, length: int) -> None:
+        path = folder / "zarr.json"
+        content, condition = fetch(path)
+        if content is None:
+            return
+        document = parse_json(path, content)
+        if document["shape"][0] != length:
+            document["shape"][0] = length
+            put_json(path, document, durable=self.durable, only=condition)
+
+
+def _decode_chunk(path: Place, data: bytes | None, dtype: str, chunk: tuple[int, ...]) -> Array:
+    if data is None:
+        return (
+            np.full(chunk, "", object) if dtype == "string" else np.full(chunk, np.nan if dtype.startswith("float") else 0, dtype)
+        )
+    try:
+        return decompress(data, dtype, chunk)
+    except FeaturemapsError as error:
+        raise FeaturemapsError(f"{path}: {error}") from error
