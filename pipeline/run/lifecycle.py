@@ -133,10 +133,10 @@ def _work(context: Context, connect: Connect) -> None:
     apply(store, found)
     summary.n_removed, summary.n_unreachable = found.n_removed, found.n_unreachable
     _account(context)
-    progress.stage = "starting workers"
+    all_checked, has_images = True, bool(found.new or found.n_pending or found.to_check)
+    progress.stage = "starting workers" if has_images else "up to date"
     context.notify(progress)
-    all_checked = True
-    if found.new or found.n_pending or found.to_check:
+    if has_images:
         store.touch_version(VERSION)
         all_checked = _compute(context, connect)
     if summary.outcome in {"running", "complete"}:

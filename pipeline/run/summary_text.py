@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from pipeline.errors import EXIT_QUARANTINED
 from pipeline.run.summary import WAITING, Summary
 from pipeline.source.dropped import describe_dropped
-from pipeline.text import count, printable
+from pipeline.text import bad_lines, count, printable, skipped
+
+FEW_PER_SLOT = 100
+"""Images for each slot, below which a run is too short to keep its workers busy."""
+_DOING = {"read": "reading", "decode": "decoding", "extract": "extracting", "write": "writing"}
 
 
 def headline(summary: Summary) -> str:
@@ -22,8 +28,7 @@ def describe(summary: Summary, store: str) -> str:
     lines = [headline(summary), *describe_news(summary), *_work(summary), *_troubles(summary)]
     lines += describe_dropped(summary.dropped)
     if summary.ignored:
-        suffixes = ", ".join(printable(suffix) or "none" for suffix in list(summary.ignored)[:8])
-        lines.append(f"passed over by their suffix: {count(sum(summary.ignored.values()), 'other file')} ({suffixes})")
+        lines.append(skipped(summary.ignored))
     lines += _bad(summary, store)
     lines.append(f"store {store}, receipt runs/{summary.run_id}.json")
     return "\n".join(lines)
@@ -41,7 +46,8 @@ def _work(summary: Summary) -> list[str]:
                 f"{summary.images_per_s:.1f} images/s, {summary.megapixels_per_s:.1f} megapixels/s on {count(summary.slots, 'slot')}; read "
                 f"{summary.bytes_read / 1e6:.1f} MB, wrote {summary.bytes_written / 1e6:.1f} MB"
             ),
-            f"time of the workers: {shares}; bottleneck: {describe_bottleneck(summary.bottleneck)}",
+            f"time of the workers: {shares}; {describe_bottleneck(summary.bottleneck, summary.shares())}"
+            + (_why_idle(summary) if summary.bottleneck == WAITING else ""),
         ]
     if summary.n_workers_lost:
         lines.append(f"{count(summary.n_workers_lost, 'worker was', 'workers were')} lost on the way; others did their work")
@@ -110,16 +116,32 @@ def describe_news(summary: Summary) -> list[str]:
     if summary.reasons:
         reasons = sorted(summary.reasons.items(), key=lambda item: -item[1])
         lines.append("found bad by this run: " + ", ".join(f"{n} {code}" for code, n in reasons))
-        lines += [f"  {printable(item['path'])}  {printable(item['error'])}" for item in summary.bad]
-        n_more = sum(summary.reasons.values()) - len(summary.bad)
-        lines += [f"  and {n_more} more"] if n_more else []
+        lines += bad_lines(summary.bad, sum(summary.reasons.values()))
     return lines
 
 
-def describe_bottleneck(bottleneck: str) -> str:
-    """The bottleneck, with what it means where the word alone does not say it."""
-    means = (
-        "no batch at hand: while headers were read and entered, while the last batches ended or a worker was replaced, or because "
-        "the driver was behind"
-    )
-    return f"{WAITING} ({means})" if bottleneck == WAITING else bottleneck
+def describe_bottleneck(bottleneck: str, shares: Mapping[str, float]) -> str:
+    """Where most of the workers' time went.
+
+    Parameters
+    ----------
+    bottleneck : str
+        A stage, or `WAITING`.
+    shares : mapping of str to float
+        Share of each in the workers' time.
+
+    Examples
+    --------
+    >>> describe_bottleneck("read", {"read": 0.61}), describe_bottleneck("waiting", {"waiting": 0.82})
+    ("most of the workers' time went into reading (61%)", 'the workers were idle 82% of the time')
+    """
+    share = shares.get(bottleneck, 0.0)
+    if bottleneck == WAITING:
+        return f"the workers were idle {share:.0%} of the time"
+    return f"most of the workers' time went into {_DOING.get(bottleneck, bottleneck)} ({share:.0%})"
+
+
+def _why_idle(summary: Summary) -> str:
+    if summary.n_done < FEW_PER_SLOT * max(1, summary.slots):
+        return f": {count(summary.n_done, 'image')} cannot keep {count(max(1, summary.slots), 'slot')} busy"
+    return ": they waited for headers, for the last batches, for a replaced worker or for the driver"

@@ -19,10 +19,12 @@ def test_one_image_is_singular_and_a_run_that_did_nothing_says_so():
     ).splitlines()
     assert lines[0].startswith("complete: 1 image done, ")
     assert "0.5 images/s, 0.0 megapixels/s on 1 slot; read" in lines[1]
-    assert "bottleneck: waiting (no batch at hand: while headers were read" in lines[2]
+    assert lines[2].endswith("; the workers were idle 100% of the time: 1 image cannot keep 1 slot busy")
     assert lines[3].startswith("1 image was read and compared with their digests, 0 could not be")
     assert "nothing to do" not in "".join(lines)
-    assert describe_bottleneck("read") == "read"
+    many = Summary("r", outcome="complete", n_done=1000, slots=2, compute_s=2.0, slot_s=4.0)
+    assert "idle 100% of the time: they waited for headers, for the last batches, " in describe(many, "s.zarr")
+    assert describe_bottleneck("read", {"read": 0.5}) == "most of the workers' time went into reading (50%)"
 
 
 def test_a_run_that_ends_with_3_says_why():
