@@ -1,4 +1,4 @@
-"""Bytes of an image file to its size and its pixels; the only home of Pillow.
+"""Bytes of an image file to its size and its pixels; with `pixels`, the home of Pillow.
 
 Every rule is a row of the table in ``docs/decoding.md``.
 """
@@ -45,6 +45,7 @@ from pipeline.source.header_limits import (
     n_scans,
 )
 from pipeline.source.jpeg import check_scans, load_jpeg, without_filling
+from pipeline.source.pixels import BAND_ROWS, flatten, mend_colour_key, orientation_of, raw_mode, to_array, turn_of
 from pipeline.source.png import load_png, open_png
 from pipeline.source.tiff import check_tiff
 from pipeline.source.tiff_data import unpack
@@ -59,23 +60,14 @@ Image.preinit()  # registers BMP, GIF, JPEG, PNG and PPM; without this the first
 Image.MAX_IMAGE_PIXELS = None  # `DecodeSpec.pixel_limit` decides, before anything large is allocated
 # Texts are of no use here, and 64 MiB of them fit into a file of 64 kB.
 PngImagePlugin.MAX_TEXT_MEMORY = 4 * PngImagePlugin.MAX_TEXT_CHUNK
-# Grey of 16 bits whose white is zero, big-endian: `_scale_grey` inverts it, as it does for the other order.
-TiffImagePlugin.OPEN_INFO[(b"MM", 0, (1,), 1, (16,), ())] = ("I;16B", "I;16B")
 AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # a worker thread is one core's work; by default every image starts a thread per core
 # Remarks on odd files ("Corrupt EXIF data ...") are no use among millions of images: what matters becomes an ImageError.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 logging.getLogger("PIL").setLevel(logging.CRITICAL)
 
 PLAIN_PIXEL_BYTES = 8  # that decoding takes for a pixel that is grey or RGB, of which Pillow takes 4 for RGB
-BAND_ROWS = 64
-_ORIENTATION = 0x0112
 _FRAMES = {bytes([marker]) for marker in range(0xC0, 0xD0)} - {b"\xc4", b"\xc8", b"\xcc"}  # of a JPEG; the others are tables
-_PHOTOMETRIC, _BITS_PER_SAMPLE, _IMAGE_WIDTH, _IMAGE_LENGTH = 262, 258, 256, 257
-_TURN = Image.Transpose
-_TURNS = {2: _TURN.FLIP_LEFT_RIGHT, 3: _TURN.ROTATE_180, 4: _TURN.FLIP_TOP_BOTTOM, 5: _TURN.TRANSPOSE}
-_TURNS |= {6: _TURN.ROTATE_270, 7: _TURN.TRANSVERSE, 8: _TURN.ROTATE_90}
-_UNDO = _TURNS | {6: _TURN.ROTATE_90, 8: _TURN.ROTATE_270}
-_EXIF_KEYS = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")
+_IMAGE_WIDTH, _IMAGE_LENGTH = 256, 257
 _TILE_WIDTH, _TILE_LENGTH = 322, 323
 _JPEG_SCANS = 500  # as libjpeg-turbo's own fuzzers: an empty scan of 14 bytes costs as much time as one with data
 _PLAIN_COMMENTS = 10_000  # Pillow copies up to a megabyte for each
@@ -182,7 +174,7 @@ def decode(data: bytes, spec: DecodeSpec, *, partial: bool = False) -> np.ndarra
         is_jpeg = isinstance(image, JpegImagePlugin.JpegImageFile)
         if not partial:
             data = _check_data(image, data)
-        turn = _turn(image, orientation, spec)
+        turn = turn_of(image, orientation, spec)
         pixels = None
         if image.info.get("compression") in _ENDED and not partial:
             pixels = unpack(data)
@@ -191,7 +183,7 @@ def decode(data: bytes, spec: DecodeSpec, *, partial: bool = False) -> np.ndarra
         if pixels is not None and _is_wanted(pixels, image, orientation, spec):
             pixels.flags.writeable = False
             return pixels
-        _mend_colour_key(image)
+        mend_colour_key(image)
         if isinstance(image, PngImagePlugin.PngImageFile) and not partial:
             is_as_wanted = turn is None and spec.resize is None and image.mode == ("RGB" if spec.color == "rgb" else "L")
             load_png(image, keep_spare_row=is_as_wanted and image.height > BAND_ROWS)
@@ -201,9 +193,9 @@ def decode(data: bytes, spec: DecodeSpec, *, partial: bool = False) -> np.ndarra
             image.load()
         if image.mode == "P" and not partial:
             check_indices(image)
-        flat = _flatten(image, spec.background)
+        flat = flatten(image, spec.background)
         turned = flat if turn is None else flat.transpose(turn)
-        return _to_array(turned, spec)
+        return to_array(turned, spec)
 
 
 def _decode_fast(data: bytes) -> np.ndarray | None:
@@ -336,16 +328,12 @@ def _open(stream: HeaderStream, spec: DecodeSpec) -> tuple[Image.Image, int]:
     check_bitmap(image, head)
     if image.mode == "F" or (image.mode == "I" and image.format != "PPM"):
         raise ImageError("unsupported_mode", f"{image.format} of mode {image.mode}: integers or floats without a known range")
-    if isinstance(image, PngImagePlugin.PngImageFile) and "transparency" in image.info and _raw_mode(image) == "RGB;16B":
+    if isinstance(image, PngImagePlugin.PngImageFile) and "transparency" in image.info and raw_mode(image) == "RGB;16B":
         raise ImageError(
             "unsupported_mode",
             "a PNG of 16-bit RGB with a transparent colour, of which Pillow drops the low bits; save it with alpha",
         )
-    return image, _orientation(image)
-
-
-def _raw_mode(image: PngImagePlugin.PngImageFile) -> Any:
-    return image.tile[0].args if image.tile else None
+    return image, orientation_of(image)
 
 
 def _check_cost(image: Image.Image, data: bytes) -> None:
@@ -376,28 +364,6 @@ def _explain_unidentified(head: bytes, spec: DecodeSpec) -> str:
     return f"the content begins like {likely}, but its header cannot be read: cut short, damaged, or of a kind that Pillow does not read"
 
 
-def _orientation(image: Image.Image) -> int:
-    """EXIF orientation, 1 to 8, as Pillow finds it in what precedes the pixels; damaged EXIF counts as none."""
-    if image.format == "AVIF":  # whose own boxes alone turn it
-        image.info.pop("xmp", None)
-    if not isinstance(image, TiffImagePlugin.TiffImageFile) and image.info.keys().isdisjoint(_EXIF_KEYS):
-        return 1
-    try:
-        value = Image.Image.getexif(image).get(_ORIENTATION)  # PngImageFile.getexif would decode the pixels
-    except MemoryError:
-        raise
-    except Exception:  # noqa: BLE001 (damaged EXIF raises anything)
-        return 1
-    return value if value in _TURNS else 1
-
-
-def _turn(image: Image.Image, orientation: int, spec: DecodeSpec) -> Image.Transpose | None:
-    """Return what to do after loading; Pillow turns a TIFF, and only a TIFF, while it loads it."""
-    if isinstance(image, TiffImagePlugin.TiffImageFile):
-        return None if spec.exif_orientation else _UNDO.get(orientation)
-    return _TURNS.get(orientation) if spec.exif_orientation else None
-
-
 def _measure(image: Image.Image, orientation: int, spec: DecodeSpec, file_bytes: int) -> ImageSize:
     """Sizes before and after ``resize``, which has a limit too, and the memory that decoding takes."""
     width, height = image.size
@@ -413,7 +379,7 @@ def _measure(image: Image.Image, orientation: int, spec: DecodeSpec, file_bytes:
     check_pixels("the resized image has", input_height, input_width, spec.pixel_limit)
     # A tall sliver: Pillow resizes the rows first, into a buffer as high as the image and as wide as the result.
     check_pixels("resizing needs", height, input_width, max(spec.pixel_limit, DEFAULT_PIXEL_LIMIT))
-    is_plain = image.mode in {"L", "RGB"} and not image.has_transparency_data and _turn(image, orientation, spec) is None
+    is_plain = image.mode in {"L", "RGB"} and not image.has_transparency_data and turn_of(image, orientation, spec) is None
     pixel_bytes = (7 if image.mode == "RGB" else PLAIN_PIXEL_BYTES) if is_plain else _OTHER_BYTES
     if image.format in {"WEBP", "AVIF"} or image.mode == "I":
         pixel_bytes = _CODEC_BYTES
@@ -422,59 +388,3 @@ def _measure(image: Image.Image, orientation: int, spec: DecodeSpec, file_bytes:
     pixels = height * width + tile_pixels
     decode_bytes = _DECODE_BASE_BYTES + 3 * file_bytes + pixel_bytes * pixels + resize_bytes + band_bytes
     return ImageSize(height, width, input_height, input_width, decode_bytes)
-
-
-def _mend_colour_key(image: Image.Image) -> None:
-    """Bring the colour key of a PNG from the file's depth to the 8 bits of the pixels, which Pillow omits."""
-    key: Any = image.info.get("transparency")
-    if key is None or not isinstance(image, PngImagePlugin.PngImageFile):
-        return
-    raw_mode = _raw_mode(image)
-    if raw_mode in {"L;2", "L;4"}:
-        image.info["transparency"] = key * (85 if raw_mode == "L;2" else 17)
-
-
-def _flatten(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
-    """Mode L or RGB, without transparency."""
-    if image.mode.startswith("I"):
-        image = _scale_grey(image)
-    elif image.mode == "La":
-        image = image.convert("LA")
-    if image.has_transparency_data:
-        canvas = Image.new("RGBA", image.size, (*background, 255))
-        return Image.alpha_composite(canvas, image.convert("RGBA")).convert("RGB")
-    if image.mode in {"L", "RGB"}:
-        return image
-    return image.convert("L" if image.mode == "1" else "RGB")
-
-
-def _scale_grey(image: Image.Image) -> Image.Image:
-    """16-bit (12-bit TIFF) grey to mode L, or LA with a colour key, over the full range and never clipped."""
-    tags: Any = getattr(image, "tag_v2", {})
-    white = 4095 if tags.get(_BITS_PER_SAMPLE) == (12,) else 65535
-    levels = ((np.arange(white + 1) * 255 + white // 2) // white).astype(np.uint8)
-    if tags.get(_PHOTOMETRIC) == 0:  # white is zero, which Pillow minds at 8 bits only
-        levels = levels[::-1]
-    values = np.asarray(image)
-    grey = Image.fromarray(levels[values])
-    key = image.info.get("transparency")
-    if key is None:
-        return grey
-    alpha = Image.fromarray(np.where(values == key, 0, 255).astype(np.uint8))
-    return Image.merge("LA", (grey, alpha))
-
-
-def _to_array(image: Image.Image, spec: DecodeSpec) -> np.ndarray:
-    """Mode L or RGB to ``(height, width, channel)``."""
-    mode = "RGB" if spec.color == "rgb" else "L"
-    if image.mode != mode:
-        image = image.convert(mode)
-    if spec.resize:
-        height, width = spec.resize
-        image = image.resize((width, height), Image.Resampling[spec.resize_filter.upper()])
-    pixels = np.empty((image.height, image.width, len(image.getbands())), np.uint8)
-    for top in range(0, image.height, BAND_ROWS):  # Pillow copies twice what it gives away
-        band = pixels[top : top + BAND_ROWS]
-        band[...] = np.asarray(image.crop((0, top, image.width, top + len(band)))).reshape(band.shape)
-    pixels.flags.writeable = False
-    return pixels
