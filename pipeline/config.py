@@ -20,6 +20,18 @@ Activation = Literal["sigmoid", "tanh", "relu", "none"]
 Dtype = Literal["float32", "float16", "uint16", "uint8"]
 ResizeFilter = Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"]
 ImageFormat = Literal["AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP"]
+"""As Pillow names them."""
+IMAGE_SUFFIXES: dict[ImageFormat, str] = {
+    "AVIF": ".avif",
+    "BMP": ".bmp .dib",
+    "GIF": ".gif",
+    "JPEG": ".jpg .jpeg .jpe .jfif",
+    "PNG": ".png",
+    "PPM": ".ppm .pgm .pbm .pnm",
+    "TIFF": ".tif .tiff",
+    "WEBP": ".webp",
+}
+"""Suffixes of the files that count as images in a folder; the content decides how a file is decoded."""
 
 Positive = Annotated[int, Field(gt=0)]
 Byte = Annotated[int, Field(ge=0, le=255)]

@@ -26,6 +26,7 @@ from operator import attrgetter
 from tempfile import NamedTemporaryFile
 from typing import TYPE_CHECKING
 
+from pipeline.config import IMAGE_SUFFIXES
 from pipeline.errors import UsageError
 from pipeline.patterns import Pattern, absolute, absolute_patterns, has_unknown_user, is_pattern, what_to_type
 from pipeline.source.fingerprints import Listing, clamp_time
@@ -44,9 +45,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-SUFFIXES = frozenset(
-    ".jpg .jpeg .jpe .jfif .png .tif .tiff .webp .bmp .dib .gif .ppm .pgm .pbm .pnm .avif".split()  # noqa: SIM905 (reads better)
-)
+SUFFIXES = frozenset(" ".join(IMAGE_SUFFIXES.values()).split())
 """Lower-case suffixes of the files in a folder that count as images."""
 
 
