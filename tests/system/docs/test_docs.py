@@ -176,15 +176,14 @@ def public_names() -> set[str]:
     }
     failures = {name for name, value in vars(errors).items() if isinstance(value, type)}
     return {
-        *(f"pipeline.{name}" for name in set(pipeline.__all__) - {"__version__"}),
+        *(f"pipeline.{name}" for name in set(pipeline.__all__) - {"__version__", "errors", "figures"}),
         *(f"pipeline.analysis.feature_store.FeatureStore.{name}" for name in members),
         *(
             f"pipeline.report.figures.{name}"
             for name in drawing
             if getattr(figures, name).__module__ == "pipeline.report.figures"
         ),
-        "pipeline.report.page.write_report",
-        *(f"pipeline.config.{name}" for name in classes),
+        *(f"pipeline.config.{name}" for name in classes - {"Job"}),
         *(f"pipeline.errors.{name}" for name in failures),
     }
 
