@@ -40,7 +40,6 @@ class Store:
 
     def __init__(self, path: Place, *, durable: bool = False) -> None:
         self.path = path
-        self.durable = durable
         self.spec = read_spec(path)
         self._ledger = Ledger(path, self.spec.layers, durable=durable)
         self.classes: dict[Size, ShapeClass] = {}
@@ -87,6 +86,15 @@ class Store:
         return receipt_ids(self.path)
 
     # -- the driver's writing ----------------------------------------------------------------------------------------------------
+
+    @property
+    def durable(self) -> bool:
+        """Whether what is written is on the disk before anything follows that relies on it."""
+        return self._ledger.durable
+
+    @durable.setter
+    def durable(self, durable: bool) -> None:
+        self._ledger.durable = durable
 
     @property
     def fence(self) -> Callable[[], None]:
