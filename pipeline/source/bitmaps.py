@@ -103,7 +103,7 @@ def _check_comments(image: Any, codec: str) -> None:
     text = data if codec == "ppm_plain" and image.mode != "1" else data[: image.tile[0].offset]
     if data[1:2] not in b"123456f":
         raise ImageError("unsupported_mode", f"PNM of kind {data[:2]!r}, which only Pillow knows; save it as PNG")
-    if b"#" in text and re.search(rb"[^\s#]#", re.sub(rb"#[^\r\n]*", b"#", text)):
+    if any(not text[found.start() - 1 : found.start()].isspace() for found in re.finditer(rb"#[^\r\n]*", text)):
         raise ImageError("unsupported_mode", "PNM with a comment directly behind a number; put a space between them")
 
 
