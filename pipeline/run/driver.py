@@ -98,8 +98,7 @@ class Driver:
                 self._send()
                 if not len(self.flight):
                     break
-                for sent in self.flight.finished(commit.left_s):  # no future is kept: a lost result would be computed again
-                    self._take(sent)
+                self._take_finished(commit.left_s)
                 if self.ending.is_lost or self.client.status != "running":
                     self.ending.fail(scheduler_lost(None))
                     break
@@ -117,6 +116,11 @@ class Driver:
         finally:
             self.flight.cancel()
             self.summary.count_time(time.monotonic() - started)
+
+    def _take_finished(self, timeout_s: float) -> None:
+        """Take up what has come back, and keep no future of it: a result that is wanted and lost would be computed again."""
+        for sent in self.flight.finished(timeout_s):
+            self._take(sent)
 
     def _send(self) -> None:
         """Send what may be sent; while a crash is looked into, nothing else."""

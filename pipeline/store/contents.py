@@ -36,9 +36,10 @@ class BadImage(NamedTuple):
 
 
 def count_class(store: Store, name: str) -> dict[Status, int]:
-    """Rows of each status of a class, of those that there are."""
+    """Rows of each status of a class, of those that there are; a damaged value is no status, and `verify` finds it."""
     values, numbers = np.unique(store.column(name, "status"), return_counts=True)
-    return {Status(value): number for value, number in zip(values.tolist(), numbers.tolist(), strict=True)}
+    known = {status.value for status in Status}
+    return {Status(value): n for value, n in zip(values.tolist(), numbers.tolist(), strict=True) if value in known}
 
 
 def count_statuses(store: Store) -> dict[str, int]:

@@ -36,3 +36,8 @@ def test_a_class_is_counted_by_what_there_is(store):
 
 def test_statuses_are_counted_over_all_classes_and_only_live_entries_are_rejected(store):
     assert count_statuses(store) == {"pending": 1, "done": 2, "quarantined": 1, "superseded": 1, "removed": 1, "rejected": 2}
+
+
+def test_a_damaged_status_is_not_counted(store):
+    store.column = lambda group, name: np.array([Status.DONE, 200], np.uint8)
+    assert count_class(store, "30x40") == {Status.DONE: 1}
