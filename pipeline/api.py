@@ -1,4 +1,4 @@
-"""What a program of yours calls: a job, its run, and what a store says. `import pipeline` gives the same names."""
+"""A run as a program of yours starts it: on a client of its own or on the job's cluster, and drained by a Ctrl-C."""
 
 from __future__ import annotations
 

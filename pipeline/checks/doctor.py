@@ -62,7 +62,7 @@ def diagnose(
     start : bool
         Start the cluster and look at its workers; without it a cluster is only asked what it answers as it is.
     stop, on_wait
-        As of `cluster.connect`: what ends the waiting for workers, and what is called meanwhile.
+        Same as for `cluster.connect`: what ends the waiting for workers, and what is called meanwhile.
     """
     wanted = place(store) if store is not None else place(job.store) if job is not None else None
     name = cluster or (job.cluster if job is not None else None)

@@ -37,7 +37,7 @@ def started(
     store : Place, optional
         Where a store is or will be, which all workers have to reach.
     stop, on_wait
-        As of `cluster.connect`.
+        Same as for `cluster.connect`.
     """
     what = "scheduler" if spec.runs_already else "starting"
     spec = spec.waiting_at_most(MAX_WAIT_S)

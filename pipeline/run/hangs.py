@@ -29,7 +29,7 @@ class Stall(NamedTuple):
     worker: str
     key: str
     what: str
-    """An image's path, or `activity.STORE`."""
+    """An image's path, or `current.STORE`."""
     since_s: float
 
 

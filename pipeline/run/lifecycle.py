@@ -44,7 +44,7 @@ def run_job(
     on_progress: Callable[[Progress], None] | None = None,
     stop: threading.Event | None = None,
 ) -> Summary:
-    """Bring a store up to date with its source: the first run, a resumed one and tonight's are the same call.
+    """Bring a store up to date with its source. `api.run_job` says what it returns and raises; a Ctrl-C is not handled here.
 
     Parameters
     ----------
@@ -52,24 +52,8 @@ def run_job(
     connect : callable
         Called only if there is work, with ``stop`` and with what takes words about the workers that are waited for; returns a
         context manager that yields a ``distributed.Client``.
-    on_progress : callable, optional
-        Called about every second with the `Progress`.
-    stop : threading.Event, optional
-        Once set, the run finishes what is in flight, commits it and ends as ``stopped``.
-
-    Returns
-    -------
-    Summary
-        Also left in the store as the run's receipt.
-
-    Raises
-    ------
-    UsageError
-        When source, settings or store do not fit; nothing was started.
-    StoreBusyError
-        When another run holds the store.
-    FeaturemapsError
-        When the run had to end early; what was committed stands and the same call goes on from there.
+    on_progress, stop
+        Same as for `api.run_job`.
     """
     path = place(job.store).absolute()
     progress = Progress()

@@ -41,7 +41,7 @@ class Target:
     extractor: str
     """Name of the `ExtractorPlugin`; runs of different stores may share a cluster."""
     durable: bool = False
-    """As of `store.Store`."""
+    """Same as `Store.durable`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,9 +74,9 @@ class PieceResult:
     pooled: dict[str, Array] = field(default_factory=dict)
     """Per layer (n, statistic, channel) float32, statistics in the order of `STATISTICS`; none where nothing was computed."""
     kept: tuple[int, ...] = ()
-    """As of the piece."""
+    """Same as `WorkPiece.kept`."""
     paths: tuple[str, ...] = ()
-    """As of the piece; the driver, which knows them, fills them in."""
+    """Same as `WorkPiece.paths`; the driver fills them in."""
 
 
 @dataclass(slots=True)
@@ -114,7 +114,7 @@ class Extracted:
     result: BatchResult
 
     def __sizeof__(self) -> int:
-        """As of `Decoded`."""
+        """Bytes of the arrays, as for `Decoded`."""
         return sum(block.nbytes for piece in self.blocks for block in piece.values())
 
 

@@ -22,7 +22,7 @@ class Stream(Protocol):
     """What is needed of a file."""
 
     def read(self, size: int = -1, /) -> bytes:
-        """As of a binary file."""
+        """Same as for a binary file."""
 
     def seek(self, offset: int, /) -> Any:
         """As of a binary file."""

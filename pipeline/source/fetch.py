@@ -59,7 +59,7 @@ class Probed(NamedTuple):
     fault: str = ""
     decode_bytes: int = 0
     dropped: tuple[str, ...] = ()
-    """As of `decode.ImageSize`."""
+    """Same as `ImageSize.dropped`."""
 
 
 class Patience:

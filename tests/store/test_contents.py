@@ -67,3 +67,7 @@ def test_no_more_columns_are_read_than_the_list_needs():
 
 def test_codes_are_stable_words():
     assert [code_of(text) for text in ("too_small: 4 x 4", "no code", "<b>x: y", "", "A B: c")] == ["too_small", *["other"] * 4]
+
+
+def test_a_damaged_status_is_not_counted():
+    assert count_class(store(a=[DONE, (200, "")]), "a") == {1: 1}

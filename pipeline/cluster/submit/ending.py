@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing
 import os
 import resource
-import signal
 import subprocess
 import sys
 import tempfile
@@ -17,6 +15,7 @@ from pipeline.cluster import batch_commands
 from pipeline.cluster.submit.clock import Clock
 from pipeline.cluster.submit.script import Order, report_page
 from pipeline.errors import EXIT_FAILED
+from pipeline.run.bounded import bounded_process
 from pipeline.run.summary import Summary
 
 PAGE_S = 300.0
@@ -74,30 +73,15 @@ def _write_page(order: Order, clock: Clock, report: Callable[[Any], None]) -> No
 def _run_apart(command: list[str], *, limit_s: float, n_bytes: int, n_threads: int) -> None:
     """Run a command in a session of its own, with bounds for its time and for the data of each of its processes.
 
-    Once the time is over the session is killed and not waited for, since what waits for a file system that hangs cannot be ended.
-
     Raises
     ------
     subprocess.SubprocessError
         When it took too long, or failed; with what it said.
     """
-    threads = {"OMP_NUM_THREADS": str(n_threads), "OPENBLAS_NUM_THREADS": str(n_threads), "MALLOC_ARENA_MAX": "2"}
+    limits = {resource.RLIMIT_DATA: n_bytes}
     with tempfile.TemporaryFile() as said:  # and no pipe, whose end might never come
-        process = subprocess.Popen(  # noqa: S603 (this program)
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=said,
-            start_new_session=True,
-            env=os.environ | threads,
-        )
-        with contextlib.suppress(ProcessLookupError):  # it is over already
-            resource.prlimit(process.pid, resource.RLIMIT_DATA, (n_bytes, n_bytes))
-        try:
+        with bounded_process(command, n_threads=n_threads, limits=limits, stderr=said) as process:
             code = process.wait(limit_s)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            raise
         if code:
             said.seek(0)
             raise subprocess.CalledProcessError(code, command, stderr=said.read()[-_SAID_BYTES:].decode(errors="replace"))
