@@ -209,7 +209,7 @@ def test_what_a_dead_run_left_is_deleted_first_and_an_error_deletes_too(operator
 def test_a_cluster_without_the_operator_is_said_so(operator, monkeypatch):
     operator.has_operator = False
     expected = r"did not start the Dask cluster x in namespace default \(TimeoutError: .*: nothing was computed, .*helm install"
-    with pytest.raises(FeaturemapsError, match=expected), connect(spec(start_timeout_s=10.0), name="x"):
+    with pytest.raises(FeaturemapsError, match=expected), connect(spec(start_timeout_s=1.0), name="x"):
         pass
     assert not operator.objects["daskclusters"]
 
@@ -217,7 +217,7 @@ def test_a_cluster_without_the_operator_is_said_so(operator, monkeypatch):
 def test_pods_that_find_no_room_are_explained_by_kubernetes_itself(operator):
     operator.has_room = False
     expected = r"scheduler was not there within 10 s; scheduler: Unschedulable: 0/3 nodes are available"
-    with pytest.raises(FeaturemapsError, match=expected), connect(spec(start_timeout_s=1.0), name="x"):
+    with pytest.raises(FeaturemapsError, match=expected), connect(spec(start_timeout_s=10.0), name="x"):
         pass
 
 
