@@ -24,7 +24,8 @@ from torch.nn.functional import conv2d
 from benchmarks.images import FOLDER, machine, make
 from benchmarks.main_job import fresh
 from pipeline.config import make_job
-from pipeline.extract.gpu import DeviceExtractor, n_gpus
+from pipeline.extract.devices import n_gpus
+from pipeline.extract.gpu import DeviceExtractor
 from pipeline.extract.keeping import quantise
 from pipeline.extract.weights import load_weights
 from pipeline.store.settings import multiply_adds, store_spec

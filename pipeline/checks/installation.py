@@ -12,7 +12,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 from pipeline.checks.finding import Finding
-from pipeline.extract import kernel
+from pipeline.extract import devices, kernel
 from pipeline.run.worker_versions import PACKAGES
 
 EXTRAS = {
@@ -76,15 +76,13 @@ def compiled_kernel() -> Iterator[Finding]:
         yield Finding("ok", "first layer", f"compiled, {name}")
 
 
-def gpus(devices: Path = Path("/dev")) -> Iterator[Finding]:
+def gpus(device_files: Path = Path("/dev")) -> Iterator[Finding]:
     """Device files of NVIDIA's driver, and what torch sees of them."""
-    n_devices = len(list(devices.glob("nvidia[0-9]*")))
+    n_devices = len(list(device_files.glob("nvidia[0-9]*")))
     if not n_devices:
         yield Finding("ok", "GPUs", "no device files of NVIDIA's driver: processors compute")
         return
-    from pipeline.extract.gpu import n_gpus  # noqa: PLC0415 (torch only where there may be a GPU)
-
-    n, named = n_gpus(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    n, named = devices.n_gpus(), os.environ.get("CUDA_VISIBLE_DEVICES")
     found = f"{n_devices} device files, and torch {_version('torch')} sees {n}"
     if n >= n_devices:
         yield Finding("ok", "GPUs", found)

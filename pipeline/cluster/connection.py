@@ -10,8 +10,9 @@ from typing import Any
 
 from pipeline.config import Job
 from pipeline.errors import UsageError
-from pipeline.run.plan.memory import WORKER_BASE_BYTES, wanted_limit_bytes
+from pipeline.run.plan.memory import base_bytes, wanted_limit_bytes
 from pipeline.store.objects import place
+from pipeline.store.settings import is_compiled
 from pipeline.store.store import is_store
 
 
@@ -56,10 +57,12 @@ def check_cluster(job: Job, cluster_file: Path) -> None:
     """
     if job.cluster is None:
         limit = job.memory_limit_bytes
-        if limit is not None and limit < wanted_limit_bytes(WORKER_BASE_BYTES):
+        has_torch = bool(job.gpus) or not is_compiled(job.extractor, job.dtype, job.decode.channels)
+        needed = wanted_limit_bytes(base_bytes(has_torch=has_torch))
+        if limit is not None and limit < needed:
             raise UsageError(
                 f"workers have a limit of {limit / 2**20:.0f} MiB each, and they need "
-                f"{wanted_limit_bytes(WORKER_BASE_BYTES) / 2**20:.0f} MiB before they hold an image: they would be paused or killed "
+                f"{needed / 2**20:.0f} MiB before they hold an image: they would be paused or killed "
                 "as they start, so nothing was started; give a larger --memory-limit, or none"
             )
         if job.gpus:

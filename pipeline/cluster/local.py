@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import psutil
 
 from pipeline.errors import UsageError
+from pipeline.extract import devices
 
 
 def local_workers(wanted: int | None) -> int:
@@ -23,11 +23,7 @@ def local_gpus(wanted: int | None) -> int:
     UsageError
         When there are fewer than wanted.
     """
-    found = 0
-    if wanted or (wanted is None and any(Path("/dev").glob("nvidia[0-9]*"))):
-        from pipeline.extract.gpu import n_gpus  # noqa: PLC0415 (torch only where there may be a GPU)
-
-        found = n_gpus()
+    found = 0 if wanted == 0 else devices.n_gpus()
     if wanted is not None and wanted > found:
         raise UsageError(
             f"{wanted} GPUs were asked for, and this installation of torch sees {found}: nothing was started; use what "

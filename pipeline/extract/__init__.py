@@ -8,4 +8,4 @@ from __future__ import annotations
 from pipeline import lazily
 
 __all__ = ["best_extractor", "load_weights"]
-__getattr__ = lazily(__name__, {"best_extractor": "gpu", "load_weights": "weights"})
+__getattr__ = lazily(__name__, {"best_extractor": "choice", "load_weights": "weights"})

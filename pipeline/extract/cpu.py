@@ -9,25 +9,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, max_pool2d
 
-from pipeline.errors import ImageError
-from pipeline.extract import kernel
 from pipeline.extract.activations import ACTIVATIONS
-from pipeline.extract.keeping import Pooled, buffer, check_range, pool, quantise_into
-from pipeline.extract.layers import Array, block_shape, layer_names, output_sizes, padded_extent, receptive_field
-from pipeline.extract.quantise import StoredAs, StoredOutput, quantisation
+from pipeline.extract.compiled import CompiledExtractor
+from pipeline.extract.keeping import buffer, pool, quantise_into
+from pipeline.extract.layers import Array, block_shape, padded_extent
+from pipeline.extract.stack import AS_FLOAT32, Pooled, Stack, check_range
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
     from pipeline.config import Activation, ExtractorSpec, LayerSpec
+    from pipeline.extract.quantise import StoredOutput
 
 Precision = Literal["float32", "float64"]
 
 BAND_OUTPUTS = 1 << 19  # convolve about half a million outputs at a time: as fast, and scratch does not grow with the image
 BAND_VALUES = 1 << 18  # un-shuffle about 1 MiB at a time, which stays in a core's cache
 UNFOLDED_VALUES = 1 << 24  # 128 MiB in float64
-
-_AS_FLOAT32 = quantisation((0, 0), "float32")
 
 
 def use_one_thread() -> None:
@@ -162,20 +160,16 @@ class Extractor(nn.Module):
         device: str = "cpu",
     ) -> None:
         super().__init__()
-        self.spec, self.names = spec, layer_names(spec.layers)[: int(spec.output_names[-1].removeprefix("conv"))]
-        self.specs = spec.layers[: len(self.names)]  # what follows the last output is not computed
-        self.stored: dict[str, StoredAs] = {name: quantisation((0, 0), "float32") for name in spec.output_names}
-        self.stored |= {layer.name: layer for layer in stored}
+        self.compiled = CompiledExtractor(spec, weights, stored)
+        self.stack: Stack = self.compiled.stack
         dtype = torch.float64 if precision == "float64" else torch.float32
         tensors = {name: torch.from_numpy(np.array(values)).to(dtype) for name, values in weights.items()}
         self.layers = nn.ModuleList(
             Layer(layer, tensors[f"{name}_weight"], tensors[f"{name}_bias"], 1 / 256 if name == "conv1" else 1.0)
-            for name, layer in zip(self.names, self.specs, strict=True)
+            for name, layer in zip(self.stack.names, self.stack.layers, strict=True)
         )
-        self.channels = tensors["conv1_weight"].shape[1]
-        weight, bias = (np.array(weights[f"conv1_{part}"], np.float32, order="C") for part in ("weight", "bias"))
-        self.compiled = weight / np.float32(256), bias  # for pixels of 0 ... 255; exact, because it is a power of two
         self.dtype, self.device = dtype, torch.device(device)
+        self.is_plain = dtype == torch.float32 and self.device.type == "cpu"
         self.to(self.device)
         if self.device.type == "cuda":
             self.set_precision()
@@ -198,18 +192,17 @@ class Extractor(nn.Module):
         ImageError
             When the image is too small for the layers (code ``too_small``).
         """
-        return {name: maps.clone() for name, maps in self._maps(image, {}) if name in self.stored}
+        return {name: maps.clone() for name, maps in self._maps(image, {}) if name in self.stack.stored}
 
     @torch.inference_mode()
     def reference(self, image: Array) -> dict[str, Array]:
         """Compute the float64 maps (channel, y, x) of one uint8 image (y, x, channel), by torch's own convolution."""
         maps = self._plain(pixels(image), torch.float64)
-        return {name: values.cpu().numpy() for name, values in maps if name in self.stored}
+        return {name: values.cpu().numpy() for name, values in maps if name in self.stack.stored}
 
     def extract(self, image: Array) -> dict[str, Array]:
         """Compute the maps (channel, y, x) of one uint8 image (y, x, channel), as they are stored; see `extract_into`."""
-        shapes = self._shapes(*image.shape)
-        out = {name: np.empty(shapes[name], stored.dtype) for name, stored in self.stored.items()}
+        out = self.stack.empty(image)
         self.extract_into(image, out)
         return out
 
@@ -224,12 +217,11 @@ class Extractor(nn.Module):
 
     def version(self, size: tuple[int, int]) -> str:  # noqa: ARG002 (as of `DeviceExtractor`)
         """What computes the first layer of images of a size, for the receipt; see `kernel.version`."""
-        first = self.specs[0]
-        return kernel.version(self.channels, first.kernel[1]) if first.pool == (1, 1) else "torch"
+        return self.compiled.layer.version()
 
     def set_precision(self) -> None:
         """Set cuDNN's switches, which are those of the process: full float32 unless TF32 was asked for, and no choice by timing."""
-        torch.backends.cudnn.allow_tf32 = self.spec.tf32
+        torch.backends.cudnn.allow_tf32 = self.stack.spec.tf32
         torch.backends.cudnn.deterministic = True
 
     @torch.inference_mode()
@@ -255,82 +247,42 @@ class Extractor(nn.Module):
         FeaturemapsError
             When a map holds NaN, infinity or values beyond what its dtype was chosen for.
         """
-        self.check(image, out)
-        if len(self.layers) == 1:
-            only = out["conv1"] if "conv1" in out else buffer("maps0", *self._shapes(*image.shape)["conv1"]).numpy()
-            if self._is_compiled(only, self.stored["conv1"]):
-                pooled = {"conv1": self._first_layer(image, self.stored["conv1"], only)}
-                check_range("conv1", pooled["conv1"], self.stored["conv1"])
-                return pooled
-        direct = {name: torch.from_numpy(values) for name, values in out.items() if self.stored[name].dtype == "float32"}
+        if self.is_plain and self.compiled.is_enough:
+            return self.compiled.extract_into(image, out)
+        self.stack.check(image, out)
+        stored_as = self.stack.stored
+        direct = {name: torch.from_numpy(values) for name, values in out.items() if stored_as[name].dtype == "float32"}
         pooled = {}
         for name, values in self._maps(pixels(image), direct):
-            if name in self.stored:
+            if name in stored_as:
                 maps = values.float().cpu()  # themselves, where they are that
                 pooled[name] = Pooled(*pool(maps).numpy())
-                check_range(name, pooled[name], self.stored[name])
+                check_range(name, pooled[name], stored_as[name])
                 if name in out and maps is not direct.get(name):
-                    quantise_into(maps, self.stored[name], out[name])
+                    quantise_into(maps, stored_as[name], out[name])
         return pooled
 
     def _maps(self, image: Tensor, out: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """Layer after layer, its maps: in ``out``, or else only until the next is asked for."""
-        if self.dtype != torch.float32 or self.device.type != "cpu":
+        if not self.is_plain:
             yield from self._plain(image, self.dtype)
             return
         x = image.permute(2, 0, 1)  # (channel, y, x); 1/256 is in the weights
-        for i, (layer, (name, shape)) in enumerate(zip(self.layers, self._shapes(*image.shape).items(), strict=True)):
+        for i, (layer, (name, shape)) in enumerate(zip(self.layers, self.stack.shapes(*image.shape).items(), strict=True)):
             maps = out[name] if name in out else buffer(f"maps{i % 2}", *shape)  # the other one still holds its input
-            if i == 0 and image.dtype == torch.uint8 and self._is_compiled(maps.numpy(), _AS_FLOAT32):
-                self._first_layer(image.numpy(), _AS_FLOAT32, maps.numpy())
+            if i == 0 and image.dtype == torch.uint8 and maps.stride(2) == 1 and self.compiled.layer.can_store(AS_FLOAT32):
+                self.compiled.layer.compute(image.numpy(), AS_FLOAT32, maps.numpy())
                 x = maps
             else:
                 x = layer(x, maps)
             yield name, x
 
-    def _is_compiled(self, out: Array, stored: StoredAs) -> bool:
-        """Whether the first layer's maps can be put into ``out`` by compiled code."""
-        is_plain = self.dtype == torch.float32 and self.device.type == "cpu" and self.specs[0].pool == (1, 1)
-        return is_plain and out.strides[2] == out.itemsize and kernel.is_available(stored)
-
-    def _first_layer(self, image: Array, stored: StoredAs, out: Array) -> Pooled:
-        pixels = np.ascontiguousarray(image)
-        statistics = kernel.first_layer(pixels, *self.compiled, self.specs[0].activation, stored, out)
-        return Pooled(*statistics.astype(np.float32))
-
     def _plain(self, image: Tensor, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
         """Layer after layer, its maps, by torch's own convolution."""
         x = image.to(self.device, dtype).permute(2, 0, 1) / 256
-        for layer, name in zip(self.layers, self._shapes(*image.shape), strict=True):
+        for layer, name in zip(self.layers, self.stack.shapes(*image.shape), strict=True):
             x = layer(x)
             yield name, x
-
-    def _shapes(self, height: int, width: int, channels: int) -> dict[str, tuple[int, int, int]]:
-        """Shapes (filters, y, x) of all layers' maps, if there are any."""
-        if channels != self.channels:
-            raise ValueError(f"image has {channels} channels, but the weights are for {self.channels}; decode it in that colour")
-        sizes = output_sizes(self.specs, height, width)
-        if 0 in sizes[-1]:
-            field = receptive_field(self.specs)
-            raise ImageError(
-                "too_small",
-                f"{height} x {width} pixels leave no maps; at least {field.height} x {field.width} (height x width) do",
-            )
-        return {name: (layer.filters, *size) for name, layer, size in zip(self.names, self.specs, sizes, strict=True)}
-
-    def check(self, image: Array, out: Mapping[str, Array]) -> None:
-        """Refuse what would be computed or stored wrongly in silence."""
-        if image.dtype != np.uint8:
-            raise ValueError(f"image is of type {image.dtype}, but pixels are uint8; decode it first")
-        shapes = self._shapes(*image.shape)
-        for name, values in out.items():
-            if name not in self.stored:
-                raise ValueError(f"{name} is not an output of this extractor; its outputs are {list(self.stored)}")
-            if (values.shape, values.dtype) != (shapes[name], self.stored[name].dtype):
-                raise ValueError(
-                    f"destination of {name} is {values.shape} {values.dtype}, but the maps of this image are {shapes[name]} "
-                    f"{self.stored[name].dtype}; crop the row to their extent"
-                )
 
 
 def pixels(image: Array) -> Tensor:

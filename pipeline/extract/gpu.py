@@ -17,9 +17,10 @@ from torch import Tensor
 from pipeline.errors import FeaturemapsError
 from pipeline.extract.cpu import Extractor, pixels
 from pipeline.extract.gpu_sizes import GPU_STAGES, gpu_batch
-from pipeline.extract.keeping import Pooled, check_range, pool, quantise
+from pipeline.extract.keeping import pool, quantise
 from pipeline.extract.layers import Array, layer_names, output_sizes
 from pipeline.extract.quantise import DTYPES
+from pipeline.extract.stack import Pooled, check_range
 
 if TYPE_CHECKING:
     from pipeline.config import ExtractorSpec
@@ -34,29 +35,9 @@ _launching = threading.Lock()  # the switches of cuDNN are those of the process,
 Item = tuple[Array, Mapping[str, Array]]
 
 
-def n_gpus() -> int:
-    """GPUs that this process may use and that this installation of torch can."""
+def n_cuda_gpus() -> int:
+    """GPUs that this installation of torch sees."""
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
-
-
-def best_extractor(
-    spec: ExtractorSpec, weights: Mapping[str, Array], stored: Iterable[StoredOutput], worker: int, threads: int
-) -> Extractor | DeviceExtractor:
-    """The extractor of a worker: on one of the GPUs that it sees, else on the CPU.
-
-    Parameters
-    ----------
-    spec, weights, stored
-        As for `Extractor`.
-    worker : int
-        Number of the worker on its machine, or any other: workers that see several GPUs share them by it.
-    threads : int
-        Threads that extract at once.
-    """
-    n = n_gpus()
-    if not n:
-        return Extractor(spec, weights, stored)
-    return DeviceExtractor(spec, weights, stored, device=f"cuda:{worker % n}", threads=threads)
 
 
 class DeviceExtractor:
@@ -112,10 +93,11 @@ class DeviceExtractor:
 
     def _image_bytes(self, height: int, width: int) -> int:
         """Memory of the device that one image of a batch takes."""
-        layers = self.extractor.specs
+        layers = self.extractor.stack.layers
         sizes = output_sizes(layers, height, width)
         before = [spec.filters * math.prod(spec.pool) * h * w for spec, (h, w) in zip(layers, sizes, strict=True)]
-        return height * width * self.extractor.channels * 5 + 4 * _FLOAT_COPIES * max(before)
+        n_pixels: int = height * width * self.extractor.stack.channels
+        return n_pixels * 5 + 4 * _FLOAT_COPIES * max(before)
 
     def extract_each(self, size: tuple[int, int], items: Iterable[Item]) -> Iterator[dict[str, Pooled]]:
         """Compute the maps of one image after another and store them; thread-safe.
@@ -194,17 +176,18 @@ class _Stage:
 
     def __init__(self, extractor: Extractor, size: tuple[int, int], n: int) -> None:
         self.extractor, self.size, self.key = extractor, size, (size, n)
+        stack = extractor.stack
         self.is_gpu = extractor.device.type == "cuda"
-        sizes = dict(zip(extractor.names, zip(extractor.specs, output_sizes(extractor.specs, *size), strict=True), strict=True))
-        self.pixels = torch.zeros((n, *size, extractor.channels), dtype=torch.uint8, pin_memory=self.is_gpu)
+        sizes = dict(zip(stack.names, zip(stack.layers, output_sizes(stack.layers, *size), strict=True), strict=True))
+        self.pixels = torch.zeros((n, *size, stack.channels), dtype=torch.uint8, pin_memory=self.is_gpu)
         self.maps = {
             name: torch.empty(
                 (n, sizes[name][0].filters, *sizes[name][1]), dtype=_TRANSPORT[stored.dtype], pin_memory=self.is_gpu
             )
-            for name, stored in extractor.stored.items()
-            if name in extractor.spec.map_names
+            for name, stored in stack.stored.items()
+            if name in stack.spec.map_names
         }
-        self.statistics = {name: torch.empty((n, 4, sizes[name][0].filters), pin_memory=self.is_gpu) for name in extractor.stored}
+        self.statistics = {name: torch.empty((n, 4, sizes[name][0].filters), pin_memory=self.is_gpu) for name in stack.stored}
         self.stream = torch.cuda.Stream(extractor.device) if self.is_gpu else None  # type: ignore[no-untyped-call]
         self.items: list[Item] = []
 
@@ -213,19 +196,19 @@ class _Stage:
         """Queue the copies and the computation of some images; nothing is waited for."""
         self.items = items
         for i, (image, out) in enumerate(items):
-            self.extractor.check(image, out)
+            self.extractor.stack.check(image, out)
             height, width = image.shape[:2]
             self.pixels[i, :height, :width] = pixels(image)
             self.pixels[i, height:] = 0  # valid outputs do not need it, but some algorithms let it touch their last bits
             self.pixels[i, :height, width:] = 0
         with self._running():
             x = self.pixels.to(self.extractor.device, non_blocking=True).permute(0, 3, 1, 2).float() / 256
-            for name, layer in zip(self.extractor.names, self.extractor.layers, strict=True):
+            for name, layer in zip(self.extractor.stack.names, self.extractor.layers, strict=True):
                 x = layer(x)
                 if name in self.statistics:
                     self._measure(name, x)
                 if name in self.maps:
-                    self.maps[name].copy_(_storable(quantise(x, self.extractor.stored[name])), non_blocking=True)
+                    self.maps[name].copy_(_storable(quantise(x, self.extractor.stack.stored[name])), non_blocking=True)
 
     @contextmanager
     def _running(self) -> Iterator[None]:
@@ -242,8 +225,8 @@ class _Stage:
         if all(image.shape[:2] == self.size for image, _ in self.items):
             found = pool(maps).transpose(0, 1).contiguous()
         else:
-            at = layer_names(self.extractor.specs).index(name)
-            extents = (output_sizes(self.extractor.specs, *image.shape[:2])[at] for image, _ in self.items)
+            at = layer_names(self.extractor.stack.layers).index(name)
+            extents = (output_sizes(self.extractor.stack.layers, *image.shape[:2])[at] for image, _ in self.items)
             found = torch.stack([pool(maps[i, :, :height, :width]) for i, (height, width) in enumerate(extents)])
         self.statistics[name][: len(found)].copy_(found, non_blocking=True)
 
@@ -253,11 +236,11 @@ class _Stage:
             self.stream.synchronize()
         for i, (_, out) in enumerate(self.items):
             pooled: dict[str, Pooled] = {}
-            for name, stored in self.extractor.stored.items():
+            for name, stored in self.extractor.stack.stored.items():
                 pooled[name] = Pooled(*self.statistics[name][i].numpy().copy())
                 check_range(name, pooled[name], stored)
             for name, values in out.items():
-                stored = self.extractor.stored[name]
+                stored = self.extractor.stack.stored[name]
                 _, height, width = values.shape
                 values[...] = self.maps[name][i].numpy().view(np.dtype(stored.dtype))[:, :height, :width]
             yield pooled

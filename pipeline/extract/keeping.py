@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import math
 import threading
-from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.errors import FeaturemapsError
 from pipeline.extract.layers import Array
-from pipeline.extract.quantise import INTEGER_MAX, StoredAs, storable_range
+from pipeline.extract.quantise import INTEGER_MAX, StoredAs
 
 _scratch = threading.local()
 
@@ -56,31 +53,11 @@ def _work(maps: Tensor) -> Tensor | None:
     return buffer("work", *maps.shape) if maps.device.type == "cpu" and maps.dtype == torch.float32 else None
 
 
-class Pooled(NamedTuple):
-    """Statistics of one image's maps of a layer, (channel,) float32 each, over y and x."""
-
-    mean: Array
-    std: Array
-    """Population standard deviation (ddof 0)."""
-    min: Array
-    max: Array
-
-
 def pool(maps: Tensor) -> Tensor:
-    """Statistics of float32 maps (..., channel, y, x) over y and x: (4, ..., channel), in the order of `Pooled`."""
+    """Statistics of float32 maps (..., channel, y, x) over y and x: (4, ..., channel), in the order of `stack.Pooled`."""
     n = maps.shape[-2] * maps.shape[-1]
     # Rows are summed in float32 and then in float64; two passes, because E[x^2] - E[x]^2 cancels in float32.
     mean = (maps.sum(-1).double().sum(-1) / n).float()
     centred = torch.sub(maps, mean[..., None, None], out=_work(maps))
     std = (torch.linalg.vector_norm(centred, dim=-1).double().square().sum(-1) / n).sqrt().float()
     return torch.stack([mean, std, maps.amin((-2, -1)), maps.amax((-2, -1))])
-
-
-def check_range(name: str, pooled: Pooled, q: StoredAs) -> None:
-    """Raise a `FeaturemapsError` where maps left the bounds that their dtype was chosen for."""
-    low, high = storable_range(q)
-    if not (low <= pooled.min.min() and pooled.max.max() <= high and np.isfinite(pooled.mean).all()):  # also when they are NaN
-        raise FeaturemapsError(
-            f"{name} ranges over [{pooled.min.min()}, {pooled.max.max()}], but {q.dtype} was chosen for [{low:g}, {high:g}], so "
-            "its values would be stored as others; the weights are not those of the store, or overflow float32: use theirs"
-        )

@@ -18,6 +18,7 @@ from distributed import Worker, WorkerPlugin, get_worker
 
 from pipeline.config import ExtractorSpec
 from pipeline.errors import FeaturemapsError, ImageError, PassingFaultError
+from pipeline.extract.choice import best_extractor
 from pipeline.extract.layers import layer_names, output_sizes
 from pipeline.run import activity
 from pipeline.source import current, decoding
@@ -157,10 +158,6 @@ class ExtractorPlugin(WorkerPlugin):  # type: ignore[misc]
         keep_memory()
         n_threads = int(worker.state.total_resources.get("extract", 0))
         if n_threads:
-            from pipeline.extract.cpu import use_one_thread  # noqa: PLC0415 (as above)
-            from pipeline.extract.gpu import best_extractor  # noqa: PLC0415 (torch only where something is computed)
-
-            use_one_thread()
             last = str(worker.name).rpartition("-")[2]
             number = int(last) if last.isdecimal() else os.getpid()
             self.extractor = best_extractor(self.spec, self.weights, self.layers, number, n_threads)

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from types import FunctionType
 
+from pipeline.extract import devices
+
 PACKAGES = ("featuremaps", "dask", "distributed", "numpy", "pillow", "torch", "zarr")
 
 
@@ -58,6 +60,4 @@ def differences(theirs: Mapping[str, str], ours: Mapping[str, str]) -> list[str]
 
 def n_gpus_there() -> int:
     """GPUs that torch sees in this process."""
-    from pipeline.extract.gpu import n_gpus  # noqa: PLC0415 (torch only where there is a GPU)
-
-    return n_gpus()
+    return devices.n_gpus()

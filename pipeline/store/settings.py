@@ -123,14 +123,19 @@ def scratch_bytes(spec: ExtractorSpec, dtype: str, size: Size, channels: int) ->
 
     Where compiled code computes the only layer, it puts the maps where they are stored.
     """
-    first = spec.layers[0]
-    is_compiled = kernel.version(channels, first.kernel[1]) != "torch" and dtype in kernel.DTYPES
-    if len(spec.layers) == 1 and first.pool == (1, 1) and is_compiled and spec.map_names:
+    if is_compiled(spec, dtype, channels) and spec.map_names:
         return 0
     sizes = output_sizes(spec.layers, *size)
     maps = [4 * layer.filters * math.prod(out) for layer, out in zip(spec.layers, sizes, strict=True)]
     stored = [maps[layer_names(spec.layers).index(name)] for name in spec.map_names]
     return max(a + b for a, b in pairwise([0, *maps])) + max(stored, default=0)
+
+
+def is_compiled(spec: ExtractorSpec, dtype: str, channels: int) -> bool:
+    """Whether compiled code computes all of an extractor on this kind of machine, so that no torch is needed."""
+    first = spec.layers[0]
+    has_kernel = kernel.version(channels, first.kernel[1]) != "torch" and dtype in kernel.DTYPES
+    return len(spec.layers) == 1 and first.pool == (1, 1) and has_kernel
 
 
 def torch_values(spec: ExtractorSpec, size: Size) -> int:

@@ -104,7 +104,7 @@ def test_a_kernel_that_was_not_compiled_is_noted(monkeypatch):
 
 def test_gpus_that_torch_does_not_see_are_a_failure_unless_somebody_hid_them(tmp_path, monkeypatch):
     """A folder stands for /dev of a machine with two GPUs."""
-    monkeypatch.setattr("pipeline.extract.gpu.n_gpus", lambda: 0)
+    monkeypatch.setattr("pipeline.extract.devices.n_gpus", lambda: 0)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert only(installation.gpus(tmp_path)).level == "ok"
     for name in ("nvidia0", "nvidia1", "nvidiactl"):
@@ -114,7 +114,7 @@ def test_gpus_that_torch_does_not_see_are_a_failure_unless_somebody_hid_them(tmp
     assert found.found.startswith("2 device files, and torch ")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert only(installation.gpus(tmp_path)).level == "note"
-    monkeypatch.setattr("pipeline.extract.gpu.n_gpus", lambda: 2)
+    monkeypatch.setattr("pipeline.extract.devices.n_gpus", lambda: 2)
     assert only(installation.gpus(tmp_path)).level == "ok"
 
 
@@ -441,7 +441,7 @@ def test_a_scheduler_that_runs_is_asked_for_its_workers(running, tmp_path):
 
 
 def test_workers_that_lack_roles_gpus_or_versions_are_found(running, monkeypatch):
-    monkeypatch.setattr("pipeline.extract.gpu.n_gpus", lambda: 0)
+    monkeypatch.setattr("pipeline.extract.devices.n_gpus", lambda: 0)
     monkeypatch.setattr("pipeline.run.worker_versions.own_versions", lambda: own_versions() | {"zarr": "9.9"})
     assert levels(workers.started(running(**ALL, gpu=1), None)) == {
         "workers": "ok",

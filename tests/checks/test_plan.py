@@ -11,7 +11,7 @@ from pipeline.checks import plan
 from pipeline.checks.plan import plan_job
 from pipeline.config import load_job, make_job
 from pipeline.errors import FeaturemapsError, UsageError
-from pipeline.run.plan.memory import WORKER_BASE_BYTES, wanted_limit_bytes
+from pipeline.run.plan.memory import COMPILED_BASE_BYTES, wanted_limit_bytes
 from pipeline.store.lock import StoreLock
 from pipeline.store.schema import RUNS, Status
 from pipeline.store.store import Store
@@ -144,7 +144,7 @@ def test_a_plan_for_a_store_that_is_held_ends_with_75_and_says_by_whom(finished,
 
 
 def test_a_plan_of_what_does_not_fit_ends_as_the_run(client, source, tmp_path, monkeypatch):
-    small = job_of(source, tmp_path / "m.zarr", workers=1, memory_limit_bytes=wanted_limit_bytes(WORKER_BASE_BYTES))
+    small = job_of(source, tmp_path / "m.zarr", workers=1, memory_limit_bytes=wanted_limit_bytes(COMPILED_BASE_BYTES))
     planned = plan_job(small)
     assert (planned.exit_code, "do not fit a worker's memory" in planned.verdict) == (2, True)
     assert code_of(run_job, small) == 2  # with workers of its own, of this limit
@@ -238,8 +238,8 @@ def test_a_plan_says_what_does_not_fit(source, tmp_path, monkeypatch):
     described = plan_job(job_of(source, tmp_path / "f.zarr")).describe()
     assert "1.0 kB free -- DOES NOT FIT" in described
     assert described.count("DOES NOT FIT") == 1
-    small = plan_job(job_of(source, tmp_path / "f.zarr", memory_limit_bytes=wanted_limit_bytes(WORKER_BASE_BYTES))).describe()
-    assert f"MiB per worker of {WORKER_BASE_BYTES // 2**20} MiB -- DOES NOT FIT" in small
+    small = plan_job(job_of(source, tmp_path / "f.zarr", memory_limit_bytes=wanted_limit_bytes(COMPILED_BASE_BYTES))).describe()
+    assert f"MiB per worker of {COMPILED_BASE_BYTES // 2**20} MiB -- DOES NOT FIT" in small
     assert "124 images listed: 120 to compute, 0 unchanged, 4 to reject, 0 to mark removed\n" in described
     assert "12 shape classes (12 new): " in described
     assert "), ...\n" in described

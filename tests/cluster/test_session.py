@@ -143,7 +143,7 @@ def test_a_job_gives_no_workers_to_a_cluster_whose_groups_have_their_own(tmp_pat
 
 
 def test_a_cluster_of_gpus_without_any_is_refused(monkeypatch):
-    monkeypatch.setattr("pipeline.extract.gpu.n_gpus", lambda: 0)
+    monkeypatch.setattr("pipeline.extract.devices.n_gpus", lambda: 0)
     with (
         pytest.raises(UsageError, match="1 GPUs were asked for, and this installation of torch sees 0"),
         connect(CudaSpec(kind="cuda")),
@@ -468,7 +468,7 @@ def test_a_connection_that_is_gone_is_no_lack_of_workers(threads_only, monkeypat
 
 
 def test_gpus_that_are_not_there_are_refused_with_what_to_check(monkeypatch):
-    monkeypatch.setattr("pipeline.extract.gpu.n_gpus", lambda: 0)
+    monkeypatch.setattr("pipeline.extract.devices.n_gpus", lambda: 0)
     with pytest.raises(
         UsageError, match=r"2 GPUs were asked for, and this installation of torch sees 0: nothing was started; .*nvidia-smi"
     ):
@@ -484,9 +484,9 @@ def test_with_gpus_the_cores_are_the_threads_of_one_process_for_each(monkeypatch
 
 
 def test_a_machine_with_a_driver_asks_torch_how_many_gpus_there_are(monkeypatch):
-    """Stands for /dev of a machine with two GPUs."""
-    monkeypatch.setattr("pipeline.cluster.local.Path.glob", lambda *_: iter(["nvidia0", "nvidia1"]))
-    monkeypatch.setattr("pipeline.extract.gpu.n_gpus", lambda: 2)
+    """Stands for torch on a machine with two GPUs."""
+    monkeypatch.setattr("pipeline.extract.devices.may_have_gpus", lambda: True)
+    monkeypatch.setattr("pipeline.extract.gpu.n_cuda_gpus", lambda: 2)
     assert LocalSpec(workers=8).processes() == (2, 4, 2)
 
 

@@ -59,7 +59,7 @@ def test_each_gpu_has_a_process_of_its_own(show, monkeypatch):
 
 
 def test_gpus_that_are_not_there_are_refused_as_a_run_would(show, monkeypatch):
-    monkeypatch.setattr("pipeline.extract.gpu.n_gpus", lambda: 0)
+    monkeypatch.setattr("pipeline.extract.devices.n_gpus", lambda: 0)
     with pytest.raises(UsageError, match=r"2 GPUs were asked for, and this installation of torch sees 0"):
         show(kind="cuda", gpus=2)
 
@@ -113,7 +113,7 @@ def test_groups_that_share_a_host_have_gpus_of_their_own(show):
 
 def test_the_list_says_kind_and_groups_and_what_cannot_be_used(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr("pipeline.extract.gpu.n_gpus", lambda: 0)
+    monkeypatch.setattr("pipeline.extract.devices.n_gpus", lambda: 0)
     group = {"roles": ["read", "extract"], "workers": 2, "threads": 4, "gpus": 1, "memory": "1 GiB"}
     clusters = {
         "here": {"kind": "local", "workers": 2, "gpus": 0},

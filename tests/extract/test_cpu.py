@@ -19,9 +19,10 @@ from pipeline.config import ExtractorSpec, LayerSpec
 from pipeline.errors import FeaturemapsError, ImageError, UsageError
 from pipeline.extract import cpu, keeping
 from pipeline.extract.cpu import Extractor, Layer
-from pipeline.extract.keeping import Pooled, pool, quantise_into
+from pipeline.extract.keeping import pool, quantise_into
 from pipeline.extract.layers import output_bounds, output_sizes
 from pipeline.extract.quantise import dequantise, quantisation
+from pipeline.extract.stack import Pooled
 from pipeline.extract.weights import load_weights, seeded_weights, weights_digest
 
 GOLDEN = Path(__file__).parents[1] / "golden"

@@ -12,8 +12,10 @@ import torch
 from pipeline.config import ExtractorSpec, LayerSpec
 from pipeline.errors import FeaturemapsError
 from pipeline.extract import gpu
+from pipeline.extract.choice import best_extractor
 from pipeline.extract.cpu import Extractor
-from pipeline.extract.gpu import DeviceExtractor, best_extractor, n_gpus
+from pipeline.extract.devices import n_gpus
+from pipeline.extract.gpu import DeviceExtractor
 from pipeline.extract.gpu_sizes import GPU_STAGES
 from pipeline.extract.layers import layer_names, output_bounds, output_sizes
 from pipeline.extract.quantise import dequantise, quantisation
@@ -219,12 +221,6 @@ def test_the_batch_follows_from_the_size_the_layers_and_the_memory():
     full, _, _ = make()
     full.free_bytes = 0
     assert full.batch_size(516, 639) == 1
-
-
-def test_a_worker_without_a_gpu_computes_on_its_processor(monkeypatch):
-    monkeypatch.setattr(gpu, "n_gpus", lambda: 0)
-    weights = seeded_weights(ONE, 3)
-    assert isinstance(best_extractor(ONE, weights, (), 3, 1), Extractor)
 
 
 @pytest.mark.skipif(not n_gpus(), reason="no GPU")

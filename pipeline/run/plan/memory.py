@@ -15,9 +15,10 @@ from pipeline.store.layout import BATCH_BYTES, SHARD_BYTES, ClassLayout, LayerLa
 from pipeline.store.objects import Place, free_bytes, is_remote
 from pipeline.urls import is_url
 
-# What a worker holds whatever the images: interpreter, torch, dask and zarr. Measured for torch's build for processors; those with
-# CUDA bring more along, also where there is no GPU.
-WORKER_BASE_BYTES = 300 * 1024**2 if version("torch").endswith("+cpu") else 450 * 1024**2
+# What a worker holds whatever the images: interpreter, dask, zarr, and torch unless compiled code computes all. Measured for torch's
+# build for processors; those with CUDA bring more along, also where there is no GPU.
+COMPILED_BASE_BYTES = 110 * 1024**2
+TORCH_BASE_BYTES = 300 * 1024**2 if version("torch").endswith("+cpu") else 450 * 1024**2
 # Scratch of the convolution, whatever the image's size; of a GPU's, or of torch's, and of compiled code, which has none of layers.
 BAND_BYTES = 32 * 1024**2
 COMPILED_BYTES = 8 * 1024**2
@@ -44,7 +45,7 @@ def worker_memory_bytes(
     decode_bytes: int = 0,
     scratch_bytes: Mapping[Size, int] | None = None,
 ) -> int:
-    """Projected peak memory of one worker, without a GPU's own: at least what is measured, and not half as much again.
+    """Projected peak memory of one worker, without a GPU's own: at least what is measured, and at most three quarters more.
 
     The interpreter and its libraries; the decoded images of all batches in flight, where tasks hand them on; and per thread the maps
     of one batch (of one shard, where one task does all of a batch), the scratch of one image, and the larger of two phases: an image
@@ -60,11 +61,16 @@ def worker_memory_bytes(
     decode_bytes : int
         What decoding one image takes at most, with its file.
     scratch_bytes : mapping of (int, int) to int, optional
-        Per class, float32 maps of one image outside those that are stored.
+        Per class, float32 maps of one image outside those that are stored; 0 where compiled code computes all, without torch.
     """
     known = scratch_bytes or {}
     needed = (_class_memory_bytes(layout, channels, worker, decode_bytes, known.get(layout.size, 0)) for layout in layouts)
-    return WORKER_BASE_BYTES + max(needed, default=0)
+    return base_bytes(has_torch=worker.has_gpu or any(known.values())) + max(needed, default=0)
+
+
+def base_bytes(*, has_torch: bool) -> int:
+    """What a worker holds before any image."""
+    return TORCH_BASE_BYTES if has_torch else COMPILED_BASE_BYTES
 
 
 def bucket_bytes(root: str, store: Place) -> int:

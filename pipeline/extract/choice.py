@@ -1,0 +1,60 @@
+"""Which extractor a process uses. It imports torch only where there may be a GPU, or where compiled code is not enough."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+from pipeline.extract import devices
+from pipeline.extract.compiled import CompiledExtractor
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+
+    from pipeline.config import ExtractorSpec
+    from pipeline.extract.layers import Array
+    from pipeline.extract.quantise import StoredOutput
+    from pipeline.extract.stack import Pooled
+
+
+class MapExtractor(Protocol):
+    """What a worker computes maps with."""
+
+    def extract_each(
+        self, size: tuple[int, int], items: Iterable[tuple[Array, Mapping[str, Array]]]
+    ) -> Iterator[dict[str, Pooled]]:
+        """Compute the maps of one image after another and store them; see `gpu.DeviceExtractor.extract_each`."""
+
+    def version(self, size: tuple[int, int]) -> str:
+        """What computes the layers of images of a size, for the receipt."""
+
+
+def best_extractor(
+    spec: ExtractorSpec, weights: Mapping[str, Array], stored: Iterable[StoredOutput], worker: int, threads: int
+) -> MapExtractor:
+    """The extractor of a worker: on one of the GPUs that it sees, else on the CPU, by compiled code alone where that is enough.
+
+    On the CPU, each of torch's calls in this process uses one core from now on: images are what runs in parallel.
+
+    Parameters
+    ----------
+    spec, weights, stored
+        As for `cpu.Extractor`.
+    worker : int
+        Number of the worker on its machine, or any other: workers that see several GPUs share them by it.
+    threads : int
+        Threads that extract at once.
+    """
+    stored = tuple(stored)
+    if n := devices.n_gpus():
+        from pipeline.extract.cpu import use_one_thread  # noqa: PLC0415 (torch only where it computes)
+        from pipeline.extract.gpu import DeviceExtractor  # noqa: PLC0415 (as above)
+
+        use_one_thread()
+        return DeviceExtractor(spec, weights, stored, device=f"cuda:{worker % n}", threads=threads)
+    compiled = CompiledExtractor(spec, weights, stored)
+    if compiled.is_enough:
+        return compiled
+    from pipeline.extract.cpu import Extractor, use_one_thread  # noqa: PLC0415 (as above)
+
+    use_one_thread()
+    return Extractor(spec, weights, stored)

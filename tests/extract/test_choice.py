@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from pipeline.config import ExtractorSpec, LayerSpec
+from pipeline.extract import devices, kernel
+from pipeline.extract.choice import best_extractor
+from pipeline.extract.compiled import CompiledExtractor
+from pipeline.extract.cpu import Extractor
+from pipeline.extract.weights import seeded_weights
+
+ONE = ExtractorSpec()
+TWO = ExtractorSpec(layers=(LayerSpec(), LayerSpec(kernel=(3, 3))))
+POOLED = ExtractorSpec(layers=(LayerSpec(pool=(2, 2)),))
+needs_kernel = pytest.mark.skipif(kernel.version() == "torch", reason="the layer is not compiled")
+
+
+class Float16:
+    name, dtype, scale_factor, add_offset = "conv1", "float16", 1.0, 0.0
+
+
+@pytest.fixture(autouse=True)
+def _no_gpus(monkeypatch):
+    monkeypatch.setattr(devices, "n_gpus", lambda: 0)
+
+
+@needs_kernel
+def test_compiled_code_is_used_alone_where_it_computes_all(monkeypatch):
+    for spec, stored, expected in (
+        (ONE, (), CompiledExtractor),
+        (TWO, (), Extractor),
+        (POOLED, (), Extractor),
+        (ONE, (Float16,), Extractor),
+    ):
+        assert isinstance(best_extractor(spec, seeded_weights(spec, 3), stored, 0, 1), expected)
+    monkeypatch.setattr(kernel, "MAX_LANES", 0)
+    assert isinstance(best_extractor(ONE, seeded_weights(ONE, 3), (), 0, 1), Extractor)
+
+
+@needs_kernel
+def test_a_worker_of_one_compiled_layer_never_imports_torch():
+    code = """
+import sys
+import numpy as np
+from pipeline.config import ExtractorSpec
+from pipeline.extract.choice import best_extractor
+from pipeline.extract.weights import load_weights
+import pipeline.run.tasks
+best_extractor(ExtractorSpec(), load_weights(ExtractorSpec(), 3), (), 0, 1).extract(np.zeros((20, 20, 3), np.uint8))
+sys.exit("torch" in sys.modules)
+"""
+    environment = {"CUDA_VISIBLE_DEVICES": "", "PATH": ""}
+    assert subprocess.run([sys.executable, "-c", code], check=False, env=environment).returncode == 0
+
+
+@needs_kernel
+def test_maps_without_a_destination_or_with_a_strided_one_are_the_same():
+    weights = seeded_weights(ONE, 3)
+    compiled = CompiledExtractor(ONE, weights)
+    image = np.random.default_rng(0).integers(0, 256, (30, 40, 3), np.uint8)
+    expected, pooled = compiled.extract(image), compiled.extract_into(image, {})
+    strided = np.full((2, 22, 64), 7, np.float32)[:, :, ::2]
+    assert strided.shape == expected["conv1"].shape
+    for found in (pooled, compiled.extract_into(image, {"conv1": strided})):
+        np.testing.assert_array_equal(found["conv1"], pooled["conv1"])
+    np.testing.assert_array_equal(strided, expected["conv1"])
+    np.testing.assert_allclose(pooled["conv1"].mean, expected["conv1"].mean((1, 2)), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["nvidia0", "dxg", "kfd", "nvhost-gpu"])
+def test_a_gpu_is_looked_for_where_there_is_a_device_file(tmp_path, monkeypatch, name):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    (tmp_path / "nvidiactl").touch()
+    assert not devices.may_have_gpus(tmp_path)
+    (tmp_path / name).touch()
+    assert devices.may_have_gpus(tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert not devices.may_have_gpus(tmp_path)
