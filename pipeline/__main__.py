@@ -1,6 +1,12 @@
-"""``python -m pipeline``: the ``featuremaps`` command where its script is not on the path."""
+"""``python -m pipeline`` and the script ``featuremaps``. Worker processes import this module again, so it imports nothing."""
 
-from pipeline.cli.commands import main
+
+def main() -> None:
+    """Run the command."""
+    from pipeline.cli.commands import main as command  # noqa: PLC0415 (as above)
+
+    command()
+
 
 if __name__ == "__main__":
     main()

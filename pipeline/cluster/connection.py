@@ -18,7 +18,7 @@ from pipeline.store.store import is_store
 
 def connector(
     job: Job, client: Any = None, cluster_file: Path = Path("cluster.yaml")
-) -> Callable[[threading.Event, Callable[[str], None]], AbstractContextManager[Any]]:
+) -> Callable[[threading.Event, Callable[[str], None], int], AbstractContextManager[Any]]:
     """Check the cluster that a job names, and return what `lifecycle.run_job` calls to connect to it.
 
     Parameters
@@ -38,10 +38,10 @@ def connector(
         check_cluster(job, cluster_file)
 
     @contextmanager
-    def connect(stop: threading.Event, on_wait: Callable[[str], None]) -> Iterator[Any]:
+    def connect(stop: threading.Event, on_wait: Callable[[str], None], n_images: int) -> Iterator[Any]:
         from pipeline.cluster.session import with_client  # noqa: PLC0415 (no Dask when there is nothing to do)
 
-        with with_client(job, client, cluster_file, stop, on_wait) as connected:
+        with with_client(job, client, cluster_file, stop, on_wait, n_images) as connected:
             yield connected
 
     return connect

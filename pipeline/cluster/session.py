@@ -26,6 +26,7 @@ def connect(
     name: str = "",
     stop: threading.Event | None = None,
     on_wait: Callable[[str], None] = lambda _: None,
+    n_images: int | None = None,
 ) -> Iterator[Client]:
     """Start or find the cluster and wait for workers; what was started is stopped on every way out.
 
@@ -38,6 +39,8 @@ def connect(
         Ends the waiting.
     on_wait : callable
         Called every few seconds with what workers there are, and what is known of the others.
+    n_images : int, optional
+        Workers that would get none of so many images are not started.
 
     Raises
     ------
@@ -49,7 +52,7 @@ def connect(
         When ``stop`` was set before workers were there.
     """
     name = name or f"featuremaps-{secrets.token_hex(4)}"
-    with dask.config.set(DASK_SETTINGS), spec.connect(name, stop, on_wait) as client:
+    with dask.config.set(DASK_SETTINGS), spec.connect(name, stop, on_wait, n_images) as client:
         yield client
 
 
@@ -60,13 +63,14 @@ def with_client(
     cluster_file: Path,
     stop: threading.Event | None = None,
     on_wait: Callable[[str], None] = lambda _: None,
+    n_images: int | None = None,
 ) -> Iterator[Client]:
     """Yield the given client, or one of the cluster that the job names."""
     if client is not None:
         yield client
         return
     spec = cluster_of(job, cluster_file)
-    with connect(spec, name=job_name(job.store), stop=stop, on_wait=on_wait) as connected:
+    with connect(spec, name=job_name(job.store), stop=stop, on_wait=on_wait, n_images=n_images) as connected:
         yield connected
 
 

@@ -139,7 +139,9 @@ class ClusterSpec(StrictModel):
         """
 
     @abstractmethod
-    def connect(self, name: str, stop: Event | None, on_wait: Callable[[str], None]) -> AbstractContextManager[Any]:
+    def connect(
+        self, name: str, stop: Event | None, on_wait: Callable[[str], None], n_images: int | None = None
+    ) -> AbstractContextManager[Any]:
         """Start or find the cluster, wait for workers and yield a client; what was started is stopped on every way out.
 
         Arguments and errors are those of `session.connect`.
@@ -275,11 +277,13 @@ class StartedSpec(ClusterSpec):
         FeaturemapsError
         """
 
-    def connect(self, name: str, stop: Event | None, on_wait: Callable[[str], None]) -> AbstractContextManager[Any]:
+    def connect(
+        self, name: str, stop: Event | None, on_wait: Callable[[str], None], n_images: int | None = None
+    ) -> AbstractContextManager[Any]:
         """Start the scheduler here and launch the workers."""
         from pipeline.cluster.starting import start  # noqa: PLC0415 (cluster.yaml is read without Dask)
 
-        return start(self, name, stop, on_wait)
+        return start(self, name, stop, on_wait, n_images)
 
     def n_connections(self, job: Job | None) -> int:  # noqa: ARG002 (for this machine)
         """All workers."""

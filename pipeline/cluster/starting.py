@@ -15,8 +15,8 @@ from typing import Any, Protocol
 import dask
 from distributed import Client
 
-from pipeline.cluster.groups import MAX_FALSE_STARTS, GroupCluster
-from pipeline.cluster.spec import LOOPBACK, StartedSpec
+from pipeline.cluster.groups import MAX_FALSE_STARTS, GroupCluster, Launch
+from pipeline.cluster.spec import LOOPBACK, GroupSpec, StartedSpec
 from pipeline.errors import FeaturemapsError, StoppedError, UsageError
 
 logger = logging.getLogger(__name__)
@@ -45,9 +45,12 @@ class WorkerCluster(Protocol):
 
 
 @contextlib.contextmanager
-def start(spec: StartedSpec, name: str, stop: threading.Event | None, on_wait: Callable[[str], None]) -> Iterator[Client]:
+def start(
+    spec: StartedSpec, name: str, stop: threading.Event | None, on_wait: Callable[[str], None], n_images: int | None = None
+) -> Iterator[Client]:
     """Start scheduler and workers, wait for workers, yield a client and stop all; as of `session.connect`."""
-    groups, launches, patience_s, security = spec.worker_groups(), spec.launches(name), spec.patience_s, spec.security
+    groups, patience_s, security = spec.worker_groups(), spec.patience_s, spec.security
+    launches = needed(spec.launches(name), groups, n_images)
     spec.take_back(name)
 
     def sweep() -> None:
@@ -74,6 +77,15 @@ def start(spec: StartedSpec, name: str, stop: threading.Event | None, on_wait: C
         with Client(cluster) as client:
             cluster.dashboard = client.dashboard_link if spec.dashboard else ""
             yield client
+
+
+def needed(launches: Mapping[str, Launch], groups: Mapping[str, GroupSpec], n_images: int | None) -> Mapping[str, Launch]:
+    """Of each group, as many workers as have an image for each of their threads; None is a number that nobody knows."""
+    if n_images is None:
+        return launches
+    by_group = {group: [name for name, launch in launches.items() if launch.group == group] for group in groups}
+    most = {group: max(1, -(-n_images // spec.threads)) for group, spec in groups.items()}
+    return {name: launches[name] for group, names in by_group.items() for name in names[: most[group]]}
 
 
 def wait_for_workers(

@@ -34,7 +34,7 @@ from pipeline.store.store import receipt_ids
 
 logger = logging.getLogger(__name__)
 
-Connect = Callable[[threading.Event, Callable[[str], None]], AbstractContextManager[Any]]
+Connect = Callable[[threading.Event, Callable[[str], None], int], AbstractContextManager[Any]]
 
 
 def run_job(
@@ -50,8 +50,8 @@ def run_job(
     ----------
     job : Job
     connect : callable
-        Called only if there is work, with ``stop`` and with what takes words about the workers that are waited for; returns a
-        context manager that yields a ``distributed.Client``.
+        Called only if there is work, with ``stop``, with what takes words about the workers that are waited for, and with the
+        number of images that have work; returns a context manager that yields a ``distributed.Client``.
     on_progress, stop
         Same as for `api.run_job`.
     """
@@ -144,8 +144,9 @@ def _compute(context: Context, connect: Connect) -> bool:
         progress.stage = f"waiting for workers ({text})"
         context.notify(progress)
 
+    n_images = len(found.new) + found.n_pending + found.n_to_check
     try:
-        with beside_dask(), connect(context.stop, on_wait) as client:
+        with beside_dask(), connect(context.stop, on_wait, n_images) as client:
             progress.dashboard = getattr(client.cluster, "dashboard", "")
             with only_like_this(client):
                 all_checked = check_digests(context, client)

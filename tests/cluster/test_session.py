@@ -24,11 +24,13 @@ from distributed import Client, LocalCluster
 from pipeline.api import run_job
 from pipeline.cluster import local_workers as processes
 from pipeline.cluster.config import load_cluster
+from pipeline.cluster.groups import Launch
 from pipeline.cluster.kinds.address import AddressSpec
 from pipeline.cluster.kinds.local import CudaSpec, LocalSpec
 from pipeline.cluster.local import local_memory_bytes, local_workers
 from pipeline.cluster.session import connect, with_client
-from pipeline.cluster.spec import TlsSpec
+from pipeline.cluster.spec import GroupSpec, TlsSpec
+from pipeline.cluster.starting import needed
 from pipeline.config import make_job
 from pipeline.errors import FeaturemapsError, UsageError
 from pipeline.run.slots import ROLES, worker_slots
@@ -505,3 +507,14 @@ def test_the_workers_are_those_that_the_scheduler_names_just_now_whatever_the_cl
     finally:
         stop.set()
         thread.join()
+
+
+def test_workers_that_would_get_no_image_are_not_started():
+    groups = {"read": GroupSpec(roles=("read",), workers=3, threads=2), "all": GroupSpec(workers=4)}
+    launches = {f"{name}-{i}": Launch(name, None, {}) for name, group in groups.items() for i in range(group.workers)}
+    found = {n: [*needed(launches, groups, n)] for n in (None, 0, 1, 3, 9)}
+    assert found[None] == found[9] == [*launches]
+    assert found[0] == found[1] == ["read-0", "all-0"]
+    assert found[3] == ["read-0", "read-1", "all-0", "all-1", "all-2"]
+    with connect(LocalSpec(workers=2), n_images=1) as client:
+        assert len(client.scheduler_info()["workers"]) == 1

@@ -37,7 +37,13 @@ class AddressSpec(ClusterSpec):
         """None, as somebody else started the workers."""
         return {}
 
-    def connect(self, name: str, stop: Event | None, on_wait: Callable[[str], None]) -> AbstractContextManager[Any]:  # noqa: ARG002 (as of `ClusterSpec`)
+    def connect(
+        self,
+        name: str,  # noqa: ARG002 (as of `ClusterSpec`)
+        stop: Event | None,  # noqa: ARG002 (as above)
+        on_wait: Callable[[str], None],  # noqa: ARG002 (as above)
+        n_images: int | None = None,  # noqa: ARG002 (as above)
+    ) -> AbstractContextManager[Any]:
         """Connect; nothing is waited for."""
         return _connected(self)
 

@@ -54,7 +54,13 @@ class KubernetesSpec(GroupsSpec):
     start_timeout_s: Annotated[float, Field(gt=0)] = 600.0
     """Seconds that a run waits for a worker of each group, and for any when all were lost."""
 
-    def connect(self, name: str, stop: Event | None, on_wait: Callable[[str], None]) -> AbstractContextManager[Any]:
+    def connect(
+        self,
+        name: str,
+        stop: Event | None,
+        on_wait: Callable[[str], None],
+        n_images: int | None = None,  # noqa: ARG002 (Kubernetes starts whole groups)
+    ) -> AbstractContextManager[Any]:
         """Have the operator start scheduler and workers."""
         from pipeline.cluster.kubernetes import connect_pods  # noqa: PLC0415 (imports Dask)
 
