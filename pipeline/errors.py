@@ -3,6 +3,10 @@
 Every message is one paragraph: the value, what was expected, what it means and what to do.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
 EXIT_COMPLETE = 0
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -65,3 +69,47 @@ class ImageError(Exception):
 
     def __str__(self) -> str:
         return f"{self.code}: {self.text}"
+
+
+class Extra(NamedTuple):
+    """An optional set of packages, as pyproject.toml names it."""
+
+    package: str
+    """The package that is missed first."""
+    purpose: str
+
+
+EXTRAS = {
+    "analysis": Extra("scipy", "pairs of images that are equal or near"),
+    "batch": Extra("dask-jobqueue", "clusters of kind slurm, pbs, sge and htcondor"),
+    "cloud": Extra("obstore", "buckets and web addresses"),
+    "fast": Extra("simplejpeg", "JPEGs in half the time"),
+    "figures": Extra("matplotlib", "featuremaps show"),
+    "kubernetes": Extra("dask-kubernetes", "clusters of kind kubernetes"),
+    "metrics": Extra("prometheus-client", "metrics for Prometheus"),
+    "parquet": Extra("pyarrow", "lists in .parquet, and tables"),
+    "ssh": Extra("asyncssh", "clusters of kind ssh"),
+}
+"""The one table of extras that code asks for."""
+
+
+@contextmanager
+def needs_extra(name: str, what: str, instead: str = "") -> Iterator[None]:
+    """Turn an ImportError of the block into a UsageError that names the extra.
+
+    Parameters
+    ----------
+    name : str
+        One of `EXTRAS`.
+    what : str
+        What needs it.
+    instead : str
+        What else can be done.
+    """
+    try:
+        yield
+    except ImportError as error:
+        raise UsageError(
+            f"{what} needs {EXTRAS[name].package}, which is not installed ({error}): nothing was done; "
+            f"pip install 'featuremaps[{name}]'{f', or {instead}' if instead else ''}"
+        ) from error

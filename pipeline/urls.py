@@ -19,7 +19,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
-from pipeline.errors import UsageError
+from pipeline.errors import UsageError, needs_extra
 
 BUCKETS = ("s3", "gs", "az")
 WEB = ("https", "http")
@@ -334,12 +334,8 @@ def connect(base: str, patient: bool = True) -> Any:
 
 
 def _connect(base: str, patient: bool) -> Any:
-    try:
+    with needs_extra("cloud", base):
         from obstore.store import from_url  # noqa: PLC0415 (an extra)
-    except ImportError as error:
-        raise UsageError(
-            f'{base} needs obstore, which is not installed, so nothing was started; install it with pip install "featuremaps[cloud]"'
-        ) from error
     endpoint = next((os.environ[k] for k in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT") if os.environ.get(k)), "")
     plain = base.startswith("http://") or (base.startswith("s3://") and endpoint.startswith("http://"))
     options = _TIMEOUTS[patient] | ({"allow_http": True} if plain else {})

@@ -11,11 +11,10 @@ import numpy as np
 import xarray as xr
 
 from pipeline.errors import FeaturemapsError, ImageError, UsageError
-from pipeline.extract.layers import receptive_field
+from pipeline.extract.layers import Array, receptive_field
 from pipeline.extract.quantise import dequantise
 from pipeline.source.decoding import decode
 from pipeline.source.fetch import Source, read_current
-from pipeline.store.codecs import Array
 from pipeline.store.image_maps import image_maps, map_sizes
 from pipeline.store.layout import Size
 from pipeline.store.schema import LEDGER_COLUMNS, STATISTICS, ShapeClass, Status, StoredLayer

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.errors import UsageError
+from pipeline.errors import needs_extra
 from pipeline.extract.layers import Array
 
 ROUNDING = 4 * float(np.finfo(np.float32).eps)  # a column varies only if its range is above this share of its largest magnitude
@@ -137,12 +137,8 @@ def closest_pairs(vectors: Array, n: int) -> list[tuple[int, int, float]]:
 
 
 def _kd_tree() -> Any:
-    try:
+    with needs_extra("analysis", "the search for the closest pairs of images"):
         from scipy.spatial import KDTree  # noqa: PLC0415 (an extra)
-    except ImportError as error:
-        raise UsageError(
-            'the closest pairs of images are found with scipy, which is not installed: pip install "featuremaps[analysis]"'
-        ) from error
     return KDTree
 
 

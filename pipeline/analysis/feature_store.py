@@ -15,7 +15,7 @@ from pipeline.analysis.datasets import read_weights, source_pixels
 from pipeline.analysis.images import Images
 from pipeline.analysis.neighbours import Neighbours
 from pipeline.config import ExtractorSpec
-from pipeline.store.codecs import Array
+from pipeline.extract.layers import Array
 from pipeline.store.objects import Place, place
 from pipeline.store.schema import STATISTICS, StoreSpec
 from pipeline.store.settings import extractor_spec

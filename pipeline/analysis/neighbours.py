@@ -13,7 +13,7 @@ from pipeline.analysis import selection, tables
 from pipeline.analysis.images import Images
 from pipeline.analysis.tables import Table
 from pipeline.errors import UsageError
-from pipeline.store.codecs import Array
+from pipeline.extract.layers import Array
 
 
 class Neighbours:

@@ -12,8 +12,7 @@ import pandas as pd
 
 from pipeline.analysis.tables import Table, nullable
 from pipeline.errors import UsageError
-from pipeline.extract.layers import layer_names
-from pipeline.store.codecs import Array
+from pipeline.extract.layers import Array, layer_names
 from pipeline.store.path_index import similar_names, stored_forms
 from pipeline.store.schema import LEDGER_COLUMNS, STATISTICS, Status, StoredLayer, StoreSpec
 from pipeline.store.settings import extractor_spec

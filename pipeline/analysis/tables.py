@@ -11,8 +11,8 @@ from typing import TypeAlias
 import numpy as np
 import pandas as pd
 
-from pipeline.errors import UsageError
-from pipeline.store.codecs import Array
+from pipeline.errors import UsageError, needs_extra
+from pipeline.extract.layers import Array
 from pipeline.store.schema import REJECTED, Status, StoredLayer, stack
 from pipeline.store.store import Store
 
@@ -83,10 +83,9 @@ def write_parquet(table: Table, file: str | os.PathLike[str]) -> None:
         )
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
     try:
-        table.to_parquet(temporary, engine="pyarrow", index=False)
+        with needs_extra("parquet", f"{path}"):
+            table.to_parquet(temporary, engine="pyarrow", index=False)
         temporary.replace(path)
-    except ImportError as error:
-        raise UsageError('Parquet files need pyarrow, which is not installed: pip install "featuremaps[parquet]"') from error
     except OSError as error:
         raise UsageError(f"{path} cannot be written ({error}): check its folder, permissions and space") from error
     except (ValueError, TypeError) as error:  # pyarrow's are such

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pipeline.errors import FeaturemapsError, ImageError
-from pipeline.extract.layers import ROUNDING, TF32_ROUNDING
+from pipeline.extract.layers import ROUNDING, TF32_ROUNDING, Array
 from pipeline.source.fetch import Source, digest_block, read_current
-from pipeline.store.codecs import Array, maps_digest
+from pipeline.store.codecs import maps_digest
 from pipeline.store.image_maps import image_maps, map_sizes
 from pipeline.store.layout import ClassLayout, class_name, group_by_shard
 from pipeline.store.objects import Place, read_json

@@ -12,20 +12,10 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 from pipeline.checks.finding import Finding
+from pipeline.errors import EXTRAS
 from pipeline.extract import devices, kernel
 from pipeline.run.worker_versions import PACKAGES
 
-EXTRAS = {
-    "batch": "clusters of kind slurm, pbs, sge and htcondor",
-    "cloud": "buckets and web addresses",
-    "fast": "JPEGs in half the time",
-    "figures": "featuremaps show",
-    "kubernetes": "clusters of kind kubernetes",
-    "metrics": "metrics for Prometheus",
-    "parquet": "lists in .parquet",
-    "ssh": "clusters of kind ssh",
-}
-"""What the optional extras are for."""
 FILES_BASE, FILES_PER_WORKER = 128, 10
 """Open files of a driver: measured are 16, and 9 for each worker of this machine, whose nanny is in the driver."""
 
@@ -39,7 +29,7 @@ def packages() -> Iterator[Finding]:
         yield Finding("FAIL", "packages", "; ".join(wrong), "install featuremaps again: pip install -c constraints.txt .")
     else:
         yield Finding("ok", "packages", f"python {platform.python_version()}, {shown}")
-    for extra, purpose in EXTRAS.items():
+    for extra, (_, purpose) in EXTRAS.items():
         wanted = [found for found in required if found.marker is not None and found.marker.evaluate({"extra": extra})]
         wrong = list(filter(None, map(_wrong, wanted)))
         if wrong:

@@ -31,8 +31,8 @@ from pipeline.checks.audit import (
     shards,
 )
 from pipeline.cluster.local import local_workers
+from pipeline.extract.layers import Array
 from pipeline.source.health import SourceWatch
-from pipeline.store.codecs import Array
 from pipeline.store.lock import StoreLock, require_lock
 from pipeline.store.objects import Place, place
 from pipeline.store.run_ids import new_run_id

@@ -20,7 +20,7 @@ from pipeline.cluster.dask_settings import group_environment
 from pipeline.cluster.groups import DEATH_TIMEOUT_S, Launch
 from pipeline.cluster.kinds.batch import BatchSpec
 from pipeline.cluster.spec import GroupSpec
-from pipeline.errors import UsageError
+from pipeline.errors import needs_extra
 
 logger = logging.getLogger(__name__)
 
@@ -47,14 +47,11 @@ def batch_job_class(kind: str) -> Any:
     """`dask_jobqueue`'s job of a batch system, which also tells whether it is still there."""
     on_interrupt = signal.getsignal(signal.SIGINT)
     try:
-        from dask_jobqueue.htcondor import HTCondorJob  # noqa: PLC0415 (an extra)
-        from dask_jobqueue.pbs import PBSJob  # noqa: PLC0415 (as above)
-        from dask_jobqueue.sge import SGEJob  # noqa: PLC0415 (as above)
-        from dask_jobqueue.slurm import SLURMJob  # noqa: PLC0415 (as above)
-    except ImportError as error:
-        raise UsageError(
-            f"a cluster of kind {kind} needs dask-jobqueue, which is not installed: nothing was started; pip install 'featuremaps[batch]'"
-        ) from error
+        with needs_extra("batch", f"a cluster of kind {kind}"):
+            from dask_jobqueue.htcondor import HTCondorJob  # noqa: PLC0415 (an extra)
+            from dask_jobqueue.pbs import PBSJob  # noqa: PLC0415 (as above)
+            from dask_jobqueue.sge import SGEJob  # noqa: PLC0415 (as above)
+            from dask_jobqueue.slurm import SLURMJob  # noqa: PLC0415 (as above)
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, on_interrupt)  # which dask_jobqueue replaces as it is imported

@@ -16,7 +16,7 @@ from pipeline.cluster.groups import Launch
 from pipeline.cluster.kinds.kubernetes import KubernetesSpec
 from pipeline.cluster.kubernetes_manifests import API_VERSION, manifests, ordered_groups
 from pipeline.cluster.starting import quiet_dask, wait_for_workers
-from pipeline.errors import FeaturemapsError, UsageError
+from pipeline.errors import FeaturemapsError, needs_extra
 from pipeline.run.slots import WorkerSlots, slots_of
 
 logger = logging.getLogger(__name__)
@@ -170,14 +170,9 @@ def kubernetes_cluster(spec: KubernetesSpec, name: str) -> Iterator[PodCluster]:
 
 
 def _library() -> tuple[Any, Any]:
-    try:
+    with needs_extra("kubernetes", "a cluster of kind kubernetes"):
         from dask_kubernetes.operator import KubeCluster  # noqa: PLC0415 (an extra)
         from dask_kubernetes.operator.kubecluster.kubecluster import CreateMode  # noqa: PLC0415 (as above)
-    except ImportError as error:
-        raise UsageError(
-            "a cluster of kind kubernetes needs dask-kubernetes, which is not installed: nothing was started; pip install "
-            "'featuremaps[kubernetes]'"
-        ) from error
     return KubeCluster, CreateMode
 
 

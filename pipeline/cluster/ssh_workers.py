@@ -15,7 +15,7 @@ from distributed.deploy.spec import ProcessInterface
 from pipeline.cluster.dask_settings import group_environment
 from pipeline.cluster.groups import DEATH_TIMEOUT_S, Launch
 from pipeline.cluster.kinds.ssh import SshGroupSpec, SshSpec
-from pipeline.errors import FeaturemapsError, UsageError
+from pipeline.errors import FeaturemapsError, needs_extra
 
 SSH_TIMEOUT_S = 20.0
 LOG_LINES = 5
@@ -117,12 +117,8 @@ def ssh_launches(spec: SshSpec) -> dict[str, Launch]:
     UsageError
         When asyncssh is not installed.
     """
-    try:
+    with needs_extra("ssh", "a cluster of kind ssh"):
         import asyncssh  # noqa: F401, PLC0415 (an extra)
-    except ImportError as error:
-        raise UsageError(
-            "a cluster of kind ssh needs asyncssh, which is not installed: nothing was started; pip install 'featuremaps[ssh]'"
-        ) from error
     return {name: Launch(group, SshWorker, options) for name, (group, options) in ssh_options(spec).items()}
 
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.extract.layers import Array
 from pipeline.report.canvas import CATEGORIES, SIGNED_COLOURS, Canvas, blank, drawing, fit, grid, hide, n_columns
 from pipeline.run.summary import STAGES, WAITING
-from pipeline.store.codecs import Array
 from pipeline.text import rounded
 
 _STAGE_COLOURS = dict(zip((*STAGES, WAITING), CATEGORIES.values(), strict=False))

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.extract.layers import Array
 from pipeline.report.arrays import Picture, value_limits
 from pipeline.report.canvas import (
     MAP_COLOURS,
@@ -22,7 +23,6 @@ from pipeline.report.canvas import (
     photograph,
     place,
 )
-from pipeline.store.codecs import Array
 
 _GONE = "the source image cannot be read any more"
 _TITLE = 0.4  # inches that a row's title takes

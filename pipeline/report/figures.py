@@ -11,14 +11,13 @@ Examples
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.errors import UsageError
+from pipeline.errors import UsageError, needs_extra
 from pipeline.extract.layers import layer_names
 from pipeline.report import arrays, choices
 from pipeline.report.choices import MAX_PANELS
@@ -69,7 +68,7 @@ def show(
     UsageError
         When the path has no maps, when there is no such layer or channel, when the image has changed since, or without matplotlib.
     """
-    with _matplotlib():
+    with needs_extra("figures", "a figure"):
         from pipeline.report import draw_maps
     names = choices.map_layers(store, layers)
     chosen = [(name, channel) for name in names for channel in choices.channels_of(choices.stored_layer(store, name), channels)]
@@ -119,7 +118,7 @@ def contact_sheet(
     UsageError
         When an image has no maps, when none is done, when there is no such layer or channel, or without matplotlib.
     """
-    with _matplotlib():
+    with needs_extra("figures", "a figure"):
         from pipeline.report import draw_maps
     name = None if channel is None else choices.map_layers(store, layer)[0]
     if name is not None:
@@ -162,7 +161,7 @@ def histograms(store: FeatureStore, layer: str | None = None, *, n_images: int =
     UsageError
         When no image is done, when there is no such layer, or without matplotlib.
     """
-    with _matplotlib():
+    with needs_extra("figures", "a figure"):
         from pipeline.report import draw_charts
     name = choices.map_layers(store, layer)[0]
     stored = choices.stored_layer(store, name)
@@ -204,7 +203,7 @@ def filters(store: FeatureStore, layer: str | None = None) -> Canvas:
     UsageError
         When there is no such layer, or without matplotlib.
     """
-    with _matplotlib():
+    with needs_extra("figures", "a figure"):
         from pipeline.report import draw_charts
     known = layer_names(store.extractor.layers)
     name = known[0] if layer is None else layer
@@ -244,7 +243,7 @@ def stage_times(store: FeatureStore, receipt: str | Mapping[str, Any] | None = N
     UsageError
         When there is no such run, when it computed nothing, or without matplotlib.
     """
-    with _matplotlib():
+    with needs_extra("figures", "a figure"):
         from pipeline.report import draw_charts
     found = choices.run_receipt(store, receipt)
     stages = found["stage_s"]
@@ -275,15 +274,6 @@ def save(figure: Canvas, output: Path) -> None:
         figure.savefig(output, dpi=FILE_DPI)
     except OSError as error:
         raise UsageError(f"figure {output} cannot be written ({error}): check its folder, permissions and space") from error
-
-
-@contextmanager
-def _matplotlib() -> Iterator[None]:
-    """It is an extra; modules that draw are imported late."""
-    try:
-        yield
-    except ImportError as error:
-        raise UsageError('figures need matplotlib, which is not installed: pip install "featuremaps[figures]"') from error
 
 
 def _sample(paths: Sequence[str], n: int) -> list[str]:

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pipeline.errors import FeaturemapsError
+from pipeline.extract.layers import Array
 from pipeline.report.arrays import Histogram
 from pipeline.report.sandbox import PIXEL_LIMIT, Embedded, Photograph, encode, photographs
-from pipeline.store.codecs import Array
 from pipeline.store.image_maps import image_maps, map_sizes
 from pipeline.store.layout import Size
 from pipeline.store.schema import ShapeClass, Status

@@ -23,11 +23,11 @@ from PIL import Image, ImageFile
 
 from pipeline.config import DecodeSpec
 from pipeline.errors import FeaturemapsError, ImageError
+from pipeline.extract.layers import Array
 from pipeline.run.bounded import bounded_process
 from pipeline.source.decoding import decode
 from pipeline.source.fetch import Patience, Source, read_bytes, read_current
 from pipeline.source.names import absolute_path, absolute_url
-from pipeline.store.codecs import Array
 from pipeline.urls import Url, is_url
 
 PIXEL_LIMIT = 20_000_000

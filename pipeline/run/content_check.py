@@ -11,6 +11,7 @@ from distributed import Client, Future, KilledWorker, wait
 from distributed.client import ClosedClientError
 
 from pipeline.errors import FeaturemapsError
+from pipeline.extract.layers import Array
 from pipeline.run.activity import ActivityPlugin
 from pipeline.run.context import Context
 from pipeline.run.failures import scheduler_lost, why
@@ -20,7 +21,6 @@ from pipeline.run.timer import Every
 from pipeline.run.workers import Fleet
 from pipeline.source.fetch import Digested, digest_block
 from pipeline.source.health import SourceWatch
-from pipeline.store.codecs import Array
 from pipeline.store.schema import stack
 
 BLOCK_IMAGES = 256

@@ -7,12 +7,12 @@ from functools import cached_property
 
 import numpy as np
 
+from pipeline.extract.layers import Array
 from pipeline.run.plan.changes import Entry
 from pipeline.run.tasks import PieceResult
 from pipeline.source.fetch import Probed
 from pipeline.source.fingerprints import Listing
 from pipeline.source.health import is_inaccessible
-from pipeline.store.codecs import Array
 from pipeline.store.layout import ClassLayout, Size, class_name
 from pipeline.store.schema import REJECTED, STATISTICS, Status, StoredLayer, stack
 from pipeline.store.store import Store

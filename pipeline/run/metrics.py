@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
-from pipeline.errors import UsageError
+from pipeline.errors import UsageError, needs_extra
 from pipeline.run.summary import Run, at_work
 from pipeline.text import printable
 
@@ -137,13 +137,8 @@ def served(address: str) -> Iterator[str]:
     UsageError
         When prometheus-client is not installed, the address is none, or nobody can listen there.
     """
-    try:
+    with needs_extra("metrics", f"--metrics {address}", "leave --metrics away"):
         from prometheus_client import CollectorRegistry, ProcessCollector, start_http_server  # noqa: PLC0415 (the extra metrics)
-    except ImportError as error:
-        raise UsageError(
-            f"--metrics {address} needs prometheus-client, which is not installed ({error}): nothing was started; "
-            'pip install "featuremaps[metrics]", or leave --metrics away'
-        ) from error
     host, port = _split(address)
     registry = CollectorRegistry()
     registry.register(_collector)

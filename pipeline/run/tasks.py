@@ -19,12 +19,12 @@ from distributed import Worker, WorkerPlugin, get_worker
 from pipeline.config import ExtractorSpec
 from pipeline.errors import FeaturemapsError, ImageError, PassingFaultError
 from pipeline.extract.choice import best_extractor
-from pipeline.extract.layers import layer_names, output_sizes
+from pipeline.extract.layers import Array, layer_names, output_sizes
 from pipeline.run import activity
 from pipeline.source import current, decoding
 from pipeline.source.fetch import Patience, Source, read_ahead
 from pipeline.store import store
-from pipeline.store.codecs import Array, maps_digest
+from pipeline.store.codecs import maps_digest
 from pipeline.store.layout import ClassLayout, LayerLayout
 from pipeline.store.objects import place
 from pipeline.store.schema import STATISTICS, Status, StoredLayer

@@ -7,7 +7,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 
-from pipeline.errors import UsageError
+from pipeline.errors import UsageError, needs_extra
 from pipeline.source.names import decode_path, encode_path, nothing_listed, suffix_of
 from pipeline.urls import Url, is_object
 
@@ -100,13 +100,8 @@ def _column(path: str, columns: list[str]) -> int:
 
 
 def _read_parquet(path: str) -> Iterator[tuple[int, bytes]]:
-    try:
+    with needs_extra("parquet", f"list {path!r}", "give a .csv list"):
         from pyarrow import ArrowException, parquet  # noqa: PLC0415 (an extra)
-    except ImportError as error:
-        raise UsageError(
-            f"list {path!r} needs pyarrow, which is not installed, so nothing was listed; "
-            'install it with pip install "featuremaps[parquet]", or give a .csv list'
-        ) from error
     with open(path, "rb") as file:
         try:
             table = parquet.ParquetFile(file)

@@ -16,12 +16,11 @@ import xxhash
 from numcodecs import Blosc, VLenUTF8
 
 from pipeline.errors import FeaturemapsError
+from pipeline.extract.layers import Array
 
 BLOSC_LEVEL = 5
 _MISSING = np.uint64(2**64 - 1)
 _CRC32C = {"name": "crc32c"}
-
-Array = np.ndarray[Any, Any]
 
 
 def compress(values: Array) -> bytes:

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from pipeline.errors import FeaturemapsError
-from pipeline.store.codecs import Array, compress, decompress
+from pipeline.extract.layers import Array
+from pipeline.store.codecs import compress, decompress
 from pipeline.store.objects import Place, children, each, fetch, parse_json, put, put_json
 from pipeline.store.schema import Columns, StoredLayer, column_type, object_key
 

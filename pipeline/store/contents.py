@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pipeline.store.codecs import Array
+from pipeline.extract.layers import Array
 from pipeline.store.schema import REJECTED, Status
 from pipeline.store.store import Store
 

@@ -9,11 +9,12 @@ import numpy as np
 
 from pipeline.config import Job
 from pipeline.errors import UsageError
+from pipeline.extract.layers import Array
 from pipeline.extract.weights import load_weights
 from pipeline.source.fingerprints import Listing
 from pipeline.source.identity import is_same_folder
 from pipeline.source.listing import walks_into
-from pipeline.store.codecs import Array, compress
+from pipeline.store.codecs import compress
 from pipeline.store.objects import Place, children, exists, make_folder, place, put, put_json, remove_folder
 from pipeline.store.schema import (
     EXTRACTOR,

@@ -5,9 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from pipeline import urls
-from pipeline.extract.layers import layer_names, output_sizes
+from pipeline.extract.layers import Array, layer_names, output_sizes
 from pipeline.extract.quantise import dequantise
-from pipeline.store.codecs import Array
 from pipeline.store.layout import Size
 from pipeline.store.schema import StoredLayer, StoreSpec
 from pipeline.store.settings import extractor_spec

@@ -12,8 +12,9 @@ from threading import Lock
 import numpy as np
 
 from pipeline.errors import FeaturemapsError
+from pipeline.extract.layers import Array
 from pipeline.source.names import encode_path
-from pipeline.store.codecs import Array, decompress_bytes, find_text, texts
+from pipeline.store.codecs import decompress_bytes, find_text, texts
 from pipeline.store.objects import each, fetch, is_remote
 from pipeline.store.schema import COLUMN_ROWS, REJECTED, Status, object_key
 from pipeline.store.store import Store

@@ -12,7 +12,8 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from pipeline.store.codecs import Array, array_document, compress, encode_shard, pad
+from pipeline.extract.layers import Array
+from pipeline.store.codecs import array_document, compress, encode_shard, pad
 from pipeline.store.layout import ClassLayout, LayerLayout, Size, class_name
 
 FORMAT = 1

@@ -11,11 +11,10 @@ from typing import Any
 
 from pipeline.config import POOLED, DecodeSpec, ExtractorSpec, Job
 from pipeline.extract import kernel
-from pipeline.extract.layers import layer_names, output_bounds, output_sizes, receptive_field
+from pipeline.extract.layers import Array, layer_names, output_bounds, output_sizes, receptive_field
 from pipeline.extract.quantise import RANGE_MARGIN, TF32_MARGIN, quantisation
 from pipeline.extract.weights import weights_digest
 from pipeline.source.identity import absolute_source
-from pipeline.store.codecs import Array
 from pipeline.store.layout import ClassLayout, Size, class_layout, image_cost_s
 from pipeline.store.schema import StoredLayer, StoreSpec, with_digest
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.extract.layers import Array
 from pipeline.store.classes import create_class, mark_padded
-from pipeline.store.codecs import Array
 from pipeline.store.columns import Ledger
 from pipeline.store.layout import ClassLayout, Size
 from pipeline.store.maps import StoredArray, open_array, read_maps, write_maps

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.errors import FeaturemapsError
-from pipeline.store.codecs import Array
+from pipeline.extract.layers import Array
 from pipeline.store.layout import ClassLayout, LayerLayout, group_by_shard
 from pipeline.store.lock import StoreLock, require_lock
 from pipeline.store.objects import Place, delete, place, size_bytes

@@ -136,7 +136,7 @@ def test_without_the_extra_the_command_that_brings_it_is_said(monkeypatch):
     monkeypatch.setitem(sys.modules, "dask_kubernetes.operator", None)
     with (
         pytest.raises(
-            UsageError, match=r"needs dask-kubernetes, which is not installed: .*pip install 'featuremaps\[kubernetes\]'"
+            UsageError, match=r"needs dask-kubernetes, which is not installed .*pip install 'featuremaps\[kubernetes\]'"
         ),
         connect(SPEC),
     ):

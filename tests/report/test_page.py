@@ -17,13 +17,13 @@ import pytest
 from pipeline import open_store
 from pipeline.config import make_job
 from pipeline.errors import EXIT_USAGE, FeaturemapsError, UsageError
+from pipeline.extract.layers import Array
 from pipeline.extract.weights import load_weights
 from pipeline.report import page
 from pipeline.report.facts import Facts, gather, run_facts, verdict_of
 from pipeline.report.page import write_report
 from pipeline.report.samples import choose
 from pipeline.run.summary import Summary, receipt
-from pipeline.store.codecs import Array
 from pipeline.store.create import create_store, prepare_folder
 from pipeline.store.lock import StoreLock
 from pipeline.store.objects import Place
@@ -402,7 +402,8 @@ def test_without_matplotlib_the_extra_is_named_and_the_page_kept(store, tmp_path
         [sys.executable, "-c", code, "report", store, "-o", tmp_path / "report.html"], capture_output=True, text=True, check=False
     )
     assert done.returncode == EXIT_USAGE
-    assert 'matplotlib, which is not installed: pip install "featuremaps[figures]"' in done.stderr
+    assert "a figure needs matplotlib, which is not installed (" in done.stderr
+    assert "pip install 'featuremaps[figures]'" in done.stderr
     assert (tmp_path / "report.html").read_text() == "of before"
 
 
