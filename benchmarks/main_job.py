@@ -1,6 +1,6 @@
 """The main job's own promises, measured: many sizes, memory, a run with nothing to do, a plan of a million images.
 
-    python -m benchmarks.main_job sizes|memory|nothing|million|durability|bucket
+    python -m benchmarks.main_job sizes|memory|nothing|start|million|durability|bucket
 
 Each prints ratios of one run on one machine and asserts the number of images.
 """
@@ -18,9 +18,10 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import psutil
 
-from benchmarks.images import FOLDER, command, machine, make, run
+from benchmarks.images import FOLDER, command, machine, make, picture, run
 
 STORE = FOLDER / "store.zarr"
 
@@ -106,6 +107,42 @@ def nothing(n: int = 10_000) -> None:
     print(f"nothing to do for {n} images: {elapsed_s:.2f} s for the whole command, peak {peak.driver / 2**20:.0f} MiB")
 
 
+BARE_CLUSTER = """
+from distributed import Client, LocalCluster
+if __name__ == "__main__":
+    with LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None) as cluster, Client(cluster) as client:
+        assert client.submit(abs, -1).result() == 1
+"""
+
+
+def start(n: int = 5) -> None:
+    """A run with one new image, beside what a bare Dask cluster of one worker and importing torch take: medians, interleaved."""
+    folder = FOLDER / "start"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    bare = folder / "bare.py"
+    bare.write_text(BARE_CLUSTER)
+    images = folder / "images"
+    images.mkdir()
+    picture(rng, 516, 639).save(images / "first.jpg")
+    assert fresh(images)["n_done"] == 1
+    times: dict[str, list[float]] = {}
+    for i in range(n):
+        picture(rng, 516, 639).save(images / f"{i}.jpg")
+        for name, arguments in (
+            ("a run with one new image", command("run", images, STORE)),
+            ("a bare Dask cluster with one task", [sys.executable, str(bare)]),
+            ("import torch", [sys.executable, "-c", "import torch"]),
+            ("import distributed, zarr", [sys.executable, "-c", "import distributed, zarr"]),
+        ):
+            started = time.monotonic()
+            subprocess.run(arguments, check=True, capture_output=True)
+            times.setdefault(name, []).append(time.monotonic() - started)
+    for name, values in times.items():
+        print(f"{name}: {sorted(values)[n // 2]:.1f} s (median of {n})")
+
+
 def million(n: int = 1_000_000) -> None:
     """A plan of a million images; hard links to 3,000 pictures, so that disk is no matter."""
     many = [(100 + i % 60, 100 + i // 60) for i in range(3000)]
@@ -173,7 +210,7 @@ def bucket(n: int = 1000, delay_s: float = 0.03) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["sizes", "memory", "nothing", "million", "durability", "bucket"])
+    parser.add_argument("what", choices=["sizes", "memory", "nothing", "start", "million", "durability", "bucket"])
     what = parser.parse_args().what
     FOLDER.mkdir(parents=True, exist_ok=True)
     if shutil.disk_usage(FOLDER).free < 12e9:
