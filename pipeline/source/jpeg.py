@@ -218,9 +218,9 @@ class _Trial:
 
 def _is_whole(trial: _Trial, data: bytes) -> bool:
     """Say what is wrong with a JPEG that libjpeg warned of, refused or wanted more of."""
-    start, end = _last_scan(data)
+    first, start, end = _scans(data)
     picture = data[:end]
-    n_before = trial.decode(data[:start])[2]
+    n_before = trial.decode(data[:first])[2]  # of the header alone: a warning of any scan is damage
     n, error, n_found, _ = trial.decode(picture + _END)
     if error < 0:
         raise ImageError("corrupt", "the image cannot be decoded (broken data stream)")
@@ -241,7 +241,7 @@ def _is_whole(trial: _Trial, data: bytes) -> bool:
 def _check_by_filling(trial: _Trial, data: bytes) -> None:
     """Refuse a JPEG whose pixels change with what is put behind its data: three times the work, where warnings are not seen."""
     found = trial.image.tobytes()
-    picture = data[: _last_scan(data)[1]]
+    picture = data[: _scans(data)[2]]
     for fill in (b"\x55" * 96, b"\x6d\xb6\xdb" * 32, b"\x23\x91" * 48):
         trial.decode(picture + fill + _END)
         if trial.image.tobytes() != found:
@@ -265,9 +265,9 @@ def _is_filled(data: bytes, end: int) -> bool:
     )
 
 
-def _last_scan(data: bytes) -> tuple[int, int]:
-    """Where the data of the last scan begin, and where they end: at a marker, or with the file."""
-    place, start, end = 2, len(data), len(data)
+def _scans(data: bytes) -> tuple[int, int, int]:
+    """Where the data of the first scan and of the last begin, and where the last end: at a marker, or with the file."""
+    place, first, start, end = 2, len(data), len(data), len(data)
     n_colours, is_progressive = 0, False
     while (found := _MARKER.search(data, place)) and found[0] != _END:
         kind, place = found[0][1], found.end()
@@ -279,12 +279,12 @@ def _last_scan(data: bytes) -> tuple[int, int]:
                 break  # of another picture
             n_colours, is_progressive = data[found.end() + 7], kind & 3 == 2
         elif kind == 0xDA:
-            start = place
+            first, start = min(first, place), place
             stop = _END_OF_DATA.search(data, start)
             place = end = stop.start() if stop else len(data)
             if not is_progressive and data[found.end() + 2] == n_colours:
                 break
-    return min(start, len(data)), end
+    return first, min(start, len(data)), end
 
 
 def _warnings(decoder: Any, layout: _Layout | None) -> tuple[int, bool]:

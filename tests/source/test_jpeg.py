@@ -1,6 +1,7 @@
 """A JPEG is whole when all its blocks came: generated files, cut and sealed, by both decoders."""
 
 import io
+import re
 from pathlib import Path
 
 import numpy as np
@@ -141,6 +142,20 @@ def test_a_progressive_jpeg_without_its_last_scans_is_truncated():
         check_scans(data[: places[-1]] + END)
 
 
+@pytest.mark.parametrize("name", ["37x45 4:2:0 progressive", "grey progressive"])
+def test_damage_in_any_scan_is_seen(name):
+    """Half of its data gone, or data left over."""
+    data = FILES[name]
+    places = [found.start() for found in re.finditer(rb"\xff\xda", data)]
+    for place in places:
+        start = place + 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+        end = re.compile(rb"\xff[^\0]").search(data, start).start()
+        middle = (start + end) // 2
+        for rest in (b"", data[middle:end] + b"left over"):
+            with pytest.raises(ImageError, match=r"^(truncated|corrupt): "):
+                decode(data[:middle] + rest + data[end:], RGB)
+
+
 def test_data_left_over_before_the_end_marker_are_damage_unless_they_are_zeros():
     data = FILES["37x45 4:2:0 baseline"]
     np.testing.assert_array_equal(decode(data[:-2] + bytes(9) + END, RGB), plain_pixels(data))
@@ -165,10 +180,10 @@ def test_a_flaw_of_the_header_costs_no_image():
 
 def test_a_megabyte_of_fill_bytes_is_looked_at_once():
     data = file_of(40, 40)
-    start = jpeg._last_scan(data)[0]
+    start = jpeg._scans(data)[1]
     filled = data[: start + 100] + b"\xff" * 1_000_000  # at once; some hours when each byte of them begins a search
-    assert jpeg._last_scan(filled + b"\0") == (start, len(filled) + 1)
-    assert jpeg._last_scan(filled + END) == (start, start + 100)
+    assert jpeg._scans(filled + b"\0")[1:] == (start, len(filled) + 1)
+    assert jpeg._scans(filled + END)[1:] == (start, start + 100)
     assert end_of(filled + b"\0") != "done"
 
 
@@ -201,7 +216,7 @@ def test_arithmetic_codes_and_lossless_frames_are_refused():
 def test_zeros_in_place_of_the_data_are_refused(name):
     """Also where libjpeg takes them for as many blocks as are missing."""
     data = FILES[name]
-    start = jpeg._last_scan(data)[0]
+    start = jpeg._scans(data)[1]
     for n in range(100, 9000, 37):
         assert end_of(data[: start + 20] + bytes(n) + END) in {"truncated", "corrupt"}, n
     middle = (start + len(data)) // 2
@@ -220,5 +235,5 @@ def test_zeros_may_be_blocks_where_the_code_of_their_end_is_zeros():
     file = io.BytesIO()
     Image.new("RGB", (2048, 2048), "white").save(file, "JPEG", optimize=True)
     data = file.getvalue()
-    assert bytes(64) in data[jpeg._last_scan(data)[0] :]
+    assert bytes(64) in data[jpeg._scans(data)[1] :]
     assert decode(data, RGB).min() == 255
