@@ -12,6 +12,8 @@ from pipeline.errors import ImageError
 
 _RAW_MODES = {1: {"1", "P;1"}, 4: {"P;4"}, 8: {"P", "L"}}  # that Pillow must use for indices of so many bits
 _RUN_BITS = {1: 8, 2: 4}  # by compression
+_MASKS = 3  # the compression of a BMP that names the bits of each colour
+HEAD_BYTES = 70  # of a BMP, up to the mask of its alpha
 
 
 def check_bitmap(image: Any, head: bytes) -> None:
@@ -22,7 +24,7 @@ def check_bitmap(image: Any, head: bytes) -> None:
     image : PIL.Image.Image
         Opened, not loaded.
     head : bytes
-        The first 64 bytes of the file.
+        The first `HEAD_BYTES` of the file.
 
     Raises
     ------
@@ -69,6 +71,8 @@ def _check_bmp(image: Any, head: bytes) -> None:
     n_colours = (int.from_bytes(head[46:50], "little") if size > 12 else 0) or 1 << bits
     if bits <= 8 and 14 + size + (4 if size > 12 else 3) * n_colours > offset:
         text = f"a palette of {n_colours} colours that reaches into the pixels"
+    if bits == 16 and compression == _MASKS and size >= 56 and any(head[66:70]):
+        text = "alpha in 16 bits"
     if text:
         raise ImageError("unsupported_mode", f"BMP with {text}: Pillow reads it otherwise; save it as PNG")
 

@@ -31,7 +31,7 @@ from PIL import (
 from pipeline.config import DEFAULT_PIXEL_LIMIT, DecodeSpec, ImageFormat
 from pipeline.errors import ImageError
 from pipeline.source.avif import check_avif
-from pipeline.source.bitmaps import check_bitmap, check_indices
+from pipeline.source.bitmaps import HEAD_BYTES, check_bitmap, check_indices
 from pipeline.source.dropped import dropped, is_far
 from pipeline.source.header_limits import (
     HEADER_BYTES,
@@ -304,7 +304,7 @@ def _blaming_the_image() -> Iterator[None]:
 
 def _open(stream: HeaderStream, spec: DecodeSpec) -> tuple[Image.Image, int]:
     """Read the header, refuse what must not be decoded, return the image and its orientation."""
-    head = stream.read(64)
+    head = stream.read(HEAD_BYTES)
     if not head:
         raise ImageError("empty", "the file has 0 bytes")
     largest_bytes = 8 * spec.pixel_limit + HEADER_BYTES

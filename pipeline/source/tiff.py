@@ -284,6 +284,9 @@ def _unproven_compression(layout: Layout, tags: dict[int, tuple[int, ...]]) -> s
         compression not in {_NONE, _GROUP_4} or layout.bits > 8 or layout.extra or layout.n_samples > 1
     ):
         return f"fill order {layout.fill_order}, which is only supported for uncompressed or fax grey and palettes"
+    is_as_stored = layout.fill_order == 1 and (layout.bits, layout.photometric) in {(1, _BLACK_0), (8, _BLACK_0), (8, _PALETTE)}
+    if compression == _NONE and layout.n_samples == 1 and tags.get(_PLANES) == (2,) and not is_as_stored:
+        return "separate planes of a single channel, of which Pillow misreads this kind; save it with interleaved channels"
     is_subsampled = tags.get(_SUBSAMPLING, (2, 2)) != (1, 1)
     if layout.photometric == _YCBCR and compression != _JPEG and is_subsampled:
         return "YCbCr of halved colour that is not JPEG, which Pillow misreads; save it as RGB"

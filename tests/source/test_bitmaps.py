@@ -118,6 +118,16 @@ def test_masks_are_read_as_declared(name, sign):
     assert n_done >= 9
 
 
+@pytest.mark.parametrize("header", [56, 108, 124])
+def test_alpha_in_16_bits_is_refused_because_pillow_ignores_it(header):
+    masks = (0x7C00, 0x3E0, 0x1F)
+    rows = [bytes(range(8))] * 2
+    opaque = bmp(4, 2, 16, rows, compression=3, header=header, masks=(*masks, 0))
+    assert right_or_refused(opaque, pixels_of(np.frombuffer(b"".join(rows), "<u2").reshape(2, 4), 16, (*masks, 0))) == "done"
+    with pytest.raises(ImageError, match=r"^unsupported_mode: BMP with alpha in 16 bits"):
+        decode(bmp(4, 2, 16, rows, compression=3, header=header, masks=(*masks, 0x8000)), RGB)
+
+
 @pytest.mark.parametrize("header", HEADERS)
 @pytest.mark.parametrize(("name", "bits"), [("555", 16), ("BGR", 24), ("BGRX", 32)])
 def test_colours_without_masks_are_read(name, bits, header):

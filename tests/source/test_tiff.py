@@ -139,6 +139,30 @@ def test_tags_that_pillow_passes_over_are_refused(photometric, n_samples, tags, 
         decode(data, SPEC)
 
 
+def one_channel(bits: int, photometric: int, fill_order: int, planes: int) -> bytes:
+    """Uncompressed, 8 x 3 pixels of one channel in one strip; tifffile writes no PlanarConfiguration for these."""
+    pixels = np.random.default_rng(bits).bytes(3 * bits)
+    tags = {256: 8, 257: 3, 258: bits, 259: 1, 262: photometric, 266: fill_order, 273: 0, 277: 1, 278: 3, 279: len(pixels), 284: planes}
+    colours = struct.pack(f"<{3 << bits}H", *np.random.default_rng(1).integers(0, 65536, 3 << bits)) if photometric == 3 else b""
+    start = 8 + 2 + 12 * (len(tags) + bool(colours)) + 4
+    tags[273] = start + len(colours)
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    entries += struct.pack("<HHII", 320, 3, 3 << bits, start) if colours else b""
+    return b"II*\0" + struct.pack("<IH", 8, len(entries) // 12) + entries + bytes(4) + colours + pixels
+
+
+@pytest.mark.parametrize("fill_order", [1, 2])
+@pytest.mark.parametrize(("bits", "photometric"), [(bits, kind) for bits in (1, 4, 8, 16) for kind in (0, 1, 3) if bits * kind < 48])
+def test_the_only_channel_is_read_alike_in_a_plane_of_its_own_or_refused(bits, photometric, fill_order):
+    """Pillow takes the first letter of ``L;I`` there: what is white would come out black."""
+    data = one_channel(bits, photometric, fill_order, 2)
+    if fill_order == 1 and (bits, photometric) in {(1, 1), (8, 1), (8, 3)}:
+        np.testing.assert_array_equal(decode(data, SPEC), decode(one_channel(bits, photometric, fill_order, 1), SPEC))
+    else:
+        with pytest.raises(ImageError, match=r"^unsupported_mode: TIFF with (separate planes of a single channel|fill order 2)"):
+            decode(data, SPEC)
+
+
 def fax(compression: str, fill_order: int = 1) -> bytes:
     """A drawing of 40 rows in strips of 16, by libtiff."""
     y, x = np.mgrid[:40, :64]
