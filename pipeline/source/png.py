@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
 _DECISIVE = (b"IHDR", b"PLTE", b"IDAT", b"IEND", b"tRNS")  # without which the pixels are others
-_KEPT = frozenset({b"IHDR", b"PLTE", b"tRNS"})
+_ORDER = (b"IHDR", b"PLTE", b"tRNS")
+_KEPT = frozenset(_ORDER)
 _TURNING_TEXTS = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0")  # keywords, of which Pillow reads an orientation
 _PASSES = (
     (0, 0, 8, 8),
@@ -89,6 +90,7 @@ def load_png(image: Any, *, keep_spare_row: bool) -> None:
         ``corrupt``: a wrong checksum, data that end in an error, left over or missing. ``truncated``: the file ends before.
     """
     data, place, height = image.fp.getvalue(), image.tile[0].offset, image.height
+    _check_order(data, place)
     n_bytes, is_interlaced = _check_header(data, place, image)
     pieces, asked_again = _merged(_pieces(data, place)), []
 
@@ -162,6 +164,17 @@ def _check_header(data: bytes, place: int, image: Any) -> tuple[int, bool]:
         if n_rows > 0 and n_columns > 0:
             n_bytes += n_rows * (1 + (n_columns * depth * _CHANNELS[color] + 7) // 8)
     return n_bytes, bool(interlace)
+
+
+def _check_order(data: bytes, place: int) -> None:
+    """Refuse a second header, palette or transparency, and a palette behind the transparency: decoders differ on which counts."""
+    found, start = [], 8
+    while start < place - 8:
+        found.append(data[start + 4 : start + 8])
+        start += 12 + int.from_bytes(data[start : start + 4], "big")
+    decisive = [name for name in found if name in _ORDER]
+    if decisive != [name for name in _ORDER if name in decisive]:
+        raise _corrupt("one of its chunks IHDR, PLTE and tRNS comes twice, or tRNS before PLTE")
 
 
 def _pieces(data: bytes, place: int) -> Iterator[bytes]:

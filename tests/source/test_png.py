@@ -295,6 +295,20 @@ def test_a_chunk_that_decides_on_the_pixels_is_not_passed_over(name):
             function(data, RGB)
 
 
+@pytest.mark.parametrize("color", [0, 2, 3])
+def test_a_palette_or_transparency_that_comes_twice_or_in_the_wrong_order_is_refused(color):
+    """libpng takes the first transparency, and none before the palette; Pillow takes the last."""
+    samples = noise(4, 4, 8, color)
+    colors = chunk(b"PLTE", palette(8).tobytes())
+    key, other = transparency(samples, 8, color), transparency(samples[::-1], 8, color)
+    before = (colors,) if color == 3 else ()
+    np.testing.assert_array_equal(decode(write(samples, 8, color, *before, key), RGB), expected(samples, 8, color, transparent=True))
+    wrong = [(*before, key, other), (colors, colors), (*before, header(samples, 8, color))]
+    for chunks in [*wrong, (key, colors)]:
+        with pytest.raises(ImageError, match=r"^corrupt: .*IHDR, PLTE and tRNS comes twice, or tRNS before PLTE"):
+            decode(write(samples, 8, color, *chunks), RGB)
+
+
 def test_a_length_that_swallows_the_next_chunk_is_seen():
     samples = noise(4, 4, 8, 2)
     text, key = chunk(b"tEXt", b"a\0b"), transparency(samples, 8, 2)
