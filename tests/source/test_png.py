@@ -302,7 +302,9 @@ def test_a_palette_or_transparency_that_comes_twice_or_in_the_wrong_order_is_ref
     colors = chunk(b"PLTE", palette(8).tobytes())
     key, other = transparency(samples, 8, color), transparency(samples[::-1], 8, color)
     before = (colors,) if color == 3 else ()
-    np.testing.assert_array_equal(decode(write(samples, 8, color, *before, key), RGB), expected(samples, 8, color, transparent=True))
+    np.testing.assert_array_equal(
+        decode(write(samples, 8, color, *before, key), RGB), expected(samples, 8, color, transparent=True)
+    )
     wrong = [(*before, key, other), (colors, colors), (*before, header(samples, 8, color))]
     for chunks in [*wrong, (key, colors)]:
         with pytest.raises(ImageError, match=r"^corrupt: .*IHDR, PLTE and tRNS comes twice, or tRNS before PLTE"):

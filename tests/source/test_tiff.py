@@ -142,7 +142,19 @@ def test_tags_that_pillow_passes_over_are_refused(photometric, n_samples, tags, 
 def one_channel(bits: int, photometric: int, fill_order: int, planes: int) -> bytes:
     """Uncompressed, 8 x 3 pixels of one channel in one strip; tifffile writes no PlanarConfiguration for these."""
     pixels = np.random.default_rng(bits).bytes(3 * bits)
-    tags = {256: 8, 257: 3, 258: bits, 259: 1, 262: photometric, 266: fill_order, 273: 0, 277: 1, 278: 3, 279: len(pixels), 284: planes}
+    tags = {
+        256: 8,
+        257: 3,
+        258: bits,
+        259: 1,
+        262: photometric,
+        266: fill_order,
+        273: 0,
+        277: 1,
+        278: 3,
+        279: len(pixels),
+        284: planes,
+    }
     colours = struct.pack(f"<{3 << bits}H", *np.random.default_rng(1).integers(0, 65536, 3 << bits)) if photometric == 3 else b""
     start = 8 + 2 + 12 * (len(tags) + bool(colours)) + 4
     tags[273] = start + len(colours)
@@ -152,7 +164,9 @@ def one_channel(bits: int, photometric: int, fill_order: int, planes: int) -> by
 
 
 @pytest.mark.parametrize("fill_order", [1, 2])
-@pytest.mark.parametrize(("bits", "photometric"), [(bits, kind) for bits in (1, 4, 8, 16) for kind in (0, 1, 3) if bits * kind < 48])
+@pytest.mark.parametrize(
+    ("bits", "photometric"), [(bits, kind) for bits in (1, 4, 8, 16) for kind in (0, 1, 3) if bits * kind < 48]
+)
 def test_the_only_channel_is_read_alike_in_a_plane_of_its_own_or_refused(bits, photometric, fill_order):
     """Pillow takes the first letter of ``L;I`` there: what is white would come out black."""
     data = one_channel(bits, photometric, fill_order, 2)
