@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import sys
 from collections.abc import Callable
@@ -16,9 +15,11 @@ from pipeline.cli.clusters import cluster, doctor, submit
 from pipeline.cli.figures import report, show
 from pipeline.cli.groups import GroupedCommands
 from pipeline.cli.job_options import job_options, job_values
+from pipeline.cli.output import lasting_output
 from pipeline.cli.terminal import (
     asks_for_json,
     complain,
+    interrupt_on_signal,
     is_json,
     logger,
     say_end,
@@ -179,15 +180,19 @@ for _command in (show, submit, doctor, cluster, report):
 
 def main() -> None:
     """Run the command; errors that the user can mend are a paragraph and an exit code, never a traceback."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="surrogateescape")  # names that are not UTF-8 go out as they came in
+    with lasting_output(), interrupt_on_signal():
+        code = _exit_code()
+    sys.exit(code)
+
+
+def _exit_code() -> int:
+    """Run the command and say what went wrong."""
     try:
-        code = cli.main(standalone_mode=False)
+        return int(cli.main(standalone_mode=False) or EXIT_COMPLETE)
     except FeaturemapsError as error:
-        code = complain(error, " ".join(line.strip() for line in str(error).splitlines()), error.exit_code)
+        return complain(error, " ".join(line.strip() for line in str(error).splitlines()), error.exit_code)
     except OSError as error:
-        code = complain(
+        return complain(
             error,
             f"the file system failed ({error}): what was committed stands; check the disk, its space and the permissions, and run the "
             "same command again",
@@ -199,12 +204,11 @@ def main() -> None:
             complain(error, error.format_message(), error.exit_code)
         else:
             error.show()
-        code = error.exit_code
+        return error.exit_code
     except (KeyboardInterrupt, click.Abort) as error:
-        code = complain(error, "interrupted; what was committed stands, run again to go on", EXIT_RUN_AGAIN)
+        return complain(error, "interrupted; what was committed stands, run again to go on", EXIT_RUN_AGAIN)
     except Exception as error:
         if not is_json():
             raise
         logger.critical("featuremaps has a fault: %s", error, exc_info=error)  # a traceback of many lines is no log line
-        code = EXIT_FAILED
-    sys.exit(code)
+        return EXIT_FAILED

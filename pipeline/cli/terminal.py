@@ -79,25 +79,52 @@ class Stop(threading.Event):
         self.signalled = threading.Event()
 
 
+def stop_signals() -> list[int]:
+    """What asks a process to end: by hand, as a session closes, from a batch system before its limits; what was ignored stays so."""
+    asked = (signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+    return [signal.SIGINT, *(number for number in asked if signal.getsignal(number) is not signal.SIG_IGN)]
+
+
+@contextmanager
+def _handled(handler: Callable[[int, Any], None]) -> Iterator[None]:
+    """Have every stop signal call a function."""
+    before = {number: signal.signal(number, handler) for number in stop_signals()}
+    try:
+        yield
+    finally:
+        for number, handler_before in before.items():
+            signal.signal(number, handler_before)
+
+
+@contextmanager
+def interrupt_on_signal() -> Iterator[None]:
+    """Have every stop signal end the command as a Ctrl-C does."""
+
+    def interrupt(_number: int, _frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    with _handled(interrupt):
+        yield
+
+
 @contextmanager
 def stop_on_signal() -> Iterator[Stop]:
-    """The first SIGINT or SIGTERM asks for a drain, a second SIGINT ends at once."""
+    """The first stop signal asks for a drain, a second SIGINT ends at once."""
     stop = Stop()
 
     def ask(number: int, _frame: Any) -> None:
         if stop.is_set() and number == signal.SIGINT:
             raise KeyboardInterrupt
+        is_first = not stop.signalled.is_set()
         stop.signalled.set()
         stop.set()
         name = signal.Signals(number).name
-        say(f"{name}: finishing what is in flight; nothing is lost, run again to go on", before="\n", signal=name)
+        if is_first:
+            text = f"{name}: finishing what is in flight; nothing is lost, run again to go on"
+            say(text, before="\r" if sys.stderr.isatty() else "", signal=name)  # over the ^C that the terminal shows
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with _handled(ask):
         yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextmanager

@@ -21,6 +21,8 @@ from pipeline.errors import FeaturemapsError, StoppedError, UsageError
 
 logger = logging.getLogger(__name__)
 
+FOR_DRIVER = (signal.SIGHUP, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+"""Signals that a terminal or a batch system sends to all processes; not SIGTERM, by which Dask ends a worker."""
 WAIT_LINE_S = 5.0
 QUICK_S = 3.0
 
@@ -200,9 +202,10 @@ def quiet_dask() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _without_interrupts() -> Iterator[None]:
-    """Threads and processes that start meanwhile never see SIGINT: a Ctrl-C at the terminal is for the driver alone, which drains."""
-    resource_tracker.ensure_running()  # whose start would unblock the signal
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    """Threads and processes that start meanwhile never see these signals: they are for the driver alone, which drains."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, FOR_DRIVER)
+    resource_tracker.ensure_running()  # which unblocks SIGINT as it starts
+    signal.pthread_sigmask(signal.SIG_BLOCK, FOR_DRIVER)
     try:
         yield
     finally:

@@ -57,7 +57,7 @@ def run_job(
     """
     path = place(job.store).absolute()
     progress = Progress()
-    notify = on_progress or (lambda _: None)
+    notify = _unfailing(on_progress) if on_progress else (lambda _: None)
     notify(progress)
     listing = list_collection(job.source)
     if job.limit is not None:
@@ -90,6 +90,23 @@ def run_job(
             with contextlib.suppress(*([OSError] if summary.outcome == "failed" else [])):  # a full disk has been told of already
                 store.write_receipt(summary.run_id, receipt(summary))
     return summary
+
+
+def _unfailing(on_progress: Callable[[Progress], None]) -> Callable[[Progress], None]:
+    """What shows progress, until it cannot be written any more: that is no fault of the store or of the scheduler."""
+    is_broken = False
+
+    def notify(progress: Progress) -> None:
+        nonlocal is_broken
+        if is_broken:
+            return
+        try:
+            on_progress(progress)
+        except OSError as error:
+            is_broken = True
+            logger.warning("on_progress failed, and is not called again (%s); the run goes on", error)
+
+    return notify
 
 
 @contextlib.contextmanager

@@ -448,6 +448,25 @@ def test_a_second_interrupt_ends_at_once():
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
+def test_every_stop_signal_asks_for_a_drain_and_ends_other_commands_as_a_ctrl_c_does(number):
+    with terminal.stop_on_signal() as stop:
+        os.kill(os.getpid(), number)
+        assert stop.wait(900)
+    with terminal.interrupt_on_signal(), pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(number)
+
+
+def test_what_nohup_has_ignored_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with terminal.stop_on_signal() as stop:
+            signal.raise_signal(signal.SIGHUP)
+        assert not stop.is_set()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_names_that_are_not_utf8_go_out_as_they_came_in(tmp_path):
     store = os.fsencode(tmp_path) + b"/st\xffore.zarr"
     environment = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}

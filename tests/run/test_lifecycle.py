@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import threading
@@ -219,6 +220,19 @@ def test_a_stopped_run_commits_what_was_in_flight_and_the_next_finishes(client, 
     assert run_job(job, client).n_done == 240 - summary.n_done
     run_job(job.model_copy(update={"store": str(tmp_path / "whole.zarr")}), client)
     assert content(tmp_path / "features.zarr") == content(tmp_path / "whole.zarr")
+
+
+def test_a_progress_that_cannot_be_shown_ends_no_run(client, tmp_path, caplog):
+    shown = []
+
+    def on_progress(progress):
+        shown.append(progress.stage)
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")  # also a ConnectionError, as of a lost scheduler
+
+    source = make_images(tmp_path / "source", 1, [(50, 60)])
+    summary = run_job(make_job({"source": str(source), "store": str(tmp_path / "f.zarr")}), client, on_progress=on_progress)
+    assert (summary.outcome, shown) == ("complete", ["listing"])
+    assert "on_progress failed, and is not called again ([Errno 32] Broken pipe); the run goes on" in caplog.text
 
 
 def test_a_receipt_says_what_was_run_on_what(run, twelve_sizes, tmp_path):

@@ -1,0 +1,82 @@
+"""stdout and stderr that never fail: a closed pipe, a full disk or a lost terminal changes nothing of what a command does."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import select
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TextIO
+
+
+class _Outlet(io.FileIO):
+    """A file descriptor; what it does not take is lost."""
+
+    def __init__(self, fd: int) -> None:
+        super().__init__(fd, "w", closefd=False)
+        self.error: OSError | None = None
+        """Why output was lost, for the first time."""
+
+    def write(self, data: Any) -> int:
+        """Write what can be written; count all of it as written."""
+        rest = memoryview(data).cast("B")
+        n_bytes = len(rest)
+        try:
+            while rest:
+                n = super().write(rest)
+                if n is None:  # another program has made it non-blocking, and it is busy
+                    select.select([], [self], [])
+                rest = rest[n or 0 :]
+        except OSError as error:
+            self.error = self.error or error
+        return n_bytes
+
+
+@contextmanager
+def lasting_output() -> Iterator[None]:
+    """Have stdout and stderr never fail; say at the end why stdout lost something, unless its reader wanted no more."""
+    _fill_closed()
+    before = sys.stdout, sys.stderr
+    out, sys.stdout = _lasting(sys.stdout, 1)
+    _, sys.stderr = _lasting(sys.stderr, 2)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        if out is not None and out.error is not None and out.error.errno != errno.EPIPE:
+            print(
+                f"featuremaps: output was lost, as it could not be written ({out.error.strerror}); the work itself was not affected",
+                file=sys.stderr,
+            )
+        sys.stderr.flush()
+        sys.stdout, sys.stderr = before
+
+
+def _fill_closed() -> None:
+    """Open /dev/null where a standard stream is closed: else the next file would take its number, and stray output would go there."""
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # which takes the lowest number that is free
+
+
+def _lasting(stream: TextIO | None, fd: int) -> tuple[_Outlet | None, TextIO]:
+    """The same stream on an outlet; one that is in the memory of this process stays."""
+    if stream is not None:
+        try:
+            fd = stream.fileno()
+        except (OSError, ValueError):
+            return None, stream
+        stream.flush()
+    outlet = _Outlet(fd)
+    lasting = io.TextIOWrapper(
+        outlet,  # without a buffer of bytes, which refuses what a signal's handler says in the middle of another line
+        encoding=getattr(stream, "encoding", None) or "utf-8",
+        errors="surrogateescape",  # names that are not UTF-8 go out as they came in
+        line_buffering=fd == 2 or os.isatty(fd),
+    )
+    return outlet, lasting
