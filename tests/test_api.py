@@ -86,7 +86,7 @@ def test_a_plain_client_is_refused_with_the_line_that_works(job):
     options = {"processes": False, "n_workers": 1, "dashboard_address": ":0"}
     with (
         Client(**options) as plain,
-        pytest.raises(errors.FeaturemapsError, match="none of the 1 workers offers the resource 'read'") as refused,
+        pytest.raises(errors.FeaturemapsError, match="none of the 1 worker offers the resource 'read'") as refused,
     ):
         pipeline.run_job(job, plain)
     (arguments,) = re.findall(r"in Python Client\((.+?)\);", str(refused.value))

@@ -17,7 +17,7 @@ from pipeline.store.create import check_folder
 from pipeline.store.lock import HEARTBEAT_S, current_holder
 from pipeline.store.objects import Place, free_bytes, modified_s, nearest_folder
 from pipeline.store.store import Store, is_store
-from pipeline.text import human_size
+from pipeline.text import count, human_size
 from pipeline.urls import Url, is_url
 
 MAX_SKEW_S = 3 * HEARTBEAT_S
@@ -142,7 +142,7 @@ def space(store: Place, preview: Preview | None) -> Iterator[Finding]:
 
 def planned(preview: Preview) -> Iterator[Finding]:
     """What a plan says of source and memory."""
-    text = f"{preview.n_listed} images listed, {preview.n_to_compute} to compute, {preview.n_to_reject} to reject"
+    text = f"{count(preview.n_listed, 'image')} listed, {preview.n_to_compute} to compute, {preview.n_to_reject} to reject"
     if preview.n_faults:
         remedy = "check links, permissions and the file server"
         yield Finding("note", "source", f"{text}; {preview.n_faults} could not be reached just now", remedy)

@@ -44,7 +44,7 @@ from pipeline.store.schema import (
     Status,
 )
 from pipeline.store.store import Store
-from pipeline.text import printable
+from pipeline.text import count, printable
 
 MAX_FINDINGS = 1000
 AHEAD = 4
@@ -103,20 +103,20 @@ class Audit:
     def describe(self) -> str:
         """For a person."""
         what = (
-            f"{self.store}: {self.n_rows} rows, {self.n_done} of them done, {self.n_pending} pending; "
+            f"{self.store}: {count(self.n_rows, 'row')}, {self.n_done} of them done, {self.n_pending} pending; "
             f"the maps of {self.n_maps_checked} were compared with their digests"
         )
         lines = [what, self._describe_source()]
         if self.largest_difference is not None:
             lines.append(
-                f"{self.n_recomputed} images were recomputed from the source with the stored weights; beyond rounding for storage, the "
-                f"largest difference is {self.largest_difference:.1e}"
+                f"{count(self.n_recomputed, 'image was', 'images were')} recomputed from the source with the stored weights; "
+                f"beyond rounding for storage, the largest difference is {self.largest_difference:.1e}"
             )
         else:
             lines.append("no image was recomputed")
         if self.n_not_checked:
             lines.append(
-                f"{self.n_not_checked} rows could not be checked, because metadata or columns of their class are damaged"
+                f"{count(self.n_not_checked, 'row')} could not be checked, because metadata or columns of their class are damaged"
             )
         if self.n_not_reachable:
             lines.append(f"{self.n_not_reachable} more could not be recomputed, because their images are gone or changed")
@@ -127,7 +127,10 @@ class Audit:
         if self.n_findings > 50:
             lines.append(f"  and {self.n_findings - 50} more; --json lists {MAX_FINDINGS}")
         if self.n_repaired:
-            lines.append(f"{self.n_repaired} rows were set to pending: the command that made the store computes their maps again")
+            lines.append(
+                f"{count(self.n_repaired, 'row was', 'rows were')} set to pending: the command that made the store "
+                "computes these maps again"
+            )
         verdict = "nothing is wrong" if self.is_sound else f"{self.n_findings} things are wrong"
         if any(finding.kind in {"maps", "recomputation"} for finding in self.findings) and not self.n_repaired:
             verdict += "; --repair sets rows with bad maps to pending, and the next run computes them"
@@ -141,7 +144,7 @@ class Audit:
         if not self.is_source_read:
             return "the source was not read"
         reasons = ", ".join(f"{n} {REASONS.get(reason, reason)}" for reason, n in self.not_compared.items())
-        return f"the bytes of {self.n_compared} images at the source were compared with their digests" + (
+        return f"the bytes of {count(self.n_compared, 'image')} at the source were compared with their digests" + (
             f"; {sum(self.not_compared.values())} could not be: {reasons}" if reasons else ""
         )
 
@@ -310,7 +313,11 @@ def _processes(n: int) -> Iterator[_Processes]:
         return
     environment = dict(os.environ)  # as it is now: the server that forks keeps that of its own start
     with ProcessPoolExecutor(n, get_context("forkserver"), _take_environment, (environment,)) as pool:
-        yield _Processes(pool, n)
+        try:
+            yield _Processes(pool, n)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)  # a stop does not wait for what has not begun
+            raise
 
 
 def _take_environment(environment: dict[str, str]) -> None:

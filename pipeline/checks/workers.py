@@ -18,6 +18,7 @@ from pipeline.run.admission import ask, having_gpus
 from pipeline.run.slots import scheduler_workers, worker_slots
 from pipeline.run.worker_versions import asking_for_versions, n_gpus_there
 from pipeline.store.objects import Place, delete, nearest_folder, put
+from pipeline.text import count
 
 MAX_WAIT_S = 120.0
 """The longest wait for workers: a queue in which they wait for longer says so, and nobody looks at a terminal for an hour."""
@@ -63,7 +64,7 @@ def _workers(client: Client, spec: ClusterSpec) -> Iterator[Finding]:
             yield Finding("ok", f"group {group}", f"all of {wanted} workers are there")
         else:
             remedy = "" if spec.is_here else "a run starts with one, and takes the others when they come"
-            yield Finding("note" if n else "FAIL", f"group {group}", f"{n} of {wanted} workers are there yet", remedy)
+            yield Finding("note" if n else "FAIL", f"group {group}", f"{n} of {count(wanted, 'worker')} there yet", remedy)
 
 
 def _roles(client: Client) -> Iterator[Finding]:
@@ -80,7 +81,7 @@ def _worker_versions(client: Client) -> Iterator[Finding]:
     everybody = scheduler_workers(client)
     answers = ask(client, asking_for_versions(), everybody)
     for versions, workers in _by_answer({address: tuple(found.items()) for address, found in answers.items()}).items():
-        yield compare_versions(f"versions of {len(workers)} workers", dict(versions))
+        yield compare_versions(f"versions of {count(len(workers), 'worker')}", dict(versions))
     silent = set(everybody) - set(answers)
     if silent:
         found = f"{len(silent)} of {len(everybody)} workers gave no answer; one that hangs keeps all back: {', '.join(sorted(silent)[:3])}"
@@ -89,7 +90,7 @@ def _worker_versions(client: Client) -> Iterator[Finding]:
 
 def _worker_gpus(client: Client) -> Iterator[Finding]:
     for n, workers in _by_answer(ask(client, n_gpus_there, having_gpus(scheduler_workers(client)))).items():
-        found = f"{len(workers)} workers that say they have one see {n}"
+        found = f"{count(len(workers), 'worker')} that say they have one see {n}"
         if n:
             yield Finding("ok", "GPUs of workers", found)
         else:
@@ -116,7 +117,7 @@ def _worker_places(client: Client, store: Place) -> Iterator[Finding]:
         delete(probe)
     for answer, workers in answers.items():
         if answer == "it":
-            yield Finding("ok", "store from workers", f"{len(workers)} workers read what was written at {folder}")
+            yield Finding("ok", "store from workers", f"{count(len(workers), 'worker')} read what was written at {folder}")
         else:
             remedy = "mount the same file system there, or export the bucket's credentials there"
             yield Finding("FAIL", "store from workers", f"{', '.join(workers[:3])} do not see {folder} ({answer})", remedy)

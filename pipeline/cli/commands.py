@@ -94,7 +94,7 @@ def run(what: tuple[str, ...], as_json: bool, verbose: int, log_format: str, met
     from pipeline.run.summary_text import describe
 
     on_terminal = sys.stderr.isatty() and not as_json and log_format == "text"
-    with serve_metrics(metrics), stop_on_signal() as stop, show_progress(on_terminal) as on_progress:
+    with serve_metrics(metrics), stop_on_signal() as stop, show_progress(on_terminal, stop) as on_progress:
         summary = run_job(job, on_progress=on_progress, stop=stop)
     say_end(summary)
     click.echo(json.dumps(receipt(summary), indent=1) if as_json else describe(summary, job.store))

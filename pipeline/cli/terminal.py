@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from pipeline.text import count
+
 if TYPE_CHECKING:
     from pipeline.run.summary import Progress, Summary
 
@@ -45,7 +47,7 @@ def say(text: str, level: int = logging.INFO, *, before: str = "", **extra: Any)
     if is_json():
         logger.log(level, "%s", text, extra=extra)
     else:
-        click.echo(f"{before}{text}", err=True)
+        click.echo(f"{before}{text}", file=sys.stderr)  # as it is now: a bar puts itself there, and lines go above it
 
 
 def say_end(summary: Summary) -> None:
@@ -128,37 +130,14 @@ def stop_on_signal() -> Iterator[Stop]:
 
 
 @contextmanager
-def show_progress(on_terminal: bool) -> Iterator[Callable[[Progress], None]]:
+def show_progress(on_terminal: bool, stop: threading.Event) -> Iterator[Callable[[Progress], None]]:
     """A bar with the time left on a terminal, a line at intervals elsewhere."""
     if not on_terminal:
         yield _with_dashboard(log_lines())
         return
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        SpinnerColumn,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+    from pipeline.cli.bar import bar
 
-    columns = [SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
-    with Progress(
-        *columns,
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        transient=True,
-        speed_estimate_period=600,
-    ) as bar:
-        task = bar.add_task("listing", total=None)
-
-        def update(progress: Any) -> None:
-            text = f"{progress.stage}{f', {progress.n_quarantined} bad' if progress.n_quarantined else ''}"
-            bar.update(task, description=text, total=progress.n_total or None, completed=progress.n_finished)
-
+    with bar(stop.is_set) as update:
         yield _with_dashboard(update)
 
 
@@ -185,7 +164,7 @@ def log_lines() -> Callable[[Progress], None]:
         now = time.monotonic()
         before, stage = stage, progress.stage.replace(" (", ",").partition(",")[0]
         is_news = stage != before and (
-            is_json() or stage.startswith("waiting")
+            is_json() or stage.startswith(("waiting", "stopping"))
         )  # in JSON each stage has a line, with the run's id
         if progress.stage == "running" and not began:
             began = now
@@ -194,7 +173,7 @@ def log_lines() -> Callable[[Progress], None]:
             finished = progress.n_finished - progress.n_start
             left_s = (now - began) / finished * (progress.n_total - progress.n_finished) if began and finished else 0.0
             left = f", about {left_s:.0f} s left" if left_s else ""
-            counts = f": {progress.n_finished} of {progress.n_total} images" if progress.n_total else ""
+            counts = f": {progress.n_finished} of {count(progress.n_total, 'image')}" if progress.n_total else ""
             bad = f", {progress.n_quarantined} bad" if progress.n_quarantined else ""
             say(
                 f"{progress.stage}{counts}{bad}{left}",

@@ -16,6 +16,7 @@ from tornado.ioloop import PeriodicCallback
 
 from pipeline.cluster.spec import GroupSpec
 from pipeline.run.slots import WorkerSlots, slots_of
+from pipeline.text import count
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +116,7 @@ class GroupCluster(SpecCluster):  # type: ignore[misc]
 
     def describe(self) -> str:
         """What there is of each group, and what is known of those that are not there."""
-        lines = [f"{group}: {n} of {wanted} workers" for group, (n, wanted) in self.counts().items()]
+        lines = [f"{group}: {n} of {count(wanted, 'worker')}" for group, (n, wanted) in self.counts().items()]
         absent = sorted(set(self.launches) - self.present)
         known = [self._describe_worker(name) for name in absent]
         return "; ".join([*lines, *dict.fromkeys(filter(None, known[:8])), *(["..."] if len(known) > 8 else [])])

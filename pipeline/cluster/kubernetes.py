@@ -18,6 +18,7 @@ from pipeline.cluster.kubernetes_manifests import API_VERSION, manifests, ordere
 from pipeline.cluster.starting import quiet_dask, wait_for_workers
 from pipeline.errors import FeaturemapsError, needs_extra
 from pipeline.run.slots import WorkerSlots, slots_of
+from pipeline.text import count
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +99,7 @@ class PodCluster:
 
     def describe(self) -> str:
         """What there is of each group, and what Kubernetes says of pods that do not run."""
-        lines = [f"{group}: {n} of {wanted} workers" for group, (n, wanted) in self.counts().items()]
+        lines = [f"{group}: {n} of {count(wanted, 'worker')}" for group, (n, wanted) in self.counts().items()]
         return "; ".join([*lines, *_pod_troubles(self.name, self.namespace)])
 
 

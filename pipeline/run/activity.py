@@ -31,6 +31,22 @@ class ActivityPlugin(WorkerPlugin):  # type: ignore[misc]
         worker.metrics[METRIC] = report
 
 
+class DrainPlugin(WorkerPlugin):  # type: ignore[misc]
+    """Has a worker, and those that join later, begin no further image of a run."""
+
+    def __init__(self, run_id: str) -> None:
+        self.name = _drain_name(run_id)
+
+
+def is_draining(worker: Any, run_id: str) -> bool:
+    """Whether a worker is to begin no further image of a run."""
+    return _drain_name(run_id) in worker.plugins
+
+
+def _drain_name(run_id: str) -> str:
+    return f"featuremaps-drain-{run_id}"
+
+
 def require_lease(worker: Any) -> None:
     """Wait, after a silence, until the scheduler has answered a heartbeat: it may have given this worker up, and its tasks to others.
 

@@ -71,8 +71,8 @@ def check_digests(context: Context, client: Client) -> bool:
                 key, n_sent = f"digest-{summary.run_id}-{n_sent}", n_sent + 1
                 future = client.submit(digest_block, listing.root, images, key=key, resources={"read": 1}, pure=False)
                 in_flight[future] = block
-            if not in_flight:
-                break
+            if not in_flight or stop.is_set():
+                break  # of bytes that were read for nothing nothing is left
             _wait(in_flight, client, fleet)
             _check_stalls(client, summary.run_id, context.job.deadline_s)
             for future in [future for future in in_flight if future.done()]:

@@ -33,6 +33,7 @@ from pipeline.store.layout import BATCHES_IN_FLIGHT_PER_SLOT
 from pipeline.store.lock import require_lock
 from pipeline.store.schema import RUNS, Status
 from pipeline.store.settings import extractor_spec, needed_size
+from pipeline.text import count
 
 COMMIT_S = 1.0
 RECEIPT_S = 10.0
@@ -61,6 +62,7 @@ class Driver:
         self.intake = Intake(context, self.ledger, health)
         self.outcomes = Outcomes(context, self.ledger, health)
         self.crashes = CrashFinder(self.flight, self.intake, self._take_batch)
+        self.is_taken_back = False
 
     def run(self) -> None:
         """Do the work.
@@ -96,6 +98,7 @@ class Driver:
         try:
             while not self.ending.is_stuck:
                 self._send()
+                self._drain()
                 if not len(self.flight):
                     break
                 self._take_finished(commit.left_s)
@@ -130,6 +133,16 @@ class Driver:
             self._send_probes()
             self._append_probed()
             self._send_batches()
+
+    def _drain(self) -> None:
+        """Take back what has not begun, and say what is waited for."""
+        if not self.ending.draining:
+            return
+        if not self.is_taken_back:
+            self.is_taken_back = True
+            self.flight.take_back()
+        n = self.flight.n_images
+        self.context.progress.stage = f"stopping ({count(n, 'image')} in flight)" if n else "stopping"
 
     def _send_probes(self) -> None:
         slots = max(1, self.fleet.slots)  # workers that are lost come back

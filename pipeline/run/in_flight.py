@@ -14,6 +14,7 @@ from distributed.client import ClosedClientError
 
 from pipeline.errors import FeaturemapsError
 from pipeline.run import tasks
+from pipeline.run.activity import DrainPlugin
 from pipeline.run.hangs import Stall, replace_worker
 from pipeline.run.progress_watch import Departures, ProgressWatch
 from pipeline.run.slots import ROLES
@@ -121,7 +122,9 @@ class Flight:
         if self.is_whole:
             resources = dict.fromkeys(ROLES, 1)
             return submit(tasks.process, self.source, self.target, pieces, key=f"process-{name}", resources=resources, pure=False)
-        decoded = submit(tasks.read, self.source, pieces, key=f"read-{name}", resources={"read": 1}, pure=False)
+        decoded = submit(
+            tasks.read, self.source, self.target.run_id, pieces, key=f"read-{name}", resources={"read": 1}, pure=False
+        )
         extracted = submit(tasks.extract, self.target, decoded, key=f"extract-{name}", resources={"extract": 1}, pure=False)
         return submit(tasks.write, self.target, extracted, key=f"write-{name}", resources={"write": 1}, pure=False)
 
@@ -129,7 +132,9 @@ class Flight:
         if isinstance(suspect, str):
             return self._probe(f"trial-{name}", [suspect])
         submit = self.client.submit
-        decoded = submit(tasks.read, self.source, [suspect], key=f"suspect-{name}", resources={"read": 1}, pure=False)
+        decoded = submit(
+            tasks.read, self.source, self.target.run_id, [suspect], key=f"suspect-{name}", resources={"read": 1}, pure=False
+        )
         return submit(tasks.attempt, self.target, decoded, key=f"trial-{name}", resources={"extract": 1}, pure=False)
 
     def follow(self, sent: Sent) -> None:
@@ -185,6 +190,18 @@ class Flight:
             self.leave_out(stall.what)
         if sent is not None:
             self.send(sent.task)
+
+    def take_back(self) -> None:
+        """Have workers begin no further image; batches come back with what was begun, and of headers nothing is waited for."""
+        for sent in [sent for sent in self._sent.values() if isinstance(sent.task, ProbeTask)]:
+            self.give_up(sent)
+        plugin = DrainPlugin(self.target.run_id)
+
+        async def tell() -> None:
+            with contextlib.suppress(OSError, CancelledError, ClosedClientError):  # then they finish what they have
+                await self.client.register_plugin(plugin)
+
+        self.client.loop.add_callback(tell)  # not waited for: a worker that hangs keeps nobody
 
     def leave_out(self, path: str) -> None:
         """Have tasks that are sent from now on leave an image to the next run."""

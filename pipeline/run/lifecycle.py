@@ -163,12 +163,14 @@ def _compute(context: Context, connect: Connect) -> bool:
 
     n_images = len(found.new) + found.n_pending + found.n_to_check
     try:
+        _require_no_stop(context)
         with beside_dask(), connect(context.stop, on_wait, n_images) as client:
             progress.dashboard = getattr(client.cluster, "dashboard", "")
             with only_like_this(client):
                 all_checked = check_digests(context, client)
                 _account(context)
                 if found.new or found.n_pending:
+                    _require_no_stop(context)
                     Driver(context, client).run()
     except ConnectionError as error:
         raise scheduler_lost(error) from error
@@ -176,6 +178,11 @@ def _compute(context: Context, connect: Connect) -> bool:
         logger.warning("%s", error)
         summary.outcome, summary.n_pending = "stopped", len(found.new) + found.n_pending
     return all_checked
+
+
+def _require_no_stop(context: Context) -> None:
+    if context.stop.is_set():
+        raise StoppedError("stopped before the first image was computed: nothing is lost; run again to go on")
 
 
 def _account(context: Context) -> None:

@@ -48,6 +48,8 @@ class Outcomes:
         for piece in result.pieces:
             group = class_name(piece.layout.size)
             for row, is_fault, error in zip(piece.rows, (piece.status == Status.PENDING).tolist(), piece.error, strict=True):
+                if is_fault and not error:
+                    continue  # it was not begun, because the run was to stop
                 if not (is_inaccessible(error) and Entry(group, row) in self.found.retried):  # which is no news
                     self.watch.note(error, is_fault=is_fault)
         self._results.append(result)
@@ -89,9 +91,9 @@ class Outcomes:
             summary.n_quarantined += n_quarantined
             self.progress.n_quarantined += n_quarantined
             self.progress.n_finished += n_quarantined
-            faults = [piece.error[i] for i in np.flatnonzero(piece.status == Status.PENDING)]
-            summary.n_pending += len(faults)
-            summary.faults = (summary.faults + faults)[:20]
+            pending = np.flatnonzero(piece.status == Status.PENDING)
+            summary.n_pending += len(pending)
+            summary.faults = (summary.faults + [piece.error[i] for i in pending if piece.error[i]])[:20]
         summary.n_done += n_done
         self.progress.n_finished += n_done
         if n_done:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from distributed import Client
 
 from pipeline.errors import FeaturemapsError
+from pipeline.text import count
 
 ROLES = ("read", "extract", "write")
 
@@ -58,9 +59,9 @@ def worker_slots(client: Client) -> dict[str, WorkerSlots]:
     for role in ROLES:
         if not any(worker["resources"].get(role) for worker in workers.values()):
             raise FeaturemapsError(
-                f"none of the {len(workers)} workers offers the resource {role!r}, so its tasks would wait for ever: start workers with "
-                '--resources "read=1 extract=1 write=1", or in Python Client(threads_per_worker=1, resources={"read": 1, "extract": 1, '
-                '"write": 1}); run_job without a client starts its own'
+                f"none of the {count(len(workers), 'worker')} offers the resource {role!r}, so its tasks would wait for ever: start "
+                'workers with --resources "read=1 extract=1 write=1", or in Python Client(threads_per_worker=1, resources={"read": 1, '
+                '"extract": 1, "write": 1}); run_job without a client starts its own'
             )
     return {address: slots_of(worker["resources"], worker["memory_limit"]) for address, worker in workers.items()}
 

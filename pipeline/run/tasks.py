@@ -68,7 +68,7 @@ class PieceResult:
     stop: int
     rows: tuple[int, ...]
     status: Array
-    """(n,) uint8; `Status.PENDING` where a passing fault prevented the work."""
+    """(n,) uint8; `Status.PENDING` where a passing fault prevented the work, or without an error where the run was to stop."""
     digest: list[str]
     maps_digest: list[str]
     error: list[str]
@@ -179,7 +179,8 @@ def process(source: Source, target: Target, pieces: Sequence[WorkPiece]) -> Batc
     result, patience = _no_result(), Patience()
     for piece in pieces:
         outcome = _pending(piece)
-        blocks = _extract_piece(_plugin(target), _images(source, piece, outcome, result, patience), outcome, result)
+        images = _images(source, target.run_id, piece, outcome, result, patience)
+        blocks = _extract_piece(_plugin(target), images, outcome, result)
         result.pieces.append(outcome)
         _write_piece(target, outcome, blocks, result)
         del blocks  # before the next shard's are made
@@ -199,7 +200,7 @@ def _pending(piece: WorkPiece) -> PieceResult:
 # -- read ------------------------------------------------------------------------------------------------------------------------
 
 
-def read(source: Source, pieces: Sequence[WorkPiece]) -> Decoded:
+def read(source: Source, run_id: str, pieces: Sequence[WorkPiece]) -> Decoded:
     """Read and decode the images of a batch.
 
     Returns
@@ -210,18 +211,22 @@ def read(source: Source, pieces: Sequence[WorkPiece]) -> Decoded:
     result, patience = _no_result(), Patience()
     result.pieces = [_pending(piece) for piece in pieces]
     images = [
-        list(_images(source, piece, outcome, result, patience)) for piece, outcome in zip(pieces, result.pieces, strict=True)
+        list(_images(source, run_id, piece, outcome, result, patience))
+        for piece, outcome in zip(pieces, result.pieces, strict=True)
     ]
     return Decoded(images, result)
 
 
 def _images(
-    source: Source, piece: WorkPiece, outcome: PieceResult, result: BatchResult, patience: Patience
+    source: Source, run_id: str, piece: WorkPiece, outcome: PieceResult, result: BatchResult, patience: Patience
 ) -> Iterator[Array | None]:
-    """One image after another, as `read` gives them."""
-    files = read_ahead(source, piece.paths, piece.fingerprints, patience)
+    """One image after another, as `read` gives them; None, and no error, for those that were not begun when the run was to stop."""
+    files, worker = read_ahead(source, piece.paths, piece.fingerprints, patience), get_worker()
     for i in range(len(piece.rows)):
         image = None
+        if activity.is_draining(worker, run_id):
+            yield image
+            continue
         try:
             image = _read_image(source, piece, i, outcome, result, files)
         except ImageError as error:

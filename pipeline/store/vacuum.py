@@ -17,7 +17,7 @@ from pipeline.store.objects import Place, delete, place, size_bytes
 from pipeline.store.run_ids import new_run_id
 from pipeline.store.schema import RUNS, STATISTICS, ShapeClass, Status, StoredLayer, encode_rows, object_keys, stack
 from pipeline.store.store import Store, read_maps, write_maps
-from pipeline.text import human_size
+from pipeline.text import count, human_size
 
 
 @dataclass(slots=True)
@@ -41,8 +41,9 @@ class Vacuumed:
         would = "would be " if self.is_dry_run else ""
         lines = [
             (
-                f"{self.store}: {human_size(self.freed_bytes)} {would}freed of {self.n_dead} rows that are removed or superseded: "
-                f"{self.n_deleted} objects {would}deleted, {self.n_rewritten} {would}written anew"
+                f"{self.store}: {human_size(self.freed_bytes)} {would}freed of "
+                f"{count(self.n_dead, 'row that is', 'rows that are')} removed or superseded: "
+                f"{count(self.n_deleted, 'object')} {would}deleted, {self.n_rewritten} {would}written anew"
             )
         ]
         if self.n_damaged:

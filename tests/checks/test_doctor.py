@@ -435,7 +435,7 @@ def levels(findings) -> dict[str, str]:
 
 def test_a_scheduler_that_runs_is_asked_for_its_workers(running, tmp_path):
     found = list(workers.started(running(**ALL), tmp_path / "f.zarr"))
-    assert levels(found) == {"workers": "ok", "roles": "ok", "versions of 1 workers": "ok", "store from workers": "ok"}
+    assert levels(found) == {"workers": "ok", "roles": "ok", "versions of 1 worker": "ok", "store from workers": "ok"}
     assert "2 batches are read at once, 1 extracted" in [finding.found for finding in found]
     assert not list(tmp_path.iterdir())
 
@@ -446,11 +446,11 @@ def test_workers_that_lack_roles_gpus_or_versions_are_found(running, monkeypatch
     assert levels(workers.started(running(**ALL, gpu=1), None)) == {
         "workers": "ok",
         "roles": "ok",
-        "versions of 1 workers": "FAIL",
+        "versions of 1 worker": "FAIL",
         "GPUs of workers": "FAIL",
     }
     found = list(workers.started(running(read=1), None))
-    assert levels(found) == {"workers": "ok", "roles": "FAIL", "versions of 1 workers": "FAIL"}
+    assert levels(found) == {"workers": "ok", "roles": "FAIL", "versions of 1 worker": "FAIL"}
     found = list(workers.started(running(n_workers=0), None))
     assert levels(found)["workers"] == "FAIL"
 
@@ -482,7 +482,7 @@ def test_workers_that_do_not_come_are_waited_for_two_minutes_at_most(waiting_job
     jobs = spec(kind="slurm", interface="lo", start_timeout_s=3600, groups={"all": {"memory": "1 GiB"}})
     found = only(workers.started(jobs, None, on_wait=lines.append))
     assert "no worker of group 'all' came within 1 s" in found.found
-    assert "all: 0 of 1 workers" in lines[0]
+    assert "all: 0 of 1 worker" in lines[0]
     assert waiting_jobs.read_text().split()[-1] == "7"
 
 
@@ -501,7 +501,7 @@ def test_a_doctor_that_is_asked_to_end_takes_its_jobs_back(waiting_jobs, spec, t
     ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for line in process.stderr:
-        if "waiting for workers (all: 0 of 1 workers; all-0: job 7 (x) PENDING: Resources" in line:
+        if "waiting for workers (all: 0 of 1 worker; all-0: job 7 (x) PENDING: Resources" in line:
             break
     process.terminate()
     out, _ = process.communicate(timeout=900)

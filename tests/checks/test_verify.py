@@ -204,7 +204,7 @@ def test_images_that_are_gone_or_changed_are_said_to_be_out_of_reach(client, tmp
     assert "2 more could not be recomputed, because their images are gone or changed" in audit.describe()
     assert (audit.n_compared, audit.not_compared) == (1, {"missing": 1, "changed": 1})
     assert (
-        "of 1 images at the source were compared with their digests; 2 could not be: 1 gone, 1 changed since" in audit.describe()
+        "of 1 image at the source were compared with their digests; 2 could not be: 1 gone, 1 changed since" in audit.describe()
     )
 
 

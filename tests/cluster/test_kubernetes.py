@@ -179,7 +179,7 @@ def test_a_run_on_pods_makes_the_same_store(operator, run, tmp_path):
     with connect(spec(), name="featuremaps-1") as client:
         assert isinstance(client.cluster, PodCluster)
         assert client.cluster.counts() == {"extract": (1, 1), "read": (1, 1)}
-        assert client.cluster.describe() == "extract: 1 of 1 workers; read: 1 of 1 workers"
+        assert client.cluster.describe() == "extract: 1 of 1 worker; read: 1 of 1 worker"
         assert client.dashboard_link.startswith("http://127.0.0.1:")
         slots = sorted(worker_slots(client).values())
         assert slots == [(0, 2, 2 * 2**30, False, False), (1, 0, 2 * 2**30, False, True)]
@@ -249,5 +249,5 @@ def test_workers_are_not_there_while_the_scheduler_does_not_answer(operator):
 
     cluster = SimpleNamespace(sync=sync, scheduler_comm=SimpleNamespace(identity=None))
     pods = PodCluster(cluster, spec(), "x")
-    assert pods.describe() == "extract: 0 of 1 workers; read: 0 of 1 workers"
+    assert pods.describe() == "extract: 0 of 1 worker; read: 0 of 1 worker"
     assert not pods.is_hopeless(99, everybody=False)

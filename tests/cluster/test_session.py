@@ -243,7 +243,7 @@ def test_a_scheduler_that_runs_already_is_used_and_left_running(threads_only):
 def test_workers_without_a_role_are_refused_with_the_option_that_gives_it(threads_only, missing):
     local = threads_only(**{role: 1 for role in ROLES if role != missing})
     expected = re.escape(
-        f"none of the 1 workers offers the resource {missing!r}, so its tasks would wait for ever: "
+        f"none of the 1 worker offers the resource {missing!r}, so its tasks would wait for ever: "
         'start workers with --resources "read=1 extract=1 write=1", '
         'or in Python Client(threads_per_worker=1, resources={"read": 1, "extract": 1, "write": 1}); '
         "run_job without a client starts its own"

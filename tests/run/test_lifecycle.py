@@ -209,17 +209,31 @@ def test_a_stopped_run_commits_what_was_in_flight_and_the_next_finishes(client, 
     job = make_job({"source": str(many), "store": str(tmp_path / "features.zarr")})
     stop = threading.Event()
 
+    stages = []
+
     def on_progress(progress):
+        stages.append(progress.stage)
         if progress.n_finished:
             stop.set()
 
     summary = run_job(job, client, stop=stop, on_progress=on_progress)
     assert summary.outcome == "stopped"
     assert 0 < summary.n_done < 240
+    assert stages[-1].startswith("stopping")
+    assert summary.faults == []
     assert summary.n_done + summary.n_pending == 240
     assert run_job(job, client).n_done == 240 - summary.n_done
     run_job(job.model_copy(update={"store": str(tmp_path / "whole.zarr")}), client)
     assert content(tmp_path / "features.zarr") == content(tmp_path / "whole.zarr")
+
+
+def test_a_run_that_was_asked_to_stop_before_it_had_workers_starts_none(tmp_path, monkeypatch):
+    stop = threading.Event()
+    monkeypatch.setattr("pipeline.cluster.session.with_client", None)
+    source = make_images(tmp_path / "source", 2, [(50, 60)])
+    job = make_job({"source": str(source), "store": str(tmp_path / "f.zarr")})
+    summary = run_job(job, stop=stop, on_progress=lambda progress: progress.stage == "starting workers" and stop.set())
+    assert (summary.outcome, summary.n_pending, summary.exit_code) == ("stopped", 2, 75)
 
 
 def test_a_progress_that_cannot_be_shown_ends_no_run(client, tmp_path, caplog):

@@ -16,6 +16,7 @@ from pipeline.config import DecodeSpec, make_job
 from pipeline.errors import PassingFaultError, StaleWriterError
 from pipeline.extract.weights import load_weights
 from pipeline.run import tasks
+from pipeline.run.activity import DrainPlugin, is_draining
 from pipeline.run.tasks import ExtractorPlugin, Target, WorkPiece, extract, keep_memory, maps_digest, process, read, write
 from pipeline.source import fetch
 from pipeline.source.fetch import Source
@@ -69,7 +70,7 @@ def only(piece, *rows):
 
 
 def test_a_batch_is_read_extracted_and_written_with_its_digests_and_pooled_values(work):
-    result = write(work.target, extract(work.target, read(work.source, [work.piece])))
+    result = write(work.target, extract(work.target, read(work.source, "this run", [work.piece])))
     (outcome,) = result.pieces
     assert outcome.status.tolist() == [Status.DONE] * 5
     stored = np.asarray(work.store.array("40x50", "conv1")[:])
@@ -87,7 +88,7 @@ def test_a_batch_is_read_extracted_and_written_with_its_digests_and_pooled_value
 def test_one_task_does_what_three_do(work):
     (Path(work.source.root) / work.piece.paths[1]).write_bytes(b"no image")
     pieces = [only(work.piece, 0, 1, 2), only(work.piece, 3, 4)]  # the second keeps what the first wrote of their shard
-    three = write(work.target, extract(work.target, read(work.source, pieces)))
+    three = write(work.target, extract(work.target, read(work.source, "this run", pieces)))
     stored = (work.store.path / "40x50" / "conv1" / "c.0.0.0.0").read_bytes()
     (work.store.path / "40x50" / "conv1" / "c.0.0.0.0").unlink()
     one = process(work.source, work.target, pieces)
@@ -109,7 +110,7 @@ def test_one_task_does_what_three_do(work):
 def test_a_bad_image_leaves_fill_in_its_row_and_its_reason_in_the_result(work):
     (Path(work.source.root) / work.piece.paths[2]).write_bytes(b"no image")
     (Path(work.source.root) / work.piece.paths[3]).unlink()
-    (outcome,) = write(work.target, extract(work.target, read(work.source, [work.piece]))).pieces
+    (outcome,) = write(work.target, extract(work.target, read(work.source, "this run", [work.piece]))).pieces
     assert outcome.status.tolist() == [1, 1, 2, 2, 1]
     assert [error.split(":")[0] for error in outcome.error] == ["", "", "changed", "missing", ""]
     assert [bool(digest) for digest in outcome.maps_digest] == [True, True, False, False, True]
@@ -122,14 +123,14 @@ def test_an_image_that_decodes_larger_than_its_class_is_not_squeezed_in(work):
     make_images(Path(work.source.root), 1, [(41, 50)])
     fingerprints = (list_collection(work.source.root).fingerprint(0), *work.piece.fingerprints[1:])
     piece = WorkPiece(work.piece.layout, 0, 5, work.piece.rows, work.piece.paths, fingerprints)
-    outcome = read(work.source, [piece]).result.pieces[0]
+    outcome = read(work.source, "this run", [piece]).result.pieces[0]
     assert outcome.error[0] == "changed: decoded to 41 x 50 pixels, more than its header said"
 
 
 def test_a_passing_fault_leaves_the_row_pending(work, monkeypatch):
     monkeypatch.setattr("pipeline.source.fetch.RETRY_PAUSES_S", ())
     monkeypatch.setattr("pipeline.source.fetch.os.open", lambda *_: (_ for _ in ()).throw(OSError(5, "Input/output error")))
-    outcome = read(work.source, [work.piece]).result.pieces[0]
+    outcome = read(work.source, "this run", [work.piece]).result.pieces[0]
     assert outcome.status.tolist() == [Status.PENDING] * 5
     assert outcome.error[0] == "img00000.png: [Errno 5] Input/output error"
 
@@ -145,10 +146,10 @@ def test_the_time_of_reads_that_fail_is_that_of_reading(work, monkeypatch):
 
 
 def test_rows_of_the_shard_that_are_not_computed_are_kept(work):
-    write(work.target, extract(work.target, read(work.source, [only(work.piece, 0, 3)])))
+    write(work.target, extract(work.target, read(work.source, "this run", [only(work.piece, 0, 3)])))
     before = np.asarray(work.store.array("40x50", "conv1")[:])
     assert [bool(row.any()) for row in before] == [True, False, False, True, False]
-    write(work.target, extract(work.target, read(work.source, [only(work.piece, 1, 4)])))
+    write(work.target, extract(work.target, read(work.source, "this run", [only(work.piece, 1, 4)])))
     after = np.asarray(work.store.array("40x50", "conv1")[:])
     assert np.array_equal(after[[0, 3]], before[[0, 3]])
     assert [bool(row.any()) for row in after] == [True, True, False, True, True]
@@ -157,13 +158,13 @@ def test_rows_of_the_shard_that_are_not_computed_are_kept(work):
 def test_a_batch_of_bad_images_only_writes_nothing(work):
     for path in work.piece.paths:
         (Path(work.source.root) / path).write_bytes(b"")
-    result = write(work.target, extract(work.target, read(work.source, [work.piece])))
+    result = write(work.target, extract(work.target, read(work.source, "this run", [work.piece])))
     assert result.bytes_written == 0
     assert not list((work.store.path / "40x50" / "conv1").glob("c.*"))
 
 
 def test_a_late_task_of_another_run_writes_nothing(work):
-    extracted = extract(work.target, read(work.source, [work.piece]))
+    extracted = extract(work.target, read(work.source, "this run", [work.piece]))
     with pytest.raises(StaleWriterError, match="run yesterday's no longer holds the store"):
         write(Target(work.target.path, "yesterday's", "ours"), extracted)
     assert not list((work.store.path / "40x50" / "conv1").glob("c.*"))
@@ -201,3 +202,27 @@ def test_the_plugin_travels_to_the_workers_and_builds_its_extractor_there(work):
 def test_workers_import_torch_only_when_they_are_set_up():
     code = "import sys, pipeline.run.tasks; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def drain_before(monkeypatch, image: int) -> None:
+    """The run is asked to stop as this image of the piece is about to begin."""
+    begun = iter(range(1000))
+    monkeypatch.setattr(
+        "pipeline.run.activity.is_draining", lambda _worker, run_id: run_id == "this run" and next(begun) >= image
+    )
+
+
+def test_a_batch_that_had_not_begun_when_the_run_was_to_stop_comes_back_as_it_went(work, monkeypatch):
+    drain_before(monkeypatch, 0)
+    result = process(work.source, work.target, [work.piece, only(work.piece, 1)])
+    assert [piece.status.tolist() for piece in result.pieces] == [[Status.PENDING] * 5, [Status.PENDING]]
+    assert (result.bytes_read, result.bytes_written, {error for piece in result.pieces for error in piece.error}) == (0, 0, {""})
+
+
+def test_a_batch_that_had_begun_writes_what_was_begun_and_the_next_run_the_rest(work, monkeypatch):
+    drain_before(monkeypatch, 2)
+    (outcome,) = process(work.source, work.target, [work.piece]).pieces
+    assert outcome.status.tolist() == [Status.DONE] * 2 + [Status.PENDING] * 3
+    monkeypatch.undo()
+    assert is_draining(SimpleNamespace(plugins={DrainPlugin("this run").name: None}), "this run")
+    assert not is_draining(SimpleNamespace(plugins={DrainPlugin("another").name: None}), "this run")

@@ -1,0 +1,95 @@
+"""The bar of a run on a terminal: one line, kept up to date, with all else that is said above it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.constrain import Constrain
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.progress import Progress as Bar
+from rich.text import Text
+
+from pipeline.run.summary import Progress
+
+ROOM = len("^C") + 1
+"""Columns on the right that stay free: a line that a terminal's own ``^C`` breaks in two would be left behind."""
+
+
+class _Narrow(NamedTuple):
+    """Something a little narrower than the terminal."""
+
+    content: RenderableType
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield Constrain(self.content, options.max_width - ROOM)
+
+
+class _NarrowBar(Bar):
+    def get_renderable(self) -> RenderableType:
+        return _Narrow(super().get_renderable())
+
+
+class _Stage(ProgressColumn):
+    """What the run is at; a stop shows at once, before the run has heard of it."""
+
+    def __init__(self, is_stopping: Callable[[], bool]) -> None:
+        super().__init__()
+        self.is_stopping = is_stopping
+
+    def render(self, task: Task) -> Text:
+        return Text(stage_text(task.fields["progress"], is_stopping=self.is_stopping()))
+
+
+def stage_text(progress: Progress, *, is_stopping: bool) -> str:
+    """What the run is at, for a person.
+
+    Examples
+    --------
+    >>> stage_text(Progress(stage="running", n_quarantined=2), is_stopping=False)
+    'running, 2 bad'
+    >>> stage_text(Progress(stage="starting workers"), is_stopping=True)
+    'stopping'
+    >>> stage_text(Progress(stage="stopping (5 images in flight)"), is_stopping=True)
+    'stopping (5 images in flight)'
+    """
+    stage = progress.stage if progress.stage.startswith("stopping") or not is_stopping else "stopping"
+    return f"{stage}{f', {progress.n_quarantined} bad' if progress.n_quarantined else ''}"
+
+
+@contextmanager
+def bar(is_stopping: Callable[[], bool]) -> Iterator[Callable[[Progress], None]]:
+    """Show a bar with the time left; yields what takes the `Progress`.
+
+    Parameters
+    ----------
+    is_stopping : callable
+        Whether the run was asked to stop.
+    """
+    columns = [
+        SpinnerColumn(),
+        _Stage(is_stopping),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    ]
+    with _NarrowBar(*columns, console=Console(stderr=True), transient=True, speed_estimate_period=600) as shown:
+        task = shown.add_task("", total=None, progress=Progress())
+
+        def update(progress: Progress) -> None:
+            shown.update(task, total=progress.n_total or None, completed=progress.n_finished, progress=progress)
+
+        yield update
