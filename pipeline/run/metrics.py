@@ -31,7 +31,11 @@ COUNTERS = (
     Value("images_done", "Images whose maps this run has put into the store.", lambda run: run.summary.n_done),
     Value("images_quarantined", "Images that this run found bad when it decoded them.", lambda run: run.summary.n_quarantined),
     Value("images_rejected", "Images that this run found bad by their headers.", lambda run: run.summary.n_rejected),
-    Value("images_left", "Images that this run leaves to the next: faults that may pass, or a stop.", lambda run: run.summary.n_pending),
+    Value(
+        "images_left",
+        "Images that this run leaves to the next: faults that may pass, or a stop.",
+        lambda run: run.summary.n_pending,
+    ),
     Value("images_checked", "Images that were compared with their digests.", lambda run: run.summary.n_checked),
     Value("pixels", "Input pixels of the images that were done.", lambda run: run.summary.pixels),
     Value("bytes_read", "Bytes of image files read.", lambda run: run.summary.bytes_read),
