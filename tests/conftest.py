@@ -23,8 +23,12 @@ from tests.support.kubernetes_stand_in import kubernetes_api
 from tests.support.needs import pytest_runtest_makereport, pytest_terminal_summary  # noqa: F401 (pytest finds them here)
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(config, items) -> None:
-    """With several processes, the longest files first, as those that kill: else one of them is what all others wait for at the end."""
+    """Mark what takes the shared cluster. With several processes, the longest files go first: else all others wait for one at the end."""
+    for item in items:
+        if "client" in item.fixturenames:
+            item.add_marker("cluster")
     if getattr(config, "workerinput", None):
         long = {item.path for item in items if item.get_closest_marker("kill") or item.get_closest_marker("long")}
         items.sort(key=lambda item: item.path not in long)

@@ -35,4 +35,7 @@ if ! "$python" -m pip install --quiet -c constraints.txt -e '.[test]'; then
     echo "pip cannot install what the tests need. The tests run with what .venv has."
 fi
 
-exec "$python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
+# One process more than cores, as a third of the time a test waits for others' processes; at most 8, for the memory of their clusters.
+workers=$(nproc 2>/dev/null || echo 1)
+[ "$workers" -lt 8 ] && workers=$((workers + 1)) || workers=8
+exec "$python" -m pytest -n "$workers" --dist loadfile --no-loadscope-reorder "$@"

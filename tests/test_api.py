@@ -30,7 +30,7 @@ from tests.system.kill.kill_rounds import wait_until
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "workflows/python/script.py"
 LIMIT_S = 600
-N_IMAGES, N_COPIES = 720, 6
+N_IMAGES, N_COPIES = 240, 2
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 
 
@@ -190,12 +190,13 @@ def written(store: Path) -> bool:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """So many images that a run has not sent them all when its first maps are there."""
+    """So many batches that a run has not sent them all when its first maps are there."""
     made = tmp_path_factory.mktemp("interrupted")
     first = make_images(made / "photos/0", N_IMAGES // N_COPIES, [(300 + 17 * k, 360 + 15 * k) for k in range(12)], suffix=".jpg")
     for i in range(1, N_COPIES):
         shutil.copytree(first, made / "photos" / str(i))
-    (made / "job.yaml").write_text("source: photos\nstore: features.zarr\n")
+    layers = "extractor: {layers: [{filters: 2, kernel: 21}]}\n"  # so that a batch has few images, and there are many batches
+    (made / "job.yaml").write_text(f"source: photos\nstore: features.zarr\n{layers}")
     return made
 
 

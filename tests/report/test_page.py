@@ -8,7 +8,6 @@ import re
 import shutil
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -405,15 +404,3 @@ def test_without_matplotlib_the_extra_is_named_and_the_page_kept(store, tmp_path
     assert "a figure needs matplotlib, which is not installed (" in done.stderr
     assert "pip install 'featuremaps[figures]'" in done.stderr
     assert (tmp_path / "report.html").read_text() == "of before"
-
-
-def test_a_wheel_has_the_template_the_style_and_the_script(tmp_path):
-    source = tmp_path / "source"
-    source.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
-        shutil.copy(ROOT / name, source)
-    shutil.copytree(ROOT / "pipeline", source / "pipeline", ignore=shutil.ignore_patterns("__pycache__", "*.so"))
-    build = "import setuptools.build_meta as b; b.build_wheel('.')"
-    subprocess.run([sys.executable, "-c", build], cwd=source, check=True, capture_output=True)
-    (wheel,) = source.glob("*.whl")
-    assert {f"pipeline/report/report.{suffix}" for suffix in ("html.j2", "css", "js")} <= set(zipfile.ZipFile(wheel).namelist())

@@ -155,12 +155,16 @@ def test_headers_are_tried_one_by_one():
     assert (trial.block, trial.n_images) == (3, 0)
 
 
+@pytest.fixture
+def two_deaths(monkeypatch):
+    """Two deaths make a task a suspect, in place of four: after each one a worker has to start."""
+    monkeypatch.setitem(dask_settings.DASK_SETTINGS, "distributed.scheduler.allowed-failures", 1)
+
+
 @pytest.mark.cluster
 @pytest.mark.kill
-def test_a_header_that_kills_its_worker_costs_itself_only(tmp_path, monkeypatch):
-    monkeypatch.setitem(
-        dask_settings.DASK_SETTINGS, "distributed.scheduler.allowed-failures", 1
-    )  # each death is a worker to start
+@pytest.mark.usefixtures("two_deaths")
+def test_a_header_that_kills_its_worker_costs_itself_only(tmp_path):
     source = make_images(tmp_path / "source", 6, [(40, 50)])
     shutil.copy(source / "img00000.png", source / "poison.png")
     with connect(LocalSpec(workers=2)) as client:
@@ -172,16 +176,17 @@ def test_a_header_that_kills_its_worker_costs_itself_only(tmp_path, monkeypatch)
 
 @pytest.mark.cluster
 @pytest.mark.kill
+@pytest.mark.usefixtures("two_deaths")
 def test_an_image_that_kills_its_worker_costs_itself_only(client, tmp_path):
     from PIL import Image
 
-    source = make_images(tmp_path / "source", 24, [(40, 50), (60, 50)])
+    source = make_images(tmp_path / "source", 12, [(40, 50), (60, 50)])
     Image.new("RGB", (50, 40), (128, 128, 128)).save(source / "poison.png")
     job = make_job({"source": str(source), "store": str(tmp_path / "f.zarr")})
     with connect(LocalSpec(workers=2)) as own:
         own.register_plugin(Poison())
         summary = run_job(job, own)
-    assert (summary.outcome, summary.n_done, summary.n_quarantined, summary.n_pending) == ("complete", 24, 1, 0)
+    assert (summary.outcome, summary.n_done, summary.n_quarantined, summary.n_pending) == ("complete", 12, 1, 0)
     found = content(tmp_path / "f.zarr")
     assert [name for name, row in found.items() if row[0] != "DONE"] == ["poison.png"]
     (tmp_path / "source" / "poison.png").unlink()

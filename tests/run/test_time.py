@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import time
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -16,59 +15,46 @@ from pipeline.checks.status import store_status
 from pipeline.cluster.submit.record import Claim, Submission
 from pipeline.errors import StoreBusyError
 from pipeline.report.facts import gather
-from pipeline.store import lock
+from pipeline.run import lifecycle, summary
+from pipeline.store import lock, run_ids
 from pipeline.store.lock import Holder, StoreLock, current_holder
 from pipeline.store.run_ids import next_number, run_number, run_order
 from pipeline.store.store import Store
 from tests.conftest import make_images
 
 DAYS_3 = 3 * 86_400
-COMMAND = """
-import datetime as module, sys
-shift = module.timedelta(seconds=float(sys.argv.pop(1)))
-
-class Shifted(module.datetime):
-    @classmethod
-    def now(cls, tz=None):
-        return module.datetime.now(tz) + shift
-
-import pipeline.run.lifecycle, pipeline.run.summary
-pipeline.run.lifecycle.datetime = pipeline.run.summary.datetime = Shifted
-if "pipeline.store.run_ids" in sys.modules:
-    sys.modules["pipeline.store.run_ids"].datetime = Shifted
-from pipeline.cli.commands import main
-main()
-"""
 
 
 @pytest.fixture
-def command(tmp_path):
-    """The real command on a machine whose clock is wrong by some seconds."""
+def command_at(command, monkeypatch):
+    """The command on a machine whose clock is wrong by some seconds."""
 
     def call(shift_s: float, *arguments: object) -> str:
-        found = subprocess.run(
-            [sys.executable, "-c", COMMAND, str(shift_s), *map(str, arguments)],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert found.returncode == 0, found.stderr
-        return found.stdout
+        class Shifted(datetime):
+            @classmethod
+            def now(cls, tz=None):
+                return datetime.now(tz) + timedelta(seconds=shift_s)
+
+        with monkeypatch.context() as patched:
+            for module in (lifecycle, summary, run_ids):
+                patched.setattr(module, "datetime", Shifted)
+            code, out, err = command(*arguments)
+        assert code == 0, err
+        return out
 
     return call
 
 
-def test_the_last_run_is_the_last_whatever_its_clock_said(command, tmp_path):
+def test_the_last_run_is_the_last_whatever_its_clock_said(command_at, tmp_path):
     source, store = tmp_path / "source", tmp_path / "f.zarr"
     outcomes: list[str] = []
     for n, shift_s in enumerate((DAYS_3, 0, -400 * 86_400), 1):
         make_images(source / str(n), 1, [(30, 40)])
-        summary = json.loads(command(shift_s, "run", source, store, "--workers", 1, "--json"))
-        outcomes.append(summary["run_id"])
-        last = json.loads(command(0, "status", store, "--json"))["last_run"]
-        assert (last["run_id"], last["n_done"], last["n_unchanged"]) == (summary["run_id"], 1, n - 1)
-        assert f"last run {summary['run_id']}: complete" in command(0, "status", store)
+        made = json.loads(command_at(shift_s, "run", source, store, "--json"))
+        outcomes.append(made["run_id"])
+        last = json.loads(command_at(0, "status", store, "--json"))["last_run"]
+        assert (last["run_id"], last["n_done"], last["n_unchanged"]) == (made["run_id"], 1, n - 1)
+        assert f"last run {made['run_id']}: complete" in command_at(0, "status", store)
         assert last["number"] == n
         assert 0 <= last["compute_s"] <= last["elapsed_s"]
     assert Store(store).run_ids() == outcomes
@@ -76,8 +62,8 @@ def test_the_last_run_is_the_last_whatever_its_clock_said(command, tmp_path):
     facts = gather(Store(store), None, 5)
     assert facts.last["run_id"] == facts.last_working["run_id"] == outcomes[-1]
     assert facts.first_run[:10].replace("-", "") == outcomes[0][:8]
-    command(0, "report", store, "-o", tmp_path / "page.html")
-    command(0, "verify", store)
+    command_at(0, "report", store, "-o", tmp_path / "page.html")
+    command_at(0, "verify", store)
 
 
 def test_the_run_that_goes_on_repairs_what_the_last_one_left_not_what_the_latest_clock_left(run, tmp_path):

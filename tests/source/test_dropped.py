@@ -5,8 +5,6 @@ from __future__ import annotations
 import io
 import json
 import struct
-import subprocess
-import sys
 import zlib
 
 import numpy as np
@@ -154,13 +152,11 @@ def test_every_beginning_of_a_file_is_probed_as_without_the_count(monkeypatch):
 
 
 @pytest.fixture
-def command(tmp_path):
+def output(command):
     def call(*arguments: object) -> str:
-        found = subprocess.run(
-            [sys.executable, "-m", "pipeline", *map(str, arguments)], cwd=tmp_path, capture_output=True, text=True, check=False
-        )
-        assert found.returncode == 0, found.stderr
-        return found.stdout
+        code, out, err = command(*arguments)
+        assert code == 0, err
+        return out
 
     return call
 
@@ -173,7 +169,7 @@ SAID = (
 )
 
 
-def test_plan_run_and_status_say_it_once(command, tmp_path):
+def test_plan_run_and_status_say_it_once(output, tmp_path):
     source, store = make_images(tmp_path / "source", 2, [(40, 50)]), tmp_path / "f.zarr"
     names = {"a.tif": "a stack", "b.tif": "a stack", "c.tif": "a stack, big-endian", "d.tif": "five channels"}
     names |= {
@@ -186,33 +182,33 @@ def test_plan_run_and_status_say_it_once(command, tmp_path):
     for name, case in names.items():
         (source / name).write_bytes(CASES[case][0])
     counts = {"pages:5": 2, "pages:3": 1, "channels:5/3": 1, "bits:16": 2, "frames:3": 1, "frames:4": 1, "frames:2+": 1}
-    said = command("plan", source, store)
+    said = output("plan", source, store)
     assert [said.count(line) for line in SAID] == [1] * 4
-    assert json.loads(command("plan", source, store, "--json"))["dropped"] == counts
-    said = command("run", source, store, "--workers", 1)
+    assert json.loads(output("plan", source, store, "--json"))["dropped"] == counts
+    said = output("run", source, store)
     assert [said.count(line) for line in SAID] == [1] * 4
-    said = command("status", store)
+    said = output("status", store)
     assert [said.count(line) for line in SAID] == [1] * 4
-    assert json.loads(command("status", store, "--json"))["dropped"] == counts
+    assert json.loads(output("status", store, "--json"))["dropped"] == counts
     (source / "new.tif").write_bytes(CASES["a stack"][0])
-    said = command("run", source, store, "--workers", 1)
+    said = output("run", source, store)
     assert "1 image has 5 pages" in said
     assert "channels" not in said, "what an earlier run has entered was said by that"
-    status = json.loads(command("status", store, "--json"))
+    status = json.loads(output("status", store, "--json"))
     assert status["dropped"] == counts | {"pages:5": 3}
     assert status["last_run"]["dropped"] == {"pages:5": 1}
-    assert "images have" not in command("run", source, store, "--workers", 1)
-    assert json.loads(command("status", store, "--json"))["dropped"] == counts | {"pages:5": 3}
+    assert "images have" not in output("run", source, store)
+    assert json.loads(output("status", store, "--json"))["dropped"] == counts | {"pages:5": 3}
 
 
-def test_a_store_of_a_version_that_did_not_count_says_nothing_of_its_images(run, command, tmp_path):
+def test_a_store_of_a_version_that_did_not_count_says_nothing_of_its_images(run, output, tmp_path):
     source, store = tmp_path / "source", tmp_path / "features.zarr"
     source.mkdir()
     (source / "a.tif").write_bytes(CASES["a stack"][0])
     (path,) = (store / "runs" / f"{summary.run_id}.json" for summary in [run(source)])
     receipt = json.loads(path.read_text())
     path.write_text(json.dumps({name: value for name, value in receipt.items() if not name.startswith("dropped")}))
-    assert "pages" not in command("status", store)
+    assert "pages" not in output("status", store)
     (source / "b.tif").write_bytes(CASES["a stack"][0])
     assert run(source).dropped_total == {"pages:5": 1}
     assert Store(store).last_receipt()["dropped_total"] == {"pages:5": 1}

@@ -29,7 +29,7 @@ def wait_for(what: str, is_so: Callable[[], object], limit_s: float = _WAIT_S, l
     end = time.monotonic() + limit_s
     while not is_so():
         assert time.monotonic() < end, f"within {limit_s:.0f} s there was no {what}{log()}"
-        time.sleep(0.05)
+        time.sleep(0.2)  # a look at a queue is a process of its own
 
 
 def _is_alive(process: psutil.Process) -> bool:

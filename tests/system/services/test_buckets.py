@@ -177,7 +177,7 @@ def test_a_run_in_a_bucket_that_is_killed_goes_on(pictures, expected, bucket, tm
     source, store = upload(pictures, bucket / "photos"), bucket / "features.zarr"
     rng = random.Random(3)
     n_killed = 0
-    for _ in range(4):
+    for _ in range(3):
         process = subprocess.Popen(
             [*COMMAND, "run", str(source), str(store), "--workers", "2"],
             start_new_session=True,
@@ -190,7 +190,7 @@ def test_a_run_in_a_bucket_that_is_killed_goes_on(pictures, expected, bucket, tm
         time.sleep(rng.uniform(0, 3))
         n_killed += process.poll() is None
         _kill_all(process)
-    assert n_killed >= 3
+    assert n_killed >= 2
     ended = subprocess.run(
         [*COMMAND, "run", str(source), str(store), "--workers", "2"],
         capture_output=True,
