@@ -224,10 +224,10 @@ def test_a_sample_above_the_maximum_is_refused(data):
 # Flipped bits: without a checksum some damage stays unseen
 
 
-def residue(data: bytes) -> Counter[str]:
-    """How a file ends for each of its bits flipped."""
+def residue(data: bytes, step: int = 1) -> Counter[str]:
+    """How a file ends for each of its bits flipped; behind the headers for each ``step``-th."""
     whole, ends = decode(data, RGB), Counter()
-    for bit in range(8 * len(data)):
+    for bit in (*range(512), *range(512, 8 * len(data), step)):
         damaged = bytearray(data)
         damaged[bit // 8] ^= 1 << bit % 8
         try:
@@ -255,7 +255,7 @@ def small_files() -> dict[str, bytes]:
 
 @pytest.mark.parametrize("name", small_files())
 def test_a_flipped_bit_raises_nothing_but_an_image_error(name):
-    ends = residue(small_files()[name])
+    ends = residue(small_files()[name], 5)
     assert ends["wrong pixels"] > 0  # that is what docs/decoding.md says of these formats
 
 
