@@ -45,6 +45,7 @@ from pipeline.source.header_limits import (
     n_scans,
 )
 from pipeline.source.jpeg import check_scans, load_jpeg, without_filling
+from pipeline.source.other_formats import LOOK_BYTES, check_jpeg_frame, explain_other
 from pipeline.source.pixels import BAND_ROWS, flatten, mend_colour_key, orientation_of, raw_mode, to_array, turn_of
 from pipeline.source.png import load_png, open_png
 from pipeline.source.tiff import check_tiff
@@ -161,8 +162,8 @@ def decode(data: bytes, spec: DecodeSpec, *, partial: bool = False) -> np.ndarra
     Raises
     ------
     ImageError
-        ``empty``, ``not_an_image`` (also: a format that is not allowed), ``too_many_pixels``, ``too_large`` (the file), ``truncated``,
-        ``unsupported_mode`` (32-bit or signed integers, floats: no known range) or ``corrupt`` (anything else).
+        ``empty``, ``not_an_image``, ``unsupported_format`` (also: one that is not allowed), ``unsupported_mode`` (of a format that is
+        read, such as floats), ``too_many_pixels``, ``too_large`` (the file), ``truncated`` or ``corrupt`` (anything else).
         Only `MemoryError` passes as it is.
     """
     with _blaming_the_image():
@@ -299,6 +300,8 @@ def _blaming_the_image() -> Iterator[None]:
         cut = isinstance(error, (EOFError, struct.error)) or any(words in text.lower() for words in _TRUNCATED)
         if cut:
             raise ImageError("truncated", f"the file ends before the image does ({text})") from error
+        if text.startswith("Unsupported "):  # as Pillow says of what the header of a BMP declares
+            raise ImageError("unsupported_mode", f"{text}, which Pillow does not read; save it as PNG") from error
         raise ImageError("corrupt", f"the image cannot be decoded ({text})") from error
 
 
@@ -323,7 +326,7 @@ def _open(stream: HeaderStream, spec: DecodeSpec) -> tuple[Image.Image, int]:
     try:
         image = open_png(partial(Image.open, formats=spec.formats), stream)
     except UnidentifiedImageError as error:
-        raise ImageError("not_an_image", _explain_unidentified(head, spec)) from error
+        raise _explain_unidentified(head, stream, spec) from error
     check_pixels("the image has", image.height, image.width, spec.pixel_limit)
     check_bitmap(image, head)
     if image.mode == "F" or (image.mode == "I" and image.format != "PPM"):
@@ -351,17 +354,22 @@ def _n_scans(image: JpegImagePlugin.JpegImageFile, data: bytes) -> int:
     return n_scans(data, 0 if "progressive" in image.info else image.layers)
 
 
-def _explain_unidentified(head: bytes, spec: DecodeSpec) -> str:
+def _explain_unidentified(head: bytes, stream: HeaderStream, spec: DecodeSpec) -> ImageError:
     """Say what a file is that none of the allowed formats could open."""
     verdicts = {name: Image.OPEN[name][1](head) for name in get_args(ImageFormat)}  # type: ignore[misc]
     likely = next((name for name, verdict in verdicts.items() if verdict), None)
-    if likely is None:
-        return f"the content is none of {', '.join(spec.formats)}"
+    if likely is None or (likely == "AVIF" and b"avi" not in head):  # a HEIC has the same container
+        stream.seek(0)
+        return explain_other(stream.read(LOOK_BYTES), spec.formats)
     if likely not in spec.formats:
-        return f"the content is {likely}, which is not among the formats to read ({', '.join(spec.formats)})"
+        allowed = ", ".join(spec.formats)
+        return ImageError("unsupported_format", f"the content is {likely}, which is not among the formats to read ({allowed})")
     if isinstance(verdicts[likely], str):
-        return f"the content is {likely}, which this build of Pillow cannot read"
-    return f"the content begins like {likely}, but its header cannot be read: cut short, damaged, or of a kind that Pillow does not read"
+        return ImageError("unsupported_format", f"the content is {likely}, which this build of Pillow cannot read")
+    if likely == "JPEG":
+        check_jpeg_frame(stream)
+    text = f"the content begins like {likely}, but its header cannot be read: cut short, damaged, or of a kind that Pillow does not read"
+    return ImageError("corrupt", text)
 
 
 def _measure(image: Image.Image, orientation: int, spec: DecodeSpec, file_bytes: int) -> ImageSize:

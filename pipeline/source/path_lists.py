@@ -84,11 +84,23 @@ def _read_txt(path: str) -> Iterator[tuple[int, bytes]]:
 
 def _read_csv(path: str) -> Iterator[tuple[int, bytes]]:
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        rows = csv.reader(file, strict=True)
+        delimiter = _delimiter(file.readline())
+        file.seek(0)
+        rows = csv.reader(file, delimiter=delimiter, strict=True)
         column = _column(path, next(rows, []))
         for row in rows:
             if row:
                 yield rows.line_num, (row[column] if column < len(row) else "").encode("utf-8", "surrogateescape")
+
+
+def _delimiter(header: str) -> str:
+    """What separates columns: where a comma is part of numbers, spreadsheets write semicolons."""
+
+    def fit(delimiter: str) -> tuple[bool, int]:
+        columns = next(csv.reader([header], delimiter=delimiter), [])
+        return "path" in columns, len(columns)
+
+    return max(",;\t", key=fit)
 
 
 def _column(path: str, columns: list[str]) -> int:

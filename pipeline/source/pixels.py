@@ -11,6 +11,10 @@ from pipeline.config import DecodeSpec
 
 # Grey of 16 bits whose white is zero, big-endian: `_scale_grey` inverts it, as it does for the other order.
 TiffImagePlugin.OPEN_INFO[(b"MM", 0, (1,), 1, (16,), ())] = ("I;16B", "I;16B")
+# Grey of 12 bits: two pixels are three bytes, the high bits first, whatever the byte order.
+TiffImagePlugin.OPEN_INFO |= {
+    (order, white, (1,), 1, (12,), ()): ("I;16", "I;12") for order in (b"II", b"MM") for white in (0, 1)
+}
 
 BAND_ROWS = 64
 _ORIENTATION = 0x0112

@@ -41,8 +41,11 @@ _OTHERS = {
     33003: "JPEG 2000",
     33005: "JPEG 2000",
     34887: "LERC",
+    34933: "PNG",
+    34934: "JPEG XR",
 }
 _OTHERS |= {32809: "ThunderScan", 34676: "SGI LogLuv", 34677: "SGI LogLuv", 50002: "JPEG XL", 52546: "JPEG XL"}
+_READER = "tifffile with imagecodecs reads it"
 _FORMATS = {2: "signed {}-bit integers", 3: "{}-bit floats", 4: "{}-bit values of an undefined format"}
 _FORMATS |= {5: "complex integers", 6: "complex floats"}
 _WHITE_0, _BLACK_0, _RGB, _PALETTE, _CMYK, _YCBCR, _LAB = 0, 1, 2, 3, 5, 6, 8
@@ -154,7 +157,9 @@ def _read_tags(stream: BinaryIO | HeaderStream) -> tuple[str, dict[int, tuple[in
     head = stream.read(16)
     order, is_big = "<>"[head.startswith(b"M")], 43 in head[2:4]
     if is_big and order == ">":
-        raise ImageError("unsupported_mode", "big-endian BigTIFF is not supported; save it as little-endian or as classic TIFF")
+        raise ImageError(
+            "unsupported_mode", f"big-endian BigTIFF is not supported; {_READER}: save it as little-endian or as classic TIFF"
+        )
     start, count, entry = (struct.Struct(order + form) for form in (("8xQ", "Q", "HHQ8s") if is_big else ("4xI", "H", "HHI4s")))
     if len(head) < start.size:
         raise ImageError("truncated", "the file ends before the image does (within the header)")
@@ -275,7 +280,8 @@ def _unproven(layout: Layout, tags: dict[int, tuple[int, ...]]) -> str:
 def _unproven_compression(layout: Layout, tags: dict[int, tuple[int, ...]]) -> str:
     compression = layout.compression
     if compression not in _GENERAL | {_NONE, _GROUP_4, _JPEG, _PACKBITS}:
-        return f"{_OTHERS.get(compression, f'compression {compression}')} inside, which is not supported; save it with deflate or LZW"
+        name = _OTHERS.get(compression, f"compression {compression}")
+        return f"{name} inside, which is not supported; {_READER}: save it with deflate or LZW"
     if compression == _GROUP_4 and (layout.bits, layout.n_samples, layout.photometric > 1) != (1, 1, False):
         return "fax compression of other than 1-bit grey"
     if layout.predictor != 1 and (layout.predictor != 2 or compression not in _GENERAL or layout.bits not in {8, 16}):
@@ -291,7 +297,7 @@ def _unproven_compression(layout: Layout, tags: dict[int, tuple[int, ...]]) -> s
     if layout.photometric == _YCBCR and compression != _JPEG and is_subsampled:
         return "YCbCr of halved colour that is not JPEG, which Pillow misreads; save it as RGB"
     if compression == _JPEG and layout.bits != 8:
-        return f"JPEG of {layout.bits} bits, which cannot be proven whole; save it with deflate or LZW"
+        return f"JPEG of {layout.bits} bits, which cannot be proven whole; {_READER}: save it with deflate or LZW"
     if compression == _JPEG and (layout.photometric == _LAB or (layout.extra and not layout.is_separate)):
         return f"JPEG of {_NAMES[layout.photometric]} with {len(layout.extra)} extra channels"
     return ""
@@ -318,7 +324,7 @@ def _unproven_samples(layout: Layout) -> str:
     if bits in {8, 16}:
         is_known = extra in (_INTERLEAVED if bits == 8 else _INTERLEAVED_16).get(kind, set())
     elif bits == 12:
-        is_known = kind == _BLACK_0 and not extra and layout.order == "<"
+        is_known = kind in {_WHITE_0, _BLACK_0} and not extra
     else:
         is_known = bits in {1, 2, 4} and kind in {_WHITE_0, _BLACK_0, _PALETTE} and not extra
     return "" if is_known else f"{what}, {'big' if layout.order == '>' else 'little'}-endian, which is not supported"

@@ -464,6 +464,20 @@ def test_a_csv_list_keeps_any_name(tmp_path: Path) -> None:
         assert [read(listing, i) for i in range(len(listing))] == HOSTILE_NAMES
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["path;label\na.jpg;1,5\nb,c.jpg;2\n", '"label";"path"\n1,5;"a.jpg"\n2;"b,c.jpg"\n', "label\tpath\n1\ta.jpg\n2\tb,c.jpg\n"],
+)
+def test_a_csv_list_may_have_semicolons_or_tabs(tmp_path: Path, text: str) -> None:
+    (tmp_path / "list.csv").write_text(text)
+    assert list_collection(str(tmp_path / "list.csv")).paths == ["a.jpg", "b,c.jpg"]
+
+
+def test_a_csv_list_of_one_column_may_have_semicolons_in_its_names(tmp_path: Path) -> None:
+    (tmp_path / "list.csv").write_text("path\na;b.jpg\n")
+    assert list_collection(str(tmp_path / "list.csv")).paths == ["a;b.jpg"]
+
+
 @pytest.mark.parametrize("as_text", [True, False])
 def test_a_parquet_list_keeps_any_name(tmp_path: Path, as_text: bool) -> None:
     names = [name for name in HOSTILE_NAMES if not as_text or name.decode("utf-8", "ignore").encode() == name]
@@ -651,7 +665,7 @@ def test_a_list_of_fifos_only(tmp_path: Path) -> None:
 
 def test_a_list_without_the_column(tmp_path: Path) -> None:
     (tmp_path / "list.csv").write_text("file;label\na.jpg;1\n")
-    assert "has no column 'path' but ['file;label']" in refusal(tmp_path / "list.csv")
+    assert "has no column 'path' but ['file', 'label']" in refusal(tmp_path / "list.csv")
     (tmp_path / "empty.csv").touch()
     assert "has no column 'path' but []" in refusal(tmp_path / "empty.csv")
     pd.DataFrame({"file": ["a.jpg"], "label": 1}).to_parquet(tmp_path / "list.parquet")

@@ -16,6 +16,7 @@ from PIL import Image
 from pipeline.config import DecodeSpec
 from pipeline.errors import ImageError
 from pipeline.source.decoding import decode, probe
+from tests.source.test_decoding import tiff
 from tests.support.tiff_matrix import Case, cases, outcome
 
 CASES = Path(__file__).parents[1] / "cases"
@@ -36,7 +37,8 @@ COMMON = [
     *(Case("16", "rgb", "separate", "<", codec, False, "strips", 1, True) for codec in ("deflate", "lzw")),
     *(Case("8", kind, "contig", "<", "jpeg", False, layout, 1, False)
       for kind in ("black", "rgb", "ycbcr") for layout in ("strips", "tiles")),
-    Case("12", "black", "contig", "<", None, False, "strips", 1, False),
+    *(Case("12", kind, "contig", "<", None, False, layout, 1, False)
+      for kind in ("black", "white") for layout in ("strips", "odd tiles")),
 ]  # fmt: skip
 
 
@@ -71,6 +73,19 @@ def test_kinds_that_are_not_read_are_refused_with_the_reason(name, message):
 def test_big_endian_grey_whose_white_is_zero_is_inverted():
     data = (CASES / "g16_white0_be.tif").read_bytes()
     wanted = np.rint((65535 - tifffile.imread(io.BytesIO(data)).astype(float)) / 257)
+    np.testing.assert_array_equal(decode(data, SPEC)[..., 0], wanted)
+
+
+@pytest.mark.parametrize("order", "<>")
+@pytest.mark.parametrize("is_black_0", [True, False])
+@pytest.mark.parametrize("compress", [bytes, zlib.compress])
+def test_grey_of_12_bits_is_read_in_either_byte_order(order, is_black_0, compress):
+    values = np.random.default_rng(1).integers(0, 4096, (37, 43), dtype=np.uint16)  # of which a row ends within a byte
+    bits = np.unpackbits(values.astype(">u2").view(np.uint8).reshape(37, 43, 2), axis=2)[..., 4:]
+    stored = compress(np.packbits(bits.reshape(37, -1), axis=1).tobytes())
+    data = tiff(stored, 43, 37, [12], int(is_black_0), order, tag_259=[1 if compress is bytes else 8])
+    np.testing.assert_array_equal(tifffile.imread(io.BytesIO(data)), values)
+    wanted = np.rint((values if is_black_0 else 4095 - values.astype(float)) * 255.0 / 4095)
     np.testing.assert_array_equal(decode(data, SPEC)[..., 0], wanted)
 
 

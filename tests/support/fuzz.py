@@ -19,7 +19,16 @@ from pipeline.extract.weights import load_weights
 from pipeline.source.decoding import decode, probe
 from tests.source.test_decoding import FILES
 
-CODES = {"empty", "not_an_image", "too_many_pixels", "too_large", "truncated", "corrupt", "unsupported_mode"}
+CODES = {
+    "empty",
+    "not_an_image",
+    "unsupported_format",
+    "too_many_pixels",
+    "too_large",
+    "truncated",
+    "corrupt",
+    "unsupported_mode",
+}
 SLOW_S = 100.0
 BOUNDED = DecodeSpec(pixel_limit=1_000_000)
 INTERESTING = [

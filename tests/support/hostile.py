@@ -119,7 +119,7 @@ def corpus() -> dict[str, tuple[bytes, str]]:
         "bomb vp8.webp": (webp_of(16383, 16383, lossless=False), too_many),
         "bomb vp8l.webp": (webp_of(16384, 16384, lossless=True), too_many),
         "bomb.avif": (avif_of(16384, 16384), too_many),
-        "bomb beyond avif.avif": (avif_of(60000, 60000), "not_an_image: "),
+        "bomb beyond avif.avif": (avif_of(60000, 60000), "corrupt: "),
         "bomb of a tile.tif": (tiff(10, 10, 8, tile, black), too_many + "a tile has 6000 x 6000 pixels"),
         "more pixels than needed.png": (png(10, 10, data=zlib.compress(bytes(10**8), 9)), cost + "its compressed pixels go on"),
         "delta.bmp": (bmp(400_000, 10, 8, 1, b"\0\2\xff\xff" * 4), cost + "a run of row 255 goes on behind its last pixel"),
