@@ -300,7 +300,7 @@ def _blaming_the_image() -> Iterator[None]:
         cut = isinstance(error, (EOFError, struct.error)) or any(words in text.lower() for words in _TRUNCATED)
         if cut:
             raise ImageError("truncated", f"the file ends before the image does ({text})") from error
-        if text.startswith("Unsupported "):  # as Pillow says of what the header of a BMP declares
+        if text.startswith("Unsupported ") and "Palette" not in text:  # as Pillow says of the kind of a BMP
             raise ImageError("unsupported_mode", f"{text}, which Pillow does not read; save it as PNG") from error
         raise ImageError("corrupt", f"the image cannot be decoded ({text})") from error
 
