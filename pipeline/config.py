@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import difflib
 import os
-import reprlib
+import re
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from pipeline.errors import UsageError
 from pipeline.patterns import escape, has_unknown_user, home, is_pattern
+from pipeline.quantities import BYTES, SECONDS, WORDS
 from pipeline.text import read_layer
+from pipeline.validation import validate_model
 
 Activation = Literal["sigmoid", "tanh", "relu", "none"]
 Dtype = Literal["float32", "float16", "uint16", "uint8"]
@@ -43,9 +43,6 @@ POOLED = "pooled"
 """The output that keeps the pooled values of every layer, and no maps."""
 
 
-M = TypeVar("M", bound=BaseModel)
-
-
 class StrictModel(BaseModel):
     """Refuses unknown keys, and does not change; a field's description is the help of its option on the command line."""
 
@@ -65,7 +62,7 @@ class DecodeSpec(StrictModel):
     """Turn and mirror as the EXIF orientation says."""
     pixel_limit: Positive = Field(DEFAULT_PIXEL_LIMIT, description="Reject images of more pixels than this.")
     """Images of more pixels (height x width, as stored) are rejected before they are decoded."""
-    formats: tuple[ImageFormat, ...] = Field(
+    formats: Annotated[tuple[ImageFormat, ...], WORDS] = Field(
         get_args(ImageFormat), description="A file format to read; repeat for several (default: all)."
     )
     """The file formats that are read; the content counts, not the name."""
@@ -92,6 +89,15 @@ class LayerSpec(StrictModel):
     activation: Activation = "sigmoid"
     """What is applied to the sum of convolution and bias."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _word(cls, value: Any) -> Any:
+        """The command line's form stands for a layer in a job file, too."""
+        try:
+            return read_layer(value, get_args(Activation)) if isinstance(value, str) else value
+        except UsageError as error:
+            raise ValueError(str(error)) from None
+
     @field_validator("kernel", "pool", mode="before")
     @classmethod
     def _square(cls, value: Any) -> Any:
@@ -117,7 +123,7 @@ class LayerSpec(StrictModel):
 class ExtractorSpec(StrictModel):
     """A stack of layers and where its weights come from."""
 
-    layers: tuple[LayerSpec, ...] = Field(
+    layers: Annotated[tuple[LayerSpec, ...], WORDS] = Field(
         (LayerSpec(),), min_length=1, description="A layer of the extractor; repeat for a stack."
     )
     """The layers, each the input of the next; they are called conv1, conv2, ..."""
@@ -125,7 +131,9 @@ class ExtractorSpec(StrictModel):
     """Seed of ``numpy.random.RandomState``, used when there is no weights file."""
     weights: str | None = Field(None, description="Weights of the layers, instead of seeded ones.")
     """A safetensors file with ``convN.weight`` and ``convN.bias`` for N = 1, 2, ... in PyTorch's orientation."""
-    outputs: tuple[str, ...] = Field((), description="conv1, ... to keep maps (default: the last); pooled for none.")
+    outputs: Annotated[tuple[str, ...], WORDS] = Field(
+        (), description="conv1, ... to keep maps (default: the last); pooled for none."
+    )
     """What is stored: the names of layers, for their maps and pooled values, and ``pooled``, for the pooled values of every layer.
 
     Empty means the last layer; ``pooled`` alone keeps no maps at all.
@@ -176,8 +184,8 @@ class Job(StrictModel):
     """Only the first N images of the listing."""
     workers: Positive | None = Field(None, description="Batches at work at once (default: one per core).")
     """Batches that the embedded cluster works on at once, in a process each, or with GPUs in threads; None is one per core."""
-    memory_limit_bytes: Positive | None = Field(None, description="Memory of one worker.")
-    """Memory of one worker; None shares the machine's among them."""
+    memory_limit_bytes: Annotated[int, BYTES, Field(gt=0)] | None = Field(None, description="Memory of one worker.")
+    """Memory of one worker, bytes or text such as ``4 GiB``; None shares the machine's among them."""
     gpus: Annotated[int, Field(ge=0)] | None = Field(None, description="GPUs to use, 0 for none (default: all).")
     """GPUs that the embedded cluster uses, one worker process each; None is all that there are."""
     cluster: str | None = Field(None, description="A cluster of cluster.yaml (default: all local cores).")
@@ -198,7 +206,9 @@ class Job(StrictModel):
     """What may die without a committed row being lost: any process, or, as each object is synced to the disk, the machine."""
     sole_writer: bool = Field(False, description="Vouch that nobody else writes to a bucket's store.")
     """Use a bucket whose server ignores conditional puts: nobody else ever writes to this store, and you vouch for it."""
-    deadline_s: float = Field(600.0, gt=0, description="Replace a worker that is at one image, or one write, for longer (600).")
+    deadline_s: Annotated[float, SECONDS] = Field(
+        600.0, gt=0, description="Replace a worker that is at one image, or one write, for longer (600)."
+    )
     """A worker that is at one image, or at one write, for longer waits for a storage that hangs: it is replaced."""
 
 
@@ -235,6 +245,18 @@ def load_job(path: str | Path, overrides: dict[str, Any] | None = None) -> Job:
     return make_job(_merge(data, overrides or {}), where=f"job file {path}")
 
 
+class _Loader(yaml.SafeLoader):
+    """As YAML 1.2 has it, 8:00:00 and 0123 are texts, not 28,800 and 83."""
+
+
+_INTEGER = "tag:yaml.org,2002:int"
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in known if tag != _INTEGER]
+    for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(_INTEGER, re.compile(r"[-+]?(?:0|[1-9][0-9]*)$"), list("-+0123456789"))
+
+
 def read_yaml(path: Path) -> Any:
     """Read a YAML file of plain values.
 
@@ -244,7 +266,7 @@ def read_yaml(path: Path) -> Any:
         When it cannot be read, or has keys that are no text or numbers above 64 bits.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506 (a safe one)
         _check_values(content, set())
     except (
         OSError,
@@ -304,56 +326,3 @@ def make_job(values: dict[str, Any], where: str = "the command") -> Job:
         Naming every unknown key, with the nearest known one, and every bad value.
     """
     return validate_model(Job, values, where)
-
-
-def validate_model(model: type[M], values: Any, where: str) -> M:
-    """Validate ``values`` into ``model``; the message of the `UsageError` names every key that is wrong."""
-    try:
-        return model.model_validate(values)
-    except ValidationError as error:
-        found = error.errors()
-        deeper = {problem["loc"][:n] for problem in found for n in range(1, len(problem["loc"]))}
-        # A tuple whose items were refused is also "too short", which would only distract.
-        first = [problem for problem in found if problem["loc"] not in deeper]
-        problems = "; ".join(_explain(model, problem) for problem in first[:10])
-        problems += f"; and {len(first) - 10} more" if len(first) > 10 else ""
-        raise UsageError(f"{where} is not usable, so nothing was started: {problems}") from error
-
-
-def _explain(model: type[BaseModel], problem: Any) -> str:
-    """One problem of pydantic's, as value, expectation and remedy."""
-    if problem["type"] == "extra_forbidden":
-        *above, key = problem["loc"]
-        place, where = _locate(model, tuple(above))
-        known = sorted(place.model_fields)
-        near = difflib.get_close_matches(str(key), known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known keys are {', '.join(known)}"
-        return f"unknown key {'.'.join(filter(None, (where, str(key))))!r}: {hint}"
-    location = _locate(model, problem["loc"])[1]
-    if problem["type"] == "missing":
-        return f"key {location!r} is missing: add it"
-    if problem["type"] == "union_tag_not_found":
-        tag = problem["ctx"]["discriminator"].strip("'")
-        return f"key {f'{location}.{tag}'!r} is missing: add it"
-    if problem["type"] == "value_error":
-        return f"{location}: {problem['ctx']['error']}"
-    return f"{location or 'the whole'}: {problem['msg']}, not {reprlib.repr(problem['input'])}"
-
-
-def _locate(model: type[BaseModel], location: tuple[int | str, ...]) -> tuple[Any, str]:
-    """The type at a place inside ``model``, and the place in the file's own keys: pydantic's also has the kinds of unions."""
-    place: Any = model
-    shown: list[str] = []
-    for part in location:
-        while get_origin(place) is Annotated or NoneType in get_args(place):
-            place = get_args(place)[0]
-        if get_origin(place) in {Union, UnionType}:
-            fields = ((member, member.model_fields.values()) for member in get_args(place))
-            place = next(member for member, inner in fields if any(part in get_args(field.annotation) for field in inner))
-            continue
-        shown.append(str(part))
-        if isinstance(place, type) and issubclass(place, BaseModel):
-            place = place.model_fields[str(part)].annotation
-        else:
-            place = get_args(place)[1 if get_origin(place) is dict else 0]
-    return place, ".".join(shown)

@@ -8,8 +8,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from pipeline.config import DecodeSpec, ExtractorSpec, Job, LayerSpec, load_job, make_job, validate_model
+from pipeline.config import DecodeSpec, ExtractorSpec, Job, LayerSpec, load_job, make_job, read_yaml
 from pipeline.errors import UsageError
+from pipeline.validation import validate_model
 
 JOB = {"source": "photos", "store": "features.zarr"}
 
@@ -46,6 +47,12 @@ def test_a_job_needs_no_more_than_source_and_store_and_then_is_the_tutorials():
             {"extractor": {"layers": [{"zzz": 5}]}},
             "unknown key 'extractor.layers.0.zzz': known keys are activation, filters, kernel, pool",
         ),
+        ({"outputs": "conv1"}, "unknown key 'outputs': did you mean 'extractor.outputs'?"),
+        ({"layers": []}, "unknown key 'layers': did you mean 'extractor.layers'?"),
+        ({"kernel": 9}, "unknown key 'kernel': did you mean 'extractor.layers.N.kernel'?"),
+        ({"resize": [9, 9]}, "unknown key 'resize': did you mean 'decode.resize'?"),
+        ({"decode": {"dtype": "uint8"}}, "unknown key 'decode.dtype': did you mean 'dtype'?"),
+        ({"decode": {"seed": 5}}, "unknown key 'decode.seed': did you mean 'extractor.seed'?"),
         (
             {"zzz": 1},
             "unknown key 'zzz': known keys are check, cluster, deadline_s, decode, dtype, durability, extractor, gpus",
@@ -60,15 +67,20 @@ def test_an_unknown_key_is_refused_with_the_nearest_known_one(values, expected):
     ("values", "expected"),
     [
         ({"dtype": "int8"}, "dtype: Input should be 'float32', 'float16', 'uint16' or 'uint8', not 'int8'"),
+        ({"dtype": "Float32"}, "'uint16' or 'uint8', not 'Float32': did you mean 'float32'?"),
+        ({"decode": {"color": "gray"}}, "decode.color: Input should be 'rgb' or 'grey', not 'gray': did you mean 'grey'?"),
+        ({"decode": {"formats": "jpg"}}, "or 'WEBP', not 'jpg': did you mean 'JPEG'?"),
+        ({"deadline_s": "soon"}, "deadline_s: 'soon' is no time: write for instance 8h, 90min, 08:00:00"),
+        ({"extractor": {"layers": "2x9"}}, "extractor.layers.0: layer '2x9' is not of the form FILTERSxHEIGHTxWIDTH"),
         ({"limit": 0}, "limit: Input should be greater than 0, not 0"),
         ({"workers": -1}, "workers: Input should be greater than 0, not -1"),
-        ({"memory_limit_bytes": "much"}, "memory_limit_bytes: Input should be a valid integer"),
+        ({"memory_limit_bytes": "much"}, "memory_limit_bytes: 'much' is no size: write for instance 16 GiB or 4GB"),
         ({"max_quarantined": -1}, "max_quarantined: Input should be greater than or equal to 0, not -1"),
         ({"max_removed": 2}, "max_removed: Input should be less than or equal to 1, not 2"),
         ({"retry_quarantined": "perhaps"}, "retry_quarantined: Input should be a valid boolean"),
-        ({"source": 5}, "source: Input should be a valid string, not 5"),
+        ({"source": 5}, "source: Input should be a valid string, not 5: put it in quotes"),
         ({"decode": {"resize": [0, 5]}}, "decode.resize.0: Input should be greater than 0, not 0"),
-        ({"decode": {"resize": 5}}, "decode.resize: Input should be a valid tuple, not 5"),
+        ({"decode": {"resize": 5}}, "decode.resize: Input should be a valid tuple, not 5: write it as a list: [..., ...]"),
         ({"decode": {"background": [0, 0, 256]}}, "decode.background.2: Input should be less than or equal to 255, not 256"),
         ({"decode": {"formats": ["PSD"]}}, "decode.formats.0: Input should be 'AVIF', 'BMP'"),
         ({"decode": {"resize_filter": "box3"}}, "decode.resize_filter: Input should be 'nearest'"),
@@ -215,6 +227,29 @@ def test_pooled_outputs_are_of_every_layer_and_have_no_maps():
     spec = ExtractorSpec(layers=(LayerSpec(),) * 3, outputs=("pooled", "conv2"))
     assert (spec.map_names, spec.output_names) == (("conv2",), ("conv1", "conv2", "conv3"))
     assert ExtractorSpec(outputs=("pooled",)).map_names == ()
+
+
+def test_units_and_single_words_are_read_as_people_write_them():
+    layers = "20x5x5:tanh:pool2, 50x5x5"
+    job = make_job(
+        {
+            **JOB,
+            "memory_limit_bytes": "4 GiB",
+            "deadline_s": "10min",
+            "decode": {"formats": "PNG"},
+            "extractor": {"layers": layers, "outputs": "conv1 pooled"},
+        }
+    )
+    assert (job.memory_limit_bytes, job.deadline_s, job.decode.formats) == (4 * 2**30, 600, ("PNG",))
+    assert job.extractor.layers == tuple(map(LayerSpec.parse, layers.split(", ")))
+    assert job.extractor.outputs == ("conv1", "pooled")
+    assert ExtractorSpec(layers={"filters": 3}).layers == (LayerSpec(filters=3),)
+    assert make_job({**JOB, "memory_limit_bytes": 4096, "deadline_s": 90}).deadline_s == 90
+
+
+def test_a_number_with_colons_or_a_leading_zero_is_a_text(tmp_path):
+    (tmp_path / "a.yaml").write_text("[8:00:00, 0123, 12, -3, 0, 1.5, 0x10]")
+    assert read_yaml(tmp_path / "a.yaml") == ["8:00:00", "0123", 12, -3, 0, 1.5, "0x10"]
 
 
 # -- job files -------------------------------------------------------------------------------------------------------------------

@@ -209,7 +209,7 @@ def job_script(spec: BatchSpec, group_name: str, job_name: str) -> str:
 
 def lifetime(walltime_s: int) -> list[str]:
     """Options by which a worker retires before its walltime; not all at once, so that the run does not stand still."""
-    margin = margin_s(walltime_s)
+    margin = min(margin_s(walltime_s), walltime_s / 2)
     return ["--lifetime", f"{walltime_s - margin:.0f}s", "--lifetime-stagger", f"{margin / 3:.0f}s"]
 
 

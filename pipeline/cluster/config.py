@@ -14,8 +14,10 @@ from pydantic import Field
 from pipeline.cluster.kinds import spec_types
 from pipeline.cluster.kinds.local import LocalSpec
 from pipeline.cluster.spec import ClusterSpec, TlsSpec
-from pipeline.config import StrictModel, read_yaml, validate_model
+from pipeline.config import StrictModel, read_yaml
 from pipeline.errors import UsageError
+from pipeline.quantities import UNITS_NEEDED
+from pipeline.validation import validate_model
 
 if TYPE_CHECKING:
     AnySpec = ClusterSpec
@@ -55,7 +57,7 @@ def load_cluster(name: str | None, path: Path = Path("cluster.yaml")) -> Cluster
                 f"{path} has no cluster {name!r}: nothing was started; it has {', '.join(sorted(entries)) or 'none'}"
             )
         values = values | {"clusters": {name: _expand(entries[name], f"cluster {name!r} of {path}")}}
-    spec = validate_model(Clusters, values, str(path)).clusters[name]
+    spec = validate_model(Clusters, values, str(path), UNITS_NEEDED).clusters[name]
     return _resolve(spec, f"cluster {name!r} of {path}", path.absolute().parent)
 
 

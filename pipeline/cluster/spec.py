@@ -5,7 +5,6 @@ Nothing here imports Dask, so that ``cluster.yaml`` is read fast.
 
 from __future__ import annotations
 
-import re
 import socket
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
@@ -14,10 +13,11 @@ from threading import Event
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, get_args
 
 import psutil
-from pydantic import BeforeValidator, ByteSize, Field, model_validator
+from pydantic import Field, model_validator
 
 from pipeline.cluster.finding import Finding
 from pipeline.config import Positive, StrictModel
+from pipeline.quantities import SECONDS, WORDS, Memory, Variables
 from pipeline.text import count
 
 if TYPE_CHECKING:
@@ -30,22 +30,7 @@ Role = Literal["read", "extract"]
 
 LOOPBACK = "127.0.0.1:0"
 START_TIMEOUT_S = 3600.0
-_WALLTIME = re.compile(r"(?:(\d+)-)?(\d+):([0-5]?\d):([0-5]?\d)")
 
-
-def _seconds(value: Any) -> Any:
-    """``HH:MM:SS`` or ``D-HH:MM:SS``; YAML itself reads 8:00:00, without a zero before it, as 28,800."""
-    match = _WALLTIME.fullmatch(value) if isinstance(value, str) else None
-    if match is None:
-        return value
-    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
-    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
-
-
-Memory = Annotated[ByteSize, Field(gt=0)]
-"""Bytes, or text such as ``16 GiB``."""
-Walltime = Annotated[Positive, BeforeValidator(_seconds)]
-"""Seconds, or ``HH:MM:SS``."""
 HostPort = Annotated[str, Field(pattern=r"^.*:\d+$")]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$")]
 """As file names, worker names and Kubernetes have it."""
@@ -74,7 +59,7 @@ class TlsSpec(StrictModel):
 class GroupSpec(StrictModel):
     """Workers of one kind within a cluster."""
 
-    roles: Annotated[tuple[Role, ...], Field(min_length=1)] = ("read", "extract")
+    roles: Annotated[tuple[Role, ...], WORDS, Field(min_length=1)] = ("read", "extract")
     """What they do: ``read`` images and decode them, ``extract`` maps and write them."""
     workers: Positive = 1
     """Processes; in a batch system each is a job, with ssh that many run on each host."""
@@ -84,7 +69,7 @@ class GroupSpec(StrictModel):
     """Of each worker; those without see none."""
     memory: Memory | None = None
     """Of each worker, bytes or text such as ``16 GiB``; None, on this machine, is a share of it."""
-    environment: dict[str, str] = {}
+    environment: Variables = {}
     """Variables of each worker."""
 
     @property
@@ -297,7 +282,7 @@ class RemoteSpec(GroupsSpec, StartedSpec):
     """Network interface by which scheduler and workers reach each other, for instance ``ib0``; None is the default route's."""
     python: str | None = None
     """Python of the workers, with the same featuremaps; None is the driver's path."""
-    start_timeout_s: Annotated[float, Field(gt=0)] = START_TIMEOUT_S
+    start_timeout_s: Annotated[float, SECONDS, Field(gt=0)] = START_TIMEOUT_S
     """Seconds that a run waits for a worker of each group, and for any when all were lost."""
 
     @property

@@ -278,14 +278,14 @@ def test_an_entry_is_compared_with_this_machine(spec, monkeypatch, tmp_path):
     assert found.found == "none0 does not exist on this machine, where the scheduler would be"
     assert "lo" in found.remedy
     monkeypatch.setenv("PATH", str(tmp_path))
-    first, *_ = check_cluster.entry("x", spec(kind="slurm", groups={"all": {"memory": 1}}))
+    first, *_ = check_cluster.entry("x", spec(kind="slurm", groups={"all": {"memory": "1 GiB"}}))
     assert first.level == "FAIL"
     assert "there is no sbatch on this machine's PATH" in first.found
 
 
 def test_a_log_folder_that_cannot_be_written_is_a_failure(spec, small_disk):
     folder = small_disk("size=1m")
-    jobs = {"kind": "slurm", "groups": {"all": {"memory": 1}}}
+    jobs = {"kind": "slurm", "groups": {"all": {"memory": "1 GiB"}}}
     *_, found = check_cluster.entry("x", spec(**jobs, log_folder=str(folder / "logs")))
     assert found.level == "ok"
     remount_read_only(folder)
@@ -309,7 +309,7 @@ def commands(tmp_path, monkeypatch):
 
 
 def test_a_batch_system_is_asked_for_its_queue(spec, commands):
-    jobs = spec(kind="slurm", queue="gpu", groups={"all": {"memory": 1}})
+    jobs = spec(kind="slurm", queue="gpu", groups={"all": {"memory": "1 GiB"}})
     assert only(jobs.look_there()).found == "there is no sbatch on the PATH"
     commands(sbatch="", scancel="")
     assert only(jobs.look_there()).found == "squeue: [Errno 2] No such file or directory: 'squeue'"
@@ -327,7 +327,7 @@ def test_a_batch_system_is_asked_for_its_queue(spec, commands):
     _, queue = several.model_copy(update={"queue": "gpu,none"}).look_there()
     assert queue.found == "Slurm has no partition none"
     commands(condor_submit="", condor_rm="", condor_q="exit 3")
-    found = only(spec(kind="htcondor", groups={"all": {"memory": 1}}).look_there())
+    found = only(spec(kind="htcondor", groups={"all": {"memory": "1 GiB"}}).look_there())
     assert found.found == "condor_q: exit code 3"
 
 
@@ -396,7 +396,7 @@ def test_hosts_are_asked_who_they_are(ssh_server, spec, tmp_path):
 
 def test_kubernetes_is_asked_for_its_version_and_clusters(kubernetes_operator, spec):
     """Against the stand-in for its API."""
-    pods = spec(kind="kubernetes", image="i", groups={"all": {"memory": 1}})
+    pods = spec(kind="kubernetes", image="i", groups={"all": {"memory": "1 GiB"}})
     assert [finding.found for finding in check_cluster.can_be_reached(pods)] == ["v1.33.0", "0 in namespace default"]
     kubernetes_operator.lacks_operator_kinds = True
     _, found = check_cluster.can_be_reached(pods)
@@ -582,7 +582,7 @@ def test_what_fails_makes_the_exit_code_1_and_hides_nothing_else(doctor, tmp_pat
 
 
 def test_a_batch_system_is_asked_although_the_interface_is_wrong(spec, commands, tmp_path):
-    spec(kind="slurm", queue="gpu", interface="none0", groups={"all": {"memory": 1}})
+    spec(kind="slurm", queue="gpu", interface="none0", groups={"all": {"memory": "1 GiB"}})
     commands(sbatch="", scancel="", squeue="", sinfo="echo short")
     found = diagnose(cluster="x", cluster_file=tmp_path / "cluster.yaml", start=True).findings
     assert [finding.what for finding in found if finding.level == "FAIL"] == ["interface", "queue"]  # and nothing was started

@@ -126,7 +126,11 @@ def test_a_group_whose_name_is_too_long_is_refused():
 
 
 def test_options_do_not_replace_what_other_keys_make(tmp_path):
-    entry = {"kind": "kubernetes", "image": "i", "groups": {"a": {"memory": 1, "options": {"volumes": [], "hostNetwork": True}}}}
+    entry = {
+        "kind": "kubernetes",
+        "image": "i",
+        "groups": {"a": {"memory": "1 GiB", "options": {"volumes": [], "hostNetwork": True}}},
+    }
     (tmp_path / "cluster.yaml").write_text(yaml.safe_dump({"clusters": {"x": entry}}))
     with pytest.raises(UsageError, match="options has volumes, which would replace what the other keys make: use image"):
         load_cluster("x", tmp_path / "cluster.yaml")

@@ -23,6 +23,7 @@ from distributed import Client, LocalCluster
 
 from pipeline.api import run_job
 from pipeline.cluster import local_workers as processes
+from pipeline.cluster.batch_workers import lifetime
 from pipeline.cluster.config import load_cluster
 from pipeline.cluster.groups import Launch
 from pipeline.cluster.kinds.address import AddressSpec
@@ -70,7 +71,10 @@ def test_without_a_name_it_is_this_machine_and_no_file_is_read(tmp_path):
         ),
         ("clusters: {x: {kind: address}}", r"key 'clusters\.x\.address' is missing: add it"),
         ("clusters: {x: {workers: 2}}", r"key 'clusters\.x\.kind' is missing: add it"),
-        ("clusters: {x: {kind: slurmy}}", r"clusters\.x: Input tag 'slurmy' .* expected tags: 'local', 'cuda'"),
+        (
+            "clusters: {x: {kind: slurmy}}",
+            r"clusters\.x: kind 'slurmy' is none of local, cuda, slurm, .*: did you mean 'slurm'\?",
+        ),
         (
             "clusters: {x: {kind: address, address: 'tcp://a:1', tls: {ca_file: a, cert: b, key: c}}}",
             r"clusters\.x: with tls, address 'tcp://a:1' has to begin with tls://, else nothing would be encrypted",
@@ -78,7 +82,10 @@ def test_without_a_name_it_is_this_machine_and_no_file_is_read(tmp_path):
         ("clusters: {x: {kind: local, tls: {ca_file: a, cert: b}}}", r"key 'clusters\.x\.tls\.key' is missing: add it"),
         ("clusters: {x: {kind: local, dashboard: everywhere}}", r"clusters\.x\.dashboard: String should match pattern"),
         ("clusters: {x: {kind: local, workers: 0}}", r"clusters\.x\.workers: Input should be greater than 0, not 0"),
-        ("clusters: {x: {kind: local, memory: much}}", r"clusters\.x\.memory: could not parse value and unit from byte string"),
+        (
+            "clusters: {x: {kind: local, memory: much}}",
+            r"clusters\.x\.memory: 'much' is no size: write for instance 16 GiB or 4GB",
+        ),
         (
             "clusters: {x: {kind: local, groups: {a: {roles: [read]}}}}",
             r"clusters\.x: no group has the role 'extract', so its tasks would wait for ever: add it to the roles of a group",
@@ -93,11 +100,42 @@ def test_without_a_name_it_is_this_machine_and_no_file_is_read(tmp_path):
         ),
         ("clusters: {x: {kind: slurm, groups: {a: {}}}}", r"key 'clusters\.x\.groups\.a\.memory' is missing: add it"),
         (
-            "clusters: {x: {kind: slurm, walltime: soon, groups: {a: {memory: 1}}}}",
-            r"clusters\.x\.walltime: Input should be a valid integer",
+            "clusters: {x: {kind: slurm, walltime: soon, groups: {a: {memory: 1GB}}}}",
+            r"clusters\.x\.walltime: 'soon' is no time: write for instance 8h, 90min, 08:00:00 or 1-00:00:00",
         ),
-        ("clusters: {x: {kind: slurm, groups: {driver: {memory: 1}}}}", r"clusters\.x: a group cannot be called 'driver'"),
-        ("clusters: {x: {kind: ssh, groups: {a: {memory: 1}}}}", r"key 'clusters\.x\.groups\.a\.hosts' is missing: add it"),
+        (
+            "clusters: {x: {kind: slurm, walltime: 8, groups: {a: {memory: 1GB}}}}",
+            r"clusters\.x\.walltime: 8 has no unit, and batch systems disagree on it: write 8s, 8min, 8h or HH:MM:SS",
+        ),
+        (
+            "clusters: {x: {kind: slurm, walltime: 8:00, groups: {a: {memory: 1GB}}}}",
+            r"clusters\.x\.walltime: '8:00' may be hours or minutes: write 8:00:00, or for instance 8min",
+        ),
+        (
+            "clusters: {x: {kind: slurm, groups: {a: {memory: 4096}}}}",
+            r"clusters\.x\.groups\.a\.memory: 4096 has no unit: write 4096 MiB, 4096 GiB or 4096 B, whichever is meant",
+        ),
+        ("clusters: {x: {kind: slurm, groups: {a: {memory: '4096'}}}}", r"clusters\.x\.groups\.a\.memory: 4096 has no unit"),
+        ("clusters: {x: {kind: SLURM, groups: {}}}", r"clusters\.x: kind 'SLURM' is none of .*: did you mean 'slurm'\?"),
+        ("clusters: {x: {kind: k8s, groups: {}}}", r"clusters\.x: kind 'k8s' is none of .*: did you mean 'kubernetes'\?"),
+        (
+            "clusters: {x: {kind: slurm, partition: gpu, groups: {a: {memory: 1GB, gres: 1}}}}",
+            r"'clusters\.x\.groups\.a\.gres': did you mean 'gpus'\?; unknown key 'clusters\.x\.partition': did you mean 'queue'\?",
+        ),
+        (
+            "clusters: {x: {kind: slurm, groups: {a: {memory: 1GB, qos: high}}}}",
+            r"unknown key 'clusters\.x\.groups\.a\.qos': did you mean a line of 'options', --qos=\.\.\.\?",
+        ),
+        (
+            "clusters: {x: {kind: slurm, memory: 1GB, groups: {a: {memory: 1GB, walltime: 8h}}}}",
+            r"\.a\.walltime': did you mean 'clusters\.x\.walltime' or .*'clusters\.x\.memory': did you mean 'clusters\.x\.groups\.NAME\.m",
+        ),
+        (
+            "clusters: {x: {kind: local, groups: {a: {environment: {PI: 3.10}}}}}",
+            r"clusters\.x\.groups\.a\.environment\.PI: 3\.1 is what YAML makes of a text without quotes: put it in quotes",
+        ),
+        ("clusters: {x: {kind: slurm, groups: {driver: {memory: 1GB}}}}", r"clusters\.x: a group cannot be called 'driver'"),
+        ("clusters: {x: {kind: ssh, groups: {a: {memory: 1GB}}}}", r"key 'clusters\.x\.groups\.a\.hosts' is missing: add it"),
         (
             "clusters: {x: {kind: address, address: '${NO_SUCH_VARIABLE}'}}",
             r"cluster 'x' of .*cluster\.yaml uses \$\{NO_SUCH_VARIABLE\}, and the environment has no 'NO_SUCH_VARIABLE'",
@@ -120,8 +158,20 @@ def test_variables_of_the_environment_stand_in_every_text(tmp_path, monkeypatch)
     assert (spec.interface, spec.groups["a"].hosts, spec.groups["a"].workers) == ("there0", ("there-1", "b"), 3)
 
 
-@pytest.mark.parametrize(("text", "seconds"), [("8:00:00", 28_800), ("'08:00:00'", 28_800), ("1-00:30:00", 88_200), ("90", 90)])
-def test_a_walltime_is_read_as_batch_systems_write_it(tmp_path, text, seconds):
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("8:00:00", 28_800),
+        ("'08:00:00'", 28_800),
+        ("1-00:30:00", 88_200),
+        ("1-00:00:00", 86_400),
+        ("1-12", 129_600),
+        ("8h", 28_800),
+        ("1 h 30 min", 5400),
+        ("90s", 90),
+    ],
+)
+def test_a_walltime_is_read_as_people_and_batch_systems_write_it(tmp_path, text, seconds):
     (tmp_path / "cluster.yaml").write_text(
         f"clusters: {{x: {{kind: slurm, walltime: {text}, groups: {{a: {{memory: 1.5 GiB, threads: 2}}}}}}}}"
     )
@@ -130,6 +180,37 @@ def test_a_walltime_is_read_as_batch_systems_write_it(tmp_path, text, seconds):
     assert spec.groups["a"].memory == 1.5 * 2**30
     assert spec.groups["a"].resources == {"read": 2, "extract": 2, "write": 2}
     assert spec.log_folder == str(tmp_path / "featuremaps-logs")
+
+
+@pytest.mark.parametrize(("text", "n_bytes"), [("4GB", 4 * 10**9), ("4 GiB", 4 * 2**30), ("4G", 4 * 10**9), ("512 MiB", 2**29)])
+def test_a_memory_is_read_with_its_unit(tmp_path, text, n_bytes):
+    (tmp_path / "cluster.yaml").write_text(f"clusters: {{x: {{kind: slurm, groups: {{a: {{memory: {text}}}}}}}}}")
+    assert load_cluster("x", tmp_path / "cluster.yaml").groups["a"].memory == n_bytes
+
+
+def test_a_key_that_names_its_unit_takes_a_plain_number(tmp_path):
+    (tmp_path / "cluster.yaml").write_text("clusters: {x: {kind: ssh, start_timeout_s: 90, groups: {a: {hosts: node1}}}}")
+    spec = load_cluster("x", tmp_path / "cluster.yaml")
+    assert (spec.start_timeout_s, spec.groups["a"].hosts) == (90, ("node1",))
+
+
+def test_lists_and_texts_are_read_as_people_write_them(tmp_path):
+    (tmp_path / "cluster.yaml").write_text(
+        "clusters: {x: {kind: slurm, account: 0123, queue: [short, long], prologue: module load cuda, start_timeout_s: 10min, groups: {"
+        "a: {memory: 1GB, roles: read, options: --constraint=a100 --x, environment: {N: 1}}, "
+        "b: {memory: 1GB, roles: 'read, extract', environment: [A=1, B=x=2]}}}}"
+    )
+    spec = load_cluster("x", tmp_path / "cluster.yaml")
+    assert (spec.account, spec.queue, spec.prologue, spec.start_timeout_s) == ("0123", "short,long", ("module load cuda",), 600)
+    a, b = spec.groups["a"], spec.groups["b"]
+    assert (a.roles, a.options, a.environment) == (("read",), ("--constraint=a100 --x",), {"N": "1"})
+    assert (b.roles, b.environment) == (("read", "extract"), {"A": "1", "B": "x=2"})
+
+
+@pytest.mark.parametrize("walltime_s", [8, 30, 60, 3600, 86_400])
+def test_a_worker_lives_and_retires_before_its_walltime(walltime_s):
+    _, life, _, stagger = lifetime(walltime_s)
+    assert 0 < float(life[:-1]) - float(stagger[:-1]) < float(life[:-1]) < walltime_s
 
 
 def test_a_job_gives_no_workers_to_a_cluster_whose_groups_have_their_own(tmp_path):
@@ -315,7 +396,7 @@ def test_a_job_says_how_many_workers_the_local_cluster_has(monkeypatch, tmp_path
     job = make_job({"source": "a", "store": "b", "workers": 3, "memory_limit_bytes": 10})
     with with_client(job, None, tmp_path) as connected:
         assert connected == "client"
-    (tmp_path / "cluster.yaml").write_text("clusters: {big: {kind: local, workers: 9, memory: 99}}")
+    (tmp_path / "cluster.yaml").write_text("clusters: {big: {kind: local, workers: 9, memory: 99 B}}")
     with with_client(make_job({"source": "a", "store": "b", "cluster": "big", "workers": 4}), None, tmp_path / "cluster.yaml"):
         pass
     assert asked == [LocalSpec(workers=3, memory=10), LocalSpec(workers=4, memory=99)]

@@ -100,7 +100,7 @@ def commands(tmp_path, monkeypatch):
 @pytest.fixture
 def order(tmp_path):
     def make(cluster: str = "s", **changes) -> Order:
-        entry = {"groups": {"all": {"memory": "1 GiB"}}, "walltime": changes.pop("walltime", 3600)}
+        entry = {"groups": {"all": {"memory": "1 GiB"}}, "walltime": f"{changes.pop('walltime', 3600)}s"}
         entry |= {"driver": changes.pop("driver", {})}
         (tmp_path / "cluster.yaml").write_text(
             yaml.safe_dump({"clusters": {name: {"kind": kind, **entry} for name, kind in KINDS.items()}})

@@ -11,13 +11,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import ByteSize, Field, model_validator
+from pydantic import BeforeValidator, ByteSize, Field, model_validator
 
 from pipeline.cluster import batch_commands
 from pipeline.cluster.finding import Finding
-from pipeline.cluster.spec import GroupSpec, Memory, Name, RemoteSpec, Walltime
+from pipeline.cluster.spec import GroupSpec, Name, RemoteSpec
 from pipeline.config import Positive, StrictModel
 from pipeline.errors import FeaturemapsError
+from pipeline.quantities import LINES, Memory, Walltime, Word
 from pipeline.store.objects import nearest_folder
 
 if TYPE_CHECKING:
@@ -35,11 +36,20 @@ QUERIES = {
 """What only a batch system that works answers."""
 
 
+def _queues(value: Any) -> Any:
+    """A list of queues as the batch systems write it."""
+    return ",".join(value) if isinstance(value, list) and all(isinstance(item, str) for item in value) else value
+
+
+Queue = Annotated[Word, BeforeValidator(_queues)]
+"""One queue, or several with commas between them."""
+
+
 class BatchGroupSpec(GroupSpec):
     """Jobs of a batch system, a worker in each."""
 
     memory: Memory
-    options: tuple[str, ...] = ()
+    options: Annotated[tuple[str, ...], LINES] = ()
     """Further lines of the job script, as the batch system wants them: ``--constraint=a100``."""
 
 
@@ -52,9 +62,9 @@ class DriverSpec(StrictModel):
     """Bytes, or text such as ``4 GiB``."""
     walltime: Walltime | None = None
     """None is that of the workers."""
-    queue: str | None = None
+    queue: Queue | None = None
     """None is that of the workers."""
-    options: tuple[str, ...] = ()
+    options: Annotated[tuple[str, ...], LINES] = ()
     """Further lines of its script, as the batch system wants them."""
 
 
@@ -65,13 +75,13 @@ class BatchSpec(RemoteSpec):
 
     kind: BatchKind
     groups: Annotated[dict[Name, BatchGroupSpec], Field(min_length=1)]
-    queue: str | None = None
+    queue: Queue | None = None
     """Queue or partition; HTCondor has none."""
-    account: str | None = None
+    account: Word | None = None
     """Whom it is charged to; for Grid Engine the project."""
     walltime: Walltime = 3600
-    """Of each job, seconds or ``HH:MM:SS`` or ``D-HH:MM:SS``; its worker retires before, and another takes its place."""
-    prologue: tuple[str, ...] = ()
+    """Of each job: ``8h``, ``HH:MM:SS`` or ``D-HH:MM:SS``; its worker retires before, and another takes its place."""
+    prologue: Annotated[tuple[str, ...], LINES] = ()
     """Lines of shell before the worker starts, for instance ``module load cuda``."""
     log_folder: str = "featuremaps-logs"
     """Where the jobs' output goes; relative to the folder of ``cluster.yaml``."""

@@ -11,14 +11,15 @@ import yaml
 from pydantic import Field, model_validator
 
 from pipeline.cluster.finding import Finding
-from pipeline.cluster.spec import GroupSpec, GroupsSpec, Memory, Name, Text
+from pipeline.cluster.spec import GroupSpec, GroupsSpec, Name, Text
+from pipeline.quantities import SECONDS, Memory, Word
 
 
 class KubernetesGroupSpec(GroupSpec):
     """Pods of a Kubernetes cluster, a worker in each."""
 
     memory: Memory
-    node_selector: dict[str, str] = {}
+    node_selector: dict[str, Word] = {}
     """Labels of the nodes that its pods may be on."""
     options: dict[str, Any] = {}
     """Merged into the pod's spec, for instance ``tolerations``."""
@@ -51,7 +52,7 @@ class KubernetesSpec(GroupsSpec):
     """Volumes of the pods, as Kubernetes has them."""
     volume_mounts: tuple[dict[str, Any], ...] = ()
     """Where the images and the store are: the same paths as the driver's."""
-    start_timeout_s: Annotated[float, Field(gt=0)] = 600.0
+    start_timeout_s: Annotated[float, SECONDS, Field(gt=0)] = 600.0
     """Seconds that a run waits for a worker of each group, and for any when all were lost."""
 
     def connect(

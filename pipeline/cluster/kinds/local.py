@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 from pydantic import ByteSize, Field, model_validator
 
 from pipeline.cluster import local
-from pipeline.cluster.spec import GroupSpec, GroupsSpec, Memory, Name, StartedSpec, describe_groups
+from pipeline.cluster.spec import GroupSpec, GroupsSpec, Name, StartedSpec, describe_groups
 from pipeline.config import Positive
 from pipeline.errors import UsageError
+from pipeline.quantities import Memory
 from pipeline.text import count
 
 if TYPE_CHECKING:

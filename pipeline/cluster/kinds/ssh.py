@@ -13,6 +13,7 @@ from pydantic import Field
 from pipeline.cluster.finding import Finding, compare_versions
 from pipeline.cluster.spec import GroupSpec, Name, RemoteSpec, Text
 from pipeline.config import Positive
+from pipeline.quantities import WORDS
 from pipeline.text import count
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 class SshGroupSpec(GroupSpec):
     """Workers on machines that are reached by ssh."""
 
-    hosts: Annotated[tuple[Text, ...], Field(min_length=1)]
+    hosts: Annotated[tuple[Text, ...], WORDS, Field(min_length=1)]
     """Names as of ``~/.ssh/config`` or DNS."""
     port: Positive | None = None
     """None is as ssh has it."""
