@@ -23,6 +23,7 @@ from pipeline.run.forecast import Forecast, end_of_run
 from pipeline.run.plan.changes import Changes, check_removals
 from pipeline.run.plan.memory import WorkerKind, bucket_bytes, guess_decode_bytes, usable_bytes, worker_memory_bytes
 from pipeline.run.summary import MAX_BAD
+from pipeline.run.summary_text import SAID_S
 from pipeline.run.workers import judge
 from pipeline.source.dropped import describe_dropped
 from pipeline.source.fetch import Probed, Source, probe_block
@@ -47,6 +48,8 @@ from pipeline.text import bad_lines, count, human_size, skipped
 BLOCK = 2048
 INLINE = 4 * BLOCK
 DOES_NOT_FIT = " -- DOES NOT FIT"
+START_S = 15.0
+"""Roughly, of workers on two slow cores: each imports Dask and PyTorch."""
 
 
 @dataclass(slots=True)
@@ -74,6 +77,8 @@ class Preview:
     n_batches: int = 0
     work_s: float = 0.0
     """Rough estimate for one core."""
+    start_s: float | None = None
+    """What starting the workers takes: what the last run needed, else a rough guess; None where it is not known or none are needed."""
     maps_bytes: int = 0
     """Upper bound: uncompressed."""
     free_bytes: int | None = 0
@@ -139,7 +144,8 @@ class Preview:
                 + (f", {self.n_returned} back" if self.n_returned else "")
             ),
             f"{count(len(self.classes), 'shape class', 'shape classes')} ({self.n_new_classes} new): {listed or 'none'}",
-            f"shards: {self.n_shards}, batches: {self.n_batches}, workers: {self.workers}; roughly {max(1, self.work_s):.0f} s of one core",
+            f"shards: {self.n_shards}, batches: {self.n_batches}, workers: {self.workers}; roughly {max(1, self.work_s):.0f} s of one core"
+            + (f", and {max(1, self.start_s):.0f} s to start workers" if self.start_s is not None else ""),
         ]
 
     def _describe_size(self) -> list[str]:
@@ -185,6 +191,8 @@ def plan_job(job: Job, cluster_file: Path = Path("cluster.yaml")) -> Preview:
     work = _pending(store, listing, found)
     _take_new(preview, work, job, forecast)
     _fill(preview, work, job, kind)
+    if found.new or found.n_pending or found.n_to_check:
+        preview.start_s = _start_s(store, is_here=cluster_of(job, cluster_file).is_here)
     preview.exit_code, preview.verdict = end_of_run(
         forecast,
         holder=holder,
@@ -218,6 +226,13 @@ def _look_at_workers(preview: Preview, job: Job, cluster_file: Path) -> WorkerKi
     needs = judge(slots)
     preview.worker_limit_bytes = usable_bytes(needs.memory_limit_bytes)
     return needs.kind
+
+
+def _start_s(store: Store | None, *, is_here: bool) -> float | None:
+    """What the last run needed until its workers were there; of workers elsewhere, which may wait in a queue, nothing else is known."""
+    last = store.last_receipt() if store is not None else None
+    known_s = float((last or {}).get("start_s", 0.0))
+    return known_s if known_s >= SAID_S else START_S if is_here else None
 
 
 def _pending(store: Store | None, listing: Listing, found: Changes) -> _Work:

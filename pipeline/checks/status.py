@@ -89,7 +89,7 @@ class StoreStatus:
         if run["n_done"]:
             line += f" at {run['images_per_s']:.1f} images/s on {count(run['slots'], 'slot')}"
         if run["bottleneck"] and (run["n_done"] or run["n_checked"]):
-            line += f", {describe_bottleneck(run['bottleneck'], run['shares'])}"
+            line += f", {describe_bottleneck(run)}"
         lines = [line + (f" -- {run['message']}" if run["message"] else "")]
         if run["outcome"] in {"incomplete", "stopped"} and run["n_pending"]:
             faults = "; ".join(map(printable, run["faults"][:3]))

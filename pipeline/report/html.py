@@ -11,6 +11,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from pipeline.run.summary import receipt
 from pipeline.run.summary_text import describe_bottleneck
 from pipeline.text import count, human_duration, human_moment, human_size, printable
 
@@ -50,6 +51,6 @@ def _environment() -> jinja2.Environment:
         "small": lambda value: f"{value:.3g}" if value else "0",
         "value": lambda value: f"{value:.3f}" if abs(value) < 100 else f"{value:.4g}",
         "shorten": lambda text, n: text if len(text) <= n else f"{text[: n - 1]}…",
-        "bottleneck": describe_bottleneck,
+        "bottleneck": lambda summary: describe_bottleneck(receipt(summary)),
     }
     return environment

@@ -72,8 +72,10 @@ class Driver:
         FeaturemapsError
             What ended the run early; what was in flight has been waited for and committed.
         """
+        began_s = time.monotonic()
         try:
             self._prepare()
+            self.summary.start_s += time.monotonic() - began_s
             self._loop()
         except (OSError, CancelledError, ClosedClientError) as error:
             self.ending.fail_or_lose(error)

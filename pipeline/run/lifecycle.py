@@ -155,7 +155,7 @@ def _compute(context: Context, connect: Connect) -> bool:
     from pipeline.run.metrics import beside_dask  # noqa: PLC0415 (as above)
 
     found, summary, progress = context.found, context.summary, context.progress
-    all_checked = True
+    all_checked, began_s = True, time.monotonic()
 
     def on_wait(text: str) -> None:
         progress.stage = f"waiting for workers ({text})"
@@ -165,6 +165,7 @@ def _compute(context: Context, connect: Connect) -> bool:
     try:
         _require_no_stop(context)
         with beside_dask(), connect(context.stop, on_wait, n_images) as client:
+            summary.start_s = time.monotonic() - began_s
             progress.dashboard = getattr(client.cluster, "dashboard", "")
             with only_like_this(client):
                 all_checked = check_digests(context, client)

@@ -98,6 +98,8 @@ class Summary:
     """Seconds of one core per stage, over all workers."""
     compute_s: float = 0.0
     """Wall time from the first task to the last."""
+    start_s: float = 0.0
+    """Wall time until the workers were there and had what they need."""
     slots: int = 0
     """Batches that are extracted at once, when the run last looked."""
     workers: int = 0

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from pipeline.errors import EXIT_QUARANTINED
-from pipeline.run.summary import WAITING, Summary
+from pipeline.run.summary import WAITING, Summary, receipt
 from pipeline.source.dropped import describe_dropped
 from pipeline.text import bad_lines, count, printable, skipped
 
 FEW_PER_SLOT = 100
 """Images for each slot, below which a run is too short to keep its workers busy."""
+SHORT_S = 5.0
+"""Time between the first task and the last, below which it is too short whatever the number of images."""
+SAID_S = 1.0
+"""The shortest start that is worth a word."""
 _DOING = {"read": "reading", "decode": "decoding", "extract": "extracting", "write": "writing"}
 
 
@@ -19,7 +24,7 @@ def headline(summary: Summary) -> str:
     return (
         f"{summary.outcome}: {count(summary.n_done, 'image')} done, {summary.n_unchanged} unchanged, {summary.n_quarantined} quarantined, "
         f"{summary.n_rejected} rejected, {summary.n_pending} pending, {summary.n_removed} removed of {summary.n_listed} listed, "
-        f"in {summary.elapsed_s:.1f} s"
+        f"in {summary.elapsed_s:.1f} s{f', of which {summary.start_s:.1f} s to start workers' if summary.start_s >= SAID_S else ''}"
     )
 
 
@@ -43,11 +48,11 @@ def _work(summary: Summary) -> list[str]:
         shares = ", ".join(f"{stage} {share:.0%}" for stage, share in summary.shares().items() if share >= 0.005)
         lines += [
             (
-                f"{summary.images_per_s:.1f} images/s, {summary.megapixels_per_s:.1f} megapixels/s on {count(summary.slots, 'slot')}; read "
-                f"{summary.bytes_read / 1e6:.1f} MB, wrote {summary.bytes_written / 1e6:.1f} MB"
+                f"{summary.images_per_s:.1f} images/s, {summary.megapixels_per_s:.1f} megapixels/s on {count(summary.slots, 'slot')}"
+                f"{' once the workers had started' if summary.start_s >= SAID_S else ''}; "
+                f"read {summary.bytes_read / 1e6:.1f} MB, wrote {summary.bytes_written / 1e6:.1f} MB"
             ),
-            f"time of the workers: {shares}; {describe_bottleneck(summary.bottleneck, summary.shares())}"
-            + (_why_idle(summary) if summary.bottleneck == WAITING else ""),
+            f"time of the workers: {shares}; {describe_bottleneck(receipt(summary))}",
         ]
     if summary.n_workers_lost:
         lines.append(f"{count(summary.n_workers_lost, 'worker was', 'workers were')} lost on the way; others did their work")
@@ -120,28 +125,36 @@ def describe_news(summary: Summary) -> list[str]:
     return lines
 
 
-def describe_bottleneck(bottleneck: str, shares: Mapping[str, float]) -> str:
-    """Where most of the workers' time went.
+def describe_bottleneck(run: Mapping[str, Any]) -> str:
+    """Where most of the workers' time went, and why where they were idle.
 
     Parameters
     ----------
-    bottleneck : str
-        A stage, or `WAITING`.
-    shares : mapping of str to float
-        Share of each in the workers' time.
+    run : mapping
+        A receipt.
 
     Examples
     --------
-    >>> describe_bottleneck("read", {"read": 0.61}), describe_bottleneck("waiting", {"waiting": 0.82})
-    ("most of the workers' time went into reading (61%)", 'the workers were idle 82% of the time')
+    >>> describe_bottleneck({"bottleneck": "read", "shares": {"read": 0.61}})
+    "most of the workers' time went into reading (61%)"
+    >>> idle = {"bottleneck": "waiting", "shares": {"waiting": 0.82}, "outcome": "complete", "compute_s": 0.4}
+    >>> describe_bottleneck(idle | {"n_done": 28, "n_pending": 0, "slots": 2, "workers": 2})
+    'the workers were idle 82% of the time: too little work (28 images) to keep 2 workers busy'
     """
-    share = shares.get(bottleneck, 0.0)
+    bottleneck = run["bottleneck"]
+    share = run["shares"].get(bottleneck, 0.0)
     if bottleneck == WAITING:
-        return f"the workers were idle {share:.0%} of the time"
+        why = _why_idle(run)
+        return f"the workers were idle {share:.0%} of the time{f': {why}' if why else ''}"
     return f"most of the workers' time went into {_DOING.get(bottleneck, bottleneck)} ({share:.0%})"
 
 
-def _why_idle(summary: Summary) -> str:
-    if summary.n_done < FEW_PER_SLOT * max(1, summary.slots):
-        return f": {count(summary.n_done, 'image')} cannot keep {count(max(1, summary.slots), 'slot')} busy"
-    return ": they waited for headers, for the last batches, for a replaced worker or for the driver"
+def _why_idle(run: Mapping[str, Any]) -> str:
+    """Why the workers of a run that came to its end were idle."""
+    if run["outcome"] in {"running", "failed"}:
+        return ""  # how much work there was is not known
+    slots, n_images = max(1, run["slots"]), run["n_done"] + run["n_pending"]
+    if n_images < FEW_PER_SLOT * slots or (run["outcome"] == "complete" and run["compute_s"] < SHORT_S):
+        workers = count(slots, "worker" if slots == run.get("workers") else "slot")
+        return f"too little work ({count(n_images, 'image')}) to keep {workers} busy"
+    return "they waited for headers, for the last batches, for a replaced worker or for the driver"

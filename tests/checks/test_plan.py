@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -208,6 +209,27 @@ def test_a_plan_refuses_what_run_would_refuse(client, source, tmp_path):
 def test_a_limit_is_planned_as_it_is_run(source, tmp_path):
     planned = plan_job(job_of(source, tmp_path / "f.zarr", limit=5))
     assert (planned.n_listed, planned.n_to_compute, planned.n_to_reject) == (5, 4, 1)
+
+
+@pytest.mark.parametrize(
+    ("last", "is_here", "start_s"),
+    [
+        (None, True, plan.START_S),
+        (None, False, None),  # it may wait in a queue
+        ({"start_s": 7.5}, False, 7.5),
+        ({"start_s": 0.1}, True, plan.START_S),  # of a client that was there
+        ({}, True, plan.START_S),  # of a version before
+    ],
+)
+def test_a_plan_knows_how_long_workers_took_to_start(last, is_here, start_s):
+    assert plan._start_s(SimpleNamespace(last_receipt=lambda: last), is_here=is_here) == start_s
+
+
+def test_a_plan_says_the_start_where_workers_are_needed():
+    planned = plan.Preview(n_shards=1, n_batches=1, workers=2, work_s=0.2, start_s=15.2)
+    assert "roughly 1 s of one core, and 15 s to start workers\n" in planned.describe()
+    planned.start_s = None
+    assert "roughly 1 s of one core\n" in planned.describe()
 
 
 def test_the_process_pool_finds_what_one_process_finds(source, tmp_path, monkeypatch):

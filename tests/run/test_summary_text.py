@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.run.summary import Summary
+from pipeline.run.summary import Summary, receipt
 from pipeline.run.summary_text import describe, describe_bottleneck
 from pipeline.text import printable
 
@@ -15,16 +15,45 @@ def test_one_image_is_singular_and_a_run_that_did_nothing_says_so():
     assert lines[1] == "there was nothing to do: the store has every image as it is listed"
     assert lines[2] == "1 bad image in all: featuremaps status s.zarr lists them with their reasons"
     lines = describe(
-        Summary("r", outcome="complete", n_done=1, slots=1, compute_s=2.0, slot_s=2.0, n_checked=1), "s.zarr"
+        Summary("r", outcome="complete", n_done=1, slots=1, workers=1, compute_s=2.0, slot_s=2.0, n_checked=1), "s.zarr"
     ).splitlines()
     assert lines[0].startswith("complete: 1 image done, ")
     assert "0.5 images/s, 0.0 megapixels/s on 1 slot; read" in lines[1]
-    assert lines[2].endswith("; the workers were idle 100% of the time: 1 image cannot keep 1 slot busy")
+    assert lines[2].endswith("; the workers were idle 100% of the time: too little work (1 image) to keep 1 worker busy")
     assert lines[3].startswith("1 image was read and compared with their digests, 0 could not be")
     assert "nothing to do" not in "".join(lines)
-    many = Summary("r", outcome="complete", n_done=1000, slots=2, compute_s=2.0, slot_s=4.0)
+    many = Summary("r", outcome="complete", n_done=1000, slots=2, compute_s=60.0, slot_s=120.0)
     assert "idle 100% of the time: they waited for headers, for the last batches, " in describe(many, "s.zarr")
-    assert describe_bottleneck("read", {"read": 0.5}) == "most of the workers' time went into reading (50%)"
+    assert (
+        describe_bottleneck({"bottleneck": "read", "shares": {"read": 0.5}})
+        == "most of the workers' time went into reading (50%)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("values", "why"),
+    [
+        ({"n_done": 1000, "workers": 2}, ": too little work (1000 images) to keep 2 workers busy"),  # in two seconds
+        ({"n_done": 1000, "workers": 1}, ": too little work (1000 images) to keep 2 slots busy"),
+        ({"n_done": 10, "n_pending": 1000, "outcome": "stopped"}, ": they waited for headers, "),
+        ({"n_done": 10, "outcome": "running"}, ""),
+        ({"n_done": 10, "outcome": "failed"}, ""),
+    ],
+)
+def test_idle_workers_had_too_little_work_only_where_the_run_says_so(values, why):
+    run = receipt(Summary("r", **{"outcome": "complete", "slots": 2, "compute_s": 2.0, "slot_s": 4.0, **values}))
+    found = describe_bottleneck(run)
+    assert found.startswith(f"the workers were idle 100% of the time{why}")
+    assert why or found.endswith("time")
+
+
+def test_a_summary_says_how_long_the_workers_took_to_start():
+    summary = Summary("r", outcome="complete", n_done=1, slots=1, compute_s=2.0, slot_s=2.0, elapsed_s=27.04, start_s=15.04)
+    lines = describe(summary, "s.zarr").splitlines()
+    assert lines[0].endswith(" in 27.0 s, of which 15.0 s to start workers")
+    assert " on 1 slot once the workers had started; read" in lines[1]
+    summary.start_s = 0.02  # on a client that is there
+    assert describe(summary, "s.zarr").splitlines()[0].endswith(" in 27.0 s")
 
 
 def test_a_run_that_ends_with_3_says_why():
