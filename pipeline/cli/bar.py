@@ -14,7 +14,6 @@ from rich.progress import (
     ProgressColumn,
     SpinnerColumn,
     Task,
-    TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
@@ -52,6 +51,17 @@ class _Stage(ProgressColumn):
         return Text(stage_text(task.fields["progress"], is_stopping=self.is_stopping()))
 
 
+class _Left(TimeRemainingColumn):
+    """The time left; nobody waits for all images of a run that stops."""
+
+    def __init__(self, is_stopping: Callable[[], bool]) -> None:
+        super().__init__()
+        self.is_stopping = is_stopping
+
+    def render(self, task: Task) -> Text:
+        return Text() if self.is_stopping() else Text.assemble("left ", super().render(task))
+
+
 def stage_text(progress: Progress, *, is_stopping: bool) -> str:
     """What the run is at, for a person.
 
@@ -83,8 +93,7 @@ def bar(is_stopping: Callable[[], bool]) -> Iterator[Callable[[Progress], None]]
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
+        _Left(is_stopping),
     ]
     with _NarrowBar(*columns, console=Console(stderr=True), transient=True, speed_estimate_period=600) as shown:
         task = shown.add_task("", total=None, progress=Progress())

@@ -65,3 +65,4 @@ def test_a_bar_says_at_once_that_it_stops(columns, monkeypatch):
         terminal.say("SIGINT")
     assert "stopping" in screen.shown
     assert "running" not in screen.shown
+    assert "left" not in screen.shown
