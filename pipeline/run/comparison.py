@@ -10,6 +10,8 @@ from pipeline.config import Job
 from pipeline.run.plan import changes
 from pipeline.run.plan.changes import Changes, Entries
 from pipeline.source.fingerprints import Listing
+from pipeline.source.header_limits import is_admitted_now
+from pipeline.source.health import is_inaccessible
 from pipeline.source.identity import is_same_source
 from pipeline.store.schema import REJECTED
 from pipeline.store.store import Store
@@ -25,6 +27,7 @@ def compare_with_store(job: Job, store: Store | None, listing: Listing) -> Chang
         listing.paths,
         listing.fingerprint,
         retry_quarantined=job.retry_quarantined,
+        may_retry=lambda error: is_inaccessible(error) or is_admitted_now(error, job.decode),
         check_digests=job.check == "digest",
         complete=complete,
         unreadable=listing.unreadable,

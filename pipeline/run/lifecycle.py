@@ -28,7 +28,7 @@ from pipeline.store.create import check_job, create_store, open_for, prepare_fol
 from pipeline.store.lock import StoreLock, last_holder, require_lock
 from pipeline.store.objects import Place, place
 from pipeline.store.run_ids import new_run_id, next_number
-from pipeline.store.schema import RUNS
+from pipeline.store.schema import RUNS, StoreSpec, narrowed
 from pipeline.store.settings import VERSION
 from pipeline.store.store import receipt_ids
 
@@ -78,7 +78,7 @@ def run_job(
             store.repair()
         try:
             found = compare_with_store(job, store, listing)
-            _work(Context(job, store, listing, found, summary, progress, notify, stop or threading.Event()), connect)
+            _work(Context(job, store, listing, found, summary, progress, notify, stop or threading.Event()), spec, connect)
         except KeyboardInterrupt:
             summary.outcome = "stopped"
             raise
@@ -123,7 +123,7 @@ def _numbered(path: Place, summary: Summary, *, sole_writer: bool) -> Iterator[b
                 return
 
 
-def _work(context: Context, connect: Connect) -> None:
+def _work(context: Context, spec: StoreSpec, connect: Connect) -> None:
     """Note what the listing says, and send what there is to do, if anything, to the cluster."""
     store, found, summary, progress = context.store, context.found, context.summary, context.progress
     check_removals(found, context.job.max_removed)
@@ -138,7 +138,9 @@ def _work(context: Context, connect: Connect) -> None:
     progress.stage = "starting workers" if has_images else "up to date"
     context.notify(progress)
     if has_images:
-        store.touch_version(VERSION)
+        for line in narrowed(store.spec, spec):
+            logger.warning("%s; images that are done stay", line)
+        store.take_up(spec)
         all_checked = _compute(context, connect)
     if summary.outcome in {"running", "complete"}:
         summary.outcome = "complete" if all_checked else "stopped" if context.stop.is_set() else "incomplete"

@@ -34,9 +34,9 @@ from pipeline.source.avif import check_avif
 from pipeline.source.bitmaps import HEAD_BYTES, check_bitmap, check_indices
 from pipeline.source.dropped import dropped, is_far
 from pipeline.source.header_limits import (
-    HEADER_BYTES,
     HeaderStream,
     StorageFault,
+    check_bytes,
     check_gif_blocks,
     check_pixels,
     check_webp,
@@ -310,10 +310,7 @@ def _open(stream: HeaderStream, spec: DecodeSpec) -> tuple[Image.Image, int]:
     head = stream.read(HEAD_BYTES)
     if not head:
         raise ImageError("empty", "the file has 0 bytes")
-    largest_bytes = 8 * spec.pixel_limit + HEADER_BYTES
-    if stream.size_bytes > largest_bytes:
-        text = f"and the largest image that may be read needs {largest_bytes}, uncompressed with 16 bits per channel"
-        raise ImageError("too_large", f"the file has {stream.size_bytes} bytes, {text}")
+    check_bytes(stream.size_bytes, spec.pixel_limit)
     # Pillow allocates the canvas of the first two while it reads their header.
     if head.startswith((b"GIF87a", b"GIF89a")):
         check_pixels("the image has", *gif_size(stream), spec.pixel_limit)

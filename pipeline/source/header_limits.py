@@ -7,6 +7,7 @@ import re
 import struct
 from typing import TYPE_CHECKING, BinaryIO
 
+from pipeline.config import DecodeSpec
 from pipeline.errors import ImageError
 
 if TYPE_CHECKING:
@@ -18,6 +19,10 @@ _HEADER_READS = 1 << 18
 # Of a JPEG, whose EXIF segments Pillow joins one by one; of others, it is the share of a file that is no pixels.
 HEADER_BYTES = 16 * 1024**2
 _GIF_RECORDS = {b",", b"!", b"\0"}  # zeros are passed over, as some writers put too many
+_TO_RAISE = "raise pixel_limit (--pixel-limit) to read it"
+_TOO_MANY = re.compile(r"too_many_pixels: .* pixels, the limit is (\d+)")
+_TOO_LARGE = re.compile(r"too_large: .* needs (\d+),")
+_OTHER_FORMAT = re.compile(r"(?:unsupported_format|not_an_image): the content is (\w+), which is not among the formats")
 _JPEG_MARKER = re.compile(rb"\xff[^\0\xff\xd0-\xd7]")
 
 
@@ -64,10 +69,46 @@ class HeaderStream:
         self.read = self._read  # type: ignore[method-assign, assignment]
 
 
+def check_bytes(size_bytes: int, pixel_limit: int) -> None:
+    """Refuse a file that is larger than any image below the limit."""
+    largest_bytes = _largest_bytes(pixel_limit)
+    if size_bytes > largest_bytes:
+        text = f"and the largest image that may be read needs {largest_bytes}, uncompressed with 16 bits per channel; {_TO_RAISE}"
+        raise ImageError("too_large", f"the file has {size_bytes} bytes, {text}")
+
+
+def _largest_bytes(pixel_limit: int) -> int:
+    return 8 * pixel_limit + HEADER_BYTES
+
+
+def is_admitted_now(error: str, decode: DecodeSpec) -> bool:
+    """Whether an image's error says that ``pixel_limit`` or ``formats`` kept it out, and they are wider now.
+
+    Parameters
+    ----------
+    error : str
+        As a store has it, of this version or an older one.
+    decode : DecodeSpec
+        The rules of this run.
+
+    Examples
+    --------
+    >>> text = "too_many_pixels: the image has 30 x 40 pixels, the limit is 1000"
+    >>> is_admitted_now(text, DecodeSpec(pixel_limit=1001)), is_admitted_now(text, DecodeSpec(pixel_limit=1000))
+    (True, False)
+    """
+    if found := _TOO_MANY.match(error):
+        return decode.pixel_limit > int(found[1])
+    if found := _TOO_LARGE.match(error):
+        return _largest_bytes(decode.pixel_limit) > int(found[1])
+    found = _OTHER_FORMAT.match(error)
+    return found is not None and found[1] in decode.formats
+
+
 def check_pixels(what: str, height: int, width: int, limit: int) -> None:
     """Refuse an image above the limit, or of a side that Pillow cannot hold."""
     if height * width > limit:
-        raise ImageError("too_many_pixels", f"{what} {height} x {width} pixels, the limit is {limit}")
+        raise ImageError("too_many_pixels", f"{what} {height} x {width} pixels, the limit is {limit}; {_TO_RAISE}")
     if max(height, width) > _SIDE_LIMIT:
         raise ImageError("too_many_pixels", f"{what} {height} x {width} pixels, the limit of a side is {_SIDE_LIMIT}")
 

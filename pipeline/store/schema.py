@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from enum import IntEnum
 from typing import Any, TypeAlias
 
@@ -39,6 +39,8 @@ LEDGER_COLUMNS = {
     "status": "uint8",
 }
 CLASS_NAME = re.compile(r"\d+x\d+")
+ADMISSION = ("pixel_limit", "formats")
+"""Settings of decoding that say which images are read; what is made of those that are does not depend on them."""
 REJECTED_COLUMNS = {"path": "string", "size_bytes": "int64", "fingerprint": "string", "error": "string", "status": "uint8"}
 
 
@@ -237,8 +239,40 @@ def difference(old: StoreSpec, new: StoreSpec) -> list[str]:
     for part in ("extractor", "decode"):
         a, b = getattr(old, part), getattr(new, part)
         if a["sha256"] != b["sha256"]:
-            keys = sorted((a.keys() | b.keys()) - {"sha256"})
+            keys = sorted((a.keys() | b.keys()) - {"sha256"} - _without_effect(part, a, b))
             lines += [line for key in keys for line in _differ(f"{part}.{key}", a.get(key), b.get(key))]
+    return lines
+
+
+def _without_effect(part: str, old: dict[str, Any], new: dict[str, Any]) -> set[str]:
+    """Settings that change no maps: those that only say which images are read, and how images are resized that are not."""
+    if part != "decode":
+        return set()
+    return {
+        *(key for key in ADMISSION if key in old and key in new),
+        *(() if old.get("resize") or new.get("resize") else ("resize_filter",)),
+    }
+
+
+def widened(old: StoreSpec, new: StoreSpec) -> StoreSpec:
+    """A store's spec that also reads what a run's spec reads, of the same maps: all that is done can be computed again by it."""
+    limit = max(old.decode["pixel_limit"], new.decode["pixel_limit"])
+    formats = [*old.decode["formats"], *(name for name in new.decode["formats"] if name not in old.decode["formats"])]
+    if (limit, formats) == (old.decode["pixel_limit"], old.decode["formats"]):
+        return old
+    content = {key: value for key, value in old.decode.items() if key != "sha256"}
+    return replace(old, decode=with_digest(content | {"pixel_limit": limit, "formats": formats}))
+
+
+def narrowed(old: StoreSpec, new: StoreSpec) -> list[str]:
+    """Which images a run does not read although earlier ones did, a line each."""
+    lines = []
+    limit, found = new.decode["pixel_limit"], old.decode["pixel_limit"]
+    if limit < found:
+        lines.append(f"new images above {limit} pixels are rejected (pixel_limit; it was {found} before)")
+    missing = [name for name in old.decode["formats"] if name not in new.decode["formats"]]
+    if missing:
+        lines.append(f"new images of the formats {', '.join(missing)} are rejected (formats), which were read before")
     return lines
 
 

@@ -17,7 +17,7 @@ from pipeline.store.objects import Place, children, put_json
 from pipeline.store.opening import count_rejected, is_store, read_classes, read_spec
 from pipeline.store.receipts import read_receipts, receipt_ids, write_receipt
 from pipeline.store.repair import repair
-from pipeline.store.schema import EXTRACTOR, REJECTED, Columns, ShapeClass, root_document
+from pipeline.store.schema import EXTRACTOR, REJECTED, Columns, ShapeClass, StoreSpec, root_document, widened
 
 __all__ = ["Store", "is_store", "open_array", "read_maps", "receipt_ids", "write_maps"]
 
@@ -157,11 +157,12 @@ class Store:
         """Leave a run's receipt in ``runs/``."""
         write_receipt(self.path, run_id, receipt, durable=self.durable)
 
-    def touch_version(self, version: str) -> None:
-        """Note which version wrote last."""
-        if version != self.spec.written_version:
-            self.spec = replace(self.spec, written_version=version)
-            put_json(self.path / "zarr.json", root_document(self.spec), durable=self.durable)
+    def take_up(self, spec: StoreSpec) -> None:
+        """Note which version writes, and limits that are wider than those of earlier runs; before anything follows from them."""
+        spec = replace(widened(self.spec, spec), written_version=spec.written_version)
+        if spec != self.spec:
+            self.spec = spec
+            put_json(self.path / "zarr.json", root_document(spec), durable=self.durable)
 
 
 def _size(group: str) -> Size:

@@ -10,7 +10,7 @@ from safetensors.numpy import save_file
 from pipeline.config import DecodeSpec, ExtractorSpec, LayerSpec, make_job
 from pipeline.errors import UsageError
 from pipeline.extract.weights import load_weights, weights_digest
-from pipeline.store.schema import difference
+from pipeline.store.schema import difference, narrowed, widened
 from pipeline.store.settings import (
     cost_s,
     decode_spec,
@@ -70,12 +70,34 @@ def test_a_digest_covers_the_content_and_not_where_weights_came_from(tmp_path):
         ({"decode": {"resize": [5, 5]}}, "decode.resize: the store has null, this run asks for [5, 5]"),
         ({"decode": {"exif_orientation": False}}, "decode.exif_orientation: the store has true, this run asks for false"),
         ({"extractor": {"outputs": ["conv1"]}}, None),
+        ({"decode": {"pixel_limit": 5, "formats": ["PNG"], "resize_filter": "box"}}, None),
+        ({"decode": {"pixel_limit": 10**9}}, None),
         ({"limit": 3, "workers": 2, "max_removed": 1, "retry_quarantined": True}, None),
     ],
 )
 def test_what_changes_the_maps_differs_and_what_does_not_is_free_to_change(values, line):
     lines = difference(spec_of(), spec_of(**values))
     assert (line in lines) if line else lines == []
+
+
+def test_the_filter_of_a_resize_changes_the_maps():
+    sizes = [{"resize": [9, 9], "resize_filter": name} for name in ("box", "lanczos")]
+    lines = difference(*(spec_of(decode=decode) for decode in sizes))
+    assert lines == ['decode.resize_filter: the store has "box", this run asks for "lanczos"']
+
+
+def test_a_store_takes_up_wider_limits_and_keeps_them():
+    narrow = spec_of(decode={"pixel_limit": 100, "formats": ["PNG", "JPEG"]})
+    wide = spec_of(decode={"pixel_limit": 200, "formats": ["GIF", "PNG"]})
+    both = spec_of(decode={"pixel_limit": 200, "formats": ["PNG", "JPEG", "GIF"]})
+    assert widened(narrow, wide).decode == both.decode
+    assert widened(both, narrow) is both
+    assert widened(narrow, narrow) is narrow
+    assert narrowed(narrow, both) == []
+    assert narrowed(wide, narrow) == [
+        "new images above 100 pixels are rejected (pixel_limit; it was 200 before)",
+        "new images of the formats GIF are rejected (formats), which were read before",
+    ]
 
 
 def test_another_seed_differs_in_its_weights():

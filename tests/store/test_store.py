@@ -85,7 +85,7 @@ def spec_of(dtype: str = "float32") -> StoreSpec:
         for name, (channels, _, _) in MAPS.items()
     )
     extractor = {"layers": [{"filters": 2}, {"filters": 3}], "outputs": list(MAPS), "channels": 3, "sha256": "e" * 64}
-    decode = {"color": "rgb", "decoder": "pillow", "sha256": "d" * 64}
+    decode = {"color": "rgb", "pixel_limit": 9, "formats": ["PNG"], "decoder": "pillow", "sha256": "d" * 64}
     return StoreSpec("/photos/*.jpg", "/photos", dtype, extractor, decode, layers, "0.1.0", "0.1.0")
 
 
@@ -457,9 +457,9 @@ def test_the_version_that_wrote_last_is_noted_once(tmp_path):
     store = fill_store(tmp_path / "s")
     root = tmp_path / "s" / "zarr.json"
     inode = root.stat().st_ino
-    store.touch_version("0.1.0")
+    store.take_up(store.spec)
     assert root.stat().st_ino == inode
-    store.touch_version("0.2.0")
+    store.take_up(replace(store.spec, written_version="0.2.0"))
     assert (Store(tmp_path / "s").spec.created_version, Store(tmp_path / "s").spec.written_version) == ("0.1.0", "0.2.0")
     assert math.isnan(Store(tmp_path / "s").spec.layers[0].fill_value)
 
@@ -527,6 +527,12 @@ def open_or_create(path: Path) -> Store:
     return Store(path) if is_store(path) else create_store(path, spec_of(), WEIGHTS)
 
 
+def take_up(store: Store, version: str) -> None:
+    """As a run of that version does, with limits as wide as the store's and wider ones."""
+    store.take_up(replace(store.spec, written_version=version))
+    store.take_up(replace(store.spec, decode=store.spec.decode | {"pixel_limit": 99}))
+
+
 def create_another_class(path: Path) -> None:
     open_or_create(path).create_class(replace(layout_of(), size=(30, 40)), "padded", listed(50, 7))
 
@@ -540,7 +546,7 @@ OPERATIONS: dict[str, Callable[[Path], object]] = {
     "commit_removed": lambda path: open_or_create(path).commit(GROUP, np.array([0, 5]), {"status": np.array([3, 3], np.uint8)}),
     "mark_padded": lambda path: open_or_create(path).mark_padded(SIZE),
     "write_maps": lambda path: write_rows(path, "float32", 4, 6),
-    "touch_version": lambda path: open_or_create(path).touch_version("9.9.9"),
+    "take_up": lambda path: take_up(open_or_create(path), "9.9.9"),
     "write_receipt": lambda path: open_or_create(path).write_receipt("20261123T100000Z-ff", {"n_done": 3}),
 }
 
@@ -574,7 +580,7 @@ def test_a_crash_at_any_put_loses_nothing_and_can_be_done_again(tmp_path, small_
             assert tree(path) == target, f"after a crash at put {n_puts}"
         else:
             break
-    assert n_puts > (0 if name in {"mark_padded", "touch_version", "write_receipt", "commit_removed"} else 5)
+    assert n_puts > (0 if name in {"mark_padded", "take_up", "write_receipt", "commit_removed"} else 5)
     assert tree(path) == target
 
 
@@ -899,7 +905,14 @@ def test_every_setting_that_differs_gets_a_line():
         spec_of("uint8"),
         source_root="/elsewhere",
         extractor=spec_of().extractor | {"outputs": ["conv2"], "sha256": "f" * 64},
-        decode={"color": "grey", "resize": (64, 48), "decoder": "pillow", "sha256": "0" * 64},
+        decode={
+            "color": "grey",
+            "resize": (64, 48),
+            "pixel_limit": 8,
+            "formats": ["GIF"],
+            "decoder": "pillow",
+            "sha256": "0" * 64,
+        },
     )
     assert difference(spec_of(), new) == [
         'source_root: the store has "/photos", this run asks for "/elsewhere"',

@@ -14,8 +14,6 @@ from pipeline.source.fingerprints import UNREADABLE
 from pipeline.source.health import is_inaccessible
 from pipeline.store.schema import REJECTED, Status
 
-# Reasons that say more about the source than about the image: such an image is tried again by every run.
-
 
 class Entry(NamedTuple):
     """One row of a class, or of ``rejected``."""
@@ -35,13 +33,12 @@ class Entries:
     error: Callable[[], np.ndarray[Any, Any]]
     """Asked for only where a row is quarantined."""
 
-    @property
-    def inaccessible(self) -> np.ndarray[Any, np.dtype[np.bool_]]:
-        """Rows that were quarantined because the image could not be reached."""
+    def to_retry(self, may_retry: Callable[[str], bool]) -> np.ndarray[Any, np.dtype[np.bool_]]:
+        """Rows that were quarantined for a reason that may not hold any more."""
         found = np.asarray(self.status == Status.QUARANTINED)
         if found.any():
             error = self.error()
-            found[found] = [is_inaccessible(text) for text in error[found]]
+            found[found] = [may_retry(text) for text in error[found]]
         return found
 
 
@@ -64,6 +61,8 @@ class Changes:
     to_check: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
     """Per class: (row, image) of done rows whose digest is to be compared with the image's bytes, where digests are checked."""
     retry_quarantined: bool = False
+    may_retry: Callable[[str], bool] = is_inaccessible
+    """Whether an image with an error is tried again whatever `retry_quarantined` says."""
     check_digests: bool = False
     n_live: int = 0
     n_removed: int = 0
@@ -112,7 +111,7 @@ class Changes:
                 if maps_digest[row]:
                     self.mark(Entry(group, row), Status.DONE)
                     self.check(Entry(group, row), i)
-                elif error[row] and not is_inaccessible(error[row]) and not self.retry_quarantined:
+                elif error[row] and not self.may_retry(error[row]) and not self.retry_quarantined:
                     self.mark(Entry(group, row), Status.QUARANTINED)
                 else:
                     self.mark(Entry(group, row), Status.PENDING)
@@ -127,6 +126,7 @@ def compare(
     fingerprint: Callable[[int], str],
     *,
     retry_quarantined: bool = False,
+    may_retry: Callable[[str], bool] = is_inaccessible,
     check_digests: bool = False,
     complete: bool = True,
     unreadable: Sequence[str] = (),
@@ -142,7 +142,9 @@ def compare(
     fingerprint : callable
         Fingerprint of an image by its position.
     retry_quarantined : bool
-        Compute quarantined rows and probe rejected images again; those that could not be reached are so always.
+        Compute quarantined rows and probe rejected images again.
+    may_retry : callable
+        Takes an error and says whether its image is tried again in any case, as it could not be reached or may be read now.
     check_digests : bool
         Have the digest of every done row compared, whether or not the image's fingerprint is the ledger's.
     complete : bool
@@ -158,11 +160,12 @@ def compare(
     position = {path: i for i, path in enumerate(paths)}
     owners = _Owners(len(paths))
     gone: list[Entry] = []
-    changes = Changes(retry_quarantined=retry_quarantined, check_digests=check_digests)
+    changes = Changes(retry_quarantined=retry_quarantined, may_retry=may_retry, check_digests=check_digests)
 
     for entries in groups:
         owners.names.append(entries.group)
-        for row, (status, inaccessible) in enumerate(zip(entries.status.tolist(), entries.inaccessible.tolist(), strict=True)):
+        to_retry = entries.to_retry(may_retry).tolist()
+        for row, (status, again) in enumerate(zip(entries.status.tolist(), to_retry, strict=True)):
             if status == Status.SUPERSEDED:
                 continue
             entry = Entry(entries.group, row)
@@ -175,7 +178,7 @@ def compare(
             same = entries.fingerprint[row] == fingerprint(i)
             if status == Status.REMOVED and (not same or entries.fingerprint[row] == UNREADABLE):  # which identifies nothing
                 continue
-            owners.claim(changes, i, entry, status, same=same, retry=retry_quarantined or inaccessible)
+            owners.claim(changes, i, entry, status, same=same, retry=retry_quarantined or again)
 
     for i in range(len(paths)):
         is_unreachable = fingerprint(i) == UNREADABLE
