@@ -47,7 +47,7 @@ class FirstLayer:
 
     def version(self) -> str:
         """What computes it, for the receipt; see `kernel.version`."""
-        return kernel.version(self.channels, self.spec.kernel[1]) if self.spec.pool == (1, 1) else "torch"
+        return kernel.version(self.channels, self.spec.kernel, self.spec.filters) if self.spec.pool == (1, 1) else "torch"
 
 
 class CompiledExtractor:

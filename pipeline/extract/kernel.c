@@ -3,9 +3,12 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 enum activation { NONE, SIGMOID, TANH, RELU };
-enum { ABI = 2, BLOCK = 256 };
+enum { ABI = 3, BLOCK = 1024, POINTS = 25 };
 enum kind { FLOAT32, UINT8, UINT16 };
 
 struct layer {
@@ -22,9 +25,20 @@ struct pair { /* two filters and the input rows that two output rows need */
     float bias[2];
 };
 
+struct blocks { /* kernel and rows in blocks of 3 x 3, for Winograd's convolution */
+    int channels, kh, kw;
+    int groups, in_groups;                    /* vectors of a row of outputs, of inputs */
+    size_t n_pixels, n_points, n_maps, taps; /* floats of a row of pixels, of points, of maps; weights of two filters at a point */
+};
+
 struct moments {
     double n, mean, squares; /* squares: about the mean */
     float low, high;
+};
+
+struct sums { /* of differences from `about`, and their squares */
+    float about, low, high;
+    double sum, squares;
 };
 
 struct stored { /* integers are value * levels + constant, cut off */
@@ -33,12 +47,16 @@ struct stored { /* integers are value * levels + constant, cut off */
 };
 
 struct version {
-    int lanes;
+    int lanes, tile;
     void (*convolve)(const struct pair *, int width, float *out[2][2]);
-    void (*activate)(float *, int n, int activation);
-    struct moments (*measure)(const float *, int n);
-    void (*store)(const float *, int n, const struct stored *, char *out);
     void (*widen)(const uint8_t *, int n, int channels, float *const *rows);
+    void (*read)(const struct blocks *, const uint8_t *, uint32_t *words, float *pixels);
+    void (*transform)(const struct blocks *, float *const pixels[5], float *points);
+    void (*multiply)(const struct blocks *, const float *const *points, const float *weight, const float *bias, float *tile,
+                     float *maps);
+    void (*join)(const float *maps, int n, float *row);
+    struct sums (*activate)(float *, int n, int activation);
+    void (*store)(const float *, int n, const struct stored *, char *out);
 };
 
 struct sink { /* where maps go, and what is noted of them */
@@ -52,37 +70,66 @@ struct sink { /* where maps go, and what is noted of them */
 
 #define JOIN_(a, b) a##b
 #define JOIN(a, b) JOIN_(a, b)
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
+#define FIRST_BYTE(i) (24 - 8 * (i))
+#else
+#define FIRST_BYTE(i) (8 * (i))
+#endif
+#define INLINE static inline __attribute__((always_inline))
+#if defined(__clang__) || __GNUC__ >= 12
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (ivec){__VA_ARGS__})
+#endif
 
 #define LANES 4
 #define WIDE 3
+#define TILE 4
+#define LOW_HALVES 0, 4, 1, 5
+#define HIGH_HALVES 2, 6, 3, 7
+#define LESSER(a, b) NAME(choose)((a) < (b), a, b)
+#define GREATER(a, b) NAME(choose)((a) > (b), a, b)
 #define NAME(x) JOIN(plain_, x)
 #include "kernel_tile.h"
-#undef LANES
-#undef WIDE
-#undef NAME
 
 #if defined(__x86_64__)
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
+#endif
 #define LANES 8
 #define WIDE 2
+#define TILE 4
+#define LOW_HALVES 0, 8, 1, 9, 2, 10, 3, 11
+#define HIGH_HALVES 4, 12, 5, 13, 6, 14, 7, 15
+#define LESSER(a, b) ((vec)_mm256_min_ps((__m256)(a), (__m256)(b)))
+#define GREATER(a, b) ((vec)_mm256_max_ps((__m256)(a), (__m256)(b)))
 #define NAME(x) JOIN(avx2_, x)
 #include "kernel_tile.h"
-#undef LANES
-#undef WIDE
-#undef NAME
+#if defined(__clang__)
+#pragma clang attribute pop
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,fma"))), apply_to = function)
+#else
 #pragma GCC pop_options
-
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,fma,prefer-vector-width=512")
+#endif
 #define LANES 16
 #define WIDE 6
+#define TILE 6
+#define LOW_HALVES 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
+#define HIGH_HALVES 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
+#define LESSER(a, b) ((vec)_mm512_min_ps((__m512)(a), (__m512)(b)))
+#define GREATER(a, b) ((vec)_mm512_max_ps((__m512)(a), (__m512)(b)))
 #define NAME(x) JOIN(avx512_, x)
 #include "kernel_tile.h"
-#undef LANES
-#undef WIDE
-#undef NAME
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
 #pragma GCC pop_options
+#endif
 #endif
 
 static const struct version *choose(int lanes)
@@ -98,24 +145,27 @@ static const struct version *choose(int lanes)
     return &plain_version;
 }
 
-static void merge(struct moments *all, struct moments row) /* Chan, Golub and LeVeque 1979 */
+static void merge(struct moments *all, int count, struct sums s) /* Chan, Golub and LeVeque 1979 */
 {
-    double n = all->n + row.n, delta = row.mean - all->mean;
-    all->squares += row.squares + delta * delta * all->n * row.n / n;
-    all->mean += delta * row.n / n;
-    all->low = all->n && all->low < row.low ? all->low : row.low;
-    all->high = all->n && all->high > row.high ? all->high : row.high;
+    double shift = s.sum / count, squares = s.squares - s.sum * shift;
+    double n = all->n + count, delta = s.about + shift - all->mean;
+    all->squares += (squares > 0 ? squares : 0) + delta * delta * all->n * count / n;
+    all->mean += delta * count / n;
+    all->low = all->n && all->low < s.low ? all->low : s.low;
+    all->high = all->n && all->high > s.high ? all->high : s.high;
     all->n = n;
 }
 
-/* Take one output row of one filter, convolution and bias done; the row itself is changed. */
-static void finish(const struct sink *s, int filter, int y, float *row)
+/* Take n outputs of one filter, from (y, x) on, convolution and bias done; they are changed, and up to a whole vector beyond. */
+static void finish(const struct sink *s, int filter, int y, int x, float *row, int n)
 {
     const struct version *v = s->version;
-    v->activate(row, s->width, s->activation);
-    for (int x = 0; x < s->width; x += BLOCK) /* float32 sums of a few, float64 of them */
-        merge(&s->all[filter], v->measure(row + x, s->width - x < BLOCK ? s->width - x : BLOCK));
-    v->store(row, s->width, &s->stored, s->out + filter * s->filter_stride + y * s->row_stride);
+    for (int i = 0; i < n; i += BLOCK) { /* float32 sums of a few, float64 of them */
+        int count = n - i < BLOCK ? n - i : BLOCK;
+        merge(&s->all[filter], count, v->activate(row + i, count, s->activation));
+    }
+    int size = s->stored.kind == FLOAT32 ? 4 : s->stored.kind == UINT16 ? 2 : 1;
+    v->store(row, n, &s->stored, s->out + filter * s->filter_stride + y * s->row_stride + (int64_t)x * size);
 }
 
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && __GNUC__ >= 11 && !defined(__clang__)
@@ -127,7 +177,7 @@ static int amx_fits(const struct layer *l) { return (void)l, 0; }
 static int amx_layer(const struct layer *l, const struct sink *s) { return (void)l, (void)s, -1; }
 #endif
 
-static int vector_layer(const struct layer *l, const struct sink *sink)
+static int direct_layer(const struct layer *l, const struct sink *sink)
 {
     const struct version *v = sink->version;
     int out_height = l->height - l->kh + 1, size = l->channels * l->kh * l->kw;
@@ -160,21 +210,25 @@ static int vector_layer(const struct layer *l, const struct sink *sink)
             v->convolve(&pair, sink->width, to);
             for (int k = 0; k <= last; k++)
                 for (int r = 0; r < n; r++)
-                    finish(sink, f + k, y + r, to[k][r]);
+                    finish(sink, f + k, y + r, 0, to[k][r], sink->width);
         }
     }
     free(ring), free(rows);
     return 0;
 }
 
+#include "kernel_blocks.h"
+
 /* Changes with the arguments of what is called from outside. */
 int featuremaps_abi(void) { return ABI; }
 
-/* Lanes of the widest version that this processor runs for such a layer, at most so many. */
-int featuremaps_lanes(int lanes, int channels, int kw)
+/* Lanes of the widest version that this processor runs for such a layer, at most so many; 1 more by Winograd's convolution. */
+int featuremaps_version(int lanes, int channels, int filters, int kh, int kw)
 {
-    struct layer layer = {.channels = channels, .kw = kw};
-    return lanes >= AMX_LANES && amx_fits(&layer) && amx_runs() ? AMX_LANES : choose(lanes)->lanes;
+    struct layer layer = {.channels = channels, .filters = filters, .kh = kh, .kw = kw};
+    if (lanes >= AMX_LANES && amx_fits(&layer) && amx_runs())
+        return AMX_LANES;
+    return choose(lanes)->lanes + blocks_pay(&layer);
 }
 
 /*
@@ -191,7 +245,11 @@ int featuremaps_layer(const uint8_t *image, int height, int width, int channels,
     if (!all)
         return -1;
     struct sink sink = {choose(lanes), activation, width - kw + 1, {kind, levels, constant}, out, filter_stride, row_stride, all};
-    int failed = lanes >= AMX_LANES && amx_fits(&layer) && amx_runs() ? amx_layer(&layer, &sink) : vector_layer(&layer, &sink);
+    int failed;
+    if (lanes >= AMX_LANES && amx_fits(&layer) && amx_runs())
+        failed = amx_layer(&layer, &sink);
+    else
+        failed = blocks_pay(&layer) ? blocks_layer(&layer, &sink) : direct_layer(&layer, &sink);
     for (int f = 0; f < filters; f++) {
         double *s = statistics + 4 * f;
         s[0] = all[f].mean, s[1] = all[f].squares, s[2] = all[f].low, s[3] = all[f].high;

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 DTYPES: dict[str, int] = {name: dtype.compiled for name, dtype in quantise.DTYPES.items() if dtype.compiled is not None}
 """How maps may be stored that compiled code computes, and what it calls that."""
 _NAMES = {32: "amx", 16: "avx512", 8: "avx2", 4: "plain"}
-_ABI = 2  # as in kernel.c
+_ABI = 3  # as in kernel.c
 MAX_LANES = 32
 """Widest vectors to use, in float32 values, or 32 for matrix tiles; 0 is none at all, and leaves the work to torch."""
 
@@ -46,10 +46,16 @@ def _library() -> ctypes.CDLL | None:
     return None
 
 
-def version(channels: int = 3, kernel_width: int = 9) -> str:
-    """What computes a first layer on this machine: ``torch``, ``plain``, ``avx2``, ``avx512`` or ``amx``."""
+def version(channels: int = 3, kernel: tuple[int, int] = (9, 9), filters: int = 2) -> str:
+    """What computes a first layer on this machine: ``torch``, ``plain``, ``avx2``, ``avx512`` or ``amx``.
+
+    ``avx2-winograd``, and so on, where the layer is computed by Winograd's convolution.
+    """
     library = _library()
-    return "torch" if library is None or not MAX_LANES else _NAMES[library.featuremaps_lanes(MAX_LANES, channels, kernel_width)]
+    if library is None or not MAX_LANES:
+        return "torch"
+    lanes, is_winograd = divmod(library.featuremaps_version(MAX_LANES, channels, filters, *kernel), 2)
+    return _NAMES[2 * lanes] + ("-winograd" if is_winograd else "")
 
 
 def is_available(stored: StoredAs) -> bool:

@@ -190,7 +190,7 @@ static int amx_layer(const struct layer *l, const struct sink *sink)
             }
             for (int f = 0; f < g.filters && first + f < l->filters; f++)
                 for (int r = 0; r < g.rows && y + r < out_height; r++)
-                    finish(sink, first + f, y + r, buffers + (f * g.rows + r) * columns);
+                    finish(sink, first + f, y + r, 0, buffers + (f * g.rows + r) * columns, sink->width);
         }
     }
     amx_end();

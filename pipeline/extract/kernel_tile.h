@@ -1,14 +1,17 @@
-/* One instruction set's version of the fused layer; kernel.c includes this file once for each, with LANES, WIDE and NAME(x) set. */
+/* One instruction set's version of the fused layer; kernel.c includes this file once for each, with what is undefined at its end. */
 
 typedef float NAME(vec) __attribute__((vector_size(4 * LANES), aligned(4)));
 typedef int NAME(ivec) __attribute__((vector_size(4 * LANES), aligned(4)));
 #define vec NAME(vec)
 #define ivec NAME(ivec)
 #define LOAD(p) (*(const vec *)(p))
-#define SPLAT(x) ((vec){0} + (x))
+#define STORE(p, x) (*(vec *)(p) = (x))
+#define SPLAT(x) ((x) - (vec){0})
+
+INLINE vec NAME(choose)(ivec mask, vec a, vec b) { return (vec)((mask & (ivec)a) | (~mask & (ivec)b)); }
 
 /* Add n vectors of two neighbouring output rows (only of row 0 or 1 where lo = hi) of two filters, for one input row. */
-static inline __attribute__((always_inline)) void NAME(accumulate)(
+INLINE void NAME(accumulate)(
     vec acc[2][2][WIDE], int n, const float *in, const float *const w[2][2], int kw, int lo, int hi)
 {
     for (int kx = 0; kx < kw; kx++) {
@@ -22,7 +25,7 @@ static inline __attribute__((always_inline)) void NAME(accumulate)(
 }
 
 /* n vectors of two output rows of two filters: valid convolution plus bias. */
-static inline __attribute__((always_inline)) void NAME(tile)(const struct pair *p, int n, int x, float *out[2][2])
+INLINE void NAME(tile)(const struct pair *p, int n, int x, float *out[2][2])
 {
     vec acc[2][2][WIDE];
     for (int f = 0; f < 2; f++)
@@ -46,7 +49,7 @@ static inline __attribute__((always_inline)) void NAME(tile)(const struct pair *
     for (int f = 0; f < 2; f++)
         for (int r = 0; r < 2; r++)
             for (int v = 0; v < n; v++)
-                *(vec *)(out[f][r] + x + v * LANES) = acc[f][r][v];
+                STORE(out[f][r] + x + v * LANES, acc[f][r][v]);
 }
 
 static void NAME(convolve)(const struct pair *p, int width, float *out[2][2])
@@ -58,60 +61,6 @@ static void NAME(convolve)(const struct pair *p, int width, float *out[2][2])
         NAME(tile)(p, WIDE / 2, x, out);
     for (; x < width; x += LANES)
         NAME(tile)(p, 1, x, out);
-}
-
-/* Activation in place; the exponential is 2^n times a polynomial, good to 2 units in the last place. */
-static void NAME(activate)(float *row, int n, int activation)
-{
-    if (activation == RELU) {
-        for (int x = 0; x < n; x++)
-            row[x] = row[x] > 0 ? row[x] : 0;
-    } else if (activation == SIGMOID || activation == TANH) {
-        float slope = activation == TANH ? -2.0f : -1.0f, top = activation == TANH ? 2.0f : 1.0f, shift = top - 1.0f;
-#pragma omp simd
-        for (int x = 0; x < n; x++) {
-            float z = slope * row[x];
-            z = z < 87.0f ? z : 87.0f;
-            z = z > -87.0f ? z : -87.0f;
-            float whole = (z * 1.44269504f + 12582912.0f) - 12582912.0f; /* to the nearest integer */
-            float r = (z - whole * 0.693359375f) + whole * 2.12194440e-4f;
-            float e = 1.0f + r + r * r * (0.5f + r * (0.166666654f + r * (0.0416657918f + r * (0.00833345205f + r * 0.00139819994f))));
-            union { int i; float f; } scale = {.i = ((int)whole + 127) << 23};
-            row[x] = top / (1.0f + e * scale.f) - shift;
-        }
-    }
-}
-
-/* Sum, minimum and maximum of a row, and the sum of squares about its mean. */
-static struct moments NAME(measure)(const float *row, int n)
-{
-    float sum = 0, low = row[0], high = row[0], squares = 0;
-#pragma omp simd reduction(+ : sum) reduction(min : low) reduction(max : high)
-    for (int x = 0; x < n; x++) {
-        sum += row[x];
-        low = row[x] < low ? row[x] : low;
-        high = row[x] > high ? row[x] : high;
-    }
-    float mean = sum / n;
-#pragma omp simd reduction(+ : squares)
-    for (int x = 0; x < n; x++)
-        squares += (row[x] - mean) * (row[x] - mean);
-    return (struct moments){n, sum / (double)n, squares, low, high};
-}
-
-static void NAME(store)(const float *row, int n, const struct stored *s, char *out)
-{
-    if (s->kind == FLOAT32)
-        memcpy(out, row, 4 * (size_t)n);
-    else if (s->kind == UINT8) {
-        uint8_t *to = (uint8_t *)out;
-        for (int x = 0; x < n; x++)
-            to[x] = (uint8_t)(int)(row[x] * s->levels + s->constant);
-    } else {
-        uint16_t *to = (uint16_t *)out;
-        for (int x = 0; x < n; x++)
-            to[x] = (uint16_t)(int)(row[x] * s->levels + s->constant);
-    }
 }
 
 /* One row of interleaved bytes to a float row per channel. */
@@ -131,9 +80,99 @@ static void NAME(widen)(const uint8_t *restrict in, int n, int channels, float *
     }
 }
 
-static const struct version NAME(version) = {LANES, NAME(convolve), NAME(activate), NAME(measure), NAME(store), NAME(widen)};
+/* exp(x), good to 2 units in the last place: 2^n times a polynomial. */
+INLINE vec NAME(exponential)(vec x)
+{
+    x = LESSER(GREATER(x, SPLAT(-87.0f)), SPLAT(87.0f));
+    vec shifted = x * 1.44269504f + 12582912.0f, whole = shifted - 12582912.0f; /* to the nearest integer, also in the lowest bits */
+    vec r = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
+    vec p = 0.5f + r * (0.166666654f + r * (0.0416657918f + r * (0.00833345205f + r * 0.00139819994f)));
+    return (vec)((ivec)(1.0f + r + r * r * p) + ((ivec)shifted << 23));
+}
+
+INLINE vec NAME(activated)(vec x, int activation)
+{
+    if (activation == SIGMOID)
+        return 1.0f / (1.0f + NAME(exponential)(-x));
+    if (activation == TANH)
+        return 2.0f / (1.0f + NAME(exponential)(-2.0f * x)) - 1.0f;
+    return activation == RELU ? GREATER(x, (vec){0}) : x;
+}
+
+/* Activation in place, of whole vectors (the last one may reach beyond n), and what is noted of n values: sums about the first. */
+INLINE struct sums NAME(activate_as)(float *row, int n, int activation)
+{
+    float about = NAME(activated)(LOAD(row), activation)[0];
+    vec sum = {0}, squares = {0}, low = SPLAT(about), high = low;
+    int whole = n / LANES * LANES;
+    for (int x = 0; x < n; x += LANES) {
+        vec y = NAME(activated)(LOAD(row + x), activation);
+        STORE(row + x, y);
+        if (x < whole) {
+            vec d = y - about;
+            sum += d;
+            squares += d * d;
+            low = LESSER(y, low);
+            high = GREATER(y, high);
+        }
+    }
+    struct sums s = {about, about, about, 0, 0};
+    for (int i = 0; i < LANES; i++) {
+        s.sum += sum[i];
+        s.squares += squares[i];
+        s.low = low[i] < s.low ? low[i] : s.low;
+        s.high = high[i] > s.high ? high[i] : s.high;
+    }
+    for (int x = whole; x < n; x++) {
+        double d = row[x] - about;
+        s.sum += d;
+        s.squares += d * d;
+        s.low = row[x] < s.low ? row[x] : s.low;
+        s.high = row[x] > s.high ? row[x] : s.high;
+    }
+    return s;
+}
+
+static struct sums NAME(activate)(float *row, int n, int activation)
+{
+    switch (activation) {
+    case SIGMOID: return NAME(activate_as)(row, n, SIGMOID);
+    case TANH: return NAME(activate_as)(row, n, TANH);
+    case RELU: return NAME(activate_as)(row, n, RELU);
+    default: return NAME(activate_as)(row, n, NONE);
+    }
+}
+
+static void NAME(store)(const float *row, int n, const struct stored *s, char *out)
+{
+    if (s->kind == FLOAT32)
+        memcpy(out, row, 4 * (size_t)n);
+    else if (s->kind == UINT8) {
+        uint8_t *to = (uint8_t *)out;
+        for (int x = 0; x < n; x++)
+            to[x] = (uint8_t)(int)(row[x] * s->levels + s->constant);
+    } else {
+        uint16_t *to = (uint16_t *)out;
+        for (int x = 0; x < n; x++)
+            to[x] = (uint16_t)(int)(row[x] * s->levels + s->constant);
+    }
+}
+
+#include "kernel_points.h"
+
+static const struct version NAME(version) = {LANES,          TILE,           NAME(convolve), NAME(widen),    NAME(read),
+                                             NAME(transform), NAME(multiply), NAME(join),     NAME(activate), NAME(store)};
 
 #undef vec
 #undef ivec
 #undef LOAD
+#undef STORE
 #undef SPLAT
+#undef LANES
+#undef WIDE
+#undef TILE
+#undef LOW_HALVES
+#undef HIGH_HALVES
+#undef LESSER
+#undef GREATER
+#undef NAME

@@ -133,7 +133,7 @@ def scratch_bytes(spec: ExtractorSpec, dtype: str, size: Size, channels: int) ->
 def is_compiled(spec: ExtractorSpec, dtype: str, channels: int) -> bool:
     """Whether compiled code computes all of an extractor on this kind of machine, so that no torch is needed."""
     first = spec.layers[0]
-    has_kernel = kernel.version(channels, first.kernel[1]) != "torch" and dtype in kernel.DTYPES
+    has_kernel = kernel.version(channels) != "torch" and dtype in kernel.DTYPES
     return len(spec.layers) == 1 and first.pool == (1, 1) and has_kernel
 
 

@@ -33,7 +33,7 @@ def test_where_there_is_a_compiler_the_layer_is_compiled():
     filters=st.integers(1, 20),
     channels=st.sampled_from([1, 3, 4]),
     kernel_size=st.tuples(st.integers(1, 10), st.one_of(st.integers(1, 12), st.integers(13, 34))),
-    more=st.tuples(st.integers(0, 8), st.one_of(st.integers(0, 200), st.integers(1000, 1300))),
+    more=st.tuples(st.integers(0, 8), st.one_of(st.integers(0, 200), st.integers(1000, 1700))),
     activation=st.sampled_from(sorted(ACTIVATIONS)),
     dtype=st.sampled_from(["float32", "uint8", "uint16"]),
     lanes=st.sampled_from([4, 8, 16, 32]),
@@ -88,11 +88,39 @@ def test_compiled_and_torch_store_the_same_within_a_level(monkeypatch, n_layers,
 
 @needs_kernel
 def test_the_version_is_that_of_the_layer():
-    """Tiles hold 32 values of a row: a wider kernel is computed with vectors."""
-    best, narrower = kernel.version(3, 9), kernel.version(3, 11)
-    assert (best, narrower) in {("amx", "avx512"), ("avx512", "avx512"), ("avx2", "avx2"), ("plain", "plain")}
-    assert kernel.version(1, 32) == best
-    assert kernel.version(1, 33) == narrower
+    """Tiles hold 32 values of a row: a wider kernel is computed with vectors. Winograd's convolution pays where weights are many."""
+    best, narrower = kernel.version(3, (9, 9)), kernel.version(3, (9, 11))
+    sets = {"amx": "avx512-winograd", **{f"{name}-winograd": f"{name}-winograd" for name in ("avx512", "avx2", "plain")}}
+    assert narrower == sets[best]
+    assert kernel.version(1, (9, 32)) == best
+    assert kernel.version(1, (9, 33)) == narrower
+    assert kernel.version(3, (1, 33)) == narrower.removesuffix("-winograd")
+
+
+@needs_kernel
+@pytest.mark.parametrize("lanes", [4, 8, 16])
+def test_weights_whose_points_would_overflow_are_computed_directly(monkeypatch, lanes):
+    monkeypatch.setattr(kernel, "MAX_LANES", lanes)
+    weight, image = np.full((2, 3, 9, 9), 1e33, np.float32), np.full((12, 20, 3), 200, np.uint8)
+    weight[1] = -3e38  # beyond float32 once summed
+    out = np.empty((2, 4, 12), np.float32)
+    kernel.first_layer(image, weight, np.zeros(2, np.float32), "none", quantisation((0, 0), "float32"), out)
+    np.testing.assert_allclose(out[0], 243 * 200 * 1e33, rtol=1e-5)
+    assert (out[1] == -np.inf).all()
+
+
+@needs_kernel
+@pytest.mark.parametrize("lanes", [4, 8, 16, 32])
+def test_maps_of_a_part_are_those_of_the_whole(monkeypatch, lanes):
+    """To 5e-7 wherever it is cut: a row of 3,000 pixels is several strips, and its blocks begin elsewhere in the part."""
+    monkeypatch.setattr(kernel, "MAX_LANES", lanes)
+    weights, stored = seeded_weights(ExtractorSpec(), 3), quantisation((0, 0), "float32")
+    layer = weights["conv1_weight"] / np.float32(256), weights["conv1_bias"], "sigmoid", stored
+    image = np.random.default_rng(0).integers(0, 256, (20, 3000, 3), np.uint8)
+    whole, part = np.empty((2, 12, 2992), np.float32), np.empty((2, 11, 2000), np.float32)
+    kernel.first_layer(image, *layer, whole)
+    kernel.first_layer(np.ascontiguousarray(image[1:, 700:2708]), *layer, part)
+    np.testing.assert_allclose(part, whole[:, 1:, 700:2700], rtol=0, atol=5e-7)
 
 
 def test_what_the_layer_cannot_take_is_refused():
