@@ -50,7 +50,7 @@ struct version {
     int lanes, tile;
     void (*convolve)(const struct pair *, int width, float *out[2][2]);
     void (*widen)(const uint8_t *, int n, int channels, float *const *rows);
-    void (*read)(const struct blocks *, const uint8_t *, uint32_t *words, float *pixels);
+    void (*read)(const struct blocks *, const uint8_t *, uint8_t *turned, float *pixels);
     void (*transform)(const struct blocks *, float *const pixels[5], float *points);
     void (*multiply)(const struct blocks *, const float *const *points, const float *weight, const float *bias, float *tile,
                      float *maps);
@@ -70,17 +70,17 @@ struct sink { /* where maps go, and what is noted of them */
 
 #define JOIN_(a, b) a##b
 #define JOIN(a, b) JOIN_(a, b)
-#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
-#define FIRST_BYTE(i) (24 - 8 * (i))
-#else
-#define FIRST_BYTE(i) (8 * (i))
-#endif
 #define INLINE static inline __attribute__((always_inline))
 #if defined(__clang__) || __GNUC__ >= 12
 #define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#define SHUFFLE_BYTES SHUFFLE
 #else
 #define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (ivec){__VA_ARGS__})
+#define SHUFFLE_BYTES(a, b, ...) __builtin_shuffle(a, b, (bytes){__VA_ARGS__})
 #endif
+#define LOW_BYTES 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
+#define HIGH_BYTES 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
+typedef uint8_t bytes __attribute__((vector_size(16), aligned(1)));
 
 #define LANES 4
 #define WIDE 3
@@ -119,8 +119,8 @@ struct sink { /* where maps go, and what is noted of them */
 #define LANES 16
 #define WIDE 6
 #define TILE 6
-#define LOW_HALVES 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
-#define HIGH_HALVES 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
+#define LOW_HALVES LOW_BYTES
+#define HIGH_HALVES HIGH_BYTES
 #define LESSER(a, b) ((vec)_mm512_min_ps((__m512)(a), (__m512)(b)))
 #define GREATER(a, b) ((vec)_mm512_max_ps((__m512)(a), (__m512)(b)))
 #define NAME(x) JOIN(avx512_, x)

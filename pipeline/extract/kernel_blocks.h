@@ -53,7 +53,7 @@ struct scratch { /* one allocation, from `ring` on */
     float *tile;     /* (point, 2, tile, lane) */
     float *row;      /* (x) */
     float *weights, *bias;
-    uint32_t *words; /* (word of a block, group, lane) */
+    uint8_t *turned; /* (x in block, channel, group, lane) */
     uint8_t *bytes;  /* the end of the image, and zeros */
     const float **points;
 };
@@ -62,7 +62,7 @@ static int allocate(struct scratch *s, const struct layer *l, const struct block
 {
     size_t pairs = ((size_t)l->filters + 1) / 2, n = 0;
     size_t at[] = {k->kh * k->n_points, 5 * k->n_pixels, 6 * k->n_maps, (size_t)POINTS * 2 * v->tile * v->lanes, k->n_maps,
-                   pairs * POINTS * k->taps, 2 * pairs, k->n_pixels, n_bytes / 4 + 1};
+                   pairs * POINTS * k->taps, 2 * pairs, k->n_pixels / 4 + 1, n_bytes / 4 + 1};
     for (int i = 0; i < 9; i++) {
         size_t size = (at[i] + 15) / 16 * 16;
         at[i] = n, n += size;
@@ -71,10 +71,10 @@ static int allocate(struct scratch *s, const struct layer *l, const struct block
     s->points = malloc((size_t)k->kh * sizeof *s->points);
     if (!s->ring || !s->points)
         return -1;
-    memset(s->ring, 0, n * sizeof *s->ring);
     s->pixels = s->ring + at[1], s->maps = s->ring + at[2], s->tile = s->ring + at[3], s->row = s->ring + at[4];
     s->weights = s->ring + at[5], s->bias = s->ring + at[6];
-    s->words = (uint32_t *)(s->ring + at[7]), s->bytes = (uint8_t *)(s->ring + at[8]);
+    s->turned = (uint8_t *)(s->ring + at[7]), s->bytes = (uint8_t *)(s->ring + at[8]);
+    memset(s->maps, 0, (n - at[2]) * sizeof *s->maps);
     return 0;
 }
 
@@ -90,12 +90,15 @@ static void blocks_read(const struct layer *l, const struct blocks *k, const str
             continue; /* they were the last of the row before */
         size_t at = ((size_t)y * l->width + x) * l->channels;
         int is_inside = at + n_bytes <= size;
+        size_t ahead = at + 3 * (size_t)l->width * l->channels; /* the same row of the next blocks */
+        for (size_t i = ahead; i < ahead + n_bytes && i < size; i += 64)
+            __builtin_prefetch(l->image + i);
         if (!is_inside) {
             memset(s->bytes, 0, n_bytes);
             if (at < size)
                 memcpy(s->bytes, l->image + at, size - at);
         }
-        v->read(k, is_inside ? l->image + at : s->bytes, s->words, pixels[y - 3 * b]);
+        v->read(k, is_inside ? l->image + at : s->bytes, s->turned, pixels[y - 3 * b]);
     }
     v->transform(k, pixels, s->ring + b % k->kh * k->n_points);
 }
@@ -135,7 +138,7 @@ static int blocks_layer(const struct layer *l, const struct sink *sink)
     k.n_points = (size_t)POINTS * k.channels * k.in_groups * lanes;
     k.n_maps = (size_t)(3 * k.groups + lanes) * lanes; /* the last vectors reach beyond */
     k.taps = (size_t)2 * k.kh * k.channels * k.kw;
-    size_t n_bytes = (size_t)3 * k.channels * (lanes * k.groups + k.kw) + 4; /* that a row reads */
+    size_t n_bytes = (size_t)3 * k.channels * (lanes * k.groups + k.kw) + 16; /* that a row reads */
     struct scratch s;
     int failed = allocate(&s, l, &k, v, n_bytes);
     if (!failed && weights_at_points(l, &k, s.weights) < LARGEST_WEIGHT) {

@@ -23,32 +23,44 @@ INLINE void NAME(from_points)(const vec p[5], vec out[3])
     out[2] = (s + 4 * p[3]) + p[4];
 }
 
-INLINE void NAME(spread)(const struct blocks *k, const uint8_t *in, int n, int n_words, uint32_t *words)
+INLINE void NAME(zip_bytes)(const bytes a[LANES], bytes b[LANES])
 {
-    int size = 3 * k->channels;
-    for (int l = 0; l < LANES; l++) {
-        const uint8_t *from = in + (size_t)l * k->groups * size;
-        for (int i = 0; i < n; i++, from += size)
-            for (int w = 0; w < n_words; w++)
-                memcpy(words + (w * n + i) * LANES + l, from + 4 * w, 4);
+    for (int v = 0; v < LANES / 2; v++) {
+        b[2 * v] = SHUFFLE_BYTES(a[v], a[v + LANES / 2], LOW_BYTES);
+        b[2 * v + 1] = SHUFFLE_BYTES(a[v], a[v + LANES / 2], HIGH_BYTES);
+    }
+}
+
+/* Up to 16 bytes of each of n * LANES blocks: (byte of a block, group, lane). */
+INLINE void NAME(turn)(const struct blocks *k, const uint8_t *in, int n, int n_bytes, uint8_t *out)
+{
+    size_t size = 3 * (size_t)k->channels;
+    for (int i = 0; i < n; i++, in += size) {
+        bytes a[LANES], b[LANES];
+        for (int l = 0; l < LANES; l++)
+            a[l] = *(const bytes *)(in + l * k->groups * size);
+        NAME(zip_bytes)(a, b);
+        NAME(zip_bytes)(b, a);
+        if (LANES >= 8)
+            NAME(zip_bytes)(a, b);
+        if (LANES == 16)
+            NAME(zip_bytes)(b, a);
+        for (int v = 0; v < n_bytes; v++)
+            memcpy(out + (v * n + i) * LANES, (const char *)(LANES == 8 ? b : a) + v * LANES, LANES);
     }
 }
 
 /* One row of bytes to pixels: (x in block, channel, group, lane). */
-static void NAME(read)(const struct blocks *k, const uint8_t *in, uint32_t *words, float *pixels)
+static void NAME(read)(const struct blocks *k, const uint8_t *in, uint8_t *restrict turned, float *restrict pixels)
 {
     int size = 3 * k->channels, n = k->in_groups + 1; /* bytes of a block; vectors with the next block's */
     if (size == 9)
-        NAME(spread)(k, in, n, 3, words);
+        NAME(turn)(k, in, n, 9, turned);
     else
-        NAME(spread)(k, in, n, (size + 3) / 4, words);
-    for (int v = 0; v < size; v++) {
-        const uint32_t *from = words + v / 4 * n * LANES;
-        float *to = pixels + v * n * LANES;
-        int shift = FIRST_BYTE(v % 4);
-        for (int i = 0; i < n * LANES; i++)
-            to[i] = (float)(int)(from[i] >> shift & 255);
-    }
+        for (int v = 0; v < size; v += 16)
+            NAME(turn)(k, in + v, n, size - v < 16 ? size - v : 16, turned + v * n * LANES);
+    for (int i = 0; i < size * n * LANES; i++)
+        pixels[i] = turned[i];
 }
 
 INLINE void NAME(column)(float *const pixels[5], size_t x, vec p[5])
@@ -90,8 +102,10 @@ INLINE void NAME(sum)(const struct blocks *k, int n, int kw, const float *const 
     for (int v = 0; v < n; v++)
         acc[0][v] = acc[1][v] = (vec){0};
     for (int i = 0; i < k->kh; i++) {
-        const float *in = points[i] + x;
-        for (int c = 0; c < k->channels; c++, in += k->in_groups * LANES)
+        const float *in = points[i] + x, *next = in + k->n_points / POINTS;
+        for (int c = 0; c < k->channels; c++, in += k->in_groups * LANES, next += k->in_groups * LANES) {
+            for (int v = 0; v < n + 2; v += 16 / LANES)
+                __builtin_prefetch(next + v * LANES); /* the next point's; this one's are on their way */
             for (int first = 0; first < (kw ? 1 : k->kw); first++) {
                 const int m = kw ? kw : 1;
                 vec a[3], b[3];
@@ -106,6 +120,7 @@ INLINE void NAME(sum)(const struct blocks *k, int n, int kw, const float *const 
                         }
                 }
             }
+        }
     }
     for (int v = 0; v < n; v++) {
         STORE(out + v * LANES, acc[0][v]);

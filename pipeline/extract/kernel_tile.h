@@ -80,22 +80,22 @@ static void NAME(widen)(const uint8_t *restrict in, int n, int channels, float *
     }
 }
 
-/* exp(x), good to 2 units in the last place: 2^n times a polynomial. */
-INLINE vec NAME(exponential)(vec x)
+/* 2 to the power of x, good to 2 units in the last place: of a whole number, times a polynomial. */
+INLINE vec NAME(power)(vec x)
 {
-    x = LESSER(GREATER(x, SPLAT(-87.0f)), SPLAT(87.0f));
-    vec shifted = x * 1.44269504f + 12582912.0f, whole = shifted - 12582912.0f; /* to the nearest integer, also in the lowest bits */
-    vec r = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
-    vec p = 0.5f + r * (0.166666654f + r * (0.0416657918f + r * (0.00833345205f + r * 0.00139819994f)));
-    return (vec)((ivec)(1.0f + r + r * r * p) + ((ivec)shifted << 23));
+    x = LESSER(GREATER(x, SPLAT(-126.0f)), SPLAT(126.0f));
+    vec shifted = x + 12582912.0f, r = x - (shifted - 12582912.0f); /* shifted: rounded, and in the lowest bits */
+    vec p = 0.00961843736f + r * (0.00133988744f + r * 0.000153533619f);
+    p = 1.0f + r * (0.693147180f + r * (0.240226479f + r * (0.0555033247f + r * p)));
+    return (vec)((ivec)p + ((ivec)shifted << 23));
 }
 
 INLINE vec NAME(activated)(vec x, int activation)
 {
     if (activation == SIGMOID)
-        return 1.0f / (1.0f + NAME(exponential)(-x));
+        return 1.0f / (1.0f + NAME(power)(-1.44269504f * x));
     if (activation == TANH)
-        return 2.0f / (1.0f + NAME(exponential)(-2.0f * x)) - 1.0f;
+        return 2.0f / (1.0f + NAME(power)(-2.88539008f * x)) - 1.0f;
     return activation == RELU ? GREATER(x, (vec){0}) : x;
 }
 
