@@ -61,7 +61,7 @@ def compiled_kernel() -> Iterator[Finding]:
     name = kernel.version()
     if name == "torch":
         remedy = "install a C compiler (cc), then featuremaps again"
-        yield Finding("note", "first layer", "not compiled: PyTorch computes it, in 1.6 to 3 times the time", remedy)
+        yield Finding("note", "first layer", "not compiled: PyTorch computes it, in 3 to 5 times the time", remedy)
     else:
         yield Finding("ok", "first layer", f"compiled, {name}")
 
