@@ -18,6 +18,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.progress import Progress as Bar
+from rich.table import Column
 from rich.text import Text
 
 from pipeline.run.summary import Progress
@@ -44,7 +45,7 @@ class _Stage(ProgressColumn):
     """What the run is at; a stop shows at once, before the run has heard of it."""
 
     def __init__(self, is_stopping: Callable[[], bool]) -> None:
-        super().__init__()
+        super().__init__(table_column=Column(no_wrap=True))  # a second line would be left behind by a ^C
         self.is_stopping = is_stopping
 
     def render(self, task: Task) -> Text:
@@ -55,7 +56,7 @@ class _Left(TimeRemainingColumn):
     """The time left; nobody waits for all images of a run that stops."""
 
     def __init__(self, is_stopping: Callable[[], bool]) -> None:
-        super().__init__()
+        super().__init__(table_column=Column(no_wrap=True))
         self.is_stopping = is_stopping
 
     def render(self, task: Task) -> Text:
@@ -99,6 +100,7 @@ def bar(is_stopping: Callable[[], bool]) -> Iterator[Callable[[Progress], None]]
         task = shown.add_task("", total=None, progress=Progress())
 
         def update(progress: Progress) -> None:
-            shown.update(task, total=progress.n_total or None, completed=progress.n_finished, progress=progress)
+            n_total = progress.n_total or None
+            shown.update(task, total=n_total, completed=progress.n_finished, progress=progress, refresh=True)
 
         yield update

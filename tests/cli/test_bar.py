@@ -58,6 +58,17 @@ def test_a_bar_leaves_room_for_the_ctrl_c_that_a_terminal_shows(columns, monkeyp
     assert max(widths) == columns - 3
 
 
+def test_a_bar_is_one_line_however_long_its_stage_is(columns, monkeypatch):
+    screen = terminal_of(columns, monkeypatch)
+    with bar(lambda: False) as update:
+        update(Progress(2880, 148, stage="stopping (296 images in flight)"))
+        update(Progress(2880, 148, stage="waiting for workers (local: 0 of 2 workers; " + "all of them are in the queue; " * 4))
+        update(Progress(2880, 148, stage="stopping"))
+        shown = screen.shown
+    assert "stopping (296 images in flight)" in shown
+    assert "\x1b[1A" not in shown, "the cursor went up over a second line"
+
+
 def test_a_bar_says_at_once_that_it_stops(columns, monkeypatch):
     screen = terminal_of(columns, monkeypatch)
     with bar(lambda: True) as update:
