@@ -92,8 +92,8 @@ def bar(is_stopping: Callable[[], bool]) -> Iterator[Callable[[Progress], None]]
         SpinnerColumn(),
         _Stage(is_stopping),
         BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
+        MofNCompleteColumn(table_column=Column(no_wrap=True)),
+        TimeElapsedColumn(table_column=Column(no_wrap=True)),
         _Left(is_stopping),
     ]
     with _NarrowBar(*columns, console=Console(stderr=True), transient=True, speed_estimate_period=600) as shown:

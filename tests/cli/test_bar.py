@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import re
 import sys
+import threading
 
 import pytest
 
@@ -58,15 +59,17 @@ def test_a_bar_leaves_room_for_the_ctrl_c_that_a_terminal_shows(columns, monkeyp
     assert max(widths) == columns - 3
 
 
-def test_a_bar_is_one_line_however_long_its_stage_is(columns, monkeypatch):
-    screen = terminal_of(columns, monkeypatch)
-    with bar(lambda: False) as update:
-        update(Progress(2880, 148, stage="stopping (296 images in flight)"))
-        update(Progress(2880, 148, stage="waiting for workers (local: 0 of 2 workers; " + "all of them are in the queue; " * 4))
-        update(Progress(2880, 148, stage="stopping"))
-        shown = screen.shown
-    assert "stopping (296 images in flight)" in shown
-    assert "\x1b[1A" not in shown, "the cursor went up over a second line"
+def test_a_bar_is_one_line_and_gives_way_to_what_it_says(columns, monkeypatch):
+    screen, stop = terminal_of(columns, monkeypatch), threading.Event()
+    queue = "waiting for workers (local: 0 of 2 workers; " + "all of them are in the queue; " * 4
+    with bar(stop.is_set) as update:
+        for stage, is_whole in [("starting workers", True), (queue, False), ("stopping (296 images in flight)", True)]:
+            if stage.startswith("stopping"):
+                stop.set()
+            update(Progress(2880, 148, stage=stage))
+            line = screen.shown.rpartition("\x1b[2K")[2]
+            assert not is_whole or (stage in line and "148/2880" in line)
+        assert "\x1b[1A" not in screen.shown, "the cursor went up over a second line"
 
 
 def test_a_bar_says_at_once_that_it_stops(columns, monkeypatch):
