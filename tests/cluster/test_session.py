@@ -32,7 +32,7 @@ from pipeline.cluster.local import local_memory_bytes, local_workers
 from pipeline.cluster.session import connect, with_client
 from pipeline.cluster.spec import GroupSpec, TlsSpec
 from pipeline.cluster.starting import needed
-from pipeline.config import make_job
+from pipeline.config import Job, make_job
 from pipeline.errors import FeaturemapsError, UsageError
 from pipeline.run.slots import ROLES, worker_slots
 from tests.conftest import content, make_images
@@ -564,6 +564,19 @@ def test_with_gpus_the_cores_are_the_threads_of_one_process_for_each(monkeypatch
     assert LocalSpec(workers=9).processes() == (2, 4, 2)
     assert LocalSpec(workers=1).processes() == (2, 1, 2)
     assert LocalSpec(workers=9, gpus=0).processes() == (9, 1, 0)
+
+
+def test_what_a_job_says_of_workers_counts_for_every_kind_of_this_machine():
+    values = {"source": "a", "store": "b", "cluster": "gpus"}
+    job = Job(**values, workers=3, gpus=1, memory_limit_bytes=2**30)
+    for spec in (LocalSpec(workers=9), CudaSpec(kind="cuda", workers=9)):
+        found = spec.for_job(job)
+        assert (type(found), found.workers, found.gpus, found.memory) == (type(spec), 3, 1, 2**30)
+        assert spec.for_job(Job(**values)) == spec
+    with pytest.raises(
+        UsageError, match=r"cluster 'gpus' with {'gpus': 0} is not usable, .*: gpus: Input should be greater than 0"
+    ):
+        CudaSpec(kind="cuda").for_job(Job(**values, gpus=0))
 
 
 def test_a_machine_with_a_driver_asks_torch_how_many_gpus_there_are(monkeypatch):

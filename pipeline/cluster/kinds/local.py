@@ -13,6 +13,7 @@ from pipeline.config import Positive
 from pipeline.errors import UsageError
 from pipeline.quantities import Memory
 from pipeline.text import count
+from pipeline.validation import validate_model
 
 if TYPE_CHECKING:
     from pipeline.cluster.groups import Launch
@@ -84,6 +85,11 @@ class ThisMachine(StartedSpec):
         """As the job says, else as the file."""
         return local.local_workers(job.workers if job is not None and job.workers else self.workers)
 
+    def for_job(self, job: Job) -> Self:
+        """Take what the job says of workers."""
+        given = _given(job)
+        return validate_model(type(self), self.model_dump() | given, f"cluster {job.cluster!r} with {given}") if given else self
+
 
 class LocalSpec(ThisMachine, GroupsSpec):
     """Worker processes on this machine: one per core with one thread each, or one per GPU with the cores shared among them."""
@@ -111,14 +117,13 @@ class LocalSpec(ThisMachine, GroupsSpec):
 
     def for_job(self, job: Job) -> Self:
         """Take what the job says of workers, unless there are groups."""
-        wanted = {"workers": job.workers, "memory": job.memory_limit_bytes, "gpus": job.gpus}
-        given = {key: value for key, value in wanted.items() if value is not None}
+        given = _given(job)
         if self.groups and given:
             raise UsageError(
                 f"cluster {job.cluster!r} has groups with workers, memory and GPUs of their own, and {', '.join(given)} were given for "
                 "the run: nothing was started; leave them away, or write them into the groups"
             )
-        return self.model_copy(update=given)
+        return super().for_job(job)
 
 
 class CudaSpec(ThisMachine):
@@ -131,6 +136,12 @@ class CudaSpec(ThisMachine):
     """Batches at work at once over all GPUs; None is one per core."""
     gpus: Positive | None = None
     """None is all that this process may use."""
+
+
+def _given(job: Job) -> dict[str, int]:
+    """What a job says of workers, by the keys of a cluster."""
+    wanted = {"workers": job.workers, "memory": job.memory_limit_bytes, "gpus": job.gpus}
+    return {key: value for key, value in wanted.items() if value is not None}
 
 
 def _with_memory(groups: Mapping[str, GroupSpec]) -> dict[str, GroupSpec]:
