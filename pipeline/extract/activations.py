@@ -17,9 +17,9 @@ class Function(NamedTuple):
     of_array: Callable[[Any], Any]
     """Of an array of floats, in numpy."""
     in_place: str | None
-    """Name of the method of a torch tensor that applies it in place; None where nothing is to be done."""
-    compiled: int
-    """What compiled code calls it, as in kernel.c."""
+    """Name of the method of a torch tensor that applies it in place (``atan_``); None where nothing is to be done."""
+    compiled: int | None
+    """What kernel.c calls it; None where kernel.c does not have it, so that torch computes the layer."""
 
 
 def _sigmoid(values: Any) -> Any:

@@ -37,7 +37,7 @@ class FirstLayer:
 
     def can_store(self, stored: StoredAs) -> bool:
         """Whether compiled code computes this layer, and knows how its maps are stored."""
-        return self.spec.pool == (1, 1) and kernel.is_available(stored)
+        return kernel.has(self.spec) and kernel.is_available(stored)
 
     def compute(self, image: Array, stored: StoredAs, out: Array) -> Pooled:
         """Store the maps of an image (y, x, channel) uint8 in ``out`` (filters, y, x), which is contiguous along x."""
@@ -47,7 +47,7 @@ class FirstLayer:
 
     def version(self) -> str:
         """What computes it, for the receipt; see `kernel.version`."""
-        return kernel.version(self.channels, self.spec.kernel, self.spec.filters) if self.spec.pool == (1, 1) else "torch"
+        return kernel.version(self.channels, self.spec.kernel, self.spec.filters) if kernel.has(self.spec) else "torch"
 
 
 class CompiledExtractor:

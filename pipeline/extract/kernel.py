@@ -15,7 +15,7 @@ from pipeline.extract.layers import Array
 from pipeline.extract.quantise import INTEGER_MAX, StoredAs
 
 if TYPE_CHECKING:
-    from pipeline.config import Activation
+    from pipeline.config import Activation, LayerSpec
 
 DTYPES: dict[str, int] = {name: dtype.compiled for name, dtype in quantise.DTYPES.items() if dtype.compiled is not None}
 """How maps may be stored that compiled code computes, and what it calls that."""
@@ -61,6 +61,11 @@ def version(channels: int = 3, kernel: tuple[int, int] = (9, 9), filters: int = 
 def is_available(stored: StoredAs) -> bool:
     """Whether the compiled layer can be used, and knows how its maps are to be stored."""
     return stored.dtype in DTYPES and version() != "torch"
+
+
+def has(layer: LayerSpec) -> bool:
+    """Whether the compiled code has such a layer: without a pool, and with an activation of kernel.c."""
+    return layer.pool == (1, 1) and ACTIVATIONS[layer.activation].compiled is not None
 
 
 def first_layer(image: Array, weight: Array, bias: Array, activation: Activation, stored: StoredAs, out: Array) -> Array:

@@ -134,14 +134,14 @@ def is_compiled(spec: ExtractorSpec, dtype: str, channels: int) -> bool:
     """Whether compiled code computes all of an extractor on this kind of machine, so that no torch is needed."""
     first = spec.layers[0]
     has_kernel = kernel.version(channels) != "torch" and dtype in kernel.DTYPES
-    return len(spec.layers) == 1 and first.pool == (1, 1) and has_kernel
+    return len(spec.layers) == 1 and kernel.has(first) and has_kernel
 
 
 def torch_values(spec: ExtractorSpec, size: Size) -> int:
     """Values before pooling of one image's layers, but for a first one that compiled code computes."""
     sizes = output_sizes(spec.layers, *size)
     values = [layer.filters * math.prod(layer.pool) * math.prod(out) for layer, out in zip(spec.layers, sizes, strict=True)]
-    return sum(values[1:] if spec.layers[0].pool == (1, 1) else values)
+    return sum(values[1:] if kernel.has(spec.layers[0]) else values)
 
 
 def multiply_adds(spec: ExtractorSpec, size: Size, channels: int) -> int:

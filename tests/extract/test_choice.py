@@ -8,6 +8,7 @@ import pytest
 
 from pipeline.config import ExtractorSpec, LayerSpec
 from pipeline.extract import devices, kernel
+from pipeline.extract.activations import ACTIVATIONS
 from pipeline.extract.choice import best_extractor
 from pipeline.extract.compiled import CompiledExtractor
 from pipeline.extract.cpu import Extractor
@@ -37,6 +38,11 @@ def test_compiled_code_is_used_alone_where_it_computes_all(monkeypatch):
         (ONE, (Float16,), Extractor),
     ):
         assert isinstance(best_extractor(spec, seeded_weights(spec, 3), stored, 0, 1), expected)
+    with monkeypatch.context() as patch:
+        patch.setitem(ACTIVATIONS, "sigmoid", ACTIVATIONS["sigmoid"]._replace(compiled=None))
+        by_torch = best_extractor(ONE, seeded_weights(ONE, 3), (), 0, 1)
+        assert isinstance(by_torch, Extractor)
+        assert by_torch.version((20, 20)) == "torch"
     monkeypatch.setattr(kernel, "MAX_LANES", 0)
     assert isinstance(best_extractor(ONE, seeded_weights(ONE, 3), (), 0, 1), Extractor)
 

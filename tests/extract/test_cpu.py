@@ -5,6 +5,7 @@ import pickle
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch.nn.functional import conv2d, max_pool2d
 
-from pipeline.config import ExtractorSpec, LayerSpec
+from pipeline.config import Activation, ExtractorSpec, LayerSpec
 from pipeline.errors import FeaturemapsError, ImageError, UsageError
 from pipeline.extract import cpu, keeping
 from pipeline.extract.cpu import Extractor, Layer
@@ -392,7 +393,7 @@ def test_float32_agrees_with_the_reference(spec: ExtractorSpec, size: tuple[int,
         np.testing.assert_allclose(maps, reference[name], rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("activation", ["sigmoid", "tanh", "relu", "none"])
+@pytest.mark.parametrize("activation", get_args(Activation))
 def test_activations(activation: str) -> None:
     spec = ExtractorSpec(layers=(LayerSpec(kernel=(3, 3), activation=activation),))  # type: ignore[arg-type]
     weights, image = seeded_weights(spec, 3), random_image(20, 20)

@@ -12,13 +12,14 @@ from hypothesis import strategies as st
 from torch.nn.functional import conv2d
 
 from pipeline.config import ExtractorSpec, LayerSpec
-from pipeline.extract import kernel
+from pipeline.extract import activations, kernel
 from pipeline.extract.cpu import Extractor
 from pipeline.extract.layers import output_bounds
 from pipeline.extract.quantise import dequantise, quantisation
 from pipeline.extract.weights import seeded_weights
 
 ACTIVATIONS = {"none": lambda x: x, "sigmoid": torch.sigmoid, "tanh": torch.tanh, "relu": torch.relu}
+COMPILED = [name for name, function in activations.ACTIVATIONS.items() if function.compiled is not None]
 HAS_COMPILER = shutil.which("cc") is not None
 needs_kernel = pytest.mark.skipif(not HAS_COMPILER, reason="needs the C compiler (Debian package gcc)")
 
@@ -34,7 +35,7 @@ def test_where_there_is_a_compiler_the_layer_is_compiled():
     channels=st.sampled_from([1, 3, 4]),
     kernel_size=st.tuples(st.integers(1, 10), st.one_of(st.integers(1, 12), st.integers(13, 34))),
     more=st.tuples(st.integers(0, 8), st.one_of(st.integers(0, 200), st.integers(1000, 1700))),
-    activation=st.sampled_from(sorted(ACTIVATIONS)),
+    activation=st.sampled_from(COMPILED),
     dtype=st.sampled_from(["float32", "uint8", "uint16"]),
     lanes=st.sampled_from([4, 8, 16, 32]),
     seed=st.integers(0, 2**32 - 1),
