@@ -79,7 +79,8 @@ def _extractor_content(spec: ExtractorSpec, channels: int, weights: dict[str, Ar
             "outputs": [*spec.map_names, *([POOLED] if POOLED in spec.outputs else [])],
             "channels": channels,
             "weights_sha256": weights_digest(weights),
-            **({"tf32": True} if spec.tf32 else {}),
+            # Further settings where they are not the default: a new one leaves the stores alone that were made before it.
+            **spec.model_dump(mode="json", exclude={"layers", "seed", "weights", "outputs"}, exclude_defaults=True),
         }
     )
     origin = {"seed": spec.seed} if spec.weights is None else {"weights": Path(spec.weights).name}
@@ -94,7 +95,8 @@ def decode_spec(spec: StoreSpec) -> DecodeSpec:
 def extractor_spec(spec: StoreSpec) -> ExtractorSpec:
     """The layers of a store; its weights are in it, whatever they came from."""
     content = spec.extractor
-    return ExtractorSpec(layers=content["layers"], outputs=tuple(content["outputs"]), tf32=content.get("tf32", False))
+    further = content.keys() & (ExtractorSpec.model_fields.keys() - {"layers", "outputs"})
+    return ExtractorSpec(layers=content["layers"], outputs=tuple(content["outputs"]), **{key: content[key] for key in further})
 
 
 def needed_size(spec: ExtractorSpec) -> Size:

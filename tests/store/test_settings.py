@@ -9,6 +9,7 @@ from safetensors.numpy import save_file
 
 from pipeline.config import DecodeSpec, ExtractorSpec, LayerSpec, make_job
 from pipeline.errors import UsageError
+from pipeline.extract.activations import ACTIVATIONS
 from pipeline.extract.weights import load_weights, weights_digest
 from pipeline.store.schema import difference, narrowed, widened
 from pipeline.store.settings import (
@@ -163,6 +164,9 @@ def test_layers_that_are_not_stored_take_memory_too_unless_compiled_code_has_non
     assert scratch_bytes(ExtractorSpec(), "float16", (516, 639), 3) == 2 * maps
     monkeypatch.setattr("pipeline.extract.kernel.version", lambda *_: "avx2")
     assert scratch_bytes(ExtractorSpec(), "uint8", (516, 639), 3) == 0
+    with monkeypatch.context() as patch:
+        patch.setitem(ACTIVATIONS, "sigmoid", ACTIVATIONS["sigmoid"]._replace(compiled=None))
+        assert scratch_bytes(ExtractorSpec(), "uint8", (516, 639), 3) == 2 * maps
     monkeypatch.setattr("pipeline.extract.kernel.version", lambda *_: "torch")
     assert scratch_bytes(ExtractorSpec(), "uint8", (516, 639), 3) == 2 * maps
 
@@ -181,3 +185,19 @@ def test_tf32_is_part_of_the_store_only_where_it_was_asked_for(tmp_path):
     assert "tf32" not in exact.extractor
     assert exact.extractor["sha256"] != other.extractor["sha256"]
     assert [extractor_spec(spec).tf32 for spec in (exact, other)] == [False, True]
+
+
+def test_a_setting_that_the_extractor_gets_later_is_in_the_store_where_it_is_not_the_default(tmp_path, monkeypatch):
+    class Later(ExtractorSpec):
+        vivid: bool = False
+
+    job = make_job({"source": str(tmp_path), "store": str(tmp_path / "f.zarr")})
+    weights = load_weights(job.extractor, 3)
+    made = [
+        store_spec(job.model_copy(update={"extractor": extractor}), str(tmp_path), weights)
+        for extractor in (ExtractorSpec(), Later(), Later(vivid=True))
+    ]
+    assert difference(made[0], made[1]) == []
+    assert difference(made[0], made[2]) == ["extractor.vivid: the store has null, this run asks for true"]
+    monkeypatch.setattr("pipeline.store.settings.ExtractorSpec", Later)
+    assert [extractor_spec(spec).vivid for spec in made] == [False, False, True]
