@@ -22,7 +22,7 @@ from pipeline import config, errors
 from pipeline.analysis.feature_store import FeatureStore
 from pipeline.cli.commands import cli
 from pipeline.cluster import spec as cluster_spec
-from pipeline.cluster.kinds import address, batch, kubernetes, local, spec_types, ssh
+from pipeline.cluster.kinds import spec_types
 from pipeline.report import figures
 
 ROOT = Path(__file__).parents[3]
@@ -137,7 +137,8 @@ def models(module: ModuleType) -> list[type[BaseModel]]:
 
 @pytest.mark.cluster
 @pytest.mark.parametrize(
-    ("page", "modules"), [("job-file", [config]), ("clusters", [cluster_spec, address, batch, kubernetes, local, ssh])]
+    ("page", "modules"),
+    [("job-file", [config]), ("clusters", [cluster_spec, *dict.fromkeys(sys.modules[kind.__module__] for kind in spec_types())])],
 )
 def test_every_key_is_in_the_reference(site, page, modules):
     text = (DOCS / f"{page}.md").read_text()
