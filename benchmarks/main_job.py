@@ -186,7 +186,7 @@ def bucket(n: int = 1000, delay_s: float = 0.03) -> None:
     times = {"folder to folder": receipt["compute_s"]}
     with tempfile.TemporaryDirectory() as place, seaweedfs(Path(place)) as endpoint:
         os.environ |= environment(endpoint)
-        from pipeline.urls import Url
+        from pipeline.source.urls import Url
 
         for path in sorted(folder.rglob("*.jpg")):
             (Url.parse("s3://bucket/photographs") / path.name).put(path.read_bytes())

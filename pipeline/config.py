@@ -12,9 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from pipeline.errors import UsageError
 from pipeline.patterns import escape, has_unknown_user, home, is_pattern
-from pipeline.quantities import BYTES, SECONDS, WORDS
 from pipeline.text import read_layer
-from pipeline.validation import validate_model
+from pipeline.validation import BYTES, SECONDS, WORDS, validate_model
 
 Activation = Literal["sigmoid", "tanh", "relu", "none"]
 Dtype = Literal["float32", "float16", "uint16", "uint8"]

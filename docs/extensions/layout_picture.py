@@ -26,7 +26,7 @@ SAYS = {
     "config": ("typed settings", "job file"),
     "patterns": ("glob patterns", ""),
     "text": ("words", ""),
-    "urls": ("buckets", ""),
+    "validation": ("values in YAML", ""),
     "errors": ("the few exceptions", ""),
 }
 WAY = {  # what happens to one image, by the folder that does it

@@ -10,10 +10,10 @@ import dask
 import numpy as np
 import pandas as pd
 
-from pipeline import urls
 from pipeline.analysis.tables import Table, rows_by_class
 from pipeline.errors import FeaturemapsError, UsageError
 from pipeline.extract.layers import Array
+from pipeline.source import urls
 from pipeline.store.image_maps import decoded, map_sizes
 from pipeline.store.layout import Size
 from pipeline.store.objects import Place

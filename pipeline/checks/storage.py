@@ -12,13 +12,13 @@ from pathlib import Path
 from pipeline.checks.finding import Finding
 from pipeline.checks.plan import Preview
 from pipeline.errors import UsageError
+from pipeline.source.urls import Url, is_url
 from pipeline.store.bucket import server_clock_s
 from pipeline.store.create import check_folder
 from pipeline.store.lock import HEARTBEAT_S, current_holder
 from pipeline.store.objects import Place, free_bytes, modified_s, nearest_folder
 from pipeline.store.store import Store, is_store
 from pipeline.text import count, human_size
-from pipeline.urls import Url, is_url
 
 MAX_SKEW_S = 3 * HEARTBEAT_S
 """From which on nobody can tell by the clock whether a run is alive."""

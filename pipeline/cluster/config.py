@@ -16,8 +16,7 @@ from pipeline.cluster.kinds.local import LocalSpec
 from pipeline.cluster.spec import ClusterSpec, TlsSpec
 from pipeline.config import StrictModel, read_yaml
 from pipeline.errors import UsageError
-from pipeline.quantities import UNITS_NEEDED
-from pipeline.validation import validate_model
+from pipeline.validation import UNITS_NEEDED, validate_model
 
 if TYPE_CHECKING:
     AnySpec = ClusterSpec

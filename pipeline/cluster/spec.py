@@ -17,8 +17,8 @@ from pydantic import Field, model_validator
 
 from pipeline.cluster.finding import Finding
 from pipeline.config import Positive, StrictModel
-from pipeline.quantities import SECONDS, WORDS, Memory, Variables
 from pipeline.text import count
+from pipeline.validation import SECONDS, WORDS, Memory, Variables
 
 if TYPE_CHECKING:
     from distributed.security import Security

@@ -28,7 +28,7 @@ from pipeline.run.bounded import bounded_process
 from pipeline.source.decoding import decode
 from pipeline.source.fetch import Patience, Source, read_bytes, read_current
 from pipeline.source.names import absolute_path, absolute_url
-from pipeline.urls import Url, is_url
+from pipeline.source.urls import Url, is_url
 
 PIXEL_LIMIT = 20_000_000
 """Larger files are not decoded for a page."""

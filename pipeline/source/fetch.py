@@ -19,7 +19,7 @@ from pipeline.errors import ImageError, PassingFaultError
 from pipeline.source import current, decoding
 from pipeline.source.fingerprints import fingerprint_of
 from pipeline.source.names import absolute_path, absolute_url
-from pipeline.urls import Url, is_url
+from pipeline.source.urls import Url, is_url
 
 READ_AHEAD = 16
 READ_AHEAD_BYTES = 32 * 1024**2

@@ -6,7 +6,7 @@ import os
 from array import array
 from dataclasses import dataclass, field, replace
 
-from pipeline.urls import Meta
+from pipeline.source.urls import Meta
 
 UNREADABLE = "unreadable"
 """Fingerprint of an image whose size and time could not be read."""

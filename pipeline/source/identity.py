@@ -7,7 +7,7 @@ import os
 from pipeline.patterns import Pattern, absolute, absolute_patterns, escape, expand, is_pattern, literal
 from pipeline.source.names import suffix_of
 from pipeline.source.path_lists import READERS
-from pipeline.urls import Url, is_url
+from pipeline.source.urls import Url, is_url
 
 
 def absolute_source(source: str) -> str:

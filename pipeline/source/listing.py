@@ -33,7 +33,7 @@ from pipeline.source.fingerprints import Listing, clamp_time
 from pipeline.source.identity import bucket_pattern, named_by
 from pipeline.source.names import absolute_path, absolute_url, encode_path, nothing_listed, suffix_of
 from pipeline.source.path_lists import READERS, read_list
-from pipeline.urls import CONCURRENCY, Meta, Url, is_url
+from pipeline.source.urls import CONCURRENCY, Meta, Url, is_url
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 from pipeline.errors import UsageError, needs_extra
 from pipeline.source.names import decode_path, encode_path, nothing_listed, suffix_of
-from pipeline.urls import Url, is_object
+from pipeline.source.urls import Url, is_object
 
 Reader = Callable[[str], Iterator[tuple[int, bytes]]]  # of a list: each entry with its line
 

@@ -9,9 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from pipeline.errors import StaleWriterError, UsageError
+from pipeline.source.urls import CONCURRENCY, ConflictError, Url, connect, is_url
 from pipeline.store.lock_owner import LOCK_NAME, taken
 from pipeline.store.schema import RUNS
-from pipeline.urls import CONCURRENCY, ConflictError, Url, connect, is_url
 
 IS_REMOTE = True
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from pipeline import urls
 from pipeline.extract.layers import Array, layer_names, output_sizes
 from pipeline.extract.quantise import dequantise
+from pipeline.source import urls
 from pipeline.store.layout import Size
 from pipeline.store.schema import StoredLayer, StoreSpec
 from pipeline.store.settings import extractor_spec

@@ -11,9 +11,9 @@ from dataclasses import asdict
 from typing import Any
 
 from pipeline.errors import FeaturemapsError, StaleWriterError, StoreBusyError
+from pipeline.source.urls import ConflictError
 from pipeline.store.lock_owner import LOCK_NAME, Holder, held, holds
 from pipeline.store.objects import Place, fetch_dated, lock_object
-from pipeline.urls import ConflictError
 
 logger = logging.getLogger(__name__)
 

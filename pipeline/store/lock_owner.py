@@ -14,7 +14,7 @@ import psutil
 from pipeline.errors import StoreBusyError
 
 if TYPE_CHECKING:
-    from pipeline.urls import Url
+    from pipeline.source.urls import Url
 
 LOCK_NAME = "lock.json"
 """Of the lock object in ``runs/``."""

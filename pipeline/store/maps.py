@@ -8,9 +8,9 @@ import numpy as np
 import zarr
 from zarr.storage import ObjectStore
 
-from pipeline import urls
 from pipeline.errors import FeaturemapsError, StaleWriterError
 from pipeline.extract.layers import Array
+from pipeline.source import urls
 from pipeline.store.layout import ClassLayout, LayerLayout, class_name
 from pipeline.store.lock import require_lock
 from pipeline.store.objects import Place, condition_of, object_store, put, read_json

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 from pipeline.errors import FeaturemapsError
+from pipeline.source.urls import CONCURRENCY, Url
 from pipeline.store import bucket, folder
 from pipeline.store.storage import Lock, Storage
-from pipeline.urls import CONCURRENCY, Url
 
 Place: TypeAlias = Path | Url
 """A store, or an object or folder in it; joined with ``/``."""

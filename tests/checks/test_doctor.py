@@ -29,9 +29,9 @@ from pipeline.errors import UsageError
 from pipeline.extract import kernel
 from pipeline.run import admission
 from pipeline.run.worker_versions import own_versions
+from pipeline.source.urls import connect as connect_bucket
 from pipeline.store.lock import StoreLock
 from pipeline.store.objects import place
-from pipeline.urls import connect as connect_bucket
 from tests.conftest import make_images
 from tests.support.services import BUCKET, environment, free_port, rclone, seaweedfs
 

@@ -36,8 +36,8 @@ from pipeline.source.fingerprints import Listing
 from pipeline.source.identity import absolute_source, is_same_source
 from pipeline.source.listing import SUFFIXES, list_collection, walks_into
 from pipeline.source.names import absolute_path, decode_path, encode_path
+from pipeline.source.urls import Meta, Url
 from pipeline.store.objects import place
-from pipeline.urls import Meta, Url
 
 HOSTILE_NAMES = [
     b"plain.jpg",

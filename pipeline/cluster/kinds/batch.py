@@ -18,8 +18,8 @@ from pipeline.cluster.finding import Finding
 from pipeline.cluster.spec import GroupSpec, Name, RemoteSpec
 from pipeline.config import Positive, StrictModel
 from pipeline.errors import FeaturemapsError
-from pipeline.quantities import LINES, Memory, Walltime, Word
 from pipeline.store.objects import nearest_folder
+from pipeline.validation import LINES, Memory, Walltime, Word
 
 if TYPE_CHECKING:
     from pipeline.cluster.groups import Launch

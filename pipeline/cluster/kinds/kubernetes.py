@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 
 from pipeline.cluster.finding import Finding
 from pipeline.cluster.spec import GroupSpec, GroupsSpec, Name, Text
-from pipeline.quantities import SECONDS, Memory, Word
+from pipeline.validation import SECONDS, Memory, Word
 
 
 class KubernetesGroupSpec(GroupSpec):

@@ -11,9 +11,8 @@ from pipeline.cluster import local
 from pipeline.cluster.spec import GroupSpec, GroupsSpec, Name, StartedSpec, describe_groups
 from pipeline.config import Positive
 from pipeline.errors import UsageError
-from pipeline.quantities import Memory
 from pipeline.text import count
-from pipeline.validation import validate_model
+from pipeline.validation import Memory, validate_model
 
 if TYPE_CHECKING:
     from pipeline.cluster.groups import Launch

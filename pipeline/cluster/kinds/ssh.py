@@ -13,8 +13,8 @@ from pydantic import Field
 from pipeline.cluster.finding import Finding, compare_versions
 from pipeline.cluster.spec import GroupSpec, Name, RemoteSpec, Text
 from pipeline.config import Positive
-from pipeline.quantities import WORDS
 from pipeline.text import count
+from pipeline.validation import WORDS
 
 if TYPE_CHECKING:
     from pipeline.cluster.groups import Launch

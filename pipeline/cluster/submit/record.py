@@ -13,9 +13,9 @@ from typing import Any
 
 from pipeline.cluster import batch_commands
 from pipeline.errors import StaleWriterError, StoreBusyError
+from pipeline.source.urls import Url
 from pipeline.store.objects import Place, delete, fetch, modified_s, put, put_json
 from pipeline.store.schema import RUNS
-from pipeline.urls import Url
 
 _NAME = "submitted.json"
 GONE = "not in the queue any more"

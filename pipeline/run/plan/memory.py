@@ -11,9 +11,9 @@ from pipeline.errors import FeaturemapsError, UsageError
 from pipeline.extract.gpu_sizes import GPU_STAGES, gpu_batch
 from pipeline.source.decoding import plain_decode_bytes
 from pipeline.source.fetch import READ_AHEAD_BYTES
+from pipeline.source.urls import is_url
 from pipeline.store.layout import BATCH_BYTES, SHARD_BYTES, ClassLayout, LayerLayout, Size
 from pipeline.store.objects import Place, free_bytes, is_remote
-from pipeline.urls import is_url
 
 # What a worker holds whatever the images: interpreter, dask, zarr, and torch unless compiled code computes all. Measured for torch's
 # build for processors; those with CUDA bring more along, also where there is no GPU.

@@ -31,6 +31,8 @@ from pipeline.errors import FeaturemapsError, StaleWriterError, StoreBusyError, 
 from pipeline.report.page import write_report
 from pipeline.source import fetch
 from pipeline.source.listing import list_collection
+from pipeline.source.urls import ConflictError, Url, errors
+from pipeline.source.urls import connect as connect_bucket
 from pipeline.store import lock, objects
 from pipeline.store.lock import LOCK_TTL_S, StoreLock, current_holder, holds, require_lock
 from pipeline.store.lock_owner import Holder
@@ -38,8 +40,6 @@ from pipeline.store.objects import Place, children, each, exists, place, read_js
 from pipeline.store.schema import RUNS
 from pipeline.store.store import Store
 from pipeline.store.vacuum import vacuum_store
-from pipeline.urls import ConflictError, Url, errors
-from pipeline.urls import connect as connect_bucket
 from tests.conftest import content, make_images
 from tests.support.services import BUCKET, SECRET, environment, faulty, rclone, seaweedfs, website
 from tests.system.kill.kill_rounds import wait_until
