@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import psutil
@@ -23,9 +22,9 @@ from pipeline.errors import FeaturemapsError
 from tests.conftest import content, make_images
 from tests.support.batch_services import sshd, wait_for
 from tests.support.services import free_port
-from tests.system.kill.kill_rounds import hashed_content
+from tests.system.kill.kill_rounds import hashed_content, wait_until
 
-LONG = {"extractor": {"layers": [{"filters": 16, "kernel": 9}]}}
+LONG = {"extractor": {"layers": [{"filters": 16, "kernel": 15}]}}
 """Work enough to be disturbed at it."""
 
 N_PICTURES = 240
@@ -77,7 +76,8 @@ def job_of(source: Path, store: Path, **values):
     return make_job({"source": str(source), "store": str(store), "dtype": "uint8", **values})
 
 
-def test_two_groups_of_which_one_is_killed_in_the_middle_make_the_same_store(servers, tmp_path, pictures, whole):
+def test_two_groups_of_which_one_is_killed_in_the_middle_make_the_same_store(servers, tmp_path, pictures, whole, monkeypatch):
+    monkeypatch.setattr("pipeline.run.driver.COMMIT_S", 0.05)  # so that the first progress comes before the last image
     reader, extractor = servers
     groups = {"read": group(reader, roles=["read"]), "extract": group(extractor, roles=["extract"], threads=2)}
     spec = load_cluster("machines", cluster_file(tmp_path, groups))
@@ -199,11 +199,11 @@ def test_a_run_whose_scheduler_is_restarted_ends_with_a_message_and_the_next_one
     address = f"tcp://127.0.0.1:{scheduler.port}"
     (tmp_path / "cluster.yaml").write_text(f"clusters: {{ours: {{kind: address, address: '{address}'}}}}")
     command = [sys.executable, "-m", "pipeline", "run", str(pictures), "f.zarr", "--cluster", "ours", "--dtype", "uint8"]
-    command += ["--layers", "16x9x9"]
+    command += ["--layers", "16x15x15"]
     scheduler.start()
     try:
         first = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        wait_for("committed rows", lambda: done_of(tmp_path / "f.zarr"))
+        assert wait_until(lambda: done_of(tmp_path / "f.zarr"), 900)
         scheduler.stop()
         scheduler.start()
         _, err = first.communicate(timeout=900)
@@ -224,5 +224,4 @@ def done_of(path: Path) -> int:
     from pipeline.store.contents import count_statuses
     from pipeline.store.store import Store, is_store
 
-    time.sleep(0.2)
     return count_statuses(Store(path))["done"] if is_store(path) else 0
