@@ -25,25 +25,25 @@ INLINE void NAME(accumulate)(
 }
 
 /* n vectors of two output rows of two filters: valid convolution plus bias. */
-INLINE void NAME(tile)(const struct pair *p, int n, int x, float *out[2][2])
+INLINE void NAME(tile)(const struct pair *p, int n, int kw, int x, float *out[2][2])
 {
     vec acc[2][2][WIDE];
     for (int f = 0; f < 2; f++)
         for (int r = 0; r < 2; r++)
             for (int v = 0; v < n; v++)
                 acc[f][r][v] = SPLAT(p->bias[f]);
-    int size = p->kh * p->kw;
+    int size = p->kh * kw;
     for (int c = 0; c < p->channels; c++) {
         for (int i = 0; i <= p->kh; i++) { /* input row i is kernel row i of output row 0, and i - 1 of output row 1 */
             const float *in = p->rows[i * p->channels + c] + x;
-            const float *a = p->weight[0] + c * size + i * p->kw, *b = p->weight[1] + c * size + i * p->kw;
-            const float *const w[2][2] = {{a, a - p->kw}, {b, b - p->kw}};
+            const float *a = p->weight[0] + c * size + i * kw, *b = p->weight[1] + c * size + i * kw;
+            const float *const w[2][2] = {{a, a - kw}, {b, b - kw}};
             if (i == 0)
-                NAME(accumulate)(acc, n, in, w, p->kw, 0, 0);
+                NAME(accumulate)(acc, n, in, w, kw, 0, 0);
             else if (i == p->kh)
-                NAME(accumulate)(acc, n, in, w, p->kw, 1, 1);
+                NAME(accumulate)(acc, n, in, w, kw, 1, 1);
             else
-                NAME(accumulate)(acc, n, in, w, p->kw, 0, 1);
+                NAME(accumulate)(acc, n, in, w, kw, 0, 1);
         }
     }
     for (int f = 0; f < 2; f++)
@@ -52,15 +52,23 @@ INLINE void NAME(tile)(const struct pair *p, int n, int x, float *out[2][2])
                 STORE(out[f][r] + x + v * LANES, acc[f][r][v]);
 }
 
-static void NAME(convolve)(const struct pair *p, int width, float *out[2][2])
+INLINE void NAME(convolve_as)(const struct pair *p, int kw, int width, float *out[2][2])
 {
     int x = 0;
     for (; x + WIDE * LANES <= width; x += WIDE * LANES)
-        NAME(tile)(p, WIDE, x, out);
+        NAME(tile)(p, WIDE, kw, x, out);
     for (; x + (WIDE / 2 - 1) * LANES < width; x += WIDE / 2 * LANES)
-        NAME(tile)(p, WIDE / 2, x, out);
+        NAME(tile)(p, WIDE / 2, kw, x, out);
     for (; x < width; x += LANES)
-        NAME(tile)(p, 1, x, out);
+        NAME(tile)(p, 1, kw, x, out);
+}
+
+static void NAME(convolve)(const struct pair *p, int width, float *out[2][2])
+{
+    if (p->kw == 3) /* the compiler knows it, and keeps its weights at hand */
+        NAME(convolve_as)(p, 3, width, out);
+    else
+        NAME(convolve_as)(p, p->kw, width, out);
 }
 
 /* One row of interleaved bytes to a float row per channel. */
