@@ -82,16 +82,12 @@ def test_an_asynchronous_client_is_refused_with_the_call_that_works(in_threads, 
 
 
 @pytest.mark.cluster
-def test_a_plain_client_is_refused_with_the_line_that_works(job):
-    options = {"processes": False, "n_workers": 1, "dashboard_address": ":0"}
-    with (
-        Client(**options) as plain,
-        pytest.raises(errors.FeaturemapsError, match="none of the 1 worker offers the resource 'read'") as refused,
-    ):
-        pipeline.run_job(job, plain)
-    (arguments,) = re.findall(r"in Python Client\((.+?)\);", str(refused.value))
-    with eval(f"Client({arguments}, **options)", {"Client": Client, "options": options}) as client:
-        assert pipeline.run_job(job, client).outcome == "complete"
+def test_a_plain_client_of_one_machine_works_in_all_its_threads(job):
+    with Client(processes=False, n_workers=1, threads_per_worker=2, dashboard_address=None) as client:
+        summary = pipeline.run_job(job, client)
+        assert (summary.outcome, summary.n_done) == ("complete", 4)
+        checked = pipeline.run_job(job.model_copy(update={"check": "digest"}), client)
+    assert (checked.outcome, checked.n_checked, checked.n_done) == ("complete", 4, 0)
 
 
 # -- Ctrl-C ----------------------------------------------------------------------------------------------------------------------

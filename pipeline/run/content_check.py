@@ -17,6 +17,7 @@ from pipeline.run.context import Context
 from pipeline.run.failures import scheduler_lost, why
 from pipeline.run.hangs import find_stalls, replace_worker
 from pipeline.run.plan.changes import Entry
+from pipeline.run.slots import needs
 from pipeline.run.timer import Every
 from pipeline.run.workers import Fleet
 from pipeline.source.fetch import Digested, digest_block
@@ -69,7 +70,8 @@ def check_digests(context: Context, client: Client) -> bool:
             while len(in_flight) < fleet.window and not stop.is_set() and (block := next(blocks, None)):
                 images = [(listing.paths[i], listing.fingerprint(i)) for i in block.images]
                 key, n_sent = f"digest-{summary.run_id}-{n_sent}", n_sent + 1
-                future = client.submit(digest_block, listing.root, images, key=key, resources={"read": 1}, pure=False)
+                asked = needs("read", is_plain=fleet.is_plain)
+                future = client.submit(digest_block, listing.root, images, key=key, resources=asked, pure=False)
                 in_flight[future] = block
             if not in_flight or stop.is_set():
                 break  # of bytes that were read for nothing nothing is left

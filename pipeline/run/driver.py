@@ -84,12 +84,13 @@ class Driver:
     def _prepare(self) -> None:
         """Look at the workers, give them the extractor, and take up the rows that are in the store already."""
         self.fleet = Fleet(self.client)
-        self.flight.is_whole = self.fleet.is_whole
+        self.flight.is_whole, self.flight.is_plain = self.fleet.is_whole, self.fleet.is_plain
         self.watch = Watch(self.context, self.client, self.fleet, self.flight, self.ending)
         self.watch.count_workers()
         self.batches = BatchQueue(self.context, self.ledger, self.fleet)
         self.fleet.register(ActivityPlugin())
-        self.fleet.register(tasks.ExtractorPlugin(self.target.extractor, self.spec, self.store.weights(), self.store.spec.layers))
+        extractor = self.target.extractor, self.spec, self.store.weights(), self.store.spec.layers
+        self.fleet.register(tasks.ExtractorPlugin(*extractor, is_plain=self.fleet.is_plain))
         self.context.progress.stage = "running"
         if not self.context.found.new:
             self.batches.plan(complete=True)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import queue
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from distributed import Client, Future
 from distributed.client import ClosedClientError
@@ -17,7 +17,7 @@ from pipeline.run import tasks
 from pipeline.run.activity import DrainPlugin
 from pipeline.run.hangs import Stall, replace_worker
 from pipeline.run.progress_watch import Departures, ProgressWatch
-from pipeline.run.slots import ROLES
+from pipeline.run.slots import ROLES, needs
 from pipeline.source import fetch
 
 
@@ -72,6 +72,8 @@ class Flight:
         self.client, self.source, self.target, self.needed = client, source, target, needed
         self.is_whole = True
         """Whether one task does all of a batch."""
+        self.is_plain = False
+        """Whether the workers name no roles, so that no task may ask for one."""
         self._sent: dict[str, Sent] = {}
         self._finished: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._n_sent = 0
@@ -113,29 +115,27 @@ class Flight:
         self.follow(Sent(task, future))
 
     def _probe(self, key: str, paths: Sequence[str]) -> Future:
-        arguments, options = (self.source, paths, self.needed), {"resources": {"read": 1}, "priority": 10, "pure": False}
-        return self.client.submit(fetch.probe_block, *arguments, key=key, **options)
+        arguments = self.source, paths, self.needed
+        return self._submit("read", fetch.probe_block, *arguments, key=key, priority=10)
 
     def _batch(self, name: str, pieces: Sequence[tasks.WorkPiece]) -> Future:
         """Only the last task's result, a few kB, comes back."""
-        submit = self.client.submit
         if self.is_whole:
-            resources = dict.fromkeys(ROLES, 1)
-            return submit(tasks.process, self.source, self.target, pieces, key=f"process-{name}", resources=resources, pure=False)
-        decoded = submit(
-            tasks.read, self.source, self.target.run_id, pieces, key=f"read-{name}", resources={"read": 1}, pure=False
-        )
-        extracted = submit(tasks.extract, self.target, decoded, key=f"extract-{name}", resources={"extract": 1}, pure=False)
-        return submit(tasks.write, self.target, extracted, key=f"write-{name}", resources={"write": 1}, pure=False)
+            return self._submit(ROLES, tasks.process, self.source, self.target, pieces, key=f"process-{name}")
+        decoded = self._submit("read", tasks.read, self.source, self.target.run_id, pieces, key=f"read-{name}")
+        extracted = self._submit("extract", tasks.extract, self.target, decoded, key=f"extract-{name}")
+        return self._submit("write", tasks.write, self.target, extracted, key=f"write-{name}")
 
     def _trial(self, name: str, suspect: str | tasks.WorkPiece) -> Future:
         if isinstance(suspect, str):
             return self._probe(f"trial-{name}", [suspect])
-        submit = self.client.submit
-        decoded = submit(
-            tasks.read, self.source, self.target.run_id, [suspect], key=f"suspect-{name}", resources={"read": 1}, pure=False
-        )
-        return submit(tasks.attempt, self.target, decoded, key=f"trial-{name}", resources={"extract": 1}, pure=False)
+        decoded = self._submit("read", tasks.read, self.source, self.target.run_id, [suspect], key=f"suspect-{name}")
+        return self._submit("extract", tasks.attempt, self.target, decoded, key=f"trial-{name}")
+
+    def _submit(self, roles: str | Sequence[str], function: Callable[..., Any], *arguments: Any, key: str, priority: int = 0) -> Future:
+        """Submit a function that takes a slot of some roles."""
+        asked = needs(*([roles] if isinstance(roles, str) else roles), is_plain=self.is_plain)
+        return self.client.submit(function, *arguments, key=key, resources=asked, priority=priority, pure=False)
 
     def follow(self, sent: Sent) -> None:
         """Note when a task comes back."""

@@ -26,6 +26,13 @@ class WorkerSlots(NamedTuple):
     """Whether it says so, as a resource; whether it computes on one is for it to see."""
     is_whole: bool
     """Whether it can also read and write as many batches at once, so that one task may do all of a batch."""
+    is_plain: bool = False
+    """Whether it names no roles, and may do all: its tasks then ask for none."""
+
+
+def needs(*roles: str, is_plain: bool) -> dict[str, int]:
+    """The resources that a task of some roles asks for; none where workers name none."""
+    return {} if is_plain else dict.fromkeys(roles, 1)
 
 
 def scheduler_workers(client: Client) -> dict[str, Any]:
@@ -48,6 +55,8 @@ def scheduler_workers(client: Client) -> dict[str, Any]:
 def worker_slots(client: Client) -> dict[str, WorkerSlots]:
     """What each worker offers, by address.
 
+    Workers of one machine that name no role at all, as those of a plain ``Client()``, may do all, a batch per thread.
+
     Raises
     ------
     FeaturemapsError
@@ -56,6 +65,9 @@ def worker_slots(client: Client) -> dict[str, WorkerSlots]:
         When the scheduler is gone.
     """
     workers = scheduler_workers(client)
+    if workers and not any(worker["resources"].get(role) for worker in workers.values() for role in ROLES):
+        if len({worker["host"] for worker in workers.values()}) == 1:
+            return {address: _plain(worker) for address, worker in workers.items()}
     for role in ROLES:
         if not any(worker["resources"].get(role) for worker in workers.values()):
             raise FeaturemapsError(
@@ -64,6 +76,11 @@ def worker_slots(client: Client) -> dict[str, WorkerSlots]:
                 '"extract": 1, "write": 1}); run_job without a client starts its own'
             )
     return {address: slots_of(worker["resources"], worker["memory_limit"]) for address, worker in workers.items()}
+
+
+def _plain(worker: Mapping[str, Any]) -> WorkerSlots:
+    n, has_gpu = int(worker["nthreads"]), bool(worker["resources"].get("gpu"))
+    return WorkerSlots(n, n, int(worker["memory_limit"] or 0), has_gpu, is_whole=True, is_plain=True)
 
 
 def slots_of(resources: Mapping[str, float], memory_limit_bytes: int | None) -> WorkerSlots:

@@ -142,10 +142,20 @@ class ExtractorPlugin(WorkerPlugin):  # type: ignore[misc]
     spec : ExtractorSpec
     weights : dict of str to (...) float32
     layers : tuple of StoredLayer
+    is_plain : bool
+        Whether workers name no roles, and extract in each of their threads.
     """
 
-    def __init__(self, name: str, spec: ExtractorSpec, weights: dict[str, Array], layers: tuple[StoredLayer, ...]) -> None:
-        self.name = name
+    def __init__(
+        self,
+        name: str,
+        spec: ExtractorSpec,
+        weights: dict[str, Array],
+        layers: tuple[StoredLayer, ...],
+        *,
+        is_plain: bool = False,
+    ) -> None:
+        self.name, self.is_plain = name, is_plain
         self.spec = spec
         self.weights = weights
         self.layers = layers
@@ -156,7 +166,7 @@ class ExtractorPlugin(WorkerPlugin):  # type: ignore[misc]
         with contextlib.suppress(ValueError):
             signal.signal(signal.SIGINT, signal.SIG_IGN)
         keep_memory()
-        n_threads = int(worker.state.total_resources.get("extract", 0))
+        n_threads = int(worker.state.nthreads if self.is_plain else worker.state.total_resources.get("extract", 0))
         if n_threads:
             last = str(worker.name).rpartition("-")[2]
             number = int(last) if last.isdecimal() else os.getpid()

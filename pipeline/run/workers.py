@@ -77,6 +77,8 @@ class Fleet:
         self.cluster = cluster if isinstance(cluster, Workforce) else None
         """What starts the workers; None where others do."""
         workers = worker_slots(client)
+        self.is_plain = all(worker.is_plain for worker in workers.values())
+        """Whether the workers name no roles, so that no task may ask for one."""
         needs = judge(list(workers.values()), None if self.cluster is None else self.cluster.wanted())
         self.memory_limit_bytes, self.is_whole, self.kind = needs.memory_limit_bytes, needs.is_whole, needs.kind
         self._read_ahead = needs.read_ahead

@@ -315,7 +315,7 @@ def test_a_scheduler_that_runs_already_is_used_and_left_running(threads_only):
     local = threads_only(read=1, extract=3, write=1)
     with connect(AddressSpec(kind="address", address=local.scheduler_address)) as client:
         (slots,) = worker_slots(client).values()
-        assert slots == (1, 3, slots.memory_limit_bytes, False, False)  # it extracts more than it reads at once
+        assert slots == (1, 3, slots.memory_limit_bytes, False, False, False)  # it extracts more than it reads at once
     with Client(local.scheduler_address) as client:
         assert client.submit(lambda: 5).result() == 5
 
@@ -331,6 +331,18 @@ def test_workers_without_a_role_are_refused_with_the_option_that_gives_it(thread
     )
     with Client(local) as client, pytest.raises(FeaturemapsError, match=expected):
         worker_slots(client)
+
+
+@pytest.mark.parametrize(("hosts", "is_usable"), [("aa", True), ("ab", False)])
+def test_workers_that_name_no_role_may_do_all_if_they_are_on_one_machine(monkeypatch, hosts, is_usable):
+    worker = {"resources": {}, "memory_limit": 2**30, "nthreads": 3}
+    known = {f"tcp://{i}": worker | {"host": host} for i, host in enumerate(hosts)}
+    monkeypatch.setattr("pipeline.run.slots.scheduler_workers", lambda _: known)
+    if is_usable:
+        assert set(worker_slots(None).values()) == {(3, 3, 2**30, False, True, True)}
+    else:
+        with pytest.raises(FeaturemapsError, match="none of the 2 workers offers the resource 'read'"):
+            worker_slots(None)
 
 
 @pytest.mark.cluster
