@@ -49,10 +49,20 @@ def lazily(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
     def find(name: str) -> Any:
         if name not in homes:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        module = import_module(f"{package}.{homes[name]}")
+        try:
+            module = import_module(f"{package}.{homes[name]}")
+        except (ImportError, AttributeError) as error:
+            from pipeline.shadowing import explain  # noqa: PLC0415 (only where something is wrong)
+
+            raise explain(error) from error
         return module if homes[name].rpartition(".")[2] == name else getattr(module, name)
 
     return find
+
+
+def __dir__() -> list[str]:
+    """The public names, for completion."""
+    return sorted(__all__)
 
 
 __getattr__ = lazily(

@@ -13,6 +13,7 @@ from typing import Any
 from pipeline.cluster.connection import connector
 from pipeline.config import Job
 from pipeline.errors import UsageError
+from pipeline.main_guard import require_guard
 from pipeline.run import lifecycle
 from pipeline.run.summary import Progress, Summary
 from pipeline.run.summary_text import headline
@@ -70,6 +71,8 @@ def run_job(
     """
     if client is not None:
         _check_client(client)
+    elif job.cluster is None:
+        require_guard("run_job")
     connect = connector(job, client, cluster_file)
     with _stop_on_interrupt(stop) as (stop_asked, interrupted):
         summary = lifecycle.run_job(job, connect, on_progress=on_progress, stop=stop_asked)

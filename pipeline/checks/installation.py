@@ -15,6 +15,7 @@ from pipeline.checks.finding import Finding
 from pipeline.errors import EXTRAS
 from pipeline.extract import devices, kernel
 from pipeline.run.worker_versions import PACKAGES
+from pipeline.shadowing import hiding
 
 FILES_BASE, FILES_PER_WORKER = 128, 10
 """Open files of a driver: measured are 16, and 9 for each worker of this machine, whose nanny is in the driver."""
@@ -38,6 +39,14 @@ def packages() -> Iterator[Finding]:
             )
         else:
             yield Finding("ok", f"extra {extra}", ", ".join(f"{found.name} {_version(found.name)}" for found in wanted))
+
+
+def hidden_modules(folder: str) -> Iterator[Finding]:
+    """Files here that hide a module from scripts in the same folder."""
+    found = hiding(folder)
+    if found:
+        text = f"{', '.join(found)} {'hides a module' if len(found) == 1 else 'hide modules'} from the scripts beside it"
+        yield Finding("note", "hidden modules", text, "rename it, if a script here, or python -m pipeline, fails to import")
 
 
 def _version(name: str) -> str:

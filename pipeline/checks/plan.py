@@ -18,6 +18,7 @@ from pipeline.cluster.session import cluster_of
 from pipeline.cluster.slots import planned_slots
 from pipeline.config import Job
 from pipeline.errors import EXIT_COMPLETE
+from pipeline.main_guard import require_guard
 from pipeline.run.comparison import compare_with_store, settle_returned
 from pipeline.run.forecast import Forecast, end_of_run
 from pipeline.run.plan.changes import Changes, check_removals
@@ -273,6 +274,7 @@ def _probe_all(job: Job, listing: Listing, images: Sequence[int], workers: int) 
         for block in blocks:
             yield from probe_block(source, block, needed)
         return
+    require_guard("plan_job")
     with ProcessPoolExecutor(workers, mp_context=get_context("forkserver")) as pool:
         waiting = []
         for block in blocks:  # Executor.map would take all blocks at once

@@ -32,6 +32,7 @@ from pipeline.checks.audit import (
 )
 from pipeline.cluster.local import local_workers
 from pipeline.extract.layers import Array
+from pipeline.main_guard import require_guard
 from pipeline.source.health import SourceWatch
 from pipeline.store.lock import StoreLock, require_lock
 from pipeline.store.objects import Place, place
@@ -311,6 +312,7 @@ def _processes(n: int) -> Iterator[_Processes]:
     if n == 1:
         yield _Processes(None, 1)
         return
+    require_guard("verify_store")
     environment = dict(os.environ)  # as it is now: the server that forks keeps that of its own start
     with ProcessPoolExecutor(n, get_context("forkserver"), _take_environment, (environment,)) as pool:
         try:
