@@ -36,11 +36,11 @@ def _is_unguarded() -> bool:
     while frame.f_back is not None and not _is_top_of_main(frame.f_code.co_name, frame.f_globals):
         frame = frame.f_back
     file, spec = frame.f_globals.get("__file__"), frame.f_globals.get("__spec__")
-    is_imported = file and not (spec and spec.name.rpartition(".")[2] == "__main__")
+    is_imported = isinstance(file, str) and not (spec and spec.name.rpartition(".")[2] == "__main__")
     if not _is_top_of_main(frame.f_code.co_name, frame.f_globals) or not is_imported:
         return False  # a notebook, a prompt or the command of a package, which no process imports
     try:
-        lines = ast.parse(Path(file).read_bytes()).body
+        lines = ast.parse(Path(str(file)).read_bytes()).body
     except (OSError, ValueError, SyntaxError):
         return False
     before = (node for node in lines if node.lineno <= frame.f_lineno)

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 def test_doctor_names_a_file_that_hides_a_module(tmp_path, name):
     (tmp_path / f"{name}.py").touch()
     (tmp_path / "holiday.py").touch()
-    (finding,) = hidden_modules(str(tmp_path))
+    (finding,) = hidden_modules(tmp_path)
     assert (finding.level, str(tmp_path / f"{name}.py") in str(finding)) == ("note", True)
 
 
@@ -32,7 +32,7 @@ def test_an_import_that_fails_names_the_file_that_hides_a_module(tmp_path):
 
 
 def test_a_folder_without_such_files_hides_nothing(tmp_path):
-    assert hiding(str(tmp_path)) == hiding(str(tmp_path / "missing")) == hiding(str(ROOT)) == []
+    assert hiding(tmp_path) == hiding(tmp_path / "missing") == hiding(ROOT) == []
 
 
 def test_completion_shows_the_public_names():

@@ -16,7 +16,8 @@ from pipeline.analysis.images import Images
 from pipeline.analysis.neighbours import Neighbours
 from pipeline.config import ExtractorSpec
 from pipeline.extract.layers import Array
-from pipeline.store.objects import Place, place
+from pipeline.store.named import named_store
+from pipeline.store.objects import Place
 from pipeline.store.schema import STATISTICS, StoreSpec
 from pipeline.store.settings import extractor_spec
 from pipeline.store.store import Store
@@ -28,7 +29,7 @@ def open_store(path: str | Place) -> FeatureStore:
     Parameters
     ----------
     path : str or Path
-        The store's folder, or s3://, gs:// or az://BUCKET/NAME.
+        The store's folder, its file:// address, s3://, gs:// or az://BUCKET/NAME, or a job file.
 
     Raises
     ------
@@ -37,15 +38,14 @@ def open_store(path: str | Place) -> FeatureStore:
 
     Examples
     --------
-    >>> import pipeline
     >>> store = pipeline.open_store("features.zarr")  # doctest: +SKIP
     >>> store.image("photos/cat.jpg")["conv1"].plot.imshow(col="conv1_channel")  # doctest: +SKIP
     """
-    return FeatureStore(place(path))
+    return FeatureStore(named_store(path))
 
 
 class FeatureStore:
-    """A store as it was when it was opened; rows that a run appends later are not seen.
+    """A store as it was when it was opened; rows that a run appends later are not seen. It can be pickled.
 
     `select` and `join` give another one that sees fewer images, or more columns, of the same store. Made by `open_store`.
     """
@@ -114,10 +114,10 @@ class FeatureStore:
 
     @property
     def images(self) -> pd.DataFrame:
-        """Table of the live rows and rejected images, one line per image.
+        """Table of the live rows and rejected images, one line per image; the index numbers the lines of the whole store.
 
-        Columns: path, class, row, source_height, source_width, input_height, input_width (pixels; 0 where rejected), status
-        (pending, done, quarantined or rejected) and error; then those that were joined. The index numbers the lines of the whole store.
+        Columns: path, class, row, source_height, source_width, input_height, input_width (pixels; 0 where rejected), size_bytes, digest
+        (SHA-256 of the file, "" if not read), status (pending, done, quarantined or rejected), error, and those that were joined.
         """
         return self._images.table.copy(deep=False)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import os
+import reprlib
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
@@ -103,7 +104,7 @@ class Images:
         UsageError
             When it is none, none any more, or not of this selection.
         """
-        where, path = self.store.path, os.fspath(path)
+        where, path = self.store.path, self._text(path)
         for name in stored_forms(path):
             found = self._index.find(name)
             if found is None:
@@ -123,6 +124,14 @@ class Images:
         hint = f"; did you mean {', '.join(map(repr, near))}?" if near else ""
         root = self.store.spec.source_root
         raise UsageError(f"{path!r} is not an image of {where}: paths are relative to {root}, as in `.images`{hint}")
+
+    def _text(self, path: Any) -> str:
+        if isinstance(path, str | os.PathLike):
+            return os.fspath(path)
+        raise UsageError(
+            f"{reprlib.repr(path)} is no path of an image of {self.store.path}: give a path as text, as in `.images`; for the line with "
+            "number 3, that is store.images.path[3]"
+        )
 
     def find_done(self, path: str | os.PathLike[str]) -> tuple[str, str, int]:
         """`find` of an image that is done.

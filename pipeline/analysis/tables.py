@@ -17,7 +17,7 @@ from pipeline.store.schema import REJECTED, Status, StoredLayer, stack
 from pipeline.store.store import Store
 
 SIZES = ("source_height", "source_width", "input_height", "input_width")
-COLUMNS = ("path", "class", "row", *SIZES, "status", "error")
+COLUMNS = ("path", "class", "row", *SIZES, "size_bytes", "digest", "status", "error")
 Table: TypeAlias = pd.DataFrame
 
 
@@ -35,9 +35,10 @@ def images_table(store: Store) -> Table:
 def _live_rows(store: Store, group: str) -> dict[str, Array]:
     status = store.column(group, "status")
     rows = np.flatnonzero(status < Status.REMOVED)
-    found = {name: store.column(group, name)[rows] for name in ("path", "error")}
+    found = {name: store.column(group, name)[rows] for name in ("path", "size_bytes", "error")}
     is_class = group != REJECTED
     sizes = {name: store.column(group, name)[rows] if is_class else np.zeros(len(rows), np.int32) for name in SIZES}
+    sizes["digest"] = store.column(group, "digest")[rows] if is_class else stack([""] * len(rows))
     names = stack([member.name.lower() if is_class else "rejected" for member in Status])
     return found | sizes | {"row": rows, "status": names[status[rows]]}
 

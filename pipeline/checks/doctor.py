@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -69,7 +68,7 @@ def diagnose(
     name = cluster or (job.cluster if job is not None else None)
     findings = [
         *look("packages", installation.packages),
-        *look("hidden modules", installation.hidden_modules, os.getcwd()),
+        *look("hidden modules", installation.hidden_modules, Path.cwd()),
         *look("first layer", installation.compiled_kernel),
         *look("GPUs", installation.gpus),
     ]

@@ -41,11 +41,13 @@ def packages() -> Iterator[Finding]:
             yield Finding("ok", f"extra {extra}", ", ".join(f"{found.name} {_version(found.name)}" for found in wanted))
 
 
-def hidden_modules(folder: str) -> Iterator[Finding]:
+def hidden_modules(folder: Path) -> Iterator[Finding]:
     """Files here that hide a module from scripts in the same folder."""
     found = hiding(folder)
     if found:
-        text = f"{', '.join(found)} {'hides a module' if len(found) == 1 else 'hide modules'} from the scripts beside it"
+        text = (
+            f"{', '.join(map(str, found))} {'hides a module' if len(found) == 1 else 'hide modules'} from the scripts beside it"
+        )
         yield Finding("note", "hidden modules", text, "rename it, if a script here, or python -m pipeline, fails to import")
 
 

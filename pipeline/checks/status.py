@@ -12,7 +12,8 @@ from pipeline.run.summary_text import describe_bottleneck
 from pipeline.source.dropped import describe_dropped
 from pipeline.store.contents import bad_images, count_statuses
 from pipeline.store.lock import current_holder, last_heard
-from pipeline.store.objects import Place, place
+from pipeline.store.named import named_store
+from pipeline.store.objects import Place
 from pipeline.store.store import Store, is_store
 from pipeline.text import bad_lines, count, printable
 
@@ -112,7 +113,7 @@ def store_status(store: str | Place, n_bad: int = 20) -> StoreStatus:
     UsageError
         When there is no store.
     """
-    path = place(store)
+    path = named_store(store)
     submission = last_submission(path)
     if submission is not None and not is_store(path):
         raise UsageError(_not_there_yet(path, submission))

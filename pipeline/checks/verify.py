@@ -35,7 +35,8 @@ from pipeline.extract.layers import Array
 from pipeline.main_guard import require_guard
 from pipeline.source.health import SourceWatch
 from pipeline.store.lock import StoreLock, require_lock
-from pipeline.store.objects import Place, place
+from pipeline.store.named import named_store
+from pipeline.store.objects import Place
 from pipeline.store.run_ids import new_run_id
 from pipeline.store.schema import (
     EXTRACTOR,
@@ -192,7 +193,7 @@ def verify_store(
     StoreBusyError
         When ``repair`` is wanted while a run works on it.
     """
-    path = place(store)
+    path = named_store(store)
     opened = Store(path, durable=True)
     audit = Audit(str(path), is_source_read=read_source)
     columns, damaged = _check_ledger(opened, audit)

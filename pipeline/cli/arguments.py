@@ -7,22 +7,20 @@ from typing import TYPE_CHECKING
 
 import click
 
-from pipeline.config import JOB_SUFFIXES, load_job
-
 if TYPE_CHECKING:
     from pipeline.store.objects import Place
 
 
 def as_place(store: str) -> Place:
-    """Where a store is: a folder, or a bucket's address."""
-    from pipeline.store.objects import place
+    """Where a store is: a folder, a bucket's address, or what a job file says."""
+    from pipeline.store.named import named_store
 
-    return place(store)
+    return named_store(store)
 
 
 store_argument = click.argument(  # which a job file may name
     "store",
-    callback=lambda _context, _parameter, store: as_place(load_job(store).store if store.endswith(JOB_SUFFIXES) else store),
+    callback=lambda _context, _parameter, store: as_place(store),
     metavar="STORE | JOB.yaml",
 )
 log_format_option = click.option(

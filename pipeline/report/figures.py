@@ -11,6 +11,7 @@ Examples
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -261,14 +262,15 @@ def check_format(output: Path) -> None:
         raise UsageError(f"figure {output} would be of an unknown kind {output.suffix!r}: name it .png, .svg or .pdf")
 
 
-def save(figure: Canvas, output: Path) -> None:
-    """Write a figure.
+def save(figure: Canvas, output: str | os.PathLike[str]) -> None:
+    """Write a figure; ``output`` ends in .png, .svg or .pdf.
 
     Raises
     ------
     UsageError
         When it is of an unknown kind, or cannot be written.
     """
+    output = Path(output).expanduser()
     check_format(output)
     try:
         figure.savefig(output, dpi=FILE_DPI)

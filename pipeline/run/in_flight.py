@@ -132,7 +132,9 @@ class Flight:
         decoded = self._submit("read", tasks.read, self.source, self.target.run_id, [suspect], key=f"suspect-{name}")
         return self._submit("extract", tasks.attempt, self.target, decoded, key=f"trial-{name}")
 
-    def _submit(self, roles: str | Sequence[str], function: Callable[..., Any], *arguments: Any, key: str, priority: int = 0) -> Future:
+    def _submit(
+        self, roles: str | Sequence[str], function: Callable[..., Any], *arguments: Any, key: str, priority: int = 0
+    ) -> Future:
         """Submit a function that takes a slot of some roles."""
         asked = needs(*([roles] if isinstance(roles, str) else roles), is_plain=self.is_plain)
         return self.client.submit(function, *arguments, key=key, resources=asked, priority=priority, pure=False)

@@ -65,9 +65,9 @@ def worker_slots(client: Client) -> dict[str, WorkerSlots]:
         When the scheduler is gone.
     """
     workers = scheduler_workers(client)
-    if workers and not any(worker["resources"].get(role) for worker in workers.values() for role in ROLES):
-        if len({worker["host"] for worker in workers.values()}) == 1:
-            return {address: _plain(worker) for address, worker in workers.items()}
+    named = any(worker["resources"].get(role) for worker in workers.values() for role in ROLES)
+    if not named and len({worker["host"] for worker in workers.values()}) == 1:
+        return {address: _plain(worker) for address, worker in workers.items()}
     for role in ROLES:
         if not any(worker["resources"].get(role) for worker in workers.values()):
             raise FeaturemapsError(

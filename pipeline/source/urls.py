@@ -30,6 +30,8 @@ HEAD_BYTES = 64 * 1024
 MAX_WHOLE_BYTES = 64 * 1024**2
 """Of an image that has to be fetched whole for its header, from a server that knows no ranges."""
 
+FILE_URL = "file://"
+"""How a URL of this machine's files begins; a store may be named so."""
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _OBJECT = re.compile(rf"({'|'.join(BUCKETS + WEB)})://", re.IGNORECASE)
 _SECRET = re.compile(

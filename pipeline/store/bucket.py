@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from pipeline.errors import StaleWriterError, UsageError
-from pipeline.source.urls import CONCURRENCY, ConflictError, Url, connect, is_url
+from pipeline.source.urls import CONCURRENCY, FILE_URL, ConflictError, Url, connect, is_url
 from pipeline.store.lock_owner import LOCK_NAME, taken
 from pipeline.store.schema import RUNS
 
@@ -24,7 +24,7 @@ def parse(text: str) -> Url | None:
     UsageError
         When nothing can be written to it.
     """
-    if not is_url(text):
+    if not is_url(text) or text.startswith(FILE_URL):
         return None
     url = Url.parse(text)
     if not url.is_bucket or not url.key:

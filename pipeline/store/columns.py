@@ -30,7 +30,7 @@ class Ledger:
 
     def __init__(self, path: Place, layers: Sequence[StoredLayer], *, durable: bool) -> None:
         self.path, self.layers, self.durable = path, layers, durable
-        self.fence: Callable[[], None] = lambda: None
+        self.fence: Callable[[], None] = _unfenced
         """Called before columns or lengths of a group are written; raises when this process may no longer."""
 
     def read(self, group: str, name: str, length: int) -> Array:
@@ -83,6 +83,10 @@ class Ledger:
         if document["shape"][0] != length:
             document["shape"][0] = length
             put_json(path, document, durable=self.durable, only=condition)
+
+
+def _unfenced() -> None:
+    """Nothing; by name, so that an open store can be pickled."""
 
 
 def _decode_chunk(path: Place, data: bytes | None, dtype: str, chunk: tuple[int, ...]) -> Array:

@@ -11,15 +11,25 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from pipeline.patterns import home
 from pipeline.store.lock_owner import LOCK_NAME, holds, taken
+from pipeline.urls import FILE_URL
 
 IS_REMOTE = False
 
 
 def parse(text: str) -> Path:
-    """Any text names a path; a leading ``~`` is the home folder."""
+    """Any text names a path; a leading ``~`` is the home folder, and ``file://`` is understood.
+
+    Examples
+    --------
+    >>> parse("file:///data/my%20store.zarr").as_posix()
+    '/data/my store.zarr'
+    """
+    if text.startswith(FILE_URL):
+        return Path(unquote(text.removeprefix(FILE_URL).removeprefix("localhost")))
     return Path(home(text))
 
 

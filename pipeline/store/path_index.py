@@ -48,6 +48,10 @@ class PathIndex:
         self._raw: dict[tuple[str, int], bytes] = {}
         self._hashes: tuple[Array, Array] | None = None
 
+    def __reduce__(self) -> tuple[type[PathIndex], tuple[Store]]:
+        """Pickle without the lock and what was read: another process reads it again."""
+        return PathIndex, (self._store,)
+
     def find(self, path: str) -> Row | None:
         """The row of an image that is done, or else its last live one, or else one of before it left; None where there is none."""
         with self._lock:

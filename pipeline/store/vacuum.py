@@ -13,7 +13,8 @@ from pipeline.errors import FeaturemapsError
 from pipeline.extract.layers import Array
 from pipeline.store.layout import ClassLayout, LayerLayout, group_by_shard
 from pipeline.store.lock import StoreLock, require_lock
-from pipeline.store.objects import Place, delete, place, size_bytes
+from pipeline.store.named import named_store
+from pipeline.store.objects import Place, delete, size_bytes
 from pipeline.store.run_ids import new_run_id
 from pipeline.store.schema import RUNS, STATISTICS, ShapeClass, Status, StoredLayer, encode_rows, object_keys, stack
 from pipeline.store.store import Store, read_maps, write_maps
@@ -80,7 +81,7 @@ def vacuum_store(store: str | Place, *, dry_run: bool = False, sole_writer: bool
     StoreBusyError
         When a run works on it.
     """
-    path = place(store)
+    path = named_store(store)
     opened, run_id = Store(path, durable=True), new_run_id()
     result = Vacuumed(str(path), dry_run)
     with contextlib.nullcontext() if dry_run else StoreLock(path / RUNS, run_id, sole_writer=sole_writer):

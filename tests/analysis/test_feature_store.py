@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import hashlib
 import json
+import pickle
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import dask
 import dask.array as da
@@ -27,7 +30,8 @@ pytestmark = pytest.mark.cluster
 
 SIZES = [(50, 60), (70, 40), (31, 33)]
 LAYERS = [{"filters": 3, "kernel": 5, "pool": 2, "activation": "tanh"}, {"filters": 2, "kernel": [3, 1]}]
-COLUMNS = ["path", "class", "row", "source_height", "source_width", "input_height", "input_width", "status", "error"]
+COLUMNS = ["path", "class", "row", "source_height", "source_width", "input_height", "input_width"]
+COLUMNS += ["size_bytes", "digest", "status", "error"]
 
 
 @pytest.fixture(autouse=True)
@@ -67,6 +71,30 @@ def changed(folder, tmp_path):
     return tmp_path / "f.zarr", store.column("50x60", "path").tolist()
 
 
+def test_an_open_store_can_be_pickled_also_after_use_and_as_a_selection(folder):
+    store = open_store(folder / "plain.zarr")
+    for made in (store, store.select(store.images["input_width"] == 33)):
+        nearest = made.nearest(made.images.path.iloc[0])
+        again = pickle.loads(pickle.dumps(made))
+        pd.testing.assert_frame_equal(again.images, made.images)
+        pd.testing.assert_frame_equal(again.nearest(made.images.path.iloc[0]), nearest)
+        xr.testing.assert_equal(again.image(made.images.path.iloc[0]), made.image(made.images.path.iloc[0]))
+
+
+@pytest.mark.parametrize("method", ["image", "pixels", "nearest"])
+def test_an_image_is_named_by_its_path(folder, method):
+    with pytest.raises(UsageError, match=r"3 is no path of an image of .*give a path as text.*store\.images\.path\[3\]"):
+        getattr(open_store(folder / "plain.zarr"), method)(3)
+
+
+def test_a_store_is_found_by_its_home_its_file_url_or_its_job_file(folder, tmp_path, monkeypatch):
+    (tmp_path / "job.yaml").write_text(f"source: nowhere\nstore: {folder / 'plain.zarr'}\n")
+    monkeypatch.setenv("HOME", str(folder))
+    spellings = ["~/plain.zarr", Path("~/plain.zarr"), (folder / "plain.zarr").as_uri(), tmp_path / "job.yaml"]
+    assert {open_store(spelt).path for spelt in spellings} == {folder / "plain.zarr"}
+    assert pipeline.store_status(spellings[-1]).counts == pipeline.store_status(folder / "plain.zarr").counts
+
+
 # -- the table of images ---------------------------------------------------------------------------------------------------------
 
 
@@ -76,6 +104,9 @@ def test_the_table_has_a_line_for_every_image_of_the_source(folder):
     files = (p for p in (folder / "source").rglob("*") if p.is_file())
     assert sorted(images["path"]) == sorted(p.relative_to(folder / "source").as_posix() for p in files)
     by_path = images.set_index("path")
+    content = (folder / "source" / "img00001.png").read_bytes()
+    assert by_path.loc["img00001.png", ["size_bytes", "digest"]].tolist() == [len(content), hashlib.sha256(content).hexdigest()]
+    assert by_path.loc["bad.png", ["size_bytes", "digest"]].tolist() == [0, ""]
     assert by_path.loc["folder/deep/img00000.png", ["class", "source_height", "input_width", "status", "error"]].tolist() == [
         "50x60",
         50,

@@ -56,7 +56,7 @@ def opened(folder):
 
 def texts(figure, path: Path) -> list[str]:
     """What is written in a figure, from top to bottom."""
-    figures.save(figure, path.with_suffix(".svg"))
+    figures.save(figure, str(path.with_suffix(".svg")))
     return [element.text for element in ET.parse(path.with_suffix(".svg")).iter("{http://www.w3.org/2000/svg}text")]
 
 
