@@ -181,6 +181,14 @@ class Job(StrictModel):
     """What is computed from the pixels."""
     limit: Positive | None = Field(None, description="Only the first N images of the listing.")
     """Only the first N images of the listing."""
+    exclude: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        (), description="Leave out files and folders of this name, or NAME/ for folders; repeat for several."
+    )
+    """Names that the listing of a folder, pattern or bucket leaves out, with wildcards; see `exclusion.Exclusion`."""
+    default_exclude: bool = Field(
+        True, description="Leave out @eaDir, .snapshot, #recycle, __MACOSX and hidden folders (default of new stores), or not."
+    )
+    """Leave out `exclusion.DEFAULT_EXCLUDE`, in stores that did so from their first run on."""
     workers: Positive | None = Field(None, description="Batches at work at once (default: one per core).")
     """Batches that the embedded cluster works on at once, in a process each, or with GPUs in threads; None is one per core."""
     memory_limit_bytes: Annotated[int, BYTES, Field(gt=0)] | None = Field(None, description="Memory of one worker.")

@@ -54,6 +54,19 @@ def skipped(suffixes: Mapping[str, int]) -> str:
     return f"Skipped {count(sum(suffixes.values()), 'file')} without an image suffix ({', '.join(shown)})."
 
 
+def left_out(patterns: Mapping[str, int]) -> str:
+    """Say what a listing left out by name; ``patterns`` has the number of folders and files per pattern.
+
+    Examples
+    --------
+    >>> left_out({"@eaDir/": 2, ".*/": 1})
+    'Left out 3 folders or files by name (@eaDir/, .*/); see --exclude.'
+    """
+    n = sum(patterns.values())
+    shown = ", ".join(map(printable, list(patterns)[:8]))
+    return f"Left out {n:,} {'folder or file' if n == 1 else 'folders or files'} by name ({shown}); see --exclude."
+
+
 def human_size(n_bytes: float) -> str:
     """Bytes in a unit that suits them.
 

@@ -55,7 +55,7 @@ def test_a_job_needs_no_more_than_source_and_store_and_then_is_the_tutorials():
         ({"decode": {"seed": 5}}, "unknown key 'decode.seed': did you mean 'extractor.seed'?"),
         (
             {"zzz": 1},
-            "unknown key 'zzz': known keys are check, cluster, deadline_s, decode, dtype, durability, extractor, gpus",
+            "unknown key 'zzz': known keys are check, cluster, deadline_s, decode, default_exclude, dtype, durability, exclude, extractor",
         ),
     ],
 )

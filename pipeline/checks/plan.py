@@ -29,8 +29,7 @@ from pipeline.run.workers import judge
 from pipeline.source.dropped import describe_dropped
 from pipeline.source.fetch import Probed, Source, probe_block
 from pipeline.source.fingerprints import Listing
-from pipeline.source.listing import list_collection
-from pipeline.store.create import check_job, open_for
+from pipeline.store.create import check_job, list_job, open_for
 from pipeline.store.layout import (
     ClassLayout,
     Size,
@@ -44,7 +43,7 @@ from pipeline.store.objects import free_bytes, place
 from pipeline.store.schema import ShapeClass
 from pipeline.store.settings import cost_s, layout_of, needed_size, scratch_bytes
 from pipeline.store.store import Store
-from pipeline.text import bad_lines, count, human_size, skipped
+from pipeline.text import bad_lines, count, human_size, left_out, skipped
 
 BLOCK = 2048
 INLINE = 4 * BLOCK
@@ -90,6 +89,8 @@ class Preview:
 
     ignored: dict[str, int] = field(default_factory=dict)
     """Files that are no images by their name: number per suffix."""
+    excluded: dict[str, int] = field(default_factory=dict)
+    """Folders and files that are left out: number per pattern."""
     exit_code: int = EXIT_COMPLETE
     """What a run would end with, as far as can be known before it starts; ``plan`` ends with the same."""
     verdict: str = ""
@@ -129,6 +130,8 @@ class Preview:
         lines += describe_dropped(self.dropped)
         if self.ignored:
             lines.append(skipped(self.ignored))
+        if self.excluded:
+            lines.append(left_out(self.excluded))
         if self.n_faults:
             lines.append(f"{count(self.n_faults, 'image')} could not be reached just now; a run would try them again")
         lines.append(f"a run would end with exit code {self.exit_code}: {self.verdict}")
@@ -168,9 +171,7 @@ def plan_job(job: Job, cluster_file: Path = Path("cluster.yaml")) -> Preview:
     UsageError
         When a run would be refused: settings, store or cluster do not fit, or too many images are gone.
     """
-    listing = list_collection(job.source)
-    if job.limit is not None:
-        listing = listing.limit(job.limit)
+    listing = list_job(job)
     check_cluster(job, cluster_file)
     spec, _ = check_job(job, listing)
     path = place(job.store)
@@ -180,6 +181,7 @@ def plan_job(job: Job, cluster_file: Path = Path("cluster.yaml")) -> Preview:
     if holder is None:
         check_removals(found, job.max_removed)  # which a run does once it holds the store
     preview = Preview(len(listing), found.n_unchanged, n_removed=found.n_removed, ignored=dict(listing.ignored))
+    preview.excluded = dict(listing.excluded)
     kind = _look_at_workers(preview, job, cluster_file)
     kind = kind._replace(bucket_bytes=bucket_bytes(listing.root, path))
     n_pending = found.n_pending

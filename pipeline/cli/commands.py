@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from pipeline import __version__
-from pipeline.cli.arguments import as_place, log_format_option, store_argument
+from pipeline.cli.arguments import as_place, cluster_file_option, log_format_option, store_argument
 from pipeline.cli.clusters import cluster, doctor, submit
 from pipeline.cli.figures import report, show
 from pipeline.cli.groups import GroupedCommands
@@ -52,7 +53,7 @@ def _job_command(command: Callable[..., Any]) -> Callable[..., Any]:
     what = click.argument("what", nargs=-1, required=True, metavar="SOURCE STORE | JOB.yaml")
     as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
     verbose = click.option("-v", "--verbose", count=True, help="More log lines, one per batch; twice for Dask's own.")
-    return what(job_options(as_json(verbose(log_format_option(command)))))
+    return what(job_options(cluster_file_option(as_json(verbose(log_format_option(command))))))
 
 
 def _make_job(what: tuple[str, ...], options: dict[str, Any]) -> Job:
@@ -81,7 +82,15 @@ def _begin(what: tuple[str, ...], options: dict[str, Any], verbose: int, log_for
 @cli.command()
 @_job_command
 @click.option("--metrics", metavar="HOST:PORT", help="Serve Prometheus metrics here while the run lasts; port 0 is any free one.")
-def run(what: tuple[str, ...], as_json: bool, verbose: int, log_format: str, metrics: str | None, **options: Any) -> int:
+def run(
+    what: tuple[str, ...],
+    as_json: bool,
+    verbose: int,
+    log_format: str,
+    metrics: str | None,
+    cluster_file: Path,
+    **options: Any,
+) -> int:
     """Write the feature maps of SOURCE to STORE, or update them.
 
     The same command makes the first run, resumes a run that ended early, and adds tonight's new images.
@@ -95,7 +104,7 @@ def run(what: tuple[str, ...], as_json: bool, verbose: int, log_format: str, met
 
     on_terminal = sys.stderr.isatty() and not as_json and log_format == "text"
     with serve_metrics(metrics), stop_on_signal() as stop, show_progress(on_terminal, stop) as on_progress:
-        summary = run_job(job, on_progress=on_progress, stop=stop)
+        summary = run_job(job, on_progress=on_progress, stop=stop, cluster_file=cluster_file)
     say_end(summary)
     click.echo(json.dumps(receipt(summary), indent=1) if as_json else describe(summary, job.store))
     return summary.exit_code
@@ -103,7 +112,7 @@ def run(what: tuple[str, ...], as_json: bool, verbose: int, log_format: str, met
 
 @cli.command()
 @_job_command
-def plan(what: tuple[str, ...], as_json: bool, verbose: int, log_format: str, **options: Any) -> int:
+def plan(what: tuple[str, ...], as_json: bool, verbose: int, log_format: str, cluster_file: Path, **options: Any) -> int:
     """Show what run would do. Changes nothing.
 
     Shows images, classes, shards, bytes, memory and disk. Ends with the exit code that the run would have, as far as listing, headers
@@ -113,7 +122,7 @@ def plan(what: tuple[str, ...], as_json: bool, verbose: int, log_format: str, **
     job = _begin(what, options, verbose, log_format)
     from pipeline.checks.plan import plan_job
 
-    preview = plan_job(job)
+    preview = plan_job(job, cluster_file)
     click.echo(json.dumps(preview.to_dict(), indent=1) if as_json else preview.describe())
     return preview.exit_code
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from pipeline.store.objects import Place
 
 _TAKES = {  # how many of each
-    "maps": {"PATH": 1, "--overlay": 1, "--layer": 1000, "--channel": 1000},
+    "maps": {"PATH": 1, "--overlay": 1, "--crop": 1, "--layer": 1000, "--channel": 1000},
     "contact": {"PATH": 1000, "--layer": 1, "--channel": 1, "-n": 1},
     "histogram": {"--layer": 1, "-n": 1},
     "filters": {"--layer": 1},
@@ -33,6 +33,13 @@ _TAKES = {  # how many of each
     "--layer", "layers", multiple=True, metavar="NAME", help="A layer; repeat for several (default: all, or the first)."
 )
 @click.option("--channel", "channels", type=int, multiple=True, metavar="K", help="A channel, from 0; repeat for several.")
+@click.option(
+    "--crop",
+    type=click.IntRange(0),
+    nargs=4,
+    metavar="LEFT TOP WIDTH HEIGHT",
+    help="Draw only this part of the image, in pixels.",
+)
 @click.option("-n", "n", type=int, metavar="N", help="Images of a contact sheet (default: 12) or of histograms (64).")
 def show(
     store: Place,
@@ -42,6 +49,7 @@ def show(
     overlay: bool,
     layers: tuple[str, ...],
     channels: tuple[int, ...],
+    crop: tuple[int, ...] | None,
     n: int | None,
 ) -> int:
     """Draw an image with its maps, or another figure of STORE.
@@ -62,10 +70,12 @@ def show(
             f"store with --figure {', '.join(others)} or {last}"
         )
     kind = kind or "maps"
-    given = {"PATH": len(paths), "--overlay": overlay, "--layer": len(layers), "--channel": len(channels), "-n": n is not None}
+    given = {"PATH": len(paths), "--overlay": overlay, "--layer": len(layers), "--channel": len(channels)}
+    given |= {"--crop": bool(crop), "-n": n is not None}
     _check(kind, given)
+    of_maps = {"overlay": overlay, "layers": layers or None, "channels": channels or None, "crop": crop or None}
     known: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
-        "maps": (figures.show, {"overlay": overlay, "layers": layers or None, "channels": channels or None}),
+        "maps": (figures.show, of_maps),
         "contact": (figures.contact_sheet, {"paths": paths or None, **_only(layer=layers, channel=channels, n=(n,))}),
         "histogram": (figures.histograms, _only(layer=layers, n_images=(n,))),
         "filters": (figures.filters, _only(layer=layers)),

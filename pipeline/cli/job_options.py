@@ -14,6 +14,7 @@ from pipeline.config import Job
 _METAVARS = {  # where the type alone does not say what to write
     "background": "RED GREEN BLUE",
     "cluster": "NAME",
+    "exclude": "PATTERN",
     "layers": "FxHxW[:ACT][:poolN]",
     "max_removed": "SHARE",
     "outputs": "NAME",

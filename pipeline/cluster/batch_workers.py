@@ -207,6 +207,17 @@ def job_script(spec: BatchSpec, group_name: str, job_name: str) -> str:
     return script.replace(folder, spec.log_folder)
 
 
+def job_settings(spec: BatchSpec, group_name: str, job_name: str) -> str:
+    """What `job_script` would be made from, where dask-jobqueue, which writes it, is not installed."""
+    options = batch_options(spec, spec.groups[group_name], f"{job_name}-{group_name}")
+    shown = {key: value for key, value in options.items() if value not in (None, [], {}) and key != "security"}
+    lines = [f"{key}: {' '.join(value) if key == 'worker_extra_args' else value}" for key, value in shown.items()]
+    reason = (
+        "dask-jobqueue writes the script and is not installed (pip install 'featuremaps[batch]'); it would be made from this:"
+    )
+    return "\n".join([f"# {reason}", *lines])
+
+
 def lifetime(walltime_s: int) -> list[str]:
     """Options by which a worker retires before its walltime; not all at once, so that the run does not stand still."""
     margin = min(margin_s(walltime_s), walltime_s / 2)

@@ -38,7 +38,7 @@ class Picture:
         return (right - left) / (bottom - top)
 
 
-def of_pixels(title: str, pixels: Array, max_side: int = MAX_SIDE) -> Picture:
+def of_pixels(title: str, pixels: Array, max_side: int = MAX_SIDE, origin: tuple[int, int] = (0, 0)) -> Picture:
     """An image as it is drawn.
 
     Parameters
@@ -48,10 +48,12 @@ def of_pixels(title: str, pixels: Array, max_side: int = MAX_SIDE) -> Picture:
         Of three channels or one.
     max_side : int
         Pixels of the longer side at most.
+    origin : (int, int)
+        Left and top pixel, where it is a part of the image.
     """
     values = pixels if pixels.shape[2] == 3 else pixels[:, :, 0]
     height, width = values.shape[:2]
-    return _picture(title, values, np.arange(height), np.arange(width), (1.0, 1.0), max_side)
+    return _picture(title, values, origin[1] + np.arange(height), origin[0] + np.arange(width), (1.0, 1.0), max_side)
 
 
 def of_map(title: str, values: Array, y: Array, x: Array, strides: tuple[float, float], max_side: int = MAX_SIDE) -> Picture:

@@ -73,6 +73,28 @@ def map_picture(store: FeatureStore, maps: xr.Dataset, layer: str, channel: int,
     return arrays.of_map(f"{layer}, channel {channel}", values, y, x, (field.stride_y, field.stride_x), max_side)
 
 
+def crop_maps(maps: xr.Dataset, layers: Sequence[str], crop: Sequence[int]) -> xr.Dataset:
+    """The values whose receptive fields are centred in a part of the image: left, top, width and height in input pixels.
+
+    Raises
+    ------
+    UsageError
+        When a layer has no value there.
+    """
+    left, top, width, height = crop
+    for name in layers:
+        for axis, start, n in (("y", top, height), ("x", left, width)):
+            centres = maps[f"{name}_{axis}"].values
+            inside = np.flatnonzero((centres >= start) & (centres < start + n))
+            if not len(inside):
+                raise UsageError(
+                    f"crop {left} {top} {width} {height} (left, top, width, height in pixels) holds no value of layer {name!r}, whose {axis} "
+                    f"goes from {centres[0]:g} to {centres[-1]:g}: nothing was drawn; move it, or make it larger"
+                )
+            maps = maps.isel({f"{name}_{axis}": inside})
+    return maps
+
+
 def photograph(store: FeatureStore, path: str) -> Picture | None:
     """An image, small; None where it cannot be read."""
     pixels = store.pixels(path)

@@ -44,6 +44,7 @@ def show(
     overlay: bool = False,
     layers: str | Sequence[str] | None = None,
     channels: int | Sequence[int] | None = None,
+    crop: Sequence[int] | None = None,
 ) -> Canvas:
     """An image with its maps: below it, or laid over it.
 
@@ -59,6 +60,8 @@ def show(
         Layers whose maps are stored; all by default.
     channels : int or sequence of int, optional
         Channels of each of these layers, from 0; all by default. Of more than 64 maps the first are drawn.
+    crop : sequence of int, optional
+        The part to draw, in input pixels: left, top, width, height. A large image is shrunk to be drawn, a part of it need not be.
 
     Returns
     -------
@@ -75,8 +78,12 @@ def show(
     chosen = [(name, channel) for name in names for channel in choices.channels_of(choices.stored_layer(store, name), channels)]
     maps = store.image(path, names)
     pixels = store.pixels(path)
+    left, top, width, height = crop or (0, 0, None, None)
+    if crop:
+        maps = choices.crop_maps(maps, names, crop)
+        pixels = None if pixels is None else pixels[top:][:height, left:][:, :width]
     title = printable(path)
-    image = None if pixels is None else arrays.of_pixels(title, pixels)
+    image = None if pixels is None else arrays.of_pixels(title, pixels, origin=(left, top))
     side = arrays.MAX_SIDE if len(chosen) <= 4 else arrays.MAX_SIDE // 2
     kept = chosen[:MAX_PANELS]
     drawn = [[choices.map_picture(store, maps, name, channel, side) for n, channel in kept if n == name] for name in names]

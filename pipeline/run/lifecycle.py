@@ -22,9 +22,8 @@ from pipeline.run.context import Context
 from pipeline.run.plan.changes import check_removals
 from pipeline.run.summary import Progress, Summary, receipt, working
 from pipeline.source.decoding import decode_versions
-from pipeline.source.listing import list_collection
 from pipeline.store.contents import count_statuses
-from pipeline.store.create import check_job, create_store, open_for, prepare_folder
+from pipeline.store.create import check_job, create_store, list_job, open_for, prepare_folder
 from pipeline.store.lock import StoreLock, last_holder, require_lock
 from pipeline.store.objects import Place, place
 from pipeline.store.run_ids import new_run_id, next_number
@@ -59,14 +58,12 @@ def run_job(
     progress = Progress()
     notify = _unfailing(on_progress) if on_progress else (lambda _: None)
     notify(progress)
-    listing = list_collection(job.source)
-    if job.limit is not None:
-        listing = listing.limit(job.limit)
+    listing = list_job(job)
     spec, weights = check_job(job, listing)
     durable = job.durability == "machine"
     prepare_folder(path, durable=durable)
     summary = Summary("", started=_now(), config=job.model_dump(mode="json"), versions=_versions(), n_listed=len(listing))
-    summary.ignored = dict(listing.ignored)
+    summary.ignored, summary.excluded = dict(listing.ignored), dict(listing.excluded)
     summary.unreadable_folders = list(listing.unreadable[:100])
     with _numbered(path, summary, sole_writer=job.sole_writer) as took_over, working(str(path), summary, progress):
         store = open_for(path, spec) or create_store(path, spec, weights, durable=durable)

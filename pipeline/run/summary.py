@@ -77,6 +77,8 @@ class Summary:
     """Images of the store that are done, by this run or an earlier one."""
     ignored: dict[str, int] = field(default_factory=dict)
     """Files that are no images by their name: number per suffix."""
+    excluded: dict[str, int] = field(default_factory=dict)
+    """Folders and files that were left out: number per pattern."""
     n_done: int = 0
     n_quarantined: int = 0
     n_rejected: int = 0

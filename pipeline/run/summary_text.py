@@ -8,7 +8,7 @@ from typing import Any
 from pipeline.errors import EXIT_QUARANTINED
 from pipeline.run.summary import WAITING, Summary, receipt
 from pipeline.source.dropped import describe_dropped
-from pipeline.text import bad_lines, count, printable, skipped
+from pipeline.text import bad_lines, count, left_out, printable, skipped
 
 FEW_PER_SLOT = 100
 """Images for each slot, below which a run is too short to keep its workers busy."""
@@ -34,6 +34,8 @@ def describe(summary: Summary, store: str) -> str:
     lines += describe_dropped(summary.dropped)
     if summary.ignored:
         lines.append(skipped(summary.ignored))
+    if summary.excluded:
+        lines.append(left_out(summary.excluded))
     lines += _bad(summary, store)
     lines.append(f"store {store}, receipt runs/{summary.run_id}.json")
     return "\n".join(lines)

@@ -28,6 +28,8 @@ class Listing:
     """Encoded relative folders that could not be read: what is known of the images below them stays as it is."""
     ignored: dict[str, int] = field(default_factory=dict, repr=False)
     """Files of a folder that are no images by their name: number per suffix, a few suffixes at most."""
+    excluded: dict[str, int] = field(default_factory=dict, repr=False)
+    """Folders and files (in a bucket: objects) that were left out: number per pattern."""
     identities: list[str] = field(default_factory=list, repr=False)
     """Under a URL instead of the times: the ETag of each image, empty where it could not be read."""
     complete: bool = True

@@ -5,8 +5,8 @@ az://, and a list may hold URLs, https:// among them. Names are bytes here, as o
 percent-encoded where they are not UTF-8.
 
 Rules of a folder: every file below it with a suffix of `SUFFIXES` counts, hidden ones too, but not the ``._*`` files that
-macOS leaves beside them. Links to files and folders are followed; a folder inside itself is not entered again. Fifos,
-sockets and devices are left out with a warning, wherever they come from, because opening one may block for ever. The order
+macOS leaves beside them, nor what the caller excludes. Links to files and folders are followed; a folder inside itself is not
+entered again. Fifos, sockets and devices are left out with a warning, wherever they come from, because opening one may block for ever. The order
 is depth first, each folder sorted by the bytes of its names. Patterns follow the shell: a wildcard matches no leading dot.
 """
 # pathlib cannot hold paths of bytes, and is several times slower on a million of them:
@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING
 from pipeline.config import IMAGE_SUFFIXES
 from pipeline.errors import UsageError
 from pipeline.patterns import Pattern, absolute, absolute_patterns, has_unknown_user, is_pattern, what_to_type
+from pipeline.source.exclusion import HIDDEN, Exclusion
 from pipeline.source.fingerprints import Listing, clamp_time
 from pipeline.source.identity import bucket_pattern, named_by
 from pipeline.source.names import absolute_path, absolute_url, encode_path, nothing_listed, suffix_of
@@ -36,7 +37,7 @@ from pipeline.source.path_lists import READERS, read_list
 from pipeline.source.urls import CONCURRENCY, Meta, Url, is_url
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from pipeline.patterns import State
 
@@ -49,7 +50,7 @@ SUFFIXES = frozenset(" ".join(IMAGE_SUFFIXES.values()).split())
 """Lower-case suffixes of the files in a folder that count as images."""
 
 
-def list_collection(source: str) -> Listing:
+def list_collection(source: str, exclude: Sequence[str] = ()) -> Listing:
     """List every image of a source.
 
     Parameters
@@ -58,6 +59,8 @@ def list_collection(source: str) -> Listing:
         A folder, a glob pattern (`patterns`: ``**`` is any depth; every file that it matches counts, whatever its suffix), or a list:
         .txt (a path per line; blank lines and those that start with ``#`` do not count), .csv or .parquet (column
         ``path``). Relative entries of a list are relative to its folder; ``..`` is resolved without looking at links.
+    exclude : sequence of str
+        What folders, patterns and buckets leave out (`exclusion.Exclusion`); a list names its images itself.
 
     Returns
     -------
@@ -70,13 +73,13 @@ def list_collection(source: str) -> Listing:
     UsageError
         When the source cannot be used, or has no images at all.
     """
-    if is_url(source):
-        return _list_url(source)
-    kind, path = _recognise(source)
-    if kind == "folder":
-        return _list_folder(path)
-    if kind == "pattern":
-        return _list_pattern(source)
+    is_remote = is_url(source)
+    kind, path = ("pattern" if is_pattern(source) else "folder", source) if is_remote else _recognise(source)
+    # No wildcard matches a leading dot, so a hidden folder of a pattern was asked for by name.
+    exclusion = Exclusion([p for p in exclude if kind != "pattern" or p != HIDDEN])
+    if is_remote or kind in {"folder", "pattern"}:
+        list_it = _list_url if is_remote else _list_folder if kind == "folder" else _list_pattern
+        return replace(list_it(path if kind == "folder" else source, exclusion), excluded=dict(exclusion.found))
     root, paths = read_list(path)
     if is_url(root):
         return _list_urls(source, root, paths)
@@ -147,7 +150,7 @@ def _measure(read: Callable[[], os.stat_result]) -> tuple[int, int] | None:
     return (-1, -1) if stat.S_ISDIR(status.st_mode) else None
 
 
-def _list_url(source: str) -> Listing:
+def _list_url(source: str, exclusion: Exclusion) -> Listing:
     url = Url.parse(source)
     if url.query:
         raise UsageError(
@@ -161,7 +164,7 @@ def _list_url(source: str) -> Listing:
                 f"source {source!r} cannot be listed, so nothing was listed: the web has no folders; give a .txt, .csv or .parquet list of "
                 "URLs, or a bucket (s3://, gs://, az://)"
             )
-        return _list_bucket(source, url)
+        return _list_bucket(source, url, exclusion)
     except OSError as error:
         raise UsageError(
             f"source {source!r} cannot be listed ({error}), so nothing was listed and nothing was marked as removed; check the name, "
@@ -179,7 +182,7 @@ def _fetch_list(url: Url) -> tuple[str, list[str]]:
             raise UsageError(str(error).replace(file.name, str(url))) from error
 
 
-def _list_bucket(source: str, url: Url) -> Listing:
+def _list_bucket(source: str, url: Url, exclusion: Exclusion) -> Listing:
     """Every object below a prefix, or of a pattern, by the bytes of its key."""
     if suffix_of(url.key) in SUFFIXES and not is_pattern(url.key):
         raise UsageError(
@@ -187,12 +190,12 @@ def _list_bucket(source: str, url: Url) -> Listing:
         )
     pattern = bucket_pattern(url)
     root, others = Url(url.base, pattern.root), Counter[str]()
-    listing = _listing_of(str(root), _objects(root, pattern, others))
+    listing = _listing_of(str(root), _objects(root, pattern, others, exclusion))
     if not listing.paths:
         nothing = (
             f"pattern {source!r} matches no object{what_to_type(url.key)}"
             if pattern.tails
-            else _without_images(str(root), others)
+            else _without_images(str(root), others, exclusion)
         )
         raise nothing_listed(nothing)
     order = sorted(range(len(listing)), key=listing.paths.__getitem__)
@@ -201,9 +204,11 @@ def _list_bucket(source: str, url: Url) -> Listing:
     return replace(listing, paths=paths, size_bytes=sizes, identities=identities, ignored=dict(others.most_common()))
 
 
-def _objects(root: Url, pattern: Pattern, others: Counter[str]) -> Iterator[tuple[str, Meta]]:
+def _objects(root: Url, pattern: Pattern, others: Counter[str], exclusion: Exclusion) -> Iterator[tuple[str, Meta]]:
     """What counts of the objects below a prefix, as it is listed."""
     for key, meta in root.walk():
+        if exclusion.leaves_out_key(key):
+            continue
         state = pattern.start
         for name in key.split("/") if pattern.tails else ():
             state = pattern.step(state, name.encode())
@@ -241,19 +246,22 @@ def _listing_of(root: str, found: Iterable[tuple[str, Meta | None]]) -> Listing:
     return listing
 
 
-def _list_folder(root: str) -> Listing:
+def _list_folder(root: str, exclusion: Exclusion) -> Listing:
     others: Counter[str] = Counter()
     unreadable: list[str] = []
-    found = ((path, entry.stat) for path, entry in _walk(root, None, unreadable) if _is_image(entry.name, others))
-    listing = _measured(root, found, unreadable, partial(_without_images, root, others))
+    found = ((path, entry.stat) for path, entry in _walk(root, None, unreadable, exclusion) if _is_image(entry.name, others))
+    listing = _measured(root, found, unreadable, partial(_without_images, root, others, exclusion))
     return replace(listing, ignored=dict(others.most_common()))
 
 
-def _without_images(root: str, others: Counter[str]) -> str:
+def _without_images(root: str, others: Counter[str], exclusion: Exclusion) -> str:
+    left_out = exclusion.describe()
     if not others:
-        return f"folder {root!r} is empty (no files at any depth)"
+        return (
+            f"folder {root!r} holds nothing else{left_out}" if left_out else f"folder {root!r} is empty (no files at any depth)"
+        )
     seen = ", ".join(repr(suffix) if suffix else "none" for suffix, _ in others.most_common(8))
-    return f"folder {root!r} holds no images but {others.total()} other files (suffixes: {seen})"
+    return f"folder {root!r} holds no images but {others.total()} other files (suffixes: {seen}){left_out}"
 
 
 def _is_image(name: bytes | str, others: Counter[str]) -> bool:
@@ -265,15 +273,15 @@ def _is_image(name: bytes | str, others: Counter[str]) -> bool:
     return False
 
 
-def _list_pattern(source: str) -> Listing:
+def _list_pattern(source: str, exclusion: Exclusion) -> Listing:
     spelled = absolute_patterns(source)
     for alternative in spelled if len(spelled) > 1 else ():  # each is refused as it would be alone
         _check_folder(Pattern.of([alternative]).root or "/")
     pattern = Pattern.of(spelled)
     unreadable: list[str] = []
-    found = ((path, entry.stat) for path, entry in _walk(pattern.root or "/", pattern, unreadable))
+    found = ((path, entry.stat) for path, entry in _walk(pattern.root or "/", pattern, unreadable, exclusion))
     nothing = f"pattern {source!r} matches no file{what_to_type(source)}"
-    return _measured(pattern.root or "/", found, unreadable, lambda: nothing)
+    return _measured(pattern.root or "/", found, unreadable, lambda: nothing + exclusion.describe())
 
 
 def _check_folder(folder: str) -> None:
@@ -309,7 +317,9 @@ def _goes_into(pattern: Pattern, names: list[str]) -> bool:
     return pattern.goes_on(state)
 
 
-def _walk(root: str, pattern: Pattern | None, unreadable: list[str]) -> Iterator[tuple[str, os.DirEntry[bytes]]]:
+def _walk(
+    root: str, pattern: Pattern | None, unreadable: list[str], exclusion: Exclusion
+) -> Iterator[tuple[str, os.DirEntry[bytes]]]:
     """Yield what lies below ``root``, is no folder and matches the pattern, if there is one; lost folders go to ``unreadable``."""
     top = os.fsencode(root)
     skip = len(os.path.join(top, b""))
@@ -328,6 +338,8 @@ def _walk(root: str, pattern: Pattern | None, unreadable: list[str]) -> Iterator
         if pattern and not after:
             continue
         is_folder = _is_folder(entry)
+        if exclusion.leaves_out(os.fsdecode(entry.path[skip:]), is_folder=is_folder is not False):
+            continue
         if is_folder is not False and (not pattern or pattern.goes_on(after)):
             try:
                 _enter(folders, entry.path, after)

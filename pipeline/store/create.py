@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
@@ -11,11 +12,16 @@ from pipeline.config import Job
 from pipeline.errors import UsageError
 from pipeline.extract.layers import Array
 from pipeline.extract.weights import load_weights
+from pipeline.patterns import is_pattern
+from pipeline.source.exclusion import DEFAULT_EXCLUDE
 from pipeline.source.fingerprints import Listing
 from pipeline.source.identity import is_same_folder
-from pipeline.source.listing import walks_into
+from pipeline.source.listing import list_collection, walks_into
+from pipeline.source.names import suffix_of
+from pipeline.source.path_lists import READERS
 from pipeline.store.codecs import compress
 from pipeline.store.objects import Place, children, exists, make_folder, place, put, put_json, remove_folder
+from pipeline.store.opening import read_spec
 from pipeline.store.schema import (
     EXTRACTOR,
     REJECTED,
@@ -101,6 +107,27 @@ def create_store(path: Place, spec: StoreSpec, weights: Mapping[str, Array], *, 
     put_json(path / REJECTED / "zarr.json", group_document({}), durable=durable)
     put_json(path / "zarr.json", root_document(spec), durable=durable)
     return Store(path, durable=durable)
+
+
+def list_job(job: Job) -> Listing:
+    """List a job's source, without what the job and its store leave out.
+
+    A store that was made before there were excluded names has none: otherwise its rows would be taken for removed.
+
+    Raises
+    ------
+    UsageError
+        As `list_collection`, or when there is another kind of store.
+    """
+    path = place(job.store).absolute()
+    if job.exclude and suffix_of(job.source) in READERS and not is_pattern(job.source) and not Path(job.source).is_dir():
+        raise UsageError(
+            f"exclude is for folders, patterns and buckets, and source {job.source!r} is a list, which names its images itself: nothing "
+            "was started; take them out of the list"
+        )
+    by_default = () if not job.default_exclude else read_spec(path).excluded if is_store(path) else DEFAULT_EXCLUDE
+    listing = list_collection(job.source, (*job.exclude, *by_default))
+    return listing if job.limit is None else listing.limit(job.limit)
 
 
 def check_job(job: Job, listing: Listing) -> tuple[StoreSpec, dict[str, Array]]:

@@ -51,7 +51,7 @@ def read_spec(path: Place) -> StoreSpec:
         for part, key in ((content["extractor"], "layers"), (content["decode"], "sha256")):
             part[key]  # must be there
         content.pop("sha256", None)  # which older stores have not
-        return StoreSpec(**{**content, "layers": layers})
+        return StoreSpec(**{**content, "layers": layers, "excluded": tuple(content.get("excluded", ()))})
 
 
 def read_classes(path: Place, spec: StoreSpec) -> dict[Size, ShapeClass]:

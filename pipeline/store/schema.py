@@ -100,6 +100,8 @@ class StoreSpec:
     created_version: str
     written_version: str
     format: int = FORMAT
+    excluded: tuple[str, ...] = ()
+    """What listings leave out unless the job says otherwise; stores of before have none, and keep their rows."""
 
     @property
     def map_layers(self) -> tuple[StoredLayer, ...]:
@@ -138,6 +140,8 @@ def root_document(spec: StoreSpec) -> dict[str, Any]:
         layer["fill_value"] = None if np.isnan(layer["fill_value"]) else layer["fill_value"]
         if layer["has_maps"]:
             del layer["has_maps"]  # only its absence from the maps is said: stores that have them all are as they always were
+    if not spec.excluded:
+        del content["excluded"]  # as in stores of before
     return group_document({"featuremaps": with_digest(content)})
 
 

@@ -14,6 +14,7 @@ from pipeline.extract import kernel
 from pipeline.extract.layers import Array, layer_names, output_bounds, output_sizes, receptive_field
 from pipeline.extract.quantise import RANGE_MARGIN, TF32_MARGIN, quantisation
 from pipeline.extract.weights import weights_digest
+from pipeline.source.exclusion import DEFAULT_EXCLUDE
 from pipeline.source.identity import absolute_source
 from pipeline.store.layout import ClassLayout, Size, class_layout, image_cost_s
 from pipeline.store.schema import StoredLayer, StoreSpec, with_digest
@@ -41,6 +42,7 @@ def store_spec(job: Job, root: str, weights: dict[str, Array]) -> StoreSpec:
         layers=_stored_layers(job.extractor, job.dtype, weights),
         created_version=VERSION,
         written_version=VERSION,
+        excluded=DEFAULT_EXCLUDE if job.default_exclude else (),
     )
 
 

@@ -98,6 +98,24 @@ def test_every_option_finds_its_place_in_the_job(jobs):
     assert job.deadline_s == 7.0
 
 
+@pytest.mark.parametrize(("name", "target"), [("run", "pipeline.api.run_job"), ("plan", "pipeline.checks.plan.plan_job")])
+def test_clusters_may_be_named_in_another_file(command, monkeypatch, tmp_path, name, target):
+    given = []
+
+    def fail(_job, *files, cluster_file=None, **_):
+        given.extend([*files, cluster_file])
+        raise StoreBusyError("enough")
+
+    monkeypatch.setattr(target, fail)
+    assert command(name, "a", "b", "--cluster-file", tmp_path / "mine.yaml")[0] == 75
+    assert tmp_path / "mine.yaml" in given
+
+
+def test_names_to_leave_out_may_be_given(jobs):
+    job = jobs("a", "b", "--exclude", "raw/", "--exclude", "*_thumb.jpg", "--no-default-exclude")
+    assert (job.exclude, job.default_exclude) == (("raw/", "*_thumb.jpg"), False)
+
+
 def test_a_job_file_is_relative_to_itself_and_options_replace_what_it_says(jobs, tmp_path, monkeypatch):
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "job.yml").write_text(

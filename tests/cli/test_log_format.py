@@ -123,7 +123,7 @@ def test_an_error_is_json_and_names_the_store(tmp_path):
 
 
 def test_a_fault_of_our_own_is_one_line_of_json_and_a_traceback_in_text(tmp_path):
-    broken = f"import pipeline.checks.plan as p; p.plan_job = lambda job: 1 / 0; {COMMAND}"
+    broken = f"import pipeline.checks.plan as p; p.plan_job = lambda *_: 1 / 0; {COMMAND}"
     code, lines = errors_of(broken, "plan", "a", str(tmp_path / "f.zarr"), "--log-format", "json")
     assert (code, [line["level"] for line in lines]) == (1, ["CRITICAL"])
     assert lines[0]["message"] == "featuremaps has a fault: division by zero"

@@ -193,3 +193,14 @@ def test_the_commands_print_them(tmp_path, monkeypatch, capfd):
     out = capfd.readouterr().out
     assert "\nlab             ssh         desktops: 4 workers on each of 2 hosts" in out
     assert "\nssh alpha 'exec env " in out
+
+
+def test_without_dask_jobqueue_the_settings_of_its_script_are_shown(show, monkeypatch):
+    monkeypatch.setattr("pipeline.cluster.kinds.batch.find_spec", lambda _: None)
+    monkeypatch.setitem(sys.modules, "dask_jobqueue.htcondor", None)
+    text = show(kind="slurm", queue="long", walltime="2:00:00", groups={"all": {"workers": 3, "threads": 2, "memory": "4 GiB"}})
+    assert text.startswith(
+        "# group all: 3 of these are handed in with sbatch\n# dask-jobqueue writes the script and is not installed (pip"
+    )
+    lines = text.splitlines()
+    assert {"cores: 2", "queue: long", "walltime: 02:00:00", f"memory: {4 * 2**30} B"} <= set(lines)

@@ -475,6 +475,15 @@ def test_a_figure_of_an_unknown_kind_is_refused_before_anything_is_read(command,
     assert (code, "would be of an unknown kind" in err) == (2, True)
 
 
+def test_a_part_of_an_image_is_drawn_at_its_true_place(opened, command, folder, tmp_path):
+    figure = figures.show(opened(), "img00000.png", crop=(20, 10, 15, 12))
+    image, *maps = (axes.images[0] for axes in figure.axes if axes.images)
+    assert image.get_extent() == [19.5, 34.5, 21.5, 9.5]
+    assert all(drawn.get_array().shape == (12, 15) and drawn.get_extent() == [19.5, 34.5, 21.5, 9.5] for drawn in maps)
+    with pytest.raises(UsageError, match=r"crop 0 0 2 2 .*holds no value of layer 'conv1', whose y goes from 4 to"):
+        figures.show(opened(), "img00000.png", crop=(0, 0, 2, 2))
+
+
 def test_a_figure_that_cannot_be_written_says_so(opened, tmp_path):
     figure = figures.show(opened(), "img00000.png")
     with pytest.raises(UsageError, match=r"fig\.png cannot be written \(.*No such file.*\): check its folder"):

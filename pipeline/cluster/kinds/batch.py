@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -121,12 +122,14 @@ class BatchSpec(RemoteSpec):
         _take_back(self.kind, {f"{name}-{group}" for group in self.groups})
 
     def show(self, job_name: str) -> str:
-        """The script of each group."""
-        from pipeline.cluster.batch_workers import job_script  # noqa: PLC0415 (imports Dask)
+        """The script of each group, or without dask-jobqueue what it would be made from."""
+        from pipeline.cluster.batch_workers import job_script, job_settings  # noqa: PLC0415 (imports Dask)
 
-        command = batch_commands.SYSTEMS[self.kind].submit
+        command, write = batch_commands.SYSTEMS[self.kind].submit, job_script
+        if find_spec("dask_jobqueue") is None:
+            write = job_settings
         scripts = (
-            f"# group {name}: {group.workers} of these are handed in with {command}\n{job_script(self, name, job_name)}"
+            f"# group {name}: {group.workers} of these are handed in with {command}\n{write(self, name, job_name)}"
             for name, group in self.groups.items()
         )
         return "\n".join(scripts).rstrip()
