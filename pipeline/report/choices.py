@@ -88,8 +88,8 @@ def crop_maps(maps: xr.Dataset, layers: Sequence[str], crop: Sequence[int]) -> x
             inside = np.flatnonzero((centres >= start) & (centres < start + n))
             if not len(inside):
                 raise UsageError(
-                    f"crop {left} {top} {width} {height} (left, top, width, height in pixels) holds no value of layer {name!r}, whose {axis} "
-                    f"goes from {centres[0]:g} to {centres[-1]:g}: nothing was drawn; move it, or make it larger"
+                    f"crop {left} {top} {width} {height} (left, top, width, height in pixels) holds no value of layer {name!r}, "
+                    f"whose {axis} goes from {centres[0]:g} to {centres[-1]:g}: nothing was drawn; move it, or make it larger"
                 )
             maps = maps.isel({f"{name}_{axis}": inside})
     return maps

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline.errors import EXIT_QUARANTINED
+from pipeline.errors import EXIT_QUARANTINED, EXIT_USAGE
 from pipeline.run.summary import Summary
 from pipeline.store.contents import BadImage, bad_images, count_class, count_rejected
 from pipeline.store.schema import Status
@@ -58,10 +58,12 @@ class RunFacts:
     started: str
     elapsed_s: float
     state: str
-    """complete, stopped, incomplete, failed, at work, or died."""
+    """complete, stopped, incomplete, failed, refused, at work, or died."""
     exit_code: int | None
     """None while it works, or where it died."""
     n_done: int
+    n_bad: int
+    """Images that this run quarantined or rejected."""
     images_per_s: float
     message: str
 
@@ -197,12 +199,15 @@ def run_facts(receipts: Sequence[Mapping[str, Any]], holder: Mapping[str, Any] |
     for receipt in receipts:
         run = as_summary(receipt)
         state, exit_code = _state(run, holder)
-        yield RunFacts(run.run_id, run.started, run.elapsed_s, state, exit_code, run.n_done, run.images_per_s, run.message)
+        n_bad = run.n_quarantined + run.n_rejected
+        yield RunFacts(run.run_id, run.started, run.elapsed_s, state, exit_code, run.n_done, n_bad, run.images_per_s, run.message)
 
 
 def _state(run: Summary, holder: Mapping[str, Any] | None) -> tuple[str, int | None]:
     if run.outcome == "running":
         return ("at work" if holder and holder["run_id"] == run.run_id else "died"), None
+    if run.outcome == "failed" and run.exit_code == EXIT_USAGE:
+        return "refused", EXIT_USAGE
     return run.outcome or "not said", run.exit_code
 
 
@@ -249,9 +254,9 @@ def verdict_of(facts: Facts) -> Verdict:
         return Verdict("working", f"A run is at work: {n_done:,} of {_images(n_listed)} are done so far.", "Look again later.")
     n_missing = n_listed - n_done - facts.n_bad
     missing = f"{n_missing:,} of {_images(n_listed)} {'is' if n_missing == 1 else 'are'} missing" if n_missing else ""
-    if run and state in {"failed", "died"}:
+    if run and state in {"failed", "refused", "died"}:
         why = f": {printable(run.message)}" if run.message else ""
-        text = "The last run died before its end" if state == "died" else "The last run failed"
+        text = "The last run " + {"died": "died before its end", "refused": "was refused"}.get(state, "failed")
         return Verdict(
             "bad",
             f"{text}{f'; {missing}' if missing else ''}{why}.".replace("..", "."),

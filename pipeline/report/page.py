@@ -45,7 +45,7 @@ FIGURE_DPI = 110
 N_COUNTED = 16
 """Images whose values are counted in histograms, at least."""
 T = TypeVar("T", Sample, "Plot")
-TONES = {"complete": "good", "at work": "working", "failed": "bad", "died": "bad"}
+TONES = {"complete": "good", "at work": "working", "failed": "bad", "refused": "bad", "died": "bad"}
 STATUSES = {
     "done": "its maps are in the store",
     "pending": "no run has reached it yet, or the storage failed; the next run computes it",

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
+from pipeline import errors
 from pipeline.errors import EXIT_COMPLETE, EXIT_FAILED, EXIT_QUARANTINED, EXIT_RUN_AGAIN
 
 STAGES = ("read", "decode", "extract", "write")
@@ -173,7 +174,8 @@ class Summary:
         if self.outcome == "stopped":
             return EXIT_RUN_AGAIN
         if self.outcome != "complete":
-            return EXIT_FAILED
+            error = getattr(errors, self.message.partition(":")[0], None)  # a refusal is a UsageError
+            return int(getattr(error, "exit_code", EXIT_FAILED))
         limit = self.config.get("max_quarantined")
         too_many = limit is not None and self.n_bad_total > limit
         return EXIT_QUARANTINED if too_many or (self.n_bad_total and not self.n_done_total) else EXIT_COMPLETE

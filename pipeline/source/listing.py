@@ -6,8 +6,9 @@ percent-encoded where they are not UTF-8.
 
 Rules of a folder: every file below it with a suffix of `SUFFIXES` counts, hidden ones too, but not the ``._*`` files that
 macOS leaves beside them, nor what the caller excludes. Links to files and folders are followed; a folder inside itself is not
-entered again. Fifos, sockets and devices are left out with a warning, wherever they come from, because opening one may block for ever. The order
-is depth first, each folder sorted by the bytes of its names. Patterns follow the shell: a wildcard matches no leading dot.
+entered again. Fifos, sockets and devices are left out with a warning, wherever they come from, because opening one may block
+for ever. The order is depth first, each folder sorted by the bytes of its names. Patterns follow the shell: a wildcard matches
+no leading dot.
 """
 # pathlib cannot hold paths of bytes, and is several times slower on a million of them:
 

@@ -124,6 +124,13 @@ def test_all_images_rejected(run, tmp_path):
     assert "All 3 bad images" in text
 
 
+def test_the_runs_have_a_column_for_bad_images_and_say_which_were_refused(store):
+    leave_receipt(store, outcome="failed", message="UsageError: gone", n_done=0, n_quarantined=2, n_rejected=1)
+    run = next(run_facts(facts_of(store).receipts, None))
+    assert (run.state, run.exit_code, run.n_bad) == ("refused", 2, 3)
+    assert "Images done Bad images Images/s" in text_of(store)
+
+
 @pytest.mark.parametrize(
     ("outcome", "said"),
     [
@@ -134,6 +141,10 @@ def test_all_images_rejected(run, tmp_path):
         ),
         ({"outcome": "complete"}, "2 of 6 images are missing: no run has reached them yet."),
         ({"outcome": "failed", "message": "disk full"}, "The last run failed; 2 of 6 images are missing: disk full."),
+        (
+            {"outcome": "failed", "message": "UsageError: gone"},
+            "The last run was refused; 2 of 6 images are missing: UsageError: gone.",
+        ),
         ({"outcome": "running"}, "The last run died before its end; 2 of 6 images are missing."),
         ({"outcome": "stopped", "n_listed": 100}, "96 of 100 images are missing: the last run was stopped"),
     ],

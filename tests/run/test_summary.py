@@ -60,3 +60,11 @@ def test_a_run_is_at_work_until_it_ends_or_fails():
         assert [run.store for run in at_work.values()] == ["/s"]
         raise OSError("full")
     assert at_work == {}
+
+
+@pytest.mark.parametrize(
+    ("message", "code"),
+    [("UsageError: 5 of 6 images are gone", 2), ("FeaturemapsError: disk", 1), ("OSError: disk", 1), ("", 1)],
+)
+def test_a_run_that_was_refused_has_the_exit_code_that_the_command_ended_with(message, code):
+    assert Summary("r", outcome="failed", message=message).exit_code == code

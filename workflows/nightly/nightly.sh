@@ -3,7 +3,8 @@
 #
 #   nightly.sh JOB.yaml        with featuremaps in the PATH
 #
-# QUIET=1          says nothing when all is well (cron mails whatever is said)
+# QUIET=1          says nothing when all is well (cron mails whatever is said); the log has the summary of each night
+# NEW_BAD=1        with QUIET, speaks up also when tonight's run found bad images, however few
 # VERIFY_ON=Sun    audits the store, too, after a complete run that began on this day (Mon, Tue, ...); this reads all maps
 # VERIFY_SAMPLE=20 images that the audit computes anew; 0 leaves the images alone
 # REPORT=FILE.html writes a page about the store there at the end, also of a night that failed; but not of one that was told to stop
@@ -79,6 +80,9 @@ if [ $code -eq 0 ] && [ -z "$was_stopped" ] && [ "$day" = "${VERIFY_ON:-}" ]; th
     fi
 fi
 if [ -n "${REPORT:-}" ] && [ -z "$was_stopped" ]; then featuremaps report "$job" -o "$REPORT" >/dev/null 2>>"$log.log" || echo "no page: see $log.log" >>"$log.txt"; fi
-if [ $code -ne 0 ] || [ -z "${QUIET:-}" ]; then report; fi
+has_new_bad=
+if [ -n "${NEW_BAD:-}" ] && grep -Eq '^complete: .* [1-9][0-9]* (quarantined|rejected),' "$log.txt"; then has_new_bad=1; fi
+if [ $code -ne 0 ] || [ -z "${QUIET:-}" ] || [ -n "$has_new_bad" ]; then report; fi
+cat "$log.txt" >>"$log.log"
 rm -f "$log.txt"
 exit $code

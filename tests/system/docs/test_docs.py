@@ -231,6 +231,13 @@ def test_every_relative_link_leads_somewhere(page):
         assert not heading or heading in headings(target), link
 
 
+def test_pages_that_the_site_fills_have_content_on_a_code_host_too():
+    for name in cli.commands:
+        assert f"| `featuremaps {name}" in (DOCS / "commands.md").read_text()
+    for name in {*pipeline.__all__} - {"__version__"}:
+        assert re.search(rf"^\| .*`pipeline\.{name}\b", (DOCS / "api.md").read_text(), re.MULTILINE), name
+
+
 def test_what_makes_a_page_stand_for_a_file_is_one_link():
     assert (DOCS / "workflows.md").read_text() == "[workflows/README.md](../workflows/README.md)\n"
 

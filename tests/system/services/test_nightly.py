@@ -107,6 +107,10 @@ def test_the_mail_says_what_happened_and_what_to_do(site):
     assert (code, "Tonight the store was audited" in said, "no page" in said) == (0, True, False), said
     assert "Complete: all 6 images are done." in (site.folder / "report.html").read_text()
     assert site.night(QUIET="1") == (0, "")
+    assert all("complete: " in log.read_text() for log in (site.folder / "logs").iterdir()), "also of a quiet night"
+    (site.folder / "photos" / "empty.png").touch()
+    assert "1 rejected" in site.night(QUIET="1", NEW_BAD="1")[1], "news of a bad image"
+    assert site.night(QUIET="1", NEW_BAD="1") == (0, ""), "which is news but once"
 
     [chunk] = (site.folder / "features.zarr/40x60/conv1").glob("c.*")
     chunk.write_bytes(chunk.read_bytes()[:-20])
