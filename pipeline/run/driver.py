@@ -89,8 +89,9 @@ class Driver:
         self.watch.count_workers()
         self.batches = BatchQueue(self.context, self.ledger, self.fleet)
         self.fleet.register(ActivityPlugin())
-        extractor = self.target.extractor, self.spec, self.store.weights(), self.store.spec.layers
-        self.fleet.register(tasks.ExtractorPlugin(*extractor, is_plain=self.fleet.is_plain))
+        extractor = tasks.ExtractorPlugin(self.target.extractor, self.spec, self.store.weights(), self.store.spec.layers)
+        extractor.is_plain = self.fleet.is_plain
+        self.fleet.register(extractor)
         self.context.progress.stage = "running"
         if not self.context.found.new:
             self.batches.plan(complete=True)

@@ -142,20 +142,13 @@ class ExtractorPlugin(WorkerPlugin):  # type: ignore[misc]
     spec : ExtractorSpec
     weights : dict of str to (...) float32
     layers : tuple of StoredLayer
-    is_plain : bool
-        Whether workers name no roles, and extract in each of their threads.
     """
 
-    def __init__(
-        self,
-        name: str,
-        spec: ExtractorSpec,
-        weights: dict[str, Array],
-        layers: tuple[StoredLayer, ...],
-        *,
-        is_plain: bool = False,
-    ) -> None:
-        self.name, self.is_plain = name, is_plain
+    is_plain = False
+    """Whether workers name no roles, and extract in each of their threads."""
+
+    def __init__(self, name: str, spec: ExtractorSpec, weights: dict[str, Array], layers: tuple[StoredLayer, ...]) -> None:
+        self.name = name
         self.spec = spec
         self.weights = weights
         self.layers = layers
