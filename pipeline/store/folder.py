@@ -14,8 +14,8 @@ from typing import Any
 from urllib.parse import unquote
 
 from pipeline.patterns import home
+from pipeline.source.urls import FILE_URL
 from pipeline.store.lock_owner import LOCK_NAME, holds, taken
-from pipeline.urls import FILE_URL
 
 IS_REMOTE = False
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 
 from pipeline.config import JOB_SUFFIXES, load_job
+from pipeline.source.urls import Url
 from pipeline.store.objects import Place, place
-from pipeline.urls import Url
 
 
 def named_store(store: str | os.PathLike[str] | Place) -> Place:
