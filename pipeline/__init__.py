@@ -52,7 +52,7 @@ def lazily(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
         try:
             module = import_module(f"{package}.{homes[name]}")
         except (ImportError, AttributeError) as error:
-            from pipeline.shadowing import explain  # noqa: PLC0415 (only where something is wrong)
+            explain = import_module("pipeline.checks.user_script").explain  # only where something is wrong
 
             raise explain(error) from error
         return module if homes[name].rpartition(".")[2] == name else getattr(module, name)

@@ -10,10 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pipeline.checks.user_script import require_guard
 from pipeline.cluster.connection import connector
 from pipeline.config import Job
 from pipeline.errors import UsageError
-from pipeline.main_guard import require_guard
 from pipeline.run import lifecycle
 from pipeline.run.summary import Progress, Summary
 from pipeline.run.summary_text import headline

@@ -12,10 +12,10 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 from pipeline.checks.finding import Finding
+from pipeline.checks.user_script import hiding
 from pipeline.errors import EXTRAS
 from pipeline.extract import devices, kernel
 from pipeline.run.worker_versions import PACKAGES
-from pipeline.shadowing import hiding
 
 FILES_BASE, FILES_PER_WORKER = 128, 10
 """Open files of a driver: measured are 16, and 9 for each worker of this machine, whose nanny is in the driver."""

@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.checks.user_script import require_guard
 from pipeline.cluster.connection import check_cluster
 from pipeline.cluster.local import local_workers
 from pipeline.cluster.session import cluster_of
 from pipeline.cluster.slots import planned_slots
 from pipeline.config import Job
 from pipeline.errors import EXIT_COMPLETE
-from pipeline.main_guard import require_guard
 from pipeline.run.comparison import compare_with_store, settle_returned
 from pipeline.run.forecast import Forecast, end_of_run
 from pipeline.run.plan.changes import Changes, check_removals

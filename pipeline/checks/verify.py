@@ -30,9 +30,9 @@ from pipeline.checks.audit import (
     recompute,
     shards,
 )
+from pipeline.checks.user_script import require_guard
 from pipeline.cluster.local import local_workers
 from pipeline.extract.layers import Array
-from pipeline.main_guard import require_guard
 from pipeline.source.health import SourceWatch
 from pipeline.store.lock import StoreLock, require_lock
 from pipeline.store.named import named_store

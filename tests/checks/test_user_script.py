@@ -7,10 +7,10 @@ import runpy
 
 import pytest
 
+from pipeline.checks.user_script import require_guard
 from pipeline.errors import UsageError
-from pipeline.main_guard import require_guard
 
-CALL = "from pipeline.main_guard import require_guard\n{}require_guard('run_job')\n"
+CALL = "from pipeline.checks.user_script import require_guard\n{}require_guard('run_job')\n"
 GUARD = 'if __name__ == "__main__":\n    '
 
 
@@ -35,7 +35,7 @@ def test_a_script_without_a_guard_is_refused_with_the_line_that_it_needs(start):
     "text",
     [
         CALL.format(GUARD),
-        f"def main():\n    from pipeline.main_guard import require_guard\n    require_guard('run_job')\n\n\n{GUARD}main()\n",
+        f"def main():\n    from pipeline.checks.user_script import require_guard\n    require_guard('run_job')\n\n\n{GUARD}main()\n",
         "import sys\nif __name__ != '__main__':\n    raise SystemExit\n" + CALL.format(""),
     ],
 )

@@ -10,9 +10,9 @@ import pytest
 
 import pipeline
 from pipeline.checks.installation import hidden_modules
-from pipeline.shadowing import hiding
+from pipeline.checks.user_script import hiding
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("name", ["random", "pipeline"])

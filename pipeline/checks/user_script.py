@@ -1,4 +1,4 @@
-"""A script that starts processes needs a guard, because each new process imports the script again."""
+"""What can go wrong in a user's own script: it starts processes without a guard, or a file beside it hides a module."""
 
 from __future__ import annotations
 
@@ -49,3 +49,25 @@ def _is_unguarded() -> bool:
 
 def _is_top_of_main(function: str, names: dict[str, object]) -> bool:
     return function == "<module>" and names.get("__name__") == "__main__"
+
+
+def hiding(folder: Path) -> list[Path]:
+    """Files of a folder that hide a module of Python's own, or this package, from the scripts there, sorted."""
+    folder = folder.absolute()
+    try:
+        files = sorted(folder.glob("*.py"))
+    except OSError:
+        return []
+    is_ours = Path(__file__).absolute().parents[2] == folder
+    return [] if is_ours else [file for file in files if file.stem in sys.stdlib_module_names | {"pipeline"}]
+
+
+def explain(error: Exception) -> Exception:
+    """The error of an import, or the file beside the script that is to blame for it."""
+    found = hiding(Path(sys.path[0])) if sys.path else []
+    if not found:
+        return error
+    return ImportError(
+        f"{found[0]} hides the module {found[0].stem!r}, which featuremaps or a package of its needs, so importing failed ({error}): "
+        "rename that file"
+    )
