@@ -17,7 +17,7 @@ _MARKER = re.compile(rb"\xff[\xc0-\xfe]")
 _FRAMES = set(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _QUANTISERS, _CODES = 0xDB, 0xC4
 _PROVEN = {0xC0, 0xC1, 0xC2}  # with Huffman codes: libjpeg does not warn where arithmetic codes end early
-_ALL = range(64)  # coefficients of a block
+_ALL = (1 << 64) - 1  # a bit for each coefficient of a block
 # Where `struct jpeg_error_mgr` holds the number of its last message and the count of warnings, on 64 bits.
 _MESSAGE_BYTES, _WARNINGS_BYTES = 40, 128
 _CONTEXT_BYTES = 2048
@@ -35,7 +35,7 @@ _DOT = (  # a grey square of 8 x 8 pixels, in parts: garbage between them is wor
 
 def check_scans(data: bytes) -> None:
     """Refuse a JPEG whose scans do not send every coefficient of every colour down to its last bit."""
-    missing: dict[int, set[int]] = {}
+    missing: dict[int, int] = {}  # by colour, a bit for each coefficient
     lowest: dict[tuple[int, int], int] = {}  # bit so far, by colour and coefficient: the next scan must go on from it
     place, is_progressive = 2, False
     while (found := _MARKER.search(data, place)) and found[0] != _END:
@@ -52,14 +52,15 @@ def check_scans(data: bytes) -> None:
                 )
                 raise ImageError("unsupported_mode", f"{text}; convert it with jpegtran, or to PNG")
             is_progressive = kind & 3 == 2
-            missing = {data[start + 8 + 3 * i]: set(_ALL) for i in range(data[start + 7])}
+            missing = dict.fromkeys(data[start + 8 : start + 8 + 3 * data[start + 7] : 3], _ALL)
         elif kind == 0xDA and missing:
             n = data[start + 2]
             first, last, bits = data[start + 3 + 2 * n : start + 6 + 2 * n]
-            band = range(first, last + 1) if is_progressive else _ALL
+            band = range(first, last + 1)
+            sent = sum(1 << index for index in band) if is_progressive else _ALL
             for colour in data[start + 3 : start + 3 + 2 * n : 2]:
-                known = missing.setdefault(colour, set())
-                known.update(band) if is_progressive and bits & 15 else known.difference_update(band)
+                known = missing.get(colour, 0)
+                missing[colour] = known | sent if is_progressive and bits & 15 else known & ~sent
                 if not is_progressive:
                     continue
                 if any(lowest.get((colour, index), 0) != bits >> 4 for index in band):
