@@ -32,7 +32,7 @@ _IMAGES: tuple[tuple[bytes, str, str], ...] = (
     (rb"SIMPLE  =", "FITS", "astropy"),
     (rb".{128}DICM", "DICOM", "pydicom"),
     (rb"gimp xcf", "GIMP's XCF", "GIMP"),
-    (rb"(?:<\?xml[^>]*>\s*)?(?:<!--.*?-->\s*)*(?:<!DOCTYPE svg[^>]*>\s*)?<svg[\s>]", "SVG", "CairoSVG or ImageMagick"),
+    (rb"(?:<\?xml[^>]*>\s*)?(?><!--.*?-->\s*)*(?:<!DOCTYPE svg[^>]*>\s*)?<svg[\s>]", "SVG", "CairoSVG or ImageMagick"),
 )
 # What is no image: the first bytes, what it is, and what to do.
 _AGAIN = "the download failed or asked for a login: download the image again"

@@ -118,3 +118,8 @@ def test_a_header_that_is_cut_or_damaged_is_never_said_to_be_unsupported(name):
         with pytest.raises(ImageError) as caught:
             probe(data, DecodeSpec())
         assert caught.value.code in {"truncated", "corrupt", "too_many_pixels"}, str(caught.value)
+
+
+def test_what_a_file_is_takes_no_time_that_doubles_with_each_comment():
+    assert what_is_said(b"<!---->" * 60 + b"<p>").startswith("not_an_image: ")
+    assert what_is_said(b"<!-- a --> <!----><svg>").startswith("unsupported_format: the content is SVG")
