@@ -91,7 +91,7 @@ static void NAME(widen)(const uint8_t *restrict in, int n, int channels, float *
 /* 2 to the power of x, good to 2 units in the last place: of a whole number, times a polynomial. */
 INLINE vec NAME(power)(vec x)
 {
-    x = LESSER(GREATER(x, SPLAT(-126.0f)), SPLAT(126.0f));
+    x = LESSER(SPLAT(126.0f), GREATER(SPLAT(-126.0f), x)); /* in this order NaN stays NaN */
     vec shifted = x + 12582912.0f, r = x - (shifted - 12582912.0f); /* shifted: rounded, and in the lowest bits */
     vec p = 0.00961843736f + r * (0.00133988744f + r * 0.000153533619f);
     p = 1.0f + r * (0.693147180f + r * (0.240226479f + r * (0.0555033247f + r * p)));
@@ -104,7 +104,7 @@ INLINE vec NAME(activated)(vec x, int activation)
         return 1.0f / (1.0f + NAME(power)(-1.44269504f * x));
     if (activation == TANH)
         return 2.0f / (1.0f + NAME(power)(-2.88539008f * x)) - 1.0f;
-    return activation == RELU ? GREATER(x, (vec){0}) : x;
+    return activation == RELU ? GREATER((vec){0}, x) : x;
 }
 
 /* Activation in place, of whole vectors (the last one may reach beyond n), and what is noted of n values: sums about the first. */

@@ -112,6 +112,21 @@ def test_weights_whose_points_would_overflow_are_computed_directly(monkeypatch, 
 
 
 @needs_kernel
+@pytest.mark.parametrize("activation", COMPILED)
+@pytest.mark.parametrize("lanes", [4, 8, 16])
+@pytest.mark.parametrize("size", [1, 9])
+def test_what_is_no_number_stays_none(monkeypatch, lanes, activation, size):
+    monkeypatch.setattr(kernel, "MAX_LANES", lanes)
+    weight, image = np.zeros((2, 3, size, size), np.float32), np.ones((12, 20, 3), np.uint8)
+    weight[0, 0, 0, 0] = np.nan
+    out = np.empty((2, 13 - size, 21 - size), np.float32)
+    mean, *_ = kernel.first_layer(image, weight, np.zeros(2, np.float32), activation, quantisation((0, 0), "float32"), out)
+    assert np.isnan(out[0]).all()
+    assert np.isnan(mean[0])
+    assert np.isfinite(out[1]).all()
+
+
+@needs_kernel
 @pytest.mark.parametrize("lanes", [4, 8, 16, 32])
 def test_maps_of_a_part_are_those_of_the_whole(monkeypatch, lanes):
     """To 5e-7 wherever it is cut: a row of 3,000 pixels is several strips, and its blocks begin elsewhere in the part."""
