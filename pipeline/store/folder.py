@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+from pipeline.errors import UsageError
 from pipeline.patterns import home
 from pipeline.source.urls import FILE_URL
 from pipeline.store.lock_owner import LOCK_NAME, holds, taken
@@ -23,14 +24,24 @@ IS_REMOTE = False
 def parse(text: str) -> Path:
     """Any text names a path; a leading ``~`` is the home folder, and ``file://`` is understood.
 
+    Raises
+    ------
+    UsageError
+        When a ``file://`` does not go on with a slash.
+
     Examples
     --------
     >>> parse("file:///data/my%20store.zarr").as_posix()
     '/data/my store.zarr'
     """
-    if text.startswith(FILE_URL):
-        return Path(unquote(text.removeprefix(FILE_URL).removeprefix("localhost")))
-    return Path(home(text))
+    if not text.startswith(FILE_URL):
+        return Path(home(text))
+    path = Path(unquote(text.removeprefix(FILE_URL).removeprefix("localhost")))
+    if not path.is_absolute():
+        raise UsageError(
+            f"store {text!r} names another machine, so nothing was started; write file:///FOLDER, or the folder itself"
+        )
+    return path
 
 
 def fetch(path: Path) -> tuple[bytes, None]:

@@ -30,7 +30,7 @@ from pipeline.store import folder, schema
 from pipeline.store.create import create_store, prepare_folder
 from pipeline.store.layout import ClassLayout, LayerLayout, class_layout, class_name
 from pipeline.store.lock import LOCK_TTL_S, require_lock
-from pipeline.store.objects import free_bytes, put, read_json
+from pipeline.store.objects import free_bytes, place, put, read_json
 from pipeline.store.schema import (
     COLUMN_ROWS,
     EXTRACTOR,
@@ -921,6 +921,12 @@ def test_every_setting_that_differs_gets_a_line():
         'decode.color: the store has "rgb", this run asks for "grey"',
         "decode.resize: the store has null, this run asks for [64, 48]",
     ]
+
+
+@pytest.mark.parametrize("name", ["file://data/f.zarr", "file://~/f.zarr", "file://"])
+def test_a_file_url_is_no_relative_folder(name):
+    with pytest.raises(UsageError, match=rf"store '{name}' names another machine, so nothing was started; write file:///FOLDER"):
+        place(name)
 
 
 @pytest.mark.parametrize("kind", ["nothing", "empty folder", "below a file"])
