@@ -117,13 +117,13 @@ def stop_on_signal() -> Iterator[Stop]:
     def ask(number: int, _frame: Any) -> None:
         if stop.is_set() and number == signal.SIGINT:
             raise KeyboardInterrupt
-        is_first = not stop.signalled.is_set()
+        if stop.signalled.is_set():
+            return  # it may have come while the first one was heard, in the middle of `set`, which waits for itself
         stop.signalled.set()
         stop.set()
         name = signal.Signals(number).name
-        if is_first:
-            text = f"{name}: finishing what is in flight; nothing is lost, run again to go on"
-            say(text, before="\r" if sys.stderr.isatty() else "", signal=name)  # over the ^C that the terminal shows
+        text = f"{name}: finishing what is in flight; nothing is lost, run again to go on"
+        say(text, before="\r" if sys.stderr.isatty() else "", signal=name)  # over the ^C that the terminal shows
 
     with _handled(ask):
         yield stop

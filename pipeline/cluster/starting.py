@@ -158,33 +158,47 @@ def _stopped(start: Callable[[], GroupCluster], sweep: Callable[[], None]) -> It
     try:
         yield cluster
     finally:
-        tornado = logging.getLogger("tornado.application")  # prints a traceback of the same error
-        level = tornado.level
-        try:
-            tornado.setLevel(logging.CRITICAL)
-            with _deaf():
-                cluster.close()
-        except (TimeoutError, AssertionError) as error:
-            logger.warning("the cluster did not stop as it should: %s", error)
-        finally:
-            tornado.setLevel(level)
-            sweep()
+        with _deaf():
+            _close(cluster, sweep)
             for left in set(multiprocessing.active_children()) - others:
                 left.kill()
                 multiprocessing.process._children.discard(left)  # type: ignore[attr-defined]
 
 
+def _close(cluster: GroupCluster, sweep: Callable[[], None]) -> None:
+    """Stop the cluster, and take back what it does not know of."""
+    tornado = logging.getLogger("tornado.application")  # prints a traceback of the same error
+    level = tornado.level
+    try:
+        tornado.setLevel(logging.CRITICAL)
+        cluster.close()
+    except (TimeoutError, AssertionError) as error:
+        logger.warning("the cluster did not stop as it should: %s", error)
+    finally:
+        tornado.setLevel(level)
+        sweep()
+
+
 @contextlib.contextmanager
 def _deaf() -> Iterator[None]:
-    """Let no Ctrl-C cut short what takes jobs and processes back; it takes a minute at most."""
+    """Let no signal cut short what takes jobs and processes back; it takes a minute at most.
+
+    A Ctrl-C is lost meanwhile. Another signal that the program handles reaches its handler afterwards.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    heard: list[int] = []
+    handled = {number for number in (*FOR_DRIVER, signal.SIGTERM) if callable(signal.getsignal(number))}
+    before = {number: signal.signal(number, lambda number, _: heard.append(number)) for number in handled | {signal.SIGINT}}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number in dict.fromkeys(heard):
+            if number != signal.SIGINT:
+                signal.raise_signal(number)
 
 
 @contextlib.contextmanager

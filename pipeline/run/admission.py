@@ -16,7 +16,7 @@ from distributed.protocol.pickle import dumps
 
 from pipeline.errors import FeaturemapsError
 from pipeline.run.slots import scheduler_workers
-from pipeline.run.worker_versions import asking_for_versions, differences, n_gpus_there, own_versions
+from pipeline.run.worker_versions import asking_for_versions, differences, has_kernel_there, n_gpus_there, own_versions
 
 logger = logging.getLogger(__name__)
 
@@ -113,6 +113,13 @@ def blind_workers(client: Client, workers: dict[str, Any]) -> list[str]:
 def having_gpus(workers: dict[str, Any]) -> list[str]:
     """Addresses of those of the scheduler's workers that say they have a GPU."""
     return [address for address, worker in workers.items() if worker["resources"].get("gpu")]
+
+
+def all_have_kernel(client: Client) -> bool:
+    """Whether every worker that extracts has the compiled code, those with a GPU aside: they are judged otherwise."""
+    workers = scheduler_workers(client)
+    on_cpu = [name for name, worker in workers.items() if worker["resources"].get("extract") and not worker["resources"].get("gpu")]
+    return all(ask(client, has_kernel_there, on_cpu).values())
 
 
 def ask(client: Client, function: Callable[[], Any], workers: Iterable[str]) -> dict[str, Any]:

@@ -29,6 +29,8 @@ class BatchQueue:
     ledger : Ledger
     fleet : Fleet
         Who is to compute them.
+    has_kernel : bool
+        Whether all of them have the compiled code that this process may have.
 
     Raises
     ------
@@ -36,9 +38,10 @@ class BatchQueue:
         When memory or disk do not hold what is in the store already.
     """
 
-    def __init__(self, context: Context, ledger: Ledger, fleet: Fleet) -> None:
+    def __init__(self, context: Context, ledger: Ledger, fleet: Fleet, *, has_kernel: bool = True) -> None:
         self.job, self.store, self.listing, self.ledger, self.fleet = context.job, context.store, context.listing, ledger, fleet
         self.spec, self.channels = extractor_spec(self.store.spec), self.job.decode.channels
+        self.has_kernel = has_kernel
         self._ready: deque[Batch] = deque()
         self._image_of: dict[Size, dict[int, int]] = {}  # rows of the store that are not sent yet -> image of the listing
         self._waiting: dict[Size, list[int]] = {}  # those of them that are in no batch
@@ -76,7 +79,8 @@ class BatchQueue:
         self._decode_bytes = max(self._decode_bytes, decode_bytes)
         layouts = {size: self.store.classes[size].layout for size, rows in self._image_of.items() if rows} | dict(new)
         n_rows = {size: n_new.get(size, 0) + len(self._image_of.get(size, {})) for size in layouts}
-        scratch = {size: scratch_bytes(self.spec, self.job.dtype, size, self.channels) for size in layouts}
+        arguments = {"channels": self.channels, "has_kernel": self.has_kernel}
+        scratch = {size: scratch_bytes(self.spec, self.job.dtype, size, **arguments) for size in layouts}
         kind = self.fleet.kind._replace(bucket_bytes=bucket_bytes(self.listing.root, self.store.path))
         require_memory(layouts, self.channels, kind, self.fleet.memory_limit_bytes, self._decode_bytes, scratch)
         require_space(self.store.path, sum(n * layouts[size].row_bytes for size, n in n_rows.items()), sum(n_rows.values()))

@@ -13,6 +13,7 @@ from distributed.client import ClosedClientError
 from pipeline.errors import FeaturemapsError
 from pipeline.run import tasks
 from pipeline.run.activity import ActivityPlugin
+from pipeline.run.admission import all_have_kernel
 from pipeline.run.batch_queue import BatchQueue
 from pipeline.run.context import Context
 from pipeline.run.crash_finder import CrashFinder
@@ -87,7 +88,7 @@ class Driver:
         self.flight.is_whole, self.flight.is_plain = self.fleet.is_whole, self.fleet.is_plain
         self.watch = Watch(self.context, self.client, self.fleet, self.flight, self.ending)
         self.watch.count_workers()
-        self.batches = BatchQueue(self.context, self.ledger, self.fleet)
+        self.batches = BatchQueue(self.context, self.ledger, self.fleet, has_kernel=all_have_kernel(self.client))
         self.fleet.register(ActivityPlugin())
         extractor = tasks.ExtractorPlugin(self.target.extractor, self.spec, self.store.weights(), self.store.spec.layers)
         extractor.is_plain = self.fleet.is_plain

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from types import FunctionType
 
-from pipeline.extract import devices
+from pipeline.extract import devices, kernel
 
 PACKAGES = ("featuremaps", "dask", "distributed", "numpy", "pillow", "torch", "zarr")
 
@@ -61,3 +61,8 @@ def differences(theirs: Mapping[str, str], ours: Mapping[str, str]) -> list[str]
 def n_gpus_there() -> int:
     """GPUs that torch sees in this process."""
     return devices.n_gpus()
+
+
+def has_kernel_there() -> bool:
+    """Whether this process has the compiled code; torch does its work elsewhere, and needs more memory."""
+    return kernel.version() != "torch"

@@ -121,12 +121,12 @@ def cost_s(spec: ExtractorSpec, layout: ClassLayout, channels: int) -> float:
     return image_cost_s(layout, multiply_adds(spec, layout.size, channels), torch_values(spec, layout.size))
 
 
-def scratch_bytes(spec: ExtractorSpec, dtype: str, size: Size, channels: int) -> int:
+def scratch_bytes(spec: ExtractorSpec, dtype: str, size: Size, channels: int, *, has_kernel: bool = True) -> int:
     """Bytes of one image's float32 maps outside those that are stored: two neighbouring layers, and a copy of a stored one.
 
-    Where compiled code computes the only layer, it puts the maps where they are stored.
+    Where compiled code computes the only layer, it puts the maps where they are stored; ``has_kernel`` says whether workers have it.
     """
-    if is_compiled(spec, dtype, channels) and spec.map_names:
+    if has_kernel and is_compiled(spec, dtype, channels) and spec.map_names:
         return 0
     sizes = output_sizes(spec.layers, *size)
     maps = [4 * layer.filters * math.prod(out) for layer, out in zip(spec.layers, sizes, strict=True)]

@@ -475,6 +475,15 @@ def test_every_stop_signal_asks_for_a_drain_and_ends_other_commands_as_a_ctrl_c_
         signal.raise_signal(number)
 
 
+def test_a_signal_in_the_middle_of_another_waits_for_no_lock_of_the_first(monkeypatch):
+    with terminal.stop_on_signal() as stop:
+        stop.signalled.set()
+        stop.set()
+        for event in (stop, stop.signalled):
+            monkeypatch.setattr(event, "set", lambda: pytest.fail("`set` is not reentrant"))
+        signal.raise_signal(signal.SIGTERM)
+
+
 def test_what_nohup_has_ignored_stays_ignored():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:

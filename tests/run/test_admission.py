@@ -13,6 +13,7 @@ from distributed import Client
 from pipeline.api import run_job
 from pipeline.config import make_job
 from pipeline.errors import FeaturemapsError
+from pipeline.run import admission
 from pipeline.run.admission import only_like_this
 from tests.conftest import content, make_images
 from tests.system.services.test_ssh import Scheduler
@@ -113,3 +114,13 @@ def test_workers_of_another_zarr_are_refused_at_the_start(ours, tmp_path):
             only_like_this(client),
         ):
             pass
+
+
+@pytest.mark.parametrize("found", [True, False])
+def test_workers_that_compute_without_a_gpu_say_whether_they_have_the_compiled_code(monkeypatch, found):
+    resources = {"a": {"extract": 1, "read": 1}, "b": {"read": 1}, "c": {"extract": 1, "gpu": 1}}
+    asked: list[str] = []
+    monkeypatch.setattr(admission, "scheduler_workers", lambda _: {name: {"resources": each} for name, each in resources.items()})
+    monkeypatch.setattr(admission, "ask", lambda *given: asked.extend(given[2]) or dict.fromkeys(given[2], found))
+    assert admission.all_have_kernel(None) == found
+    assert asked == ["a"]

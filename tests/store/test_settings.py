@@ -164,6 +164,7 @@ def test_layers_that_are_not_stored_take_memory_too_unless_compiled_code_has_non
     assert scratch_bytes(ExtractorSpec(), "float16", (516, 639), 3) == 2 * maps
     monkeypatch.setattr("pipeline.extract.kernel.version", lambda *_: "avx2")
     assert scratch_bytes(ExtractorSpec(), "uint8", (516, 639), 3) == 0
+    assert scratch_bytes(ExtractorSpec(), "uint8", (516, 639), 3, has_kernel=False) == 2 * maps
     with monkeypatch.context() as patch:
         patch.setitem(ACTIVATIONS, "sigmoid", ACTIVATIONS["sigmoid"]._replace(compiled=None))
         assert scratch_bytes(ExtractorSpec(), "uint8", (516, 639), 3) == 2 * maps
