@@ -225,9 +225,11 @@ def _images(
 ) -> Iterator[Array | None]:
     """One image after another, as `read` gives them; None, and no error, for those that were not begun when the run was to stop."""
     files, worker = read_ahead(source, piece.paths, piece.fingerprints, patience), get_worker()
+    is_over = False  # for good: files come in turn, and one that is left out would give the next row its pixels
     for i in range(len(piece.rows)):
         image = None
-        if activity.is_draining(worker, run_id):
+        is_over = is_over or activity.is_draining(worker, run_id)
+        if is_over:
             yield image
             continue
         try:

@@ -219,6 +219,14 @@ def test_a_batch_that_had_not_begun_when_the_run_was_to_stop_comes_back_as_it_we
     assert (result.bytes_read, result.bytes_written, {error for piece in result.pieces for error in piece.error}) == (0, 0, {""})
 
 
+def test_a_batch_that_begins_no_further_image_begins_none_later(work, monkeypatch):
+    """Files come in turn: one that is left out would give the next row its pixels."""
+    draining = iter([False, True, False, False, False])
+    monkeypatch.setattr("pipeline.run.activity.is_draining", lambda *_: next(draining))
+    (outcome,) = process(work.source, work.target, [work.piece]).pieces
+    assert outcome.status.tolist() == [Status.DONE] + [Status.PENDING] * 4
+
+
 def test_a_batch_that_had_begun_writes_what_was_begun_and_the_next_run_the_rest(work, monkeypatch):
     drain_before(monkeypatch, 2)
     (outcome,) = process(work.source, work.target, [work.piece]).pieces
