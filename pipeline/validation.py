@@ -175,8 +175,6 @@ def _locate(model: type[BaseModel], location: Location) -> tuple[Any, str]:
     place: Any = model
     shown: list[str] = []
     for part in location:
-        while get_origin(place) is Annotated or NoneType in get_args(place):
-            place = get_args(place)[0]
         if get_origin(place) in {Union, UnionType}:
             fields = ((member, member.model_fields.values()) for member in get_args(place))
             place = next(member for member, inner in fields if any(part in get_args(field.annotation) for field in inner))
@@ -186,7 +184,15 @@ def _locate(model: type[BaseModel], location: Location) -> tuple[Any, str]:
             place = place.model_fields[str(part)].annotation
         else:
             place = get_args(place)[1 if get_origin(place) is dict else 0]
+        place = _bare(place)
     return place, ".".join(shown)
+
+
+def _bare(place: Any) -> Any:
+    """A type without None and annotations."""
+    while get_origin(place) is Annotated or NoneType in get_args(place):
+        place = get_args(place)[0]
+    return place
 
 
 # -- times, sizes and lists ------------------------------------------------------------------------------------------------------
@@ -208,15 +214,17 @@ def read_seconds(text: str) -> float | None:
 
     Examples
     --------
-    >>> read_seconds("8h"), read_seconds("1-00:00:00"), read_seconds("1 h 30 min"), read_seconds("8:00"), read_seconds("8")
-    (28800.0, 86400.0, 5400.0, None, None)
+    >>> read_seconds("8h"), read_seconds("1-00:00:00"), read_seconds("1 h 30 min"), read_seconds("2 hours")
+    (28800.0, 86400.0, 5400.0, 7200.0)
+    >>> read_seconds("8:00"), read_seconds("8"), read_seconds("500ms")
+    (None, None, None)
     """
     text = text.strip().lower()
     if match := _CLOCK.fullmatch(text) or _DAYS.fullmatch(text):
         days, hours, *rest = (int(part or 0) for part in match.groups())
         return float(sum(n * unit for n, unit in zip((days, hours, *rest), (86400, 3600, 60, 1), strict=False)))
     parts = re.findall(_PART, text) if _SUM.fullmatch(text) else []
-    units = [_UNITS.get(unit) or _UNITS.get(unit.removesuffix("s")) for _, unit in parts]
+    units = [_UNITS.get(unit) or (_UNITS.get(unit.removesuffix("s")) if len(unit) > 2 else None) for _, unit in parts]  # no ms
     return sum(float(n) * unit for (n, _), unit in zip(parts, units, strict=True) if unit) if parts and all(units) else None
 
 
