@@ -81,16 +81,16 @@ class Stop(threading.Event):
         self.signalled = threading.Event()
 
 
-def stop_signals() -> list[int]:
+def stop_signals() -> set[int]:
     """What asks a process to end: by hand, as a session closes, from a batch system before its limits; what was ignored stays so."""
-    asked = (signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-    return [signal.SIGINT, *(number for number in asked if signal.getsignal(number) is not signal.SIG_IGN)]
+    asked = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+    return {number for number in asked if signal.getsignal(number) is not signal.SIG_IGN}
 
 
 @contextmanager
-def _handled(handler: Callable[[int, Any], None]) -> Iterator[None]:
-    """Have every stop signal call a function."""
-    before = {number: signal.signal(number, handler) for number in stop_signals()}
+def _handled(handler: Callable[[int, Any], None], numbers: set[int]) -> Iterator[None]:
+    """Have signals call a function."""
+    before = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
     finally:
@@ -105,7 +105,7 @@ def interrupt_on_signal() -> Iterator[None]:
     def interrupt(_number: int, _frame: Any) -> None:
         raise KeyboardInterrupt
 
-    with _handled(interrupt):
+    with _handled(interrupt, stop_signals()):
         yield
 
 
@@ -125,7 +125,7 @@ def stop_on_signal() -> Iterator[Stop]:
         text = f"{name}: finishing what is in flight; nothing is lost, run again to go on"
         say(text, before="\r" if sys.stderr.isatty() else "", signal=name)  # over the ^C that the terminal shows
 
-    with _handled(ask):
+    with _handled(ask, stop_signals() | {signal.SIGINT}):  # which a script ignores for what it starts with &
         yield stop
 
 

@@ -494,6 +494,19 @@ def test_what_nohup_has_ignored_stays_ignored():
         signal.signal(signal.SIGHUP, before)
 
 
+def test_a_ctrl_c_that_a_script_ignores_drains_a_run_and_interrupts_no_other_command():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with terminal.interrupt_on_signal():
+            signal.raise_signal(signal.SIGINT)
+            with terminal.stop_on_signal() as stop:
+                signal.raise_signal(signal.SIGINT)
+            assert stop.is_set()
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_names_that_are_not_utf8_go_out_as_they_came_in(tmp_path):
     store = os.fsencode(tmp_path) + b"/st\xffore.zarr"
     environment = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
