@@ -196,9 +196,9 @@ def _deaf() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        for number in dict.fromkeys(heard):
-            if number != signal.SIGINT:
-                signal.raise_signal(number)
+        for again in dict.fromkeys(heard):
+            if again != signal.SIGINT:
+                signal.raise_signal(again)
 
 
 @contextlib.contextmanager

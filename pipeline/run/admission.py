@@ -118,7 +118,9 @@ def having_gpus(workers: dict[str, Any]) -> list[str]:
 def all_have_kernel(client: Client) -> bool:
     """Whether every worker that extracts has the compiled code, those with a GPU aside: they are judged otherwise."""
     workers = scheduler_workers(client)
-    on_cpu = [name for name, worker in workers.items() if worker["resources"].get("extract") and not worker["resources"].get("gpu")]
+    on_cpu = [
+        name for name, worker in workers.items() if worker["resources"].get("extract") and not worker["resources"].get("gpu")
+    ]
     return all(ask(client, has_kernel_there, on_cpu).values())
 
 

@@ -79,8 +79,8 @@ class BatchQueue:
         self._decode_bytes = max(self._decode_bytes, decode_bytes)
         layouts = {size: self.store.classes[size].layout for size, rows in self._image_of.items() if rows} | dict(new)
         n_rows = {size: n_new.get(size, 0) + len(self._image_of.get(size, {})) for size in layouts}
-        arguments = {"channels": self.channels, "has_kernel": self.has_kernel}
-        scratch = {size: scratch_bytes(self.spec, self.job.dtype, size, **arguments) for size in layouts}
+        settings = self.spec, self.job.dtype
+        scratch = {size: scratch_bytes(*settings, size, self.channels, has_kernel=self.has_kernel) for size in layouts}
         kind = self.fleet.kind._replace(bucket_bytes=bucket_bytes(self.listing.root, self.store.path))
         require_memory(layouts, self.channels, kind, self.fleet.memory_limit_bytes, self._decode_bytes, scratch)
         require_space(self.store.path, sum(n * layouts[size].row_bytes for size, n in n_rows.items()), sum(n_rows.values()))

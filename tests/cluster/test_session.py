@@ -79,7 +79,10 @@ def test_without_a_name_it_is_this_machine_and_no_file_is_read(tmp_path):
             "clusters: {x: {kind: address, address: 'tcp://a:1', tls: {ca_file: a, cert: b, key: c}}}",
             r"clusters\.x: with tls, address 'tcp://a:1' has to begin with tls://, else nothing would be encrypted",
         ),
-        ("clusters: {x: {kind: local, tls: {ca_file: a, cert: b, kay: c}}}", r"unknown key 'clusters\.x\.tls\.kay': did you mean 'key'"),
+        (
+            "clusters: {x: {kind: local, tls: {ca_file: a, cert: b, kay: c}}}",
+            r"unknown key 'clusters\.x\.tls\.kay': did you mean 'key'",
+        ),
         ("clusters: {x: {kind: local, tls: {ca_file: a, cert: b}}}", r"key 'clusters\.x\.tls\.key' is missing: add it"),
         ("clusters: {x: {kind: local, dashboard: everywhere}}", r"clusters\.x\.dashboard: String should match pattern"),
         ("clusters: {x: {kind: local, workers: 0}}", r"clusters\.x\.workers: Input should be greater than 0, not 0"),
