@@ -20,6 +20,7 @@ from pipeline.cli.output import lasting_output
 from pipeline.cli.terminal import (
     asks_for_json,
     complain,
+    ignore_signals,
     interrupt_on_signal,
     is_json,
     logger,
@@ -215,6 +216,7 @@ def _exit_code() -> int:
             error.show()
         return error.exit_code
     except (KeyboardInterrupt, click.Abort) as error:
+        ignore_signals()
         return complain(error, "interrupted; what was committed stands, run again to go on", EXIT_RUN_AGAIN)
     except Exception as error:
         if not is_json():

@@ -109,6 +109,12 @@ def interrupt_on_signal() -> Iterator[None]:
         yield
 
 
+def ignore_signals() -> None:
+    """Let no further signal change how a command ends that has been interrupted: a terminal that closes sends SIGHUP twice."""
+    for number in stop_signals():
+        signal.signal(number, signal.SIG_IGN)
+
+
 @contextmanager
 def stop_on_signal() -> Iterator[Stop]:
     """The first stop signal asks for a drain, a second SIGINT ends at once."""

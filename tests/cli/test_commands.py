@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 from typing import Annotated, Literal
+from unittest.mock import Mock
 
 import click.testing
 import pytest
@@ -18,7 +19,7 @@ from pydantic import BaseModel, Field
 
 from pipeline import __version__
 from pipeline.api import run_job
-from pipeline.cli import job_options, terminal
+from pipeline.cli import commands, job_options, terminal
 from pipeline.cli.groups import GroupedCommands
 from pipeline.cli.job_options import job_fields
 from pipeline.config import LayerSpec, make_job
@@ -482,6 +483,16 @@ def test_a_signal_in_the_middle_of_another_waits_for_no_lock_of_the_first(monkey
         for event in (stop, stop.signalled):
             monkeypatch.setattr(event, "set", lambda: pytest.fail("`set` is not reentrant"))
         signal.raise_signal(signal.SIGTERM)
+
+
+def test_a_second_signal_changes_nothing_of_how_an_interrupted_command_ends(monkeypatch):
+    monkeypatch.setattr(commands.cli, "main", Mock(side_effect=KeyboardInterrupt))
+    monkeypatch.setattr(commands, "complain", lambda *given: signal.raise_signal(signal.SIGHUP) or given[2])
+    before = signal.getsignal(signal.SIGHUP)
+    with pytest.raises(SystemExit) as ended:
+        commands.main()
+    assert ended.value.code == 75
+    assert signal.getsignal(signal.SIGHUP) is before
 
 
 def test_what_nohup_has_ignored_stays_ignored():
