@@ -228,8 +228,7 @@ def _images(
     is_over = False  # for good: files come in turn, and one that is left out would give the next row its pixels
     for i in range(len(piece.rows)):
         image = None
-        is_over = is_over or activity.is_draining(worker, run_id)
-        if is_over:
+        if is_over := is_over or activity.is_draining(worker, run_id):
             yield image
             continue
         try:
