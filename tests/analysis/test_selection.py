@@ -279,6 +279,6 @@ def test_a_parquet_file_that_cannot_be_written_is_refused(store, tmp_path, monke
         store.join(mixed).to_parquet(tmp_path / "f.parquet")
     table = pd.DataFrame({"a": [1]})  # made here: with pyarrow installed pandas imports it now and then
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(UsageError, match=r'pip install "featuremaps\[parquet\]"'):
+    with pytest.raises(UsageError, match=r"pip install 'featuremaps\[parquet\]'"):
         write_parquet(table, tmp_path / "f.parquet")
     assert list(tmp_path.iterdir()) == []

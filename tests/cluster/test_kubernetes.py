@@ -186,7 +186,7 @@ def test_a_run_on_pods_makes_the_same_store(operator, run, tmp_path):
         assert client.cluster.describe() == "extract: 1 of 1 worker; read: 1 of 1 worker"
         assert client.dashboard_link.startswith("http://127.0.0.1:")
         slots = sorted(worker_slots(client).values())
-        assert slots == [(0, 2, 2 * 2**30, False, False), (1, 0, 2 * 2**30, False, True)]
+        assert slots == [(0, 2, 2 * 2**30, False, False, False), (1, 0, 2 * 2**30, False, True, False)]
         fleet = Fleet(client)
         assert (fleet.is_whole, fleet.slots) == (False, 2)
         fleet.check()
