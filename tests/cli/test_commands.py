@@ -467,11 +467,20 @@ def test_a_second_interrupt_ends_at_once():
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+@pytest.fixture
+def _as_at_a_terminal():
+    """SIGHUP ends a process, also where the tests were started by nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("_as_at_a_terminal")
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
 def test_every_stop_signal_asks_for_a_drain_and_ends_other_commands_as_a_ctrl_c_does(number):
     with terminal.stop_on_signal() as stop:
         os.kill(os.getpid(), number)
-        assert stop.wait(900)
+        assert stop.wait(60)
     with terminal.interrupt_on_signal(), pytest.raises(KeyboardInterrupt):
         signal.raise_signal(number)
 
@@ -485,6 +494,7 @@ def test_a_signal_in_the_middle_of_another_waits_for_no_lock_of_the_first(monkey
         signal.raise_signal(signal.SIGTERM)
 
 
+@pytest.mark.usefixtures("_as_at_a_terminal")
 def test_a_second_signal_changes_nothing_of_how_an_interrupted_command_ends(monkeypatch):
     monkeypatch.setattr(commands.cli, "main", Mock(side_effect=KeyboardInterrupt))
     monkeypatch.setattr(commands, "complain", lambda *given: signal.raise_signal(signal.SIGHUP) or given[2])

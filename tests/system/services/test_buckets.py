@@ -622,7 +622,7 @@ def test_a_folder_of_a_bucket_that_holds_something_else_is_left_alone(workers, p
 def test_without_obstore_a_bucket_is_refused_with_the_command_that_installs_it(monkeypatch):
     connect_bucket.cache_clear()
     monkeypatch.setitem(sys.modules, "obstore.store", None)
-    with pytest.raises(UsageError, match=r'pip install "featuremaps\[cloud\]"'):
+    with pytest.raises(UsageError, match=r"pip install 'featuremaps\[cloud\]'"):
         list_collection("s3://bucket/photos")
     connect_bucket.cache_clear()
 
