@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,12 @@ from pipeline.store.store import Store
 from tests.support import needs
 from tests.support.kubernetes_stand_in import kubernetes_api
 from tests.support.needs import pytest_runtest_makereport, pytest_terminal_summary  # noqa: F401 (pytest finds them here)
+
+
+def pytest_configure() -> None:
+    """Heed the signals of a terminal, also where a script started the tests with ``&`` or ``nohup``, which have them ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses

@@ -467,15 +467,6 @@ def test_a_second_interrupt_ends_at_once():
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-@pytest.fixture
-def _as_at_a_terminal():
-    """SIGHUP ends a process, also where the tests were started by nohup."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    yield
-    signal.signal(signal.SIGHUP, before)
-
-
-@pytest.mark.usefixtures("_as_at_a_terminal")
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
 def test_every_stop_signal_asks_for_a_drain_and_ends_other_commands_as_a_ctrl_c_does(number):
     with terminal.stop_on_signal() as stop:
@@ -494,7 +485,6 @@ def test_a_signal_in_the_middle_of_another_waits_for_no_lock_of_the_first(monkey
         signal.raise_signal(signal.SIGTERM)
 
 
-@pytest.mark.usefixtures("_as_at_a_terminal")
 def test_a_second_signal_changes_nothing_of_how_an_interrupted_command_ends(monkeypatch):
     monkeypatch.setattr(commands.cli, "main", Mock(side_effect=KeyboardInterrupt))
     monkeypatch.setattr(commands, "complain", lambda *given: signal.raise_signal(signal.SIGHUP) or given[2])
