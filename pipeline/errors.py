@@ -3,9 +3,13 @@
 Every message is one paragraph: the value, what was expected, what it means and what to do.
 """
 
-from collections.abc import Iterator
+from __future__ import annotations
+
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 EXIT_COMPLETE = 0
 EXIT_FAILED = 1
