@@ -44,17 +44,15 @@ def best_extractor(
     threads : int
         Threads that extract at once.
     """
-    stored = tuple(stored)
-    if n := devices.n_gpus():
-        from pipeline.extract.cpu import use_one_thread  # noqa: PLC0415 (torch only where it computes)
-        from pipeline.extract.gpu import DeviceExtractor  # noqa: PLC0415 (as above)
-
-        use_one_thread()
-        return DeviceExtractor(spec, weights, stored, device=f"cuda:{worker % n}", threads=threads)
+    stored, n = tuple(stored), devices.n_gpus()
     compiled = CompiledExtractor(spec, weights, stored)
-    if compiled.is_enough:
+    if not n and compiled.is_enough:
         return compiled
-    from pipeline.extract.cpu import Extractor, use_one_thread  # noqa: PLC0415 (as above)
+    from pipeline.extract.cpu import Extractor, use_one_thread  # noqa: PLC0415 (torch only where it computes)
 
     use_one_thread()
-    return Extractor(spec, weights, stored)
+    if not n:
+        return Extractor(spec, weights, stored)
+    from pipeline.extract.gpu import DeviceExtractor  # noqa: PLC0415 (as above)
+
+    return DeviceExtractor(spec, weights, stored, device=f"cuda:{worker % n}", threads=threads)

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pipeline.extract import kernel
-from pipeline.extract.stack import Pooled, Stack, check_range
+from pipeline.extract.stack import ImageByImage, Pooled, Stack, check_range
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Mapping
 
     from pipeline.config import ExtractorSpec
     from pipeline.extract.layers import Array
@@ -50,7 +50,7 @@ class FirstLayer:
         return kernel.version(self.channels, self.spec.kernel, self.spec.filters) if kernel.has(self.spec) else "torch"
 
 
-class CompiledExtractor:
+class CompiledExtractor(ImageByImage):
     """Extractor of a stack that `is_enough` for: thread-safe, and a function of the image alone.
 
     Parameters
@@ -68,12 +68,6 @@ class CompiledExtractor:
         """Whether compiled code computes all of the stack."""
         return len(self.stack.layers) == 1 and self.layer.can_store(self.stack.stored["conv1"])
 
-    def extract(self, image: Array) -> dict[str, Array]:
-        """Maps (channel, y, x) of one uint8 image (y, x, channel), as they are stored; see `extract_into`."""
-        out = self.stack.empty(image)
-        self.extract_into(image, out)
-        return out
-
     def extract_into(self, image: Array, out: Mapping[str, Array]) -> dict[str, Pooled]:
         """Compute the maps of one image and store them; as `cpu.Extractor.extract_into`."""
         shape, stored = self.stack.check(image, out)["conv1"], self.stack.stored["conv1"]
@@ -84,15 +78,6 @@ class CompiledExtractor:
         if wanted is not None and wanted is not direct:
             wanted[...] = direct
         return {"conv1": pooled}
-
-    def extract_each(
-        self,
-        size: tuple[int, int],  # noqa: ARG002 (as of `DeviceExtractor`)
-        items: Iterable[tuple[Array, Mapping[str, Array]]],
-    ) -> Iterator[dict[str, Pooled]]:
-        """`extract_into` one image after another."""
-        for image, out in items:
-            yield self.extract_into(image, out)
 
     def version(self, size: tuple[int, int]) -> str:  # noqa: ARG002 (as of `DeviceExtractor`)
         """What computes the layer, for the receipt."""

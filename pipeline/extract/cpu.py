@@ -13,7 +13,7 @@ from pipeline.extract.activations import ACTIVATIONS
 from pipeline.extract.compiled import CompiledExtractor
 from pipeline.extract.keeping import buffer, pool, quantise_into
 from pipeline.extract.layers import Array, block_shape, padded_extent
-from pipeline.extract.stack import AS_FLOAT32, Pooled, Stack, check_range
+from pipeline.extract.stack import AS_FLOAT32, ImageByImage, Pooled, Stack, check_range
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -134,7 +134,7 @@ def _place(y: Tensor, out: Tensor, columns: int, rest: int) -> None:
         out[..., whole:].copy_(y[..., columns, :rest])
 
 
-class Extractor(nn.Module):
+class Extractor(ImageByImage, nn.Module):
     """The stack of layers, with weights, on a device.
 
     Parameters
@@ -199,21 +199,6 @@ class Extractor(nn.Module):
         """Compute the float64 maps (channel, y, x) of one uint8 image (y, x, channel), by torch's own convolution."""
         maps = self._plain(pixels(image), torch.float64)
         return {name: values.cpu().numpy() for name, values in maps if name in self.stack.stored}
-
-    def extract(self, image: Array) -> dict[str, Array]:
-        """Compute the maps (channel, y, x) of one uint8 image (y, x, channel), as they are stored; see `extract_into`."""
-        out = self.stack.empty(image)
-        self.extract_into(image, out)
-        return out
-
-    def extract_each(
-        self,
-        size: tuple[int, int],  # noqa: ARG002 (as of `DeviceExtractor`)
-        items: Iterable[tuple[Array, Mapping[str, Array]]],
-    ) -> Iterator[dict[str, Pooled]]:
-        """`extract_into` one image after another."""
-        for image, out in items:
-            yield self.extract_into(image, out)
 
     def version(self, size: tuple[int, int]) -> str:  # noqa: ARG002 (as of `DeviceExtractor`)
         """What computes the first layer of images of a size, for the receipt; see `kernel.version`."""

@@ -1,4 +1,4 @@
-"""What an extractor is asked for: the layers up to the last output, and how each output is stored. No torch."""
+"""What every extractor shares, without torch: the layers, how outputs are stored, what is pooled, image after image."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pipeline.extract.layers import Array, layer_names, output_sizes, receptive_
 from pipeline.extract.quantise import StoredAs, quantisation, storable_range
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     from pipeline.config import ExtractorSpec
     from pipeline.extract.quantise import StoredOutput
@@ -76,6 +76,31 @@ class Stack:
         """Arrays (channel, y, x) for the outputs of an image, as they are stored."""
         shapes = self.shapes(*image.shape)
         return {name: np.empty(shapes[name], stored.dtype) for name, stored in self.stored.items()}
+
+
+class ImageByImage:
+    """What follows from `extract_into` for an extractor that takes one image after another."""
+
+    stack: Stack
+
+    def extract_into(self, image: Array, out: Mapping[str, Array]) -> dict[str, Pooled]:
+        """Compute the maps of one image and store them; see `cpu.Extractor.extract_into`."""
+        raise NotImplementedError
+
+    def extract(self, image: Array) -> dict[str, Array]:
+        """Compute the maps (channel, y, x) of one uint8 image (y, x, channel), as they are stored; see `extract_into`."""
+        out = self.stack.empty(image)
+        self.extract_into(image, out)
+        return out
+
+    def extract_each(
+        self,
+        size: tuple[int, int],  # noqa: ARG002 (as of `DeviceExtractor`)
+        items: Iterable[tuple[Array, Mapping[str, Array]]],
+    ) -> Iterator[dict[str, Pooled]]:
+        """`extract_into` one image after another."""
+        for image, out in items:
+            yield self.extract_into(image, out)
 
 
 class Pooled(NamedTuple):
