@@ -15,7 +15,7 @@ from importlib.metadata import version
 from typing import Any
 
 from pipeline.config import Job
-from pipeline.errors import StoppedError
+from pipeline.errors import FeaturemapsError, StoppedError
 from pipeline.extract import kernel
 from pipeline.run.comparison import apply, compare_with_store
 from pipeline.run.context import Context
@@ -26,10 +26,11 @@ from pipeline.store.contents import count_statuses
 from pipeline.store.create import check_job, create_store, list_job, open_for, prepare_folder
 from pipeline.store.lock import StoreLock, last_holder, require_lock
 from pipeline.store.objects import Place, place
+from pipeline.store.opening import is_store
+from pipeline.store.receipts import read_receipts, receipt_ids, write_receipt
 from pipeline.store.run_ids import new_run_id, next_number
 from pipeline.store.schema import RUNS, StoreSpec, narrowed
 from pipeline.store.settings import VERSION
-from pipeline.store.store import receipt_ids
 
 logger = logging.getLogger(__name__)
 
@@ -58,11 +59,17 @@ def run_job(
     progress = Progress()
     notify = _unfailing(on_progress) if on_progress else (lambda _: None)
     notify(progress)
-    listing = list_job(job)
+    summary = Summary("", started=_now(), config=job.model_dump(mode="json"), versions=_versions())
+    try:
+        listing = list_job(job)
+    except Exception as error:
+        summary.elapsed_s, summary.ended = time.monotonic() - progress.began_s, _now()
+        _leave_refusal(path, summary, error, sole_writer=job.sole_writer)
+        raise
     spec, weights = check_job(job, listing)
     durable = job.durability == "machine"
     prepare_folder(path, durable=durable)
-    summary = Summary("", started=_now(), config=job.model_dump(mode="json"), versions=_versions(), n_listed=len(listing))
+    summary.n_listed = len(listing)
     summary.ignored, summary.excluded = dict(listing.ignored), dict(listing.excluded)
     summary.unreadable_folders = list(listing.unreadable[:100])
     with _numbered(path, summary, sole_writer=job.sole_writer) as took_over, working(str(path), summary, progress):
@@ -80,13 +87,29 @@ def run_job(
             summary.outcome = "stopped"
             raise
         except BaseException as error:
-            summary.outcome, summary.message = "failed", f"{type(error).__name__}: {error}"
+            _note_failure(summary, error)
             raise
         finally:
             summary.elapsed_s, summary.ended = time.monotonic() - progress.began_s, _now()
             with contextlib.suppress(*([OSError] if summary.outcome == "failed" else [])):  # a full disk has been told of already
                 store.write_receipt(summary.run_id, receipt(summary))
     return summary
+
+
+def _note_failure(summary: Summary, error: BaseException) -> None:
+    summary.outcome, summary.message = "failed", f"{type(error).__name__}: {error}"
+
+
+def _leave_refusal(path: Place, summary: Summary, error: Exception, *, sole_writer: bool) -> None:
+    """Leave a receipt of a run whose source cannot be listed, if the store is there, free, and can be written."""
+    _note_failure(summary, error)
+    with contextlib.suppress(FeaturemapsError, OSError):
+        if not is_store(path):
+            return
+        for last in read_receipts(path, 1):
+            summary.dropped_total = dict(last.get("dropped_total") or {})
+        with _numbered(path, summary, sole_writer=sole_writer):
+            write_receipt(path, summary.run_id, receipt(summary), durable=False)
 
 
 def _unfailing(on_progress: Callable[[Progress], None]) -> Callable[[Progress], None]:

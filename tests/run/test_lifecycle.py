@@ -19,9 +19,11 @@ from pipeline.api import run_job
 from pipeline.checks.plan import plan_job
 from pipeline.config import make_job
 from pipeline.errors import FeaturemapsError, StoreBusyError, UsageError
+from pipeline.report.facts import as_summary
 from pipeline.run.plan.memory import COMPILED_BASE_BYTES, wanted_limit_bytes
 from pipeline.run.summary_text import describe_news
 from pipeline.store.lock import StoreLock
+from pipeline.store.receipts import read_receipts
 from pipeline.store.schema import RUNS, Status, stack
 from pipeline.store.store import Store
 from tests.conftest import TWELVE_SIZES, content, make_images
@@ -311,6 +313,13 @@ def test_an_emptied_source_is_refused_and_nothing_is_marked(run, twelve_sizes, t
         path.unlink()
     with pytest.raises(UsageError, match="mounted"):
         run(source)
+    source.rename(tmp_path / "unmounted")
+    with pytest.raises(UsageError, match="does not exist"):
+        run(source)
+    (tmp_path / "unmounted").rename(source)
+    summaries = [as_summary(receipt) for receipt in read_receipts(tmp_path / "features.zarr")]
+    assert [(summary.outcome, summary.exit_code) for summary in summaries] == [("failed", 2), ("failed", 2), ("complete", 0)]
+    assert "does not exist" in summaries[0].message
     make_images(source, 100, TWELVE_SIZES, seed=5)
     for i in range(95):
         (source / f"img{i:05d}.png").unlink()
