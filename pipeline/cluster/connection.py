@@ -72,4 +72,4 @@ def check_cluster(job: Job, cluster_file: Path) -> None:
     elif not is_store(place(job.store).absolute()):
         from pipeline.cluster.config import load_cluster  # noqa: PLC0415 (no Dask when there is nothing to do)
 
-        load_cluster(job.cluster, cluster_file)
+        load_cluster(job.cluster, cluster_file).for_job(job)

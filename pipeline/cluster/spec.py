@@ -17,6 +17,7 @@ from pydantic import Field, model_validator
 
 from pipeline.cluster.finding import Finding
 from pipeline.config import Positive, StrictModel
+from pipeline.errors import UsageError
 from pipeline.text import count
 from pipeline.validation import SECONDS, WORDS, Memory, Variables
 
@@ -162,14 +163,19 @@ class ClusterSpec(StrictModel):
         """Workers that connect to the driver's process; none where the scheduler is another process."""
         return 0
 
-    def for_job(self, job: Job) -> Self:  # noqa: ARG002 (for this machine)
-        """The cluster with what a job says of workers.
+    def for_job(self, job: Job) -> Self:
+        """The cluster with what a job says of workers; only clusters of this machine take that.
 
         Raises
         ------
         UsageError
-            When both say how many workers there are to be.
+            When the job says something that the cluster does not take.
         """
+        if given := given_by(job):
+            raise UsageError(
+                f"{', '.join(given)} were given for the run, and cluster {job.cluster!r} of kind {self.kind} has workers of its own: "
+                "nothing was started; leave them away, or change the cluster's entry in cluster.yaml"
+            )
         return self
 
     def located(self, beside: Callable[[str], str]) -> dict[str, Any]:  # noqa: ARG002 (for kinds that name files)
@@ -180,6 +186,12 @@ class ClusterSpec(StrictModel):
         """The cluster with a shorter wait for its workers, where it has such a key."""
         own_s = getattr(self, "start_timeout_s", None)
         return self if own_s is None else self.model_copy(update={"start_timeout_s": min(own_s, limit_s)})
+
+
+def given_by(job: Job) -> dict[str, int]:
+    """What a job says of workers, by the keys of a cluster of this machine."""
+    wanted = {"workers": job.workers, "memory": job.memory_limit_bytes, "gpus": job.gpus}
+    return {key: value for key, value in wanted.items() if value is not None}
 
 
 class GroupsSpec(ClusterSpec):

@@ -593,6 +593,12 @@ def test_what_a_job_says_of_workers_counts_for_every_kind_of_this_machine():
         UsageError, match=r"cluster 'gpus' with {'gpus': 0} is not usable, .*: gpus: Input should be greater than 0"
     ):
         CudaSpec(kind="cuda").for_job(Job(**values, gpus=0))
+    shared = AddressSpec(kind="address", address="tcp://there:8786")
+    assert shared.for_job(Job(**values)) == shared
+    with pytest.raises(
+        UsageError, match=r"^workers, memory, gpus were given for the run, and cluster 'gpus' of kind address has"
+    ):
+        shared.for_job(job)
 
 
 def test_a_machine_with_a_driver_asks_torch_how_many_gpus_there_are(monkeypatch):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 from pydantic import ByteSize, Field, model_validator
 
 from pipeline.cluster import local
-from pipeline.cluster.spec import GroupSpec, GroupsSpec, Name, StartedSpec, describe_groups
+from pipeline.cluster.spec import GroupSpec, GroupsSpec, Name, StartedSpec, describe_groups, given_by
 from pipeline.config import Positive
 from pipeline.errors import UsageError
 from pipeline.text import count
@@ -86,7 +86,7 @@ class ThisMachine(StartedSpec):
 
     def for_job(self, job: Job) -> Self:
         """Take what the job says of workers."""
-        given = _given(job)
+        given = given_by(job)
         return validate_model(type(self), self.model_dump() | given, f"cluster {job.cluster!r} with {given}") if given else self
 
 
@@ -116,7 +116,7 @@ class LocalSpec(ThisMachine, GroupsSpec):
 
     def for_job(self, job: Job) -> Self:
         """Take what the job says of workers, unless there are groups."""
-        given = _given(job)
+        given = given_by(job)
         if self.groups and given:
             raise UsageError(
                 f"cluster {job.cluster!r} has groups with workers, memory and GPUs of their own, and {', '.join(given)} were given for "
@@ -135,12 +135,6 @@ class CudaSpec(ThisMachine):
     """Batches at work at once over all GPUs; None is one per core."""
     gpus: Positive | None = None
     """None is all that this process may use."""
-
-
-def _given(job: Job) -> dict[str, int]:
-    """What a job says of workers, by the keys of a cluster."""
-    wanted = {"workers": job.workers, "memory": job.memory_limit_bytes, "gpus": job.gpus}
-    return {key: value for key, value in wanted.items() if value is not None}
 
 
 def _with_memory(groups: Mapping[str, GroupSpec]) -> dict[str, GroupSpec]:
