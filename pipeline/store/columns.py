@@ -11,7 +11,7 @@ import numpy as np
 from pipeline.errors import FeaturemapsError
 from pipeline.extract.layers import Array
 from pipeline.store.codecs import compress, decompress
-from pipeline.store.objects import Place, children, each, fetch, parse_json, put, put_json
+from pipeline.store.objects import Place, children, each, fetch, parse_json, put, put_json, read_json
 from pipeline.store.schema import Columns, StoredLayer, column_type, object_key
 
 
@@ -87,6 +87,28 @@ class Ledger:
 
 def _unfenced() -> None:
     """Nothing; by name, so that an open store can be pickled."""
+
+
+def read_array(folder: Place, dtype: str) -> Array:
+    """An array that is a single object.
+
+    Raises
+    ------
+    FeaturemapsError
+        When its object is missing or damaged, or its metadata do not fit it.
+    """
+    path = folder
+    try:
+        shape = tuple(read_json(folder / "zarr.json")["shape"])
+        path = folder / object_key(0, len(shape))
+        data, _ = fetch(path)
+        if data is not None:
+            return _decode_chunk(path, data, dtype, shape)
+    except (KeyError, TypeError, ValueError) as error:
+        raise FeaturemapsError(
+            f"{folder} cannot be read, its zarr.json does not fit it ({error}): restore it from a copy"
+        ) from error
+    raise FeaturemapsError(f"{path} is missing: restore it from a copy, or make the store anew")
 
 
 def _decode_chunk(path: Place, data: bytes | None, dtype: str, chunk: tuple[int, ...]) -> Array:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
-import zarr
-from zarr.storage import ObjectStore
 
 from pipeline.errors import FeaturemapsError, StaleWriterError
 from pipeline.extract.layers import Array
@@ -16,11 +14,17 @@ from pipeline.store.lock import require_lock
 from pipeline.store.objects import Place, condition_of, object_store, put, read_json
 from pipeline.store.schema import RUNS, encode_rows
 
-StoredArray: TypeAlias = zarr.Array[Any]
+if TYPE_CHECKING:
+    import zarr
+
+StoredArray: TypeAlias = "zarr.Array[Any]"
 
 
 def open_array(folder: Place) -> StoredArray:
     """An array of a store, for reading."""
+    import zarr  # noqa: PLC0415 (a worker that writes whole shards never needs it, and it takes a fifth of a worker's imports)
+    from zarr.storage import ObjectStore  # noqa: PLC0415 (as above)
+
     with urls.errors(str(folder)):
         remote = object_store(folder)
         where = str(folder) if remote is None else ObjectStore(remote, read_only=True)

@@ -10,7 +10,7 @@ import numpy as np
 
 from pipeline.extract.layers import Array
 from pipeline.store.classes import create_class, mark_padded
-from pipeline.store.columns import Ledger
+from pipeline.store.columns import Ledger, read_array
 from pipeline.store.layout import ClassLayout, Size
 from pipeline.store.maps import StoredArray, open_array, read_maps, write_maps
 from pipeline.store.objects import Place, children, put_json
@@ -71,7 +71,7 @@ class Store:
     def weights(self) -> dict[str, Array]:
         """The weights as used, cross-correlation orientation, float32."""
         names = [name for name in children(self.path / EXTRACTOR) if name != "zarr.json"]
-        return {name: np.asarray(open_array(self.path / EXTRACTOR / name)[...]) for name in names}
+        return {name: read_array(self.path / EXTRACTOR / name, "float32") for name in names}
 
     def receipts(self, n: int | None = None) -> list[dict[str, Any]]:
         """The receipts of the last ``n`` runs, or of all, newest first; but for those that a power cut left empty."""
