@@ -1,5 +1,6 @@
-"""The driver of a run and the tasks of its workers: what is missing is read, extracted, written and committed once.
+"""The driver of a run and the tasks of its workers.
 
+They read, extract, write and commit each missing image once.
 A run is handed its workers; it does not know what kind of cluster they come from.
 """
 

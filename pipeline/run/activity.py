@@ -1,4 +1,4 @@
-"""What each thread of a worker is at, and since when: by this the driver tells a task that hangs from one that works."""
+"""Reports what each thread of a worker does, and since when. The driver uses it to tell a hanging task from a working one."""
 
 from __future__ import annotations
 
@@ -14,32 +14,33 @@ from pipeline.errors import StaleWriterError
 from pipeline.source.current import marks, name_tasks_by
 
 METRIC = "featuremaps"
-"""Under which a worker's heartbeat carries `report`."""
+"""Key of `report` in a worker's heartbeat."""
 LEASE_S = 30.0
-"""How long a worker may have been silent and still write; half of what it takes to be given up by its scheduler."""
-_reports: dict[int, deque[float]] = {}  # id of a worker, of which a process may have several -> when it reported last
+"""A worker silent for longer must not write. The scheduler gives a worker up after twice this time."""
+# id of a worker -> times of its last two reports; a process may have several workers
+_reports: dict[int, deque[float]] = {}
 
 
 class ActivityPlugin(WorkerPlugin):  # type: ignore[misc]
-    """Has a worker say with each heartbeat what it is at."""
+    """Adds to each heartbeat of a worker what its tasks are doing."""
 
     name = "featuremaps-activity"
 
     def setup(self, worker: Any) -> None:
-        """Begin."""
+        """Start to report."""
         _reports[id(worker)] = deque(maxlen=2)
         worker.metrics[METRIC] = report
 
 
 class DrainPlugin(WorkerPlugin):  # type: ignore[misc]
-    """Has a worker, and those that join later, begin no further image of a run."""
+    """Tells all workers, also those that join later, to begin no further image of a run."""
 
     def __init__(self, run_id: str) -> None:
         self.name = _drain_name(run_id)
 
 
 def is_draining(worker: Any, run_id: str) -> bool:
-    """Whether a worker is to begin no further image of a run."""
+    """Whether the worker was told to begin no further image of a run."""
     return _drain_name(run_id) in worker.plugins
 
 
@@ -48,14 +49,15 @@ def _drain_name(run_id: str) -> str:
 
 
 def require_lease(worker: Any) -> None:
-    """Wait, after a silence, until the scheduler has answered a heartbeat: it may have given this worker up, and its tasks to others.
+    """Before a write after a silence, wait until the scheduler has answered a heartbeat.
 
-    The answer to one heartbeat is known when the next one is made.
+    The scheduler may have given this worker up and its tasks to others. Only when the next heartbeat is made is the last one
+    known to be answered.
 
     Raises
     ------
     StaleWriterError
-        When it has.
+        When no answer comes within twice `LEASE_S`, or the worker is closing.
     """
     began = time.monotonic()
     while worker.status == Status.running:
@@ -66,12 +68,12 @@ def require_lease(worker: Any) -> None:
             break
         time.sleep(0.2)
     raise StaleWriterError(
-        f"worker {worker.address} was silent for so long that its tasks are others' now: it writes nothing; nothing is to be done"
+        f"worker {worker.address} was silent for so long that its tasks were given to others: it writes nothing; nothing is to be done"
     )
 
 
 def report(worker: Any) -> list[tuple[str, str, float]]:
-    """Task, what it is at and for how many seconds, for each task at work; a metric that goes with every heartbeat."""
+    """Key, current activity and its seconds so far, for each running task; sent with every heartbeat."""
     now, at_work = time.monotonic(), dict(worker.active_threads)
     _reports.setdefault(id(worker), deque(maxlen=2)).append(now)
     return [(key, what, now - since) for thread, (key, what, since) in list(marks.items()) if at_work.get(thread) == key]

@@ -1,6 +1,6 @@
-"""Who may work for a run: workers that run what the driver runs, at its start and as they join.
+"""Admits only workers that run what the driver runs, at the start of a run and as they join.
 
-What is compared is in `worker_versions`.
+`worker_versions` says what is compared.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from pipeline.run.worker_versions import asking_for_versions, differences, has_k
 logger = logging.getLogger(__name__)
 
 ANSWER_S = 30.0
-"""How long workers are waited for; Dask's own methods wait for ever for one that hangs."""
+"""How long to wait for workers to answer; Dask's own methods wait without limit for one that hangs."""
 TOPIC = "featuremaps-refused"
-"""Under which a worker that does not fit says so, with the id of the client that does not want it."""
+"""Topic of the event in which a worker says that it does not fit, with the id of the client that refuses it."""
 
 
 @contextlib.contextmanager
 def only_like_this(client: Client) -> Iterator[None]:
-    """Refuse to begin with workers that would compute something else, and have those that join later and differ leave again.
+    """Refuse to begin with workers that would compute something else, and send away those that join later and differ.
 
     Raises as `check_workers` does.
     """
@@ -46,8 +46,9 @@ def only_like_this(client: Client) -> Iterator[None]:
             )
 
     client.subscribe_topic(TOPIC, warn)
-    # `Client.register_plugin` and `unregister_worker_plugin` have no limit of time, so the scheduler's own calls are used here.
-    with _whoever_is_lost():  # by then the scheduler has it for those that join, and these were looked at
+    # `Client.register_plugin` and `unregister_worker_plugin` have no timeout, so the scheduler's own calls are used here.
+    # On a failure the scheduler has the plugin already, for workers that join. The others were checked above.
+    with _whoever_is_lost():
         client.sync(
             client.scheduler.register_worker_plugin,
             plugin=dumps(plugin),
@@ -66,7 +67,7 @@ def only_like_this(client: Client) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _whoever_is_lost() -> Iterator[None]:
-    """A worker that dies or hangs makes a call to all of them fail; what the scheduler itself was told stands."""
+    """Ignore workers that die or hang: they make a call to all workers fail, but the scheduler has done its part."""
     try:
         yield
     except (OSError, TimeoutError, ValueError) as error:
@@ -74,7 +75,7 @@ def _whoever_is_lost() -> Iterator[None]:
 
 
 def check_workers(client: Client) -> None:
-    """Refuse workers that would compute something else, or on something else.
+    """Refuse workers that would compute something else, or on another kind of device.
 
     Raises
     ------
@@ -99,24 +100,24 @@ def check_workers(client: Client) -> None:
     blind = blind_workers(client, workers)
     if blind:
         raise FeaturemapsError(
-            f"{_some([str(workers[address]['name']) for address in blind])} were to have a GPU, and torch sees none there: no batch was "
+            f"{_some([str(workers[address]['name']) for address in blind])} should have a GPU, but torch sees none there: no batch was "
             "sent to them; check the group's gpus and options in cluster.yaml, nvidia-smi on that machine and that torch was installed "
             "with CUDA, or set gpus to 0"
         )
 
 
 def blind_workers(client: Client, workers: dict[str, Any]) -> list[str]:
-    """Addresses of workers that say they have a GPU and see none."""
+    """Addresses of workers that claim a GPU but see none."""
     return [address for address, n in ask(client, n_gpus_there, having_gpus(workers)).items() if not n]
 
 
 def having_gpus(workers: dict[str, Any]) -> list[str]:
-    """Addresses of those of the scheduler's workers that say they have a GPU."""
+    """Addresses of the workers that claim a GPU."""
     return [address for address, worker in workers.items() if worker["resources"].get("gpu")]
 
 
 def all_have_kernel(client: Client) -> bool:
-    """Whether every worker that extracts has the compiled code, those with a GPU aside: they are judged otherwise."""
+    """Whether every worker that extracts on processors has the compiled code; workers with a GPU do not count."""
     workers = scheduler_workers(client)
     on_cpu = [
         name for name, worker in workers.items() if worker["resources"].get("extract") and not worker["resources"].get("gpu")
@@ -125,14 +126,14 @@ def all_have_kernel(client: Client) -> bool:
 
 
 def ask(client: Client, function: Callable[[], Any], workers: Iterable[str]) -> dict[str, Any]:
-    """What a function returns on each worker that answers; one that hangs must not keep the run from its work."""
+    """Return what a function returns on each worker that answers in time; a worker that hangs must not stop the run."""
     chosen = list(workers)
     if not chosen:
         return {}
     try:
         answers: dict[str, Any] = client.run(function, workers=chosen, on_error="ignore", callback_timeout=ANSWER_S)
     except TimeoutError:
-        logger.warning("not all workers said within %.0f s what they have: they are taken as they are", ANSWER_S)
+        logger.warning("not all workers answered within %.0f s: the run uses them without checking what they have", ANSWER_S)
         return {}
     return answers
 
@@ -142,14 +143,14 @@ def _some(names: list[str]) -> str:
 
 
 class VersionsPlugin(WorkerPlugin):  # type: ignore[misc]
-    """Has a worker that joins leave before it works, if it would compute something else than its driver, or on something else.
+    """Closes a worker that joins, before its first task, if its versions or its device differ from the driver's.
 
-    Dask lets a worker whose plugin fails go on, so it closes itself; what it was sent goes to others.
+    Dask keeps a worker whose plugin fails, so the worker closes itself. Its tasks go to others.
 
     Parameters
     ----------
     client : str
-        Id of the driver's client; when it is gone, nobody is refused.
+        Id of the driver's client; once it is gone, no worker is refused.
     """
 
     def __init__(self, client: str) -> None:
@@ -157,27 +158,28 @@ class VersionsPlugin(WorkerPlugin):  # type: ignore[misc]
         self.name = f"featuremaps-versions-{client}"
 
     async def setup(self, worker: Any) -> None:
-        """Look, and close where something differs."""
+        """Compare, and close the worker if something differs."""
         reason = ", ".join(differences(own_versions(), self.versions))
         if not reason and worker.state.total_resources.get("gpu") and not n_gpus_there():
-            reason = "it was to have a GPU, and torch sees none there"
+            reason = "it should have a GPU, but torch sees none there"
         if not reason or not await self._is_wanted(worker):
             return
         logger.error("worker %s does not fit the run, and leaves before it works: %s", worker.name, reason)
         worker.log_event(TOPIC, {"client": self.client, "name": str(worker.name), "reason": reason})
         self._closing = asyncio.create_task(worker.close(reason="featuremaps-versions"))
-        await asyncio.sleep(0)  # from here on it is closing, and begins no task; a nanny answers only when all has started
+        # From here on the worker is closing and begins no task. A nanny answers only when all has started.
+        await asyncio.sleep(0)
 
     async def _is_wanted(self, worker: Any) -> bool:
-        """Whether the driver is still there: one that was killed leaves its plugin with the scheduler."""
+        """Whether the driver is still there: a driver that was killed leaves its plugin with the scheduler."""
         try:
             answer = await worker.scheduler.run_function(function=dumps(has_client), kwargs=dumps({"client": self.client}))
-        except Exception as error:  # noqa: BLE001 (of a scheduler that may have any featuremaps, or none)
-            logger.info("the scheduler does not say who is there: %s", error)
+        except Exception as error:  # noqa: BLE001 (the scheduler may run any version of featuremaps, or none)
+            logger.info("the scheduler did not say whether the driver is there: %s", error)
             return True
         return bool(answer.get("result", True))
 
 
 def has_client(client: str, dask_scheduler: Any) -> bool:
-    """On the scheduler: whether it knows a client."""
+    """Whether the scheduler knows a client; runs on the scheduler."""
     return client in dask_scheduler.clients

@@ -21,21 +21,21 @@ Rows = np.ndarray[Any, np.dtype[np.int64]]
 
 
 class BatchQueue:
-    """Cuts rows into batches, first those that were in the store when the run began.
+    """Cuts rows into batches; rows that were in the store when the run began come first.
 
     Parameters
     ----------
     context : Context
     ledger : Ledger
     fleet : Fleet
-        Who is to compute them.
+        The workers that compute them.
     has_kernel : bool
-        Whether all of them have the compiled code that this process may have.
+        Whether all workers have the compiled code.
 
     Raises
     ------
     FeaturemapsError
-        When memory or disk do not hold what is in the store already.
+        When the rows that are already in the store do not fit memory or disk.
     """
 
     def __init__(self, context: Context, ledger: Ledger, fleet: Fleet, *, has_kernel: bool = True) -> None:
@@ -43,10 +43,10 @@ class BatchQueue:
         self.spec, self.channels = extractor_spec(self.store.spec), self.job.decode.channels
         self.has_kernel = has_kernel
         self._ready: deque[Batch] = deque()
-        self._image_of: dict[Size, dict[int, int]] = {}  # rows of the store that are not sent yet -> image of the listing
-        self._waiting: dict[Size, list[int]] = {}  # those of them that are in no batch
-        self._kept: dict[Size, Rows] = {}  # rows of former runs whose maps must not be lost
-        self._decode_bytes = 0  # the most that decoding one of the images takes
+        self._image_of: dict[Size, dict[int, int]] = {}  # row that was not sent yet -> image of the listing
+        self._waiting: dict[Size, list[int]] = {}  # rows that are in no batch yet
+        self._kept: dict[Size, Rows] = {}  # rows of earlier runs whose maps must be kept
+        self._decode_bytes = 0  # the most memory that decoding one image takes
         for size, shape_class in self.store.classes.items():
             rows = context.found.pending.get(shape_class.name, [])
             self._image_of[size] = dict(rows)
@@ -63,18 +63,18 @@ class BatchQueue:
 
     @property
     def n_images(self) -> int:
-        """Images that have a row and were not sent."""
+        """Images that have a row but were not sent yet."""
         return sum(map(len, self._image_of.values()))
 
     def check_capacity(self, new: Mapping[Size, ClassLayout], n_new: Mapping[Size, int], decode_bytes: int) -> None:
-        """Refuse what cannot fit memory or disk, with the number that would.
+        """Refuse what does not fit memory or disk; the error names the size that would fit.
 
         Parameters
         ----------
         new, n_new
-            Layouts of classes that are to have new images, and how many.
+            Layouts of the classes that get new images, and the number of these images.
         decode_bytes : int
-            The most that decoding one of these takes.
+            The most memory that decoding one of them takes.
         """
         self._decode_bytes = max(self._decode_bytes, decode_bytes)
         layouts = {size: self.store.classes[size].layout for size, rows in self._image_of.items() if rows} | dict(new)
@@ -86,15 +86,15 @@ class BatchQueue:
         require_space(self.store.path, sum(n * layouts[size].row_bytes for size, n in n_rows.items()), sum(n_rows.values()))
 
     def add(self, appended: Appended) -> None:
-        """Take up rows of new images."""
+        """Queue rows of new images."""
         for size, rows in appended.items():
-            if size not in self._kept and rows[0][0]:  # the class is older: its last shard may be half full
+            if size not in self._kept and rows[0][0]:  # an older class: its last shard may be half full
                 self._kept[size] = self.ledger.rows_with_maps(class_name(size))
             self._image_of.setdefault(size, {}).update(rows)
             self._waiting.setdefault(size, []).extend(row for row, _ in rows)
 
     def plan(self, *, complete: bool) -> None:
-        """Cut what may be sent into batches; the last shard of a class waits while the class may grow."""
+        """Cut waiting rows into batches; the last shard of a class waits while the class may grow."""
         pieces = []
         for size, rows in self._waiting.items():
             shape_class = self.store.classes[size]
@@ -107,7 +107,7 @@ class BatchQueue:
 
     @property
     def next_bytes(self) -> int:
-        """The most that the next batch puts, before compression."""
+        """The most bytes that the next batch writes, before compression."""
         pieces = self._ready[0].pieces
         return sum((piece.stop - piece.start) * self.store.classes[piece.size].layout.row_bytes for piece in pieces)
 
@@ -116,7 +116,7 @@ class BatchQueue:
         return [self._work_piece(piece) for piece in self._ready.popleft().pieces]
 
     def _work_piece(self, piece: Piece) -> WorkPiece:
-        """With the paths of its images, and the rows of former runs in its range, whose maps must not be lost."""
+        """Add the paths of the images, and the rows of earlier runs in the same range, whose maps must be kept."""
         images = [self._image_of[piece.size].pop(row) for row in piece.rows]
         kept = self._kept.get(piece.size, np.empty(0, np.int64))
         return WorkPiece(

@@ -1,4 +1,4 @@
-"""A process of its own for what may hang or take too much: bounds for its threads and memory, and an end that is not waited for."""
+"""Runs what may hang or take too much in a process of its own, with limits on threads and memory, and never waits for its end."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 END_S = 1.0
-"""How long a process that was killed is waited for: while a file system hangs it cannot end."""
+"""How long to wait for a process that was killed: it cannot end while its file system hangs."""
 
 
 @contextmanager
 def bounded_process(
     command: Sequence[str], *, n_threads: int, limits: Mapping[int, int], **options: Any
 ) -> Iterator[subprocess.Popen[Any]]:
-    """Start a process in a session of its own; if it has not ended by the end of the block, the session is killed.
+    """Start a process in its own session, and kill the session if the process still runs at the end of the block.
 
     Parameters
     ----------
     command : sequence of str
     n_threads : int
-        Threads of the numerical libraries: each takes address space of its own.
+        Threads of the numerical libraries; each thread takes address space.
     limits : mapping of int to int
-        Of `resource`, such as ``{resource.RLIMIT_AS: 2**30}``; a lower limit that is there stays.
+        Limits of `resource`, such as ``{resource.RLIMIT_AS: 2**30}``; a lower limit that is already set stays.
     **options
-        Further arguments of `subprocess.Popen`; without them there is no input, and output is thrown away.
+        Further arguments of `subprocess.Popen`; by default there is no input, and output is discarded.
     """
     n = str(n_threads)
     threads = {"OMP_NUM_THREADS": n, "OPENBLAS_NUM_THREADS": n, "MALLOC_ARENA_MAX": "2", "TOKIO_WORKER_THREADS": "2"}
@@ -36,7 +36,7 @@ def bounded_process(
     process = subprocess.Popen(command, start_new_session=True, env=os.environ | threads, **settings)  # noqa: S603 (this program)
     try:
         for what, most in limits.items():
-            with suppress(ProcessLookupError):  # it is over already
+            with suppress(ProcessLookupError):  # it has ended already
                 _limit(process.pid, what, most)
         yield process
     finally:

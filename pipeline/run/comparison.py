@@ -1,4 +1,4 @@
-"""A listing compared with a store on disk, and what follows from the listing alone."""
+"""Compares a listing with a store on disk, and applies what follows from the listing alone."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pipeline.store.store import Store
 
 
 def compare_with_store(job: Job, store: Store | None, listing: Listing) -> Changes:
-    """`changes.compare` for a store on disk; without one everything is new."""
+    """Call `changes.compare` for a store on disk; without a store every image is new."""
     groups = [] if store is None else [*(c.name for c in store.classes.values()), REJECTED]
     entries = (_entries(store, group) for group in groups if store is not None)
     complete = listing.complete and (store is None or is_same_source(store.spec.source, job.source))
@@ -40,12 +40,12 @@ def _entries(store: Store, group: str) -> Entries:
 
 
 def settle_returned(store: Store, found: Changes) -> None:
-    """`Changes.settle_returned` for a store on disk."""
+    """Call `Changes.settle_returned` for a store on disk."""
     found.settle_returned(lambda group: (store.column(group, "maps_digest"), store.column(group, "error")))
 
 
 def apply(store: Store, found: Changes) -> None:
-    """Set the statuses that follow from the listing alone; returned rows are what their columns say they were."""
+    """Set the statuses that follow from the listing alone; a row whose image is back gets the status that its columns imply."""
     settle_returned(store, found)
     for group, statuses in found.set_status.items():
         rows_array = np.array(sorted(statuses))

@@ -1,4 +1,4 @@
-"""The images that are done, compared with the ledger by their content: which changed though size and time say that they did not."""
+"""Compares done images with the ledger by content, and finds those that changed while size and time stayed the same."""
 
 from __future__ import annotations
 
@@ -37,19 +37,19 @@ class Block(NamedTuple):
     images: tuple[int, ...]
     """Positions in the listing."""
     digests: tuple[str, ...]
-    """What the ledger says."""
+    """As the ledger has them."""
 
 
 def check_digests(context: Context, client: Client) -> bool:
-    """Read the images of ``context.found.to_check`` in parallel, and correct ``found`` by what their bytes say.
+    """Read the images of ``context.found.to_check`` in parallel, and correct ``found`` by their bytes.
 
-    One whose bytes are not those of the ledger's digest has changed. One whose fingerprint alone is another has not: its maps
-    stand, and its row takes today's fingerprint. What cannot be read keeps what its fingerprint makes of it.
+    An image has changed if its bytes do not match the ledger's digest. An image whose bytes match but whose fingerprint differs
+    has not changed: its maps stand, and its row gets the current fingerprint. An unreadable image is judged by its fingerprint.
 
     Returns
     -------
     bool
-        Whether every image was compared, but for those that cannot be reached; False after faults that may pass, or a drain.
+        Whether every image was compared, except those out of reach; False after faults that may pass, or after a drain.
 
     Raises
     ------
@@ -74,7 +74,7 @@ def check_digests(context: Context, client: Client) -> bool:
                 future = client.submit(digest_block, listing.root, images, key=key, resources=asked, pure=False)
                 in_flight[future] = block
             if not in_flight or stop.is_set():
-                break  # of bytes that were read for nothing nothing is left
+                break  # the bytes that these tasks read are of no use
             _wait(in_flight, client, fleet)
             _check_stalls(client, summary.run_id, context.job.deadline_s)
             for future in [future for future in in_flight if future.done()]:
@@ -95,7 +95,7 @@ def check_digests(context: Context, client: Client) -> bool:
 
 
 def _wait(in_flight: dict[Future, Block], client: Client, fleet: Fleet) -> None:
-    """Wait for the first task that ends, at most for a moment."""
+    """Wait for the first task that ends, at most `COMMIT_S` seconds."""
     try:
         with client.as_current():
             wait(list(in_flight), timeout=COMMIT_S, return_when="FIRST_COMPLETED")
@@ -106,19 +106,19 @@ def _wait(in_flight: dict[Future, Block], client: Client, fleet: Fleet) -> None:
 
 
 def _check_stalls(client: Client, run_id: str, deadline_s: float) -> None:
-    """Stop when the storage does not answer; nothing has been superseded."""
+    """Stop the run when the storage does not answer; nothing has been superseded."""
     stalls = find_stalls(client, run_id, deadline_s)
     for stall in stalls:
         replace_worker(client, stall.worker)
     if stalls:
         raise FeaturemapsError(
             f"{stalls[0].what}: the storage did not answer for {stalls[0].since_s:.0f} s while images were compared by their bytes: the "
-            "run stopped, and nothing was changed but fingerprints of images that are the same; look at the storage, and run again"
+            "run stopped; it changed nothing but the fingerprints of unchanged images; look at the storage, and run again"
         )
 
 
 def _result(future: Future) -> tuple[Digested, ...] | None:
-    """What a task found; None where its worker died every time."""
+    """What a task found; None if its worker died every time."""
     try:
         result: tuple[Digested, ...] = future.result()
     except KilledWorker:
@@ -127,20 +127,20 @@ def _result(future: Future) -> tuple[Digested, ...] | None:
 
 
 class _Comparison:
-    """What the bytes say so far."""
+    """The outcome of the comparison so far."""
 
     def __init__(self, context: Context) -> None:
         self.store, self.listing, self.found, self.summary = context.store, context.listing, context.found, context.summary
         self.watch = SourceWatch(self.listing.root)
         self.changed: dict[int, Entry] = {}
-        """Images whose bytes are others, though their fingerprint is the ledger's."""
+        """Images whose bytes differ from the ledger's, although the fingerprint matches."""
         self.touched: set[int] = set()
-        """Images whose bytes are the ledger's, though their fingerprint is another."""
+        """Images whose bytes match the ledger's, although the fingerprint differs."""
         self.n_faults = 0
         self._to_commit: dict[str, list[tuple[int, int]]] = {}
 
     def blocks(self) -> Iterator[Block]:
-        """The tasks, one class after another; of the ledger only one class's digests are held at a time."""
+        """The tasks, class after class; only one class's digests are in memory at a time."""
         for group, pairs in self.found.to_check.items():
             digests = self.store.column(group, "digest")
             members: list[tuple[int, int]] = []
@@ -154,7 +154,7 @@ class _Comparison:
             yield _block(group, members, digests)
 
     def take(self, block: Block, results: tuple[Digested, ...] | None) -> None:
-        """Compare one block; raises when it shows that the source, not the images, is at fault."""
+        """Compare one block; raise if the source, not the images, is at fault."""
         if results is None:
             text = "its worker died whenever it was read with its neighbours"
             results = tuple(Digested(fault=f"{self.listing.paths[i]}: {text}") for i in block.images)
@@ -180,7 +180,7 @@ class _Comparison:
             self.changed[i] = entry
 
     def commit(self) -> None:
-        """Give touched rows today's fingerprint; killed before that, the next run compares them once more."""
+        """Give touched rows the current fingerprint. After a kill before this, the next run compares them again."""
         for group, pairs in self._to_commit.items():
             rows = np.array([row for row, _ in pairs])
             self.store.commit(group, rows, {"fingerprint": stack([self.listing.fingerprint(i) for _, i in pairs])})

@@ -1,4 +1,4 @@
-"""What a run is about: one value, handed to all that work for it."""
+"""What all parts of a run share, as one value."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from pipeline.store.store import Store
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """A run from its comparison with the store to its receipt."""
+    """One run, from its comparison with the store to its receipt."""
 
     job: Job
     store: Store
     listing: Listing
-    """What there is."""
+    """The images of the source."""
     found: Changes
-    """What of it is to be done."""
+    """What is to be done."""
     summary: Summary
     """Filled as the run goes on."""
     progress: Progress
-    """The same, for those who look."""
+    """The state of the run, for display."""
     notify: Callable[[Progress], None]
-    """Called with ``progress`` about every second."""
+    """Called with ``progress`` about once a second."""
     stop: threading.Event
-    """Once set, nothing new is sent."""
+    """Once set, no new task is sent."""

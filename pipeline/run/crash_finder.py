@@ -1,4 +1,4 @@
-"""Finding the image that kills its worker: one after another alone, so that nobody else is blamed."""
+"""Finds the image that kills its worker: computes suspects alone, one after another, so that no other image is blamed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ GUILTY = (
 
 
 class HeaderTrial:
-    """The headers of a block whose worker died again and again.
+    """The headers of a block whose worker died several times.
 
     Parameters
     ----------
@@ -34,11 +34,11 @@ class HeaderTrial:
     def __init__(self, block: int, paths: Sequence[str]) -> None:
         self.block, self.paths = block, paths
         self.probed: list[Probed] = []
-        """What is known so far, in the order of the paths."""
+        """Results so far, in the order of the paths."""
 
     @property
     def n_images(self) -> int:
-        """Images that wait for the outcome without being in the store: the driver counts them as not probed."""
+        """Always 0: these images are not in the store yet, and the driver counts them as not probed."""
         return 0
 
     def next(self) -> str | None:
@@ -46,19 +46,19 @@ class HeaderTrial:
         return self.paths[len(self.probed)] if len(self.probed) < len(self.paths) else None
 
     def judge(self, probed: Sequence[Probed] | None) -> None:
-        """Note what the header given last says, or None where its worker died or had no memory left."""
+        """Note what the last header says, or None if its worker died or ran out of memory."""
         self.probed += probed if probed is not None else [Probed(error=GUILTY)]
 
 
 class Trial:
-    """The images of a batch whose worker died again and again.
+    """The images of a batch whose worker died several times.
 
     Parameters
     ----------
     pieces : sequence of WorkPiece
         The batch.
     n_before : int
-        Trials of the same batch that found nobody guilty.
+        Earlier trials of the same batch that found no guilty image.
     """
 
     def __init__(self, pieces: Sequence[WorkPiece], n_before: int = 0) -> None:
@@ -78,25 +78,25 @@ class Trial:
         return len(self._guilty)
 
     def next(self) -> WorkPiece | None:
-        """One image as a piece of its own, or None when all were tried."""
+        """The next image as a piece of its own, or None when all were tried."""
         if self._next == len(self._suspects):
             return None
         piece, i = self._suspects[self._next]
         return _only(replace(piece, start=piece.rows[i], stop=piece.rows[i] + 1), [i])
 
     def judge(self, *, survived: bool) -> None:
-        """Note what became of the worker that computed the image given last."""
+        """Note whether the worker survived the image returned last."""
         if not survived:
             self._guilty.append(self._suspects[self._next])
         self._next += 1
 
     def innocent(self) -> list[WorkPiece]:
-        """The batch without the guilty."""
+        """The batch without its guilty images."""
         kept = ((piece, [i for i in range(len(piece.rows)) if (piece, i) not in self._guilty]) for piece in self.pieces)
         return [_only(piece, indices) for piece, indices in kept if indices]
 
     def verdicts(self) -> list[PieceResult]:
-        """What is to be recorded of the guilty: quarantined, with the reason."""
+        """Results that quarantine the guilty images, with the reason."""
         results = []
         for piece, i in self._guilty:
             status = np.array([Status.QUARANTINED], np.uint8)
@@ -107,40 +107,40 @@ class Trial:
 
 
 class CrashFinder:
-    """Tries what killed its worker again and again, one after another, with nobody beside it that could be blamed.
+    """Tries the suspects of each task that killed its worker several times, one after another, while nothing else runs.
 
     Parameters
     ----------
     flight : Flight
-        What is in flight: a trial waits until nothing is.
+        The tasks in flight; a trial waits until there are none.
     intake : Intake
-        Told of headers.
+        Gets the results of headers.
     take_batch : callable
-        Told of batches.
+        Gets the results of batches.
     """
 
     def __init__(self, flight: Flight, intake: Intake, take_batch: Callable[[BatchResult], None]) -> None:
         self._flight, self._intake, self._take_batch = flight, intake, take_batch
-        self._trials: deque[Trial | HeaderTrial] = deque()  # the first of them is going on, and nothing else
+        self._trials: deque[Trial | HeaderTrial] = deque()  # only the first one runs
 
     def __len__(self) -> int:
-        """Trials that are not over."""
+        """Trials that have not ended."""
         return len(self._trials)
 
     @property
     def n_images(self) -> int:
-        """Images of the batches that wait for the outcome."""
+        """Images of the batches that are on trial."""
         return sum(trial.n_images for trial in self._trials)
 
     def suspect(self, task: ProbeTask | BatchTask) -> None:
-        """Note a task whose worker died again and again, or had no memory left."""
+        """Note a task whose worker died several times, or ran out of memory."""
         if isinstance(task, ProbeTask):
             self._trials.append(HeaderTrial(task.block, task.paths))
         else:
             self._trials.append(Trial(task.pieces, task.n_acquittals))
 
     def try_next(self) -> None:
-        """Send the next suspect once nothing else is in flight; in a drain the suspects stay pending."""
+        """Send the next suspect once nothing else is in flight; during a drain the suspects stay pending."""
         while self._trials and not len(self._flight):
             suspect = self._trials[0].next()
             if suspect is None:
@@ -149,7 +149,7 @@ class CrashFinder:
                 self._flight.send(TrialTask(suspect))
 
     def judge(self, result: Any, *, survived: bool) -> None:
-        """Note what became of the worker that had the suspect, and what it said."""
+        """Note whether the suspect's worker survived, and its result."""
         trial = self._trials[0]
         if isinstance(trial, HeaderTrial):
             trial.judge(result if survived else None)
@@ -157,7 +157,7 @@ class CrashFinder:
             trial.judge(survived=survived)
 
     def _end(self, trial: Trial | HeaderTrial) -> None:
-        """Record the guilty and send the others once more."""
+        """Record the guilty images and send the others again."""
         if isinstance(trial, HeaderTrial):
             self._intake.take(trial.block, trial.probed)
             return
@@ -169,7 +169,7 @@ class CrashFinder:
 
 
 def _only(piece: WorkPiece, indices: Sequence[int]) -> WorkPiece:
-    """A piece with some of its images."""
+    """The piece, reduced to some of its images."""
     return replace(
         piece,
         rows=tuple(piece.rows[i] for i in indices),

@@ -44,7 +44,7 @@ MAX_ACQUITTALS = 3
 
 
 class Driver:
-    """One run between its first task and its last.
+    """One run, from its first task to its last.
 
     Parameters
     ----------
@@ -66,12 +66,12 @@ class Driver:
         self.is_taken_back = False
 
     def run(self) -> None:
-        """Do the work.
+        """Compute all that is to be done.
 
         Raises
         ------
         FeaturemapsError
-            What ended the run early; what was in flight has been waited for and committed.
+            The reason why the run ended early; tasks in flight were waited for and committed.
         """
         began_s = time.monotonic()
         try:
@@ -83,7 +83,7 @@ class Driver:
         self._end()
 
     def _prepare(self) -> None:
-        """Look at the workers, give them the extractor, and take up the rows that are in the store already."""
+        """Count the workers, give them the extractor, and queue the rows that are in the store already."""
         self.fleet = Fleet(self.client)
         self.flight.is_whole, self.flight.is_plain = self.fleet.is_whole, self.fleet.is_plain
         self.watch = Watch(self.context, self.client, self.fleet, self.flight, self.ending)
@@ -99,7 +99,8 @@ class Driver:
 
     def _loop(self) -> None:
         started = time.monotonic()
-        commit, look = Every(COMMIT_S), Every(RECEIPT_S, COMMIT_S)  # the first receipt soon, for those who ask for the status
+        # The first receipt comes soon, for those who ask for the status.
+        commit, look = Every(COMMIT_S), Every(RECEIPT_S, COMMIT_S)
         try:
             while not self.ending.is_stuck:
                 self._send()
@@ -126,12 +127,12 @@ class Driver:
             self.summary.count_time(time.monotonic() - started)
 
     def _take_finished(self, timeout_s: float) -> None:
-        """Take up what has come back, and keep no future of it: a result that is wanted and lost would be computed again."""
+        """Handle finished tasks, and drop their futures: Dask would recompute a lost result while a future asks for it."""
         for sent in self.flight.finished(timeout_s):
             self._take(sent)
 
     def _send(self) -> None:
-        """Send what may be sent; while a crash is looked into, nothing else."""
+        """Send what may be sent; while a crash is examined, send only its suspects."""
         if self.crashes and not self.ending.draining:
             self.crashes.try_next()
         if not self.crashes and not self.ending.draining:
@@ -140,7 +141,7 @@ class Driver:
             self._send_batches()
 
     def _drain(self) -> None:
-        """Take back what has not begun, and say what is waited for."""
+        """Take back tasks that have not begun, and say how many images are still in flight."""
         if not self.ending.draining:
             return
         if not self.is_taken_back:
@@ -150,7 +151,7 @@ class Driver:
         self.context.progress.stage = f"stopping ({count(n, 'image')} in flight)" if n else "stopping"
 
     def _send_probes(self) -> None:
-        slots = max(1, self.fleet.slots)  # workers that are lost come back
+        slots = max(1, self.fleet.slots)  # at least one: lost workers come back
         limit = BATCHES_IN_FLIGHT_PER_SLOT * slots
         while self.flight.count(ProbeTask) < limit and len(self.batches) < READY_BATCHES_PER_SLOT * slots:
             block = self.intake.next_block()
@@ -176,7 +177,7 @@ class Driver:
             n_sent += 1
 
     def _has_room(self) -> bool:
-        """Whether the disk holds one batch more; others may have filled it since the run began."""
+        """Whether the disk has room for one more batch; others may have filled it since the run began."""
         try:
             require_room(self.store.path, self.flight.n_bytes + self.batches.next_bytes)
         except (FeaturemapsError, OSError) as error:
@@ -189,7 +190,7 @@ class Driver:
             try:
                 result = future.result(timeout=RESULT_S)
             except TimeoutError:
-                self.flight.follow(sent)  # the worker that held it is gone: it is computed once more
+                self.flight.follow(sent)  # its worker is gone: Dask computes the result again
             except (OSError, RuntimeError, CancelledError, KilledWorker, FeaturemapsError) as error:
                 self.ending.fail_or_lose(error, _pieces(task))
             else:
@@ -200,7 +201,7 @@ class Driver:
             self.ending.fail(scheduler_lost(None))
             self.ending.is_lost = True
         else:
-            self.flight.follow(sent)  # the worker that held the result died since, and it is computed once more
+            self.flight.follow(sent)  # its worker has died since: Dask computes the result again
 
     def _take_result(self, task: Task, key: str, result: Any) -> None:
         match task:
@@ -215,7 +216,7 @@ class Driver:
                 self._take_batch(result)
 
     def _take_error(self, task: Task, error: BaseException | None) -> None:
-        is_killed = isinstance(error, KilledWorker | MemoryError)  # either may be one image's doing
+        is_killed = isinstance(error, KilledWorker | MemoryError)  # one image may cause either
         match task:
             case TrialTask() if is_killed:
                 self.crashes.judge(None, survived=False)
@@ -244,14 +245,14 @@ class Driver:
         self.store.write_receipt(self.summary.run_id, receipt(self.summary))
 
     def _end(self) -> None:
-        """Commit the rest and say how the run ended."""
+        """Commit the rest and set the outcome of the run."""
         self._commit(last=True)
         self.context.notify(self.context.progress)
         if self.ending.failure is not None:
             raise self.ending.failure
-        if not self.ending.is_stuck and self.fleet.has_lost_workers():  # else this process might hang there, too
+        if not self.ending.is_stuck and self.fleet.has_lost_workers():  # else this process might hang there too
             require_lock(self.store.path / RUNS, self.summary.run_id)
-            self.store.repair()  # what the workers that were lost left
+            self.store.repair()  # removes what lost workers left behind
         self.summary.n_pending += self.batches.n_images + self.crashes.n_images + self.intake.n_left + self.flight.n_images
         if self.context.stop.is_set() and self.summary.n_pending:
             self.summary.outcome = "stopped"
@@ -260,12 +261,12 @@ class Driver:
 
 
 def _target(context: Context) -> tasks.Target:
-    """Where the maps of a run go."""
+    """Where the run writes its maps."""
     store, spec = context.store, context.store.spec
     extractor = f"extractor-{spec.extractor['sha256'][:16]}-{context.job.dtype}"
     return tasks.Target(str(store.path), context.summary.run_id, extractor, durable=store.durable)
 
 
 def _pieces(task: Task) -> Sequence[tasks.WorkPiece]:
-    """What a task was to do of a batch."""
+    """The pieces of a batch; none for other tasks."""
     return task.pieces if isinstance(task, BatchTask) else ()

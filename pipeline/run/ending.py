@@ -1,4 +1,4 @@
-"""Whether a run ends before its work is done, and why."""
+"""Whether a run ends early, and why."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ logger = logging.getLogger(__name__)
 
 
 class Ending:
-    """The first failure of a run, and what it leaves to wait for.
+    """The first failure of a run, and whether tasks in flight are still worth waiting for.
 
     Parameters
     ----------
     stop : threading.Event
-        Asks for a drain.
+        Once set, the run drains.
     store : Path or Url
     is_connected : callable
         Whether the scheduler is still there.
@@ -29,15 +29,15 @@ class Ending:
     def __init__(self, stop: threading.Event, store: Place, is_connected: Callable[[], bool]) -> None:
         self.stop, self.store, self.is_connected = stop, store, is_connected
         self.failure: FeaturemapsError | None = None
-        """What ended the run early; it is raised when what is in flight has come back."""
+        """Why the run ends early; raised when the tasks in flight have come back."""
         self.is_lost = False
-        """Whether nothing that is in flight will come back."""
+        """Whether no task in flight will come back."""
         self.is_stuck = False
-        """Whether nothing that is in flight is worth waiting for."""
+        """Whether no task in flight is worth waiting for."""
 
     @property
     def draining(self) -> bool:
-        """Whether nothing new is sent any more."""
+        """Whether nothing new is sent."""
         return self.stop.is_set() or self.failure is not None
 
     def fail(self, failure: FeaturemapsError) -> None:
@@ -47,9 +47,9 @@ class Ending:
             self.failure = failure
 
     def fail_with(self, error: BaseException | None, pieces: Sequence[WorkPiece] = ()) -> None:
-        """Note what an error of the store, or of a batch of these pieces, means for the run."""
+        """Note what an error means for the run: an error of the store, or of a batch of these pieces."""
         self.fail(explain(error, pieces, self.store))
 
     def fail_or_lose(self, error: BaseException, pieces: Sequence[WorkPiece] = ()) -> None:
-        """Note the same of an error that may as well come from a lost scheduler."""
+        """Same as `fail_with`, for an error that a lost scheduler may have caused."""
         self.fail(why(error, pieces, self.store, is_connected=self.is_connected()))

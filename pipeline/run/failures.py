@@ -1,4 +1,4 @@
-"""What ended a run, for a person: what happened, what stands, what to do."""
+"""Error messages for a failed run: what happened, what stands, what to do."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ from pipeline.text import count
 logger = logging.getLogger(__name__)
 
 MAX_WARNINGS = 20
-"""Bad images of a run that are warned of one by one."""
+"""Bad images of a run that get a warning each."""
 
 
 def scheduler_lost(error: BaseException | None) -> FeaturemapsError:
-    """The scheduler or the connection to it is gone."""
+    """The error for a lost scheduler or connection."""
     failure = FeaturemapsError(
-        f"the Dask scheduler or its connection was lost{f' ({error})' if error else ''}: what was committed stands, and nothing else "
-        "counts; run the same command again to go on from there"
+        f"the Dask scheduler or its connection was lost{f' ({error})' if error else ''}: what was committed stands, everything else is "
+        "computed again; run the same command again to go on from there"
     )
     failure.__cause__ = error
     return failure
 
 
 def why(error: BaseException, pieces: Sequence[WorkPiece], store: Place, *, is_connected: bool) -> FeaturemapsError:
-    """Tell a lost scheduler from what a task or the store raised."""
+    """Tell a lost scheduler from an error of a task or of the store."""
     is_lost = not is_connected or isinstance(error, CommClosedError | CancelledError | ClosedClientError)
     return scheduler_lost(error) if is_lost else explain(error, pieces, store)
 
 
 def explain(error: BaseException | None, pieces: Sequence[WorkPiece], store: Place) -> FeaturemapsError:
-    """Say what an error in the store, or in a task that did ``pieces`` of a batch, means for the run."""
+    """Say what an error means for the run: an error of the store, or of a task that did ``pieces`` of a batch."""
     if isinstance(error, FeaturemapsError):
         return error
     if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}:
@@ -54,13 +54,13 @@ def explain(error: BaseException | None, pieces: Sequence[WorkPiece], store: Pla
         )
     elif isinstance(error, KilledWorker | MemoryError) and pieces:
         text = (
-            f"a batch of {sum(len(piece.paths) for piece in pieces)} images from {pieces[0].paths[0]!r} on killed its worker, or found no "
-            "memory, every time, though each image alone did not: too little memory per worker, or workers that something else kills; "
+            f"a batch of {sum(len(piece.paths) for piece in pieces)} images from {pieces[0].paths[0]!r} on killed its worker, or ran out "
+            "of memory, every time, though each image alone did not: too little memory per worker, or something else kills the workers; "
             "what was committed stands; run again with more memory per worker (--workers, --memory-limit)"
         )
     else:
         text = (
-            f"a task failed in a way that it should not ({type(error).__name__}: {error}): the run stopped, and what was committed "
+            f"a task failed with an unexpected error ({type(error).__name__}: {error}): the run stopped, and what was committed "
             "stands; please report this with the log (-v), then run the same command again"
         )
     failure = FeaturemapsError(text)
@@ -69,11 +69,11 @@ def explain(error: BaseException | None, pieces: Sequence[WorkPiece], store: Pla
 
 
 def warn_of_image(path: str, error: str, n_before: int) -> None:
-    """Tell of one image that was found bad; after the first of a run in a lower voice, because a collection may be full of them."""
+    """Log one bad image: the first ones of a run as warnings, the others at level INFO, because a collection may be full of them."""
     level = logging.WARNING if n_before < MAX_WARNINGS else logging.INFO
     logger.log(level, "bad image %s: %s", path, error, extra={"path": path, "error": error})
     if n_before + 1 == MAX_WARNINGS:
         logger.warning(
-            "%s so far: those that follow are logged at level INFO (-v), and status lists them all",
+            "%s so far: the next ones are logged at level INFO (-v), and status lists them all",
             count(MAX_WARNINGS, "bad image"),
         )

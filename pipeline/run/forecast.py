@@ -1,4 +1,4 @@
-"""What a run would end with, as far as the listing, the headers and the store tell before it starts."""
+"""Predicts how a run would end, from the listing, the headers and the store."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from pipeline.text import count
 
 
 class Forecast:
-    """Takes up the header of each image that a run would probe, as the run does.
+    """Judges the header of each image that a run would probe, as the run does.
 
     Parameters
     ----------
     store : Store or None
     listing, found
-        What there is, and what a run would do with it.
+        The images of the source, and what a run would do with them.
     """
 
     def __init__(self, store: Store | None, listing: Listing, found: Changes) -> None:
         self.store, self.listing, self.found = store, listing, found
         self.n_faults = 0
-        """Images that a run would leave to the next one."""
+        """Images that a run would leave to the next run."""
         self._watch = SourceWatch(listing.root)
         self._ledger = None if store is None else Ledger(store, listing)
         self._n_good = self._n_bad = 0
@@ -39,16 +39,16 @@ class Forecast:
 
     @property
     def source_failed(self) -> bool:
-        """Whether a run would blame the source."""
+        """Whether a run would stop because the source is at fault."""
         return self._watch.failed
 
     def take(self, i: int, probed: Probed) -> Probed:
-        """Take up what the header of image ``i`` of the listing says; return what a run would make of it."""
+        """Note what the header of image ``i`` of the listing says; return what a run would make of it."""
         if self.listing.fingerprint(i) == UNREADABLE and not probed.error and not probed.fault:
             probed = Probed(fault=f"{self.listing.paths[i]}: could not be looked at when the source was listed")
         old = self.found.replaces.get(i)
         if probed.error and old and old.group == REJECTED and self._ledger and self._ledger.is_rejected(old, i, probed.error):
-            return probed  # the entry stands
+            return probed  # the old entry stands
         self._watch.note(probed.error, is_fault=bool(probed.fault))
         self.n_faults += bool(probed.fault)
         self._n_bad += bool(probed.error)
@@ -58,7 +58,7 @@ class Forecast:
         return probed
 
     def totals(self) -> tuple[int, int]:
-        """Bad and done images of the whole store after the run, should every image decode whose header is right."""
+        """Bad and done images of the whole store after the run, if every image decodes whose header is good."""
         n_bad, n_done = self._n_bad, self._n_good + self.found.n_pending
         if self.store is None:
             return n_bad, n_done
@@ -81,7 +81,7 @@ def end_of_run(
     fits_disk: bool,
     max_quarantined: int | None,
 ) -> tuple[int, str]:
-    """Exit code that a run would end with, and why, for a person; the first reason counts, as in a run."""
+    """Exit code of the run, and the reason in words; the first reason counts, as in a run."""
     if holder is not None:
         return EXIT_RUN_AGAIN, (
             f"the store is held by run {holder['run_id']}, process {holder['pid']} on {holder['host']}; run again when it has ended"
@@ -96,7 +96,7 @@ def end_of_run(
     if not fits_disk:
         return EXIT_FAILED, "the maps may not fit the disk; free space, or use --limit, --dtype uint8 or --resize"
     if forecast.n_faults:
-        return EXIT_FAILED, f"{count(forecast.n_faults, 'image')} cannot be read just now; run again when the storage is well"
+        return EXIT_FAILED, f"{count(forecast.n_faults, 'image')} cannot be read now; run again when the storage answers"
     n_bad, n_done = forecast.totals()
     summary = Summary("", outcome="complete", config={"max_quarantined": max_quarantined}, n_bad_total=n_bad, n_done_total=n_done)
     if summary.exit_code != EXIT_QUARANTINED:

@@ -1,4 +1,4 @@
-"""Workers that wait for a storage that does not answer: found by what they say they are at, and replaced."""
+"""Finds workers that wait for a storage that does not answer, by their heartbeats, and replaces them."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from pipeline.run.slots import scheduler_workers
 
 logger = logging.getLogger(__name__)
 
-KILL_S = 2.0  # after which a killed process that is still there is stuck in the kernel
+KILL_S = 2.0  # a killed process that is still there after this time is stuck in the kernel
 REPLACE_S = 60.0
 
 
 class Stall(NamedTuple):
-    """A task that has been at the same thing for too long."""
+    """A task that has done the same thing for too long."""
 
     worker: str
     key: str
@@ -34,9 +34,9 @@ class Stall(NamedTuple):
 
 
 def find_stalls(client: Client, run_id: str, deadline_s: float) -> list[Stall]:
-    """Find tasks of a run that have been at one image, or at one write, for longer than ``deadline_s``.
+    """Find tasks of a run that have spent longer than ``deadline_s`` on one image or one write.
 
-    The workers' last heartbeats tell. Other runs on the same workers see to their own.
+    The workers' last heartbeats tell. Other runs on the same workers look after their own tasks.
     """
     workers = scheduler_workers(client)
     return [
@@ -48,7 +48,7 @@ def find_stalls(client: Client, run_id: str, deadline_s: float) -> list[Stall]:
 
 
 def replace_worker(client: Client, address: str) -> None:
-    """Kill a worker's process and have its nanny start another; its tasks go elsewhere at once, and none of them is blamed."""
+    """Kill a worker's process and have its nanny start another; its tasks go to others at once, and none is blamed for it."""
     try:
         client.run_on_scheduler(_replace, address)
     except (ImportError, AttributeError) as error:
@@ -71,12 +71,12 @@ async def _replace(address: str, dask_scheduler: Any) -> None:
 
 
 async def _start_anew(dask_worker: Any) -> None:
-    """On the nanny: it starts another process when one dies; one that cannot die is left behind."""
+    """On the nanny: start another process when the old one has died, and leave it behind if it cannot die."""
     nanny, process = dask_worker, dask_worker.process
     os.kill(process.pid, signal.SIGKILL)
     with contextlib.suppress(asyncio.TimeoutError):
         await asyncio.wait_for(process.stopped.wait(), KILL_S)
         return
-    process.on_exit = lambda _: None  # should it die one day, that says nothing about its successor
+    process.on_exit = lambda _: None  # if it dies later, that says nothing about its successor
     nanny.process = None
     await nanny.instantiate()

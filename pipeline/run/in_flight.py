@@ -1,4 +1,4 @@
-"""The tasks that a run has on its cluster, from sending to finishing."""
+"""The tasks of a run on its cluster, from sending to finishing."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class BatchTask:
 
     pieces: Sequence[tasks.WorkPiece]
     n_acquittals: int = 0
-    """Trials of the same batch that found nobody guilty."""
+    """Earlier trials of the same batch that found no guilty image."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,14 +50,14 @@ Task = ProbeTask | BatchTask | TrialTask
 
 
 class Sent(NamedTuple):
-    """A task on its way."""
+    """A task that was sent, and its future."""
 
     task: Task
     future: Future
 
 
 class Flight:
-    """Sends tasks and notes which come back.
+    """Sends tasks and tells which have finished.
 
     Parameters
     ----------
@@ -65,13 +65,13 @@ class Flight:
     source : reading.Source
     target : tasks.Target
     needed : (int, int)
-        Smallest input height and width that leave a map.
+        Smallest input height and width that leave at least one position of a map.
     """
 
     def __init__(self, client: Client, source: fetch.Source, target: tasks.Target, needed: tuple[int, int]) -> None:
         self.client, self.source, self.target, self.needed = client, source, target, needed
         self.is_whole = True
-        """Whether one task does all of a batch."""
+        """Whether one task reads, extracts and writes a batch."""
         self.is_plain = False
         """Whether the workers name no roles, so that no task may ask for one."""
         self._sent: dict[str, Sent] = {}
@@ -84,21 +84,21 @@ class Flight:
         return len(self._sent)
 
     def count(self, kind: type[Task]) -> int:
-        """How many tasks of a kind are on their way."""
+        """Number of tasks of a kind in flight."""
         return sum(isinstance(sent.task, kind) for sent in self._sent.values())
 
     def _pieces(self) -> Iterator[tasks.WorkPiece]:
-        """The pieces of the batches on their way."""
+        """The pieces of the batches in flight."""
         return (piece for sent in self._sent.values() if isinstance(sent.task, BatchTask) for piece in sent.task.pieces)
 
     @property
     def n_bytes(self) -> int:
-        """The most that the batches on their way put, before compression."""
+        """The most bytes that the batches in flight write, before compression."""
         return sum((piece.stop - piece.start) * piece.layout.row_bytes for piece in self._pieces())
 
     @property
     def n_images(self) -> int:
-        """Images of the batches on their way."""
+        """Images of the batches in flight."""
         return sum(len(piece.rows) for piece in self._pieces())
 
     def send(self, task: Task) -> None:
@@ -119,7 +119,7 @@ class Flight:
         return self._submit("read", fetch.probe_block, *arguments, key=key, priority=10)
 
     def _batch(self, name: str, pieces: Sequence[tasks.WorkPiece]) -> Future:
-        """Only the last task's result, a few kB, comes back."""
+        """Submit the stages of a batch; only the last one's result, a few kB, comes back."""
         if self.is_whole:
             return self._submit(ROLES, tasks.process, self.source, self.target, pieces, key=f"process-{name}")
         decoded = self._submit("read", tasks.read, self.source, self.target.run_id, pieces, key=f"read-{name}")
@@ -135,17 +135,17 @@ class Flight:
     def _submit(
         self, roles: str | Sequence[str], function: Callable[..., Any], *arguments: Any, key: str, priority: int = 0
     ) -> Future:
-        """Submit a function that takes a slot of some roles."""
+        """Submit a function that takes one slot of each of some roles."""
         asked = needs(*([roles] if isinstance(roles, str) else roles), is_plain=self.is_plain)
         return self.client.submit(function, *arguments, key=key, resources=asked, priority=priority, pure=False)
 
     def follow(self, sent: Sent) -> None:
-        """Note when a task comes back."""
+        """Register a task, to hear when it finishes."""
         self._sent[sent.future.key] = sent
         sent.future.add_done_callback(lambda done: self._finished.put(done.key))
 
     def finished(self, timeout_s: float) -> Iterator[Sent]:
-        """What has come back, after waiting for the first at most ``timeout_s``."""
+        """Yield finished tasks; wait for the first at most ``timeout_s``."""
         with contextlib.suppress(queue.Empty):
             key = self._finished.get(timeout=max(0.01, timeout_s))
             while True:
@@ -158,29 +158,29 @@ class Flight:
                 key = self._finished.get_nowait()
 
     def find(self, key: str) -> Sent | None:
-        """What a task, or an earlier stage of it, belongs to; None where that is not of this run, or has come back."""
+        """The task to which a key, or that of an earlier stage, belongs; None if it has finished or is of another run."""
         _, _, name = key.partition("-")
         return next((sent for known, sent in self._sent.items() if known.partition("-")[2] == name), None)
 
     def give_up(self, sent: Sent) -> None:
-        """Forget a task; should it end all the same, nobody hears of it."""
+        """Forget a task; its result is ignored if it still ends."""
         del self._sent[sent.future.key]
         self.client.cancel([sent.future], force=True)
 
     def check_progress(self) -> None:
-        """Look whether workers retire again and again before they finish anything.
+        """Check that workers do not retire again and again before they finish anything.
 
         Raises
         ------
         FeaturemapsError
-            When they do: what is on its way would never come back.
+            When they do: the tasks in flight would never finish.
         """
         self._departures.read()
         if self.watch.is_in_vain(self._sent):
             raise FeaturemapsError(self.watch.describe())
 
     def begin_anew(self, stall: Stall) -> None:
-        """Replace the worker that waits for a storage, and send what it had without the image that it waits for.
+        """Replace the worker that waits for a storage, and send its task again without the image that it waits for.
 
         Raises as `replace_worker` does.
         """
@@ -194,7 +194,7 @@ class Flight:
             self.send(sent.task)
 
     def take_back(self) -> None:
-        """Have workers begin no further image; batches come back with what was begun, and of headers nothing is waited for."""
+        """Tell workers to begin no further image. Batches return what was begun; nothing waits for headers."""
         for sent in [sent for sent in self._sent.values() if isinstance(sent.task, ProbeTask)]:
             self.give_up(sent)
         plugin = DrainPlugin(self.target.run_id)
@@ -203,14 +203,14 @@ class Flight:
             with contextlib.suppress(OSError, CancelledError, ClosedClientError):  # then they finish what they have
                 await self.client.register_plugin(plugin)
 
-        self.client.loop.add_callback(tell)  # not waited for: a worker that hangs keeps nobody
+        self.client.loop.add_callback(tell)  # not waited for: a worker that hangs must not delay the others
 
     def leave_out(self, path: str) -> None:
-        """Have tasks that are sent from now on leave an image to the next run."""
+        """Leave an image to the next run, in all tasks sent from now on."""
         self.source = replace(self.source, hung=self.source.hung | {path})
 
     def cancel(self) -> None:
-        """Give up all that is on its way."""
+        """Give up all tasks in flight."""
         self._departures.close()
         with contextlib.suppress(OSError, CancelledError, ClosedClientError):
             self.client.cancel([sent.future for sent in self._sent.values()], force=True)

@@ -1,4 +1,4 @@
-"""What the driver writes of images: entries when they are probed, outcomes when their maps are in the store."""
+"""What the driver writes about images: entries when they are probed, outcomes when their maps are in the store."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from pipeline.store.store import Store
 
 
 def has_inaccessible(pieces: Iterable[PieceResult]) -> bool:
-    """Whether some image of them could not be reached."""
+    """Whether an image of these pieces could not be reached."""
     return any(is_inaccessible(error) for piece in pieces for error in piece.error if error)
 
 
 class Ledger:
-    """The ledger of a store, in terms of the images of a listing.
+    """The ledger of a store, addressed by the images of a listing.
 
     Parameters
     ----------
@@ -36,7 +36,10 @@ class Ledger:
         self.store, self.listing = store, listing
 
     def append(self, size: Size, layout: ClassLayout, items: list[tuple[int, Probed]]) -> list[int]:
-        """Append probed images (index in the listing, what the probe found) to a class, and make it if need be; return their rows."""
+        """Append probed images to a class, and create the class if it is new; return their rows.
+
+        Each item is an index in the listing and what the probe found.
+        """
         columns = self._listed_columns([i for i, _ in items])
         for name in ("source_height", "source_width", "input_height", "input_width"):
             columns[name] = np.array([getattr(p, name) for _, p in items], np.int32)
@@ -56,24 +59,24 @@ class Ledger:
         }
 
     def append_rejected(self, rejected: Sequence[tuple[int, Probed]]) -> None:
-        """Append images that cannot be done, with their reason."""
+        """Append images that cannot be computed, with their reason."""
         columns = self._listed_columns([i for i, _ in rejected])
         columns["error"] = stack([p.error for _, p in rejected])
         columns["status"] = np.full(len(rejected), Status.QUARANTINED, np.uint8)
         self.store.append(REJECTED, columns)
 
     def is_rejected(self, entry: Entry, image: int, error: str) -> bool:
-        """Whether an entry of ``rejected`` says just this of an image."""
+        """Whether an entry of ``rejected`` has the image's current fingerprint and this error."""
         known = (self._rejected[name][entry.row] for name in ("fingerprint", "error"))
         return tuple(known) == (self.listing.fingerprint(image), error)
 
     @cached_property
     def _rejected(self) -> dict[str, Array]:
-        """As it was when the run began."""
+        """The columns as they were when the run began."""
         return {name: self.store.column(REJECTED, name) for name in ("fingerprint", "error")}
 
     def rows_with_maps(self, group: str) -> Array:
-        """Rows that are done, or would be if their image came back."""
+        """Rows that are done, and removed rows that would be done if their image came back."""
         status = self.store.column(group, "status")
         removed = status == Status.REMOVED
         if removed.any():
@@ -81,7 +84,7 @@ class Ledger:
         return np.flatnonzero((status == Status.DONE) | removed)
 
     def supersede(self, entries: Iterable[Entry]) -> None:
-        """Retire entries that others replace."""
+        """Mark entries as superseded, because others replace them."""
         old: dict[str, list[int]] = {}
         for entry in entries:
             old.setdefault(entry.group, []).append(entry.row)
@@ -89,7 +92,7 @@ class Ledger:
             self.store.commit(group, np.array(rows), {"status": np.full(len(rows), Status.SUPERSEDED, np.uint8)})
 
     def commit(self, pieces: Sequence[PieceResult], *, source_failed: bool) -> None:
-        """Write what tasks reported, ``status`` last; of a source that failed, nothing about images that could not be reached."""
+        """Write what tasks reported, ``status`` last. If the source failed, write nothing about images out of reach."""
         for size in sorted({piece.layout.size for piece in pieces}):
             self._commit_class(class_name(size), [piece for piece in pieces if piece.layout.size == size], source_failed)
 

@@ -1,4 +1,4 @@
-"""A run from listing to receipt: list, lock, compare with the store, compute what is missing, and write down what was done."""
+"""A run from listing to receipt: list, lock, compare with the store, compute what is missing, write the receipt."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ def run_job(
     on_progress: Callable[[Progress], None] | None = None,
     stop: threading.Event | None = None,
 ) -> Summary:
-    """Bring a store up to date with its source. `api.run_job` says what it returns and raises; a Ctrl-C is not handled here.
+    """Bring a store up to date with its source. `api.run_job` says what it returns and raises; Ctrl-C is not handled here.
 
     Parameters
     ----------
     job : Job
     connect : callable
-        Called only if there is work, with ``stop``, with what takes words about the workers that are waited for, and with the
-        number of images that have work; returns a context manager that yields a ``distributed.Client``.
+        Returns a context manager that yields a ``distributed.Client``. Called only if there is work, with ``stop``, with a callable
+        that takes a text about the workers that are waited for, and with the number of images that have work.
     on_progress, stop
         Same as for `api.run_job`.
     """
@@ -91,7 +91,8 @@ def run_job(
             raise
         finally:
             summary.elapsed_s, summary.ended = time.monotonic() - progress.began_s, _now()
-            with contextlib.suppress(*([OSError] if summary.outcome == "failed" else [])):  # a full disk has been told of already
+            # A full disk was reported already.
+            with contextlib.suppress(*([OSError] if summary.outcome == "failed" else [])):
                 store.write_receipt(summary.run_id, receipt(summary))
     return summary
 
@@ -113,7 +114,7 @@ def _leave_refusal(path: Place, summary: Summary, error: Exception, *, sole_writ
 
 
 def _unfailing(on_progress: Callable[[Progress], None]) -> Callable[[Progress], None]:
-    """What shows progress, until it cannot be written any more: that is no fault of the store or of the scheduler."""
+    """Wrap ``on_progress``: after an OSError it is not called again, because the error says nothing about the store."""
     is_broken = False
 
     def notify(progress: Progress) -> None:
@@ -131,26 +132,26 @@ def _unfailing(on_progress: Callable[[Progress], None]) -> Callable[[Progress], 
 
 @contextlib.contextmanager
 def _numbered(path: Place, summary: Summary, *, sole_writer: bool) -> Iterator[bool]:
-    """Hold the store for a run with the highest number of all; yields whether it was taken over from a run that died."""
+    """Lock the store for a run with the highest number so far; yield whether the lock was taken over from a run that died."""
     took_over = False
     while True:
         number = next_number([*receipt_ids(path), last_holder(path / RUNS)])
         summary.run_id, summary.number = new_run_id(number, datetime.now(UTC)), number
         with StoreLock(path / RUNS, summary.run_id, sole_writer=sole_writer) as lock:
             took_over |= lock.took_over
-            if number >= next_number(receipt_ids(path)):  # else another run came and went before the lock was ours
+            if number >= next_number(receipt_ids(path)):  # else another run came and went before this one had the lock
                 yield took_over
                 return
 
 
 def _work(context: Context, spec: StoreSpec, connect: Connect) -> None:
-    """Note what the listing says, and send what there is to do, if anything, to the cluster."""
+    """Apply what the listing says, and send the work, if any, to the cluster."""
     store, found, summary, progress = context.store, context.found, context.summary, context.progress
     check_removals(found, context.job.max_removed)
     if found.has_work:
         store.write_receipt(
             summary.run_id, receipt(summary)
-        )  # its outcome has the next run repair the store, should this one die
+        )  # with outcome "running": if this run dies, the next one repairs the store
     apply(store, found)
     summary.n_removed, summary.n_unreachable = found.n_removed, found.n_unreachable
     _account(context)
@@ -169,7 +170,7 @@ def _work(context: Context, spec: StoreSpec, connect: Connect) -> None:
 
 
 def _compute(context: Context, connect: Connect) -> bool:
-    """Connect to the cluster and give it what there is to do; return whether every image was compared that was to be."""
+    """Connect to the cluster and compute; return whether every image that had to be compared was compared."""
     from pipeline.run.admission import only_like_this  # noqa: PLC0415 (no Dask when there is nothing to do)
     from pipeline.run.content_check import check_digests  # noqa: PLC0415 (as above)
     from pipeline.run.driver import Driver  # noqa: PLC0415 (as above)

@@ -1,4 +1,4 @@
-"""Prometheus metrics of the runs at work: they are read when somebody asks, so that a run pays nothing for them."""
+"""Prometheus metrics of the current runs. They are computed when somebody asks, so a run pays nothing for them."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class Value(NamedTuple):
     """One number of a run."""
 
     name: str
-    """Without the prefix; of a counter without ``_total``, too."""
+    """Without the prefix, and for a counter without ``_total``."""
     help: str
     of: Callable[[Run], float | None]
-    """None while it is not known."""
+    """Returns None while the value is not known."""
 
 
 COUNTERS = (
@@ -33,14 +33,16 @@ COUNTERS = (
     Value("images_rejected", "Images that this run found bad by their headers.", lambda run: run.summary.n_rejected),
     Value(
         "images_left",
-        "Images that this run leaves to the next: faults that may pass, or a stop.",
+        "Images that this run leaves to the next run, after passing faults or a stop.",
         lambda run: run.summary.n_pending,
     ),
     Value("images_checked", "Images that were compared with their digests.", lambda run: run.summary.n_checked),
     Value("pixels", "Input pixels of the images that were done.", lambda run: run.summary.pixels),
     Value("bytes_read", "Bytes of image files read.", lambda run: run.summary.bytes_read),
     Value("bytes_written", "Bytes of maps written, as they are stored.", lambda run: run.summary.bytes_written),
-    Value("slot_seconds", "Time that the slots had: seconds since the first task, times slots.", lambda run: run.summary.slot_s),
+    Value(
+        "slot_seconds", "Time available to the slots: seconds since the first task, times slots.", lambda run: run.summary.slot_s
+    ),
 )
 GAUGES = (
     Value("images_listed", "Images of the source's listing.", lambda run: run.summary.n_listed),
@@ -62,10 +64,10 @@ GAUGES = (
 
 
 class RunCollector:
-    """Reads the runs that are `at_work`, each under the label of its store: a store has one run at a time."""
+    """Reads the runs of `at_work`, each under the label of its store: a store has one run at a time."""
 
     def collect(self) -> Iterable[Metric]:
-        """What Prometheus asks for."""
+        """Yield the metrics to Prometheus."""
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily  # noqa: PLC0415 (the extra metrics)
 
         runs = [(printable(run.store), run) for run in list(at_work.values())]
@@ -100,7 +102,7 @@ _users = threading.Lock()
 
 @contextlib.contextmanager
 def beside_dask() -> Iterator[None]:
-    """Put the metrics into the registry that Dask's dashboard serves under ``/metrics``, where its scheduler is in this process.
+    """Add the metrics to ``/metrics`` of Dask's dashboard, if its scheduler is in this process.
 
     Without the extra ``metrics`` Dask has no metrics either.
     """
@@ -117,8 +119,8 @@ def beside_dask() -> Iterator[None]:
 
 
 def _count_user(registry: CollectorRegistry, n: int) -> None:
-    """Several runs of a process share the collector: it comes with the first and goes with the last."""
-    global _n_users  # noqa: PLW0603 (as the registry is one per process)
+    """Count the runs of this process: they share the collector, which comes with the first and goes with the last."""
+    global _n_users  # noqa: PLW0603 (one registry per process)
     with _users:
         if not _n_users:
             registry.register(_collector)
@@ -129,7 +131,7 @@ def _count_user(registry: CollectorRegistry, n: int) -> None:
 
 @contextlib.contextmanager
 def served(address: str) -> Iterator[str]:
-    """Serve the metrics from this process, for every kind of cluster, until the block ends; yield the URL.
+    """Serve the metrics from this process until the block ends, for every kind of cluster; yield the URL.
 
     Parameters
     ----------
@@ -139,7 +141,7 @@ def served(address: str) -> Iterator[str]:
     Raises
     ------
     UsageError
-        When prometheus-client is not installed, the address is none, or nobody can listen there.
+        When prometheus-client is not installed, the address is malformed, or the port cannot be opened.
     """
     with needs_extra("metrics", f"--metrics {address}", "leave --metrics away"):
         from prometheus_client import CollectorRegistry, ProcessCollector, start_http_server  # noqa: PLC0415 (the extra metrics)

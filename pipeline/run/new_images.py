@@ -23,9 +23,9 @@ APPEND_GROWTH = 4
 MAX_APPEND = 65_536
 
 Item = tuple[int, fetch.Probed]
-"""An image of the listing and what its header says."""
+"""An image of the listing and the result of its probe."""
 Appended = dict[Size, list[tuple[int, int]]]
-"""Per class, rows and their images of the listing."""
+"""Per class: (row, image of the listing)."""
 CheckCapacity = Callable[[Mapping[Size, ClassLayout], Mapping[Size, int], int], None]
 
 
@@ -35,9 +35,9 @@ class Intake:
     Parameters
     ----------
     context : Context
-        Its summary and progress are filled as images are rejected or cannot be reached.
+        Its summary and progress are updated as images are rejected or cannot be reached.
     ledger, watch
-        Where images are appended, and who looks at what became of each.
+        The ledger gets the images. The watch judges the source by the result of each probe.
     """
 
     def __init__(self, context: Context, ledger: Ledger, watch: SourceWatch) -> None:
@@ -49,7 +49,7 @@ class Intake:
         self._next_probe = self._next_append = 0  # blocks
         self._n_appended = 0
         self._probed: dict[int, Sequence[fetch.Probed]] = {}
-        self._buffer: list[Item] = []  # in the order of the listing, not appended
+        self._buffer: list[Item] = []  # in the order of the listing, not appended yet
 
     @property
     def n_blocks(self) -> int:
@@ -58,7 +58,7 @@ class Intake:
 
     @property
     def is_complete(self) -> bool:
-        """Whether all images were appended, or are about to be."""
+        """Whether all images were probed."""
         return self._next_append == self.n_blocks
 
     @property
@@ -67,7 +67,7 @@ class Intake:
         return len(self.found.new) - min(self._next_append * PROBE_BLOCK, len(self.found.new)) + len(self._buffer)
 
     def next_block(self) -> int | None:
-        """The next block to probe; None when all are on their way."""
+        """The next block to probe; None when all were sent."""
         if self._next_probe == self.n_blocks:
             return None
         self._next_probe += 1
@@ -81,11 +81,11 @@ class Intake:
         return self.found.new[block * PROBE_BLOCK : (block + 1) * PROBE_BLOCK]
 
     def take(self, block: int, probed: Sequence[fetch.Probed]) -> None:
-        """Keep what the headers of a block say until those before it are here."""
+        """Keep the headers of a block until all earlier blocks are here."""
         self._probed[block] = probed
 
     def is_due(self) -> bool:
-        """Whether to append: in blocks that grow, because each append rewrites the metadata of the classes that it touches."""
+        """Whether to append now. The amount grows, because each append rewrites the metadata of the classes that it touches."""
         while self._next_append in self._probed:
             self._buffer += zip(self._images(self._next_append), self._probed.pop(self._next_append), strict=True)
             self._next_append += 1
@@ -93,18 +93,18 @@ class Intake:
         return bool(self._buffer) and (self.is_complete or len(self._buffer) >= enough)
 
     def append(self, check_capacity: CheckCapacity) -> Appended:
-        """Append what is due, classes first where they are new.
+        """Append what is due; new classes are created first.
 
         Parameters
         ----------
         check_capacity : callable
-            Called before anything is written: with the layout of each class, the number of its new images, and the most bytes that
-            decoding one of them takes.
+            Called before anything is written: with the layout of each class, the number of its new images, and the most memory
+            that decoding one of them takes.
 
         Raises
         ------
         FeaturemapsError
-            When the source failed, memory or disk do not hold it, or the store is held by another run; nothing was appended.
+            When the source failed, memory or disk are too small, or another run holds the store; nothing was appended.
         """
         due, self._buffer = self._buffer, []
         probed = [self._doubt(i, p) for i, p in due if not self._is_known(i, p)]
@@ -129,7 +129,7 @@ class Intake:
         return appended
 
     def _look_for_faults(self, probed: Sequence[Item]) -> None:
-        """Leave images that cannot be read just now to the next run; raises when the source, not the images, is at fault."""
+        """Leave images that cannot be read now to the next run; raise if the source, not the images, is at fault."""
         for _, p in probed:
             self.watch.note(p.error, is_fault=bool(p.fault))
         self.watch.check()
@@ -138,7 +138,7 @@ class Intake:
         self.summary.n_pending += len(faults)
 
     def _reject(self, rejected: Sequence[Item]) -> None:
-        """Enter images that cannot be done, with their reason."""
+        """Record images that cannot be computed, with their reason."""
         if not rejected:
             return
         self.ledger.append_rejected(rejected)
@@ -150,13 +150,13 @@ class Intake:
         self.progress.n_finished += len(rejected)
 
     def _doubt(self, i: int, found: fetch.Probed) -> Item:
-        """An image that can be read, but could not be looked at when it was listed, has no fingerprint: the next run does it."""
+        """Leave an image to the next run if it was unreachable when listed but can be read now: it has no fingerprint."""
         if self.listing.fingerprint(i) == UNREADABLE and not found.error and not found.fault:
             found = fetch.Probed(fault=f"{self.listing.paths[i]}: could not be looked at when the source was listed")
         return i, found
 
     def _is_known(self, i: int, found: fetch.Probed) -> bool:
-        """Whether an image that was tried again is rejected for the reason on record; the entry stands."""
+        """Whether an image that was tried again is rejected for the reason on record; then the entry stands."""
         entry = self.found.replaces.get(i)
         known = (
             entry is not None and entry.group == REJECTED and bool(found.error) and self.ledger.is_rejected(entry, i, found.error)

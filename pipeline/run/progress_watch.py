@@ -1,4 +1,4 @@
-"""Workers that retire before they finish anything: noticed by what was with them when they left, not by a clock."""
+"""Detects workers that retire before they finish anything, by the tasks that leave with them, not by a clock."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from distributed import Client
 
 TOPIC = "all"
 MAX_LOSSES = 3
-"""How often every task on its way is lost with a retiring worker before the run ends."""
+"""The run ends when a retiring worker has taken every task in flight with it this many times."""
 
 
 def task_name(key: str) -> str:
-    """What the stages of one task have in common.
+    """The part of the key that all stages of one task share.
 
     Examples
     --------
@@ -26,16 +26,16 @@ def task_name(key: str) -> str:
 
 
 class ProgressWatch:
-    """Counts how often tasks are lost with workers that retire, since a task was last finished.
+    """Counts how often tasks leave with retiring workers, since a task was last finished.
 
     Dask counts a worker's death against its tasks, and gives them up after a few. It never counts a retirement, so without
-    this class a task could begin for ever. Preemption of many workers at once loses each task once. A worker that
-    keeps its task is waited for, whatever becomes of the others.
+    this class a task could be started again for ever. If many workers are preempted at once, each task is lost once. The run
+    waits for a worker that keeps its task, whatever happens to the others.
 
     Parameters
     ----------
     run_id : str
-        Part of the keys of the run's tasks; a scheduler may have others.
+        Part of the keys of the run's tasks; the scheduler may hold tasks of other runs.
 
     Examples
     --------
@@ -53,17 +53,17 @@ class ProgressWatch:
         self.run_id = run_id
         self._joined_s: dict[str, float] = {}
         self._losses: dict[str, int] = {}
-        self._had_since_s: dict[str, float] = {}  # task -> when the worker that had it before left
-        self._lives_s: list[float] = []  # of those that retired since a task was finished
+        self._had_since_s: dict[str, float] = {}  # task -> when its last worker left
+        self._lives_s: list[float] = []  # lifetimes of the workers that retired since a task was finished
         self._longest_s = 0.0
         self._n_batches, self._batches_s = 0, 0.0
 
     def joined(self, worker: str, at_s: float) -> None:
-        """Note a worker that came, at a time of the scheduler's clock, in seconds."""
+        """Note that a worker joined, at a time of the scheduler's clock in seconds."""
         self._joined_s[worker] = at_s
 
     def left(self, worker: str, at_s: float, keys: Iterable[str], *, is_expected: bool) -> None:
-        """Note a worker that went with these tasks; only one that retired, as its scheduler expected, counts."""
+        """Note that a worker left with these tasks; it counts only if the scheduler expected it (a retirement)."""
         joined_s = self._joined_s.pop(worker, None)
         names = {task_name(key) for key in keys if self.run_id in key}
         if not is_expected or not names:
@@ -78,19 +78,19 @@ class ProgressWatch:
             self._had_since_s[name] = at_s
 
     def finished(self) -> None:
-        """Note that a task came to its end, whatever it gave: the run goes on, so counting begins anew."""
+        """Note that a task ended, with any result: the run goes on, so counting starts anew."""
         self._losses.clear()
         self._had_since_s.clear()
         self._lives_s.clear()
         self._longest_s = 0.0
 
     def took(self, batch_s: float) -> None:
-        """Note how long a batch took that was finished."""
+        """Note how long a finished batch took."""
         self._n_batches += 1
         self._batches_s += batch_s
 
     def is_in_vain(self, keys: Iterable[str]) -> bool:
-        """Whether each task on its way was lost too often since the last one was finished."""
+        """Whether each task in flight was lost too often since a task was last finished."""
         losses = [self._losses.get(task_name(key), 0) for key in keys]
         return bool(losses) and min(losses) >= MAX_LOSSES
 
@@ -113,7 +113,7 @@ class ProgressWatch:
 
 
 class Departures:
-    """What a scheduler tells of its workers' coming and going, from now on, for a `ProgressWatch`.
+    """Passes the scheduler's reports of joining and leaving workers on to a `ProgressWatch`, from now on.
 
     Parameters
     ----------
@@ -124,10 +124,10 @@ class Departures:
     def __init__(self, client: Client, watch: ProgressWatch) -> None:
         self._client, self._watch = client, watch
         self._events: queue.SimpleQueue[tuple[float, Mapping[str, Any]]] = queue.SimpleQueue()
-        client.subscribe_topic(TOPIC, self._events.put)  # called by the client's own thread
+        client.subscribe_topic(TOPIC, self._events.put)  # called in the client's own thread
 
     def read(self) -> None:
-        """Hand on what came since the last time."""
+        """Pass on the events since the last call."""
         with contextlib.suppress(queue.Empty):
             while True:
                 at_s, event = self._events.get_nowait()

@@ -1,4 +1,4 @@
-"""What finished batches report, until it is in the ledger."""
+"""Holds what finished batches report, until it is in the ledger."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class Outcomes:
     Parameters
     ----------
     context : Context
-        Its summary and progress are filled as outcomes are committed.
+        Its summary and progress are updated as outcomes are committed.
     ledger, watch
-        Where outcomes are committed, and who looks at each.
+        The ledger gets the outcomes. The watch judges the source by each of them.
     """
 
     def __init__(self, context: Context, ledger: Ledger, watch: SourceWatch) -> None:
@@ -43,20 +43,22 @@ class Outcomes:
         Raises
         ------
         FeaturemapsError
-            When it shows that the source, not the images, is at fault; the result is kept all the same.
+            When the source, not the images, is at fault; the result is kept all the same.
         """
         for piece in result.pieces:
             group = class_name(piece.layout.size)
             for row, is_fault, error in zip(piece.rows, (piece.status == Status.PENDING).tolist(), piece.error, strict=True):
                 if is_fault and not error:
-                    continue  # it was not begun, because the run was to stop
-                if not (is_inaccessible(error) and Entry(group, row) in self.found.retried):  # which is no news
+                    continue  # not begun, because the run is stopping
+                if not (
+                    is_inaccessible(error) and Entry(group, row) in self.found.retried
+                ):  # it could not be reached before either
                     self.watch.note(error, is_fault=is_fault)
         self._results.append(result)
         self.watch.check()
 
     def commit(self, *, last: bool = False) -> None:
-        """Write what was reported; what it says of access waits until the source has shown that it can be read, or the run ends.
+        """Write what was reported. Results with unreachable images wait until the source is known to be readable, or the run ends.
 
         Raises
         ------
@@ -84,7 +86,7 @@ class Outcomes:
             n_done += int((piece.status == Status.DONE).sum())
             bad = np.flatnonzero(piece.status == Status.QUARANTINED)
             for n_before, i in enumerate(bad, summary.n_rejected + summary.n_quarantined):
-                if not (self.watch.failed and is_inaccessible(piece.error[i])):  # which the ledger does not believe
+                if not (self.watch.failed and is_inaccessible(piece.error[i])):  # the ledger records none of these
                     warn_of_image(piece.paths[i], piece.error[i], n_before)
                     summary.note_bad(piece.paths[i], piece.error[i])
             n_quarantined = len(bad)
@@ -107,7 +109,7 @@ class Outcomes:
 
 
 def note_batch(key: str, pieces: Sequence[tasks.WorkPiece], result: tasks.BatchResult) -> None:
-    """Fill in what did not travel with the result of a batch, and tell of it; it is committed within a second or so."""
+    """Fill in the paths, which do not travel with the result of a batch, and log the batch; it is committed about a second later."""
     for outcome, piece in zip(result.pieces, pieces, strict=True):
         outcome.paths = piece.paths
     if not logger.isEnabledFor(logging.INFO):

@@ -1,4 +1,4 @@
-"""What workers offer: batches that each reads and extracts at once, and memory."""
+"""What workers offer: the number of batches that they read and extract at once, and memory."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ class WorkerSlots(NamedTuple):
     extract: int
     """Batches that it extracts at once."""
     memory_limit_bytes: int
-    """0 for none."""
+    """0 for no limit."""
     has_gpu: bool
-    """Whether it says so, as a resource; whether it computes on one is for it to see."""
+    """Whether it names a GPU as a resource; the worker itself finds out whether it can use one."""
     is_whole: bool
-    """Whether it can also read and write as many batches at once, so that one task may do all of a batch."""
+    """Whether it can read and write as many batches as it extracts, so that one task may do all stages of a batch."""
     is_plain: bool = False
-    """Whether it names no roles, and may do all: its tasks then ask for none."""
+    """Whether it names no roles and may take any: its tasks then ask for none."""
 
 
 def needs(*roles: str, is_plain: bool) -> dict[str, int]:
-    """The resources that a task of some roles asks for; none where workers name none."""
+    """Resources that a task of these roles asks for; none if the workers name none."""
     return {} if is_plain else dict.fromkeys(roles, 1)
 
 
 def scheduler_workers(client: Client) -> dict[str, Any]:
-    """What the scheduler knows of its workers, by address, asked just now: `Client.scheduler_info` may give what it asks for itself.
+    """What the scheduler knows of its workers now, by address; `Client.scheduler_info` may return older values.
 
     Raises
     ------
@@ -47,7 +47,7 @@ def scheduler_workers(client: Client) -> dict[str, Any]:
         raise ConnectionError(f"connection to {client} is {client.status}")
     try:
         workers: dict[str, Any] = client.sync(client.scheduler.identity, n_workers=-1)["workers"]
-    except OSError as error:  # also when it does not answer in time
+    except OSError as error:  # also after a timeout
         raise ConnectionError(f"{client} did not say what workers there are: {error}") from error
     return workers
 
@@ -55,12 +55,12 @@ def scheduler_workers(client: Client) -> dict[str, Any]:
 def worker_slots(client: Client) -> dict[str, WorkerSlots]:
     """What each worker offers, by address.
 
-    Workers of one machine that name no role at all, as those of a plain ``Client()``, may do all, a batch per thread.
+    On one machine, workers that name no role at all (as with a plain ``Client()``) may take any, one batch per thread.
 
     Raises
     ------
     FeaturemapsError
-        When a role has no worker.
+        When no worker offers one of the roles.
     ConnectionError
         When the scheduler is gone.
     """
@@ -84,6 +84,6 @@ def _plain(worker: Mapping[str, Any]) -> WorkerSlots:
 
 
 def slots_of(resources: Mapping[str, float], memory_limit_bytes: int | None) -> WorkerSlots:
-    """What a worker with these resources and this memory offers."""
+    """Slots of a worker with these resources and this memory."""
     read, extract, write = (int(resources.get(role, 0)) for role in ROLES)
     return WorkerSlots(read, extract, int(memory_limit_bytes or 0), bool(resources.get("gpu")), min(read, write) >= extract)

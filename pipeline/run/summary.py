@@ -14,14 +14,14 @@ from pipeline.errors import EXIT_COMPLETE, EXIT_FAILED, EXIT_QUARANTINED, EXIT_R
 
 STAGES = ("read", "decode", "extract", "write")
 MAX_BAD = 20
-"""Bad images that a summary names."""
+"""Bad images that a summary lists."""
 WAITING = "waiting"
-"""Time in which a slot had no batch: what waits for storage is in the stages, but for headers, which are read before there are batches."""
+"""Time in which a slot had no batch. Waiting for storage counts in its stage, except for headers, which are read before batches exist."""
 
 
 @dataclass(slots=True)
 class Progress:
-    """Where a run stands; the driver updates it, others look."""
+    """The state of a run, updated by the driver, for display."""
 
     n_total: int = 0
     """Images of the listing."""
@@ -32,11 +32,11 @@ class Progress:
     n_quarantined: int = 0
     stage: str = "listing"
     dashboard: str = ""
-    """Address of Dask's dashboard, where there is one."""
+    """Address of Dask's dashboard, if there is one."""
     last_commit_s: float = 0.0
-    """When outcomes were last written to the ledger, in seconds since 1970; 0 for not yet."""
+    """When the ledger was last written, in seconds since 1970; 0 before the first time."""
     began_s: float = field(default_factory=time.monotonic)
-    """By the monotonic clock, which no step of the wall clock moves."""
+    """On the monotonic clock, which changes of the wall clock do not affect."""
 
 
 @dataclass(slots=True)
@@ -45,13 +45,13 @@ class Summary:
 
     run_id: str
     number: int = 0
-    """Orders the runs of a store, whatever their clocks said; 0 in receipts of versions before numbers."""
+    """Orders the runs of a store, independent of their clocks; 0 in receipts of versions that had no numbers."""
     outcome: str = "running"
     """running, complete, stopped, incomplete (passing faults left rows pending) or failed."""
     started: str = ""
     ended: str = ""
     updated: str = ""
-    """When the receipt of a run at work was written."""
+    """When the receipt of a run in progress was written."""
     elapsed_s: float = 0.0
     message: str = ""
     config: dict[str, Any] = field(default_factory=dict)
@@ -62,24 +62,24 @@ class Summary:
     n_unchanged: int = 0
     n_new: int = 0
     n_changed: int = 0
-    """Of these, images that have an entry already: their content is another, or they are tried again."""
+    """Of these, images that had an entry before: their content changed, or they are tried again."""
     n_removed: int = 0
     n_returned: int = 0
     n_unreachable: int = 0
     n_checked: int = 0
-    """Images that were read and compared with the ledger's digest, because the run was to check digests."""
+    """Images that were read and compared with the ledger's digest (`--check digest`)."""
     n_touched: int = 0
-    """Of those, images whose size and time had changed and whose bytes had not: their entry stands, with today's fingerprint."""
+    """Of those, images whose fingerprint changed but whose bytes did not: their entry stands, with the current fingerprint."""
     n_unchecked: int = 0
-    """Images that were to be compared and could not be; they keep what they have."""
+    """Images that could not be read for the comparison; they keep what they have."""
     kernels: dict[str, int] = field(default_factory=dict)
-    """Images done by each version of the first layer; they agree to rounding only."""
+    """Images done by each version of the first layer; the versions agree only up to rounding."""
     n_done_total: int = 0
     """Images of the store that are done, by this run or an earlier one."""
     ignored: dict[str, int] = field(default_factory=dict)
-    """Files that are no images by their name: number per suffix."""
+    """Files without an image suffix: number per suffix."""
     excluded: dict[str, int] = field(default_factory=dict)
-    """Folders and files that were left out: number per pattern."""
+    """Excluded folders and files: number per pattern."""
     n_done: int = 0
     n_quarantined: int = 0
     n_rejected: int = 0
@@ -87,33 +87,33 @@ class Summary:
     reasons: dict[str, int] = field(default_factory=dict)
     """Images that this run has quarantined or rejected, per code."""
     bad: list[dict[str, str]] = field(default_factory=list)
-    """The first of them: path and error."""
+    """The first of these images: path and error."""
     dropped: dict[str, int] = field(default_factory=dict)
-    """Images that this run has entered and of which something is dropped, per code of `dropped.dropped`."""
+    """Images added by this run of which a part was dropped, per code of `dropped.dropped`."""
     dropped_total: dict[str, int] = field(default_factory=dict)
-    """The same of all runs of the store since they count it; images that left meanwhile included."""
+    """The same over all runs of the store, since the first version that counts it; includes images that have left."""
     n_bad_total: int = 0
     """Quarantined and rejected images of the whole store."""
     pixels: int = 0
     bytes_read: int = 0
     bytes_written: int = 0
     stage_s: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
-    """Seconds of one core per stage, over all workers."""
+    """Core-seconds per stage, over all workers."""
     compute_s: float = 0.0
     """Wall time from the first task to the last."""
     start_s: float = 0.0
-    """Wall time until the workers were there and had what they need."""
+    """Wall time until the workers were ready."""
     slots: int = 0
-    """Batches that are extracted at once, when the run last looked."""
+    """Batches that the workers extract at once, as last seen."""
     workers: int = 0
-    """Worker processes, when the run last looked."""
+    """Worker processes, as last seen."""
     n_workers_lost: int = 0
-    """Worker processes that went while the run lasted, as far as it saw; their batches were done by others."""
+    """Worker processes that left during the run, as far as it noticed; others did their batches."""
     slot_s: float = 0.0
-    """Time that the slots had between the first task and the last: seconds times slots."""
+    """Time available to the slots between the first task and the last: seconds times slots."""
     unreadable_folders: list[str] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
-    """The first passing faults."""
+    """The first faults that may pass."""
 
     @property
     def images_per_s(self) -> float:
@@ -133,29 +133,29 @@ class Summary:
             self.bad.append({"path": path, "error": error})
 
     def note_dropped(self, codes: Iterable[str]) -> None:
-        """Note what is dropped of some images."""
+        """Count what was dropped of some images."""
         for code in codes:
             self.dropped[code] = self.dropped.get(code, 0) + 1
             self.dropped_total[code] = self.dropped_total.get(code, 0) + 1
 
     @property
     def did_anything(self) -> bool:
-        """Whether there was something to do."""
+        """Whether the run had anything to do."""
         return any(
             (self.n_new, self.n_done, self.n_quarantined, self.n_rejected, self.n_removed, self.n_checked, self.n_unchecked)
         )
 
     def count_time(self, compute_s: float) -> None:
-        """Note how long it has been since the first task, with the slots there are."""
+        """Set the time since the first task, and add the slots' time since the last call."""
         self.slot_s += (compute_s - self.compute_s) * self.slots
         self.compute_s = compute_s
 
     def touch(self, elapsed_s: float) -> None:
-        """Note the time, and how long the run takes so far, before a receipt is written while it is at work."""
+        """Set the time of update and the duration so far, before the receipt of a run in progress is written."""
         self.updated, self.elapsed_s = datetime.now(UTC).isoformat(timespec="seconds"), elapsed_s
 
     def shares(self) -> dict[str, float]:
-        """Share of each stage, and of `WAITING`, in the workers' time; they sum to 1 when anything ran."""
+        """Share of each stage, and of `WAITING`, in the workers' time; the shares sum to 1 if anything ran."""
         capacity = max(self.slot_s, sum(self.stage_s.values()))
         if not capacity:
             return {}
@@ -170,7 +170,7 @@ class Summary:
 
     @property
     def exit_code(self) -> int:
-        """What the command ends with."""
+        """Exit code of the command."""
         if self.outcome == "stopped":
             return EXIT_RUN_AGAIN
         if self.outcome != "complete":
@@ -182,7 +182,7 @@ class Summary:
 
 
 class Run(NamedTuple):
-    """A run at work, for those who look at it from the same process."""
+    """A run in progress, as seen from the same process."""
 
     store: str
     summary: Summary
@@ -195,7 +195,7 @@ at_work: dict[str, Run] = {}
 
 @contextmanager
 def working(store: str, summary: Summary, progress: Progress) -> Iterator[None]:
-    """Have a run be seen while it is at work."""
+    """Register a run in `at_work` while the block runs."""
     at_work[summary.run_id] = Run(store, summary, progress)
     try:
         yield
@@ -204,6 +204,6 @@ def working(store: str, summary: Summary, progress: Progress) -> Iterator[None]:
 
 
 def receipt(summary: Summary) -> dict[str, Any]:
-    """The summary with what follows from it, as JSON values."""
+    """The summary and its derived values, as JSON values."""
     derived = {"images_per_s": summary.images_per_s, "megapixels_per_s": summary.megapixels_per_s}
     return asdict(summary) | derived | {"shares": summary.shares(), "bottleneck": summary.bottleneck}

@@ -1,4 +1,4 @@
-"""What a run did, in words for a person."""
+"""Describes in words what a run did."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from pipeline.source.dropped import describe_dropped
 from pipeline.text import bad_lines, count, left_out, printable, skipped
 
 FEW_PER_SLOT = 100
-"""Images for each slot, below which a run is too short to keep its workers busy."""
+"""With fewer images per slot, a run is too short to keep its workers busy."""
 SHORT_S = 5.0
-"""Time between the first task and the last, below which it is too short whatever the number of images."""
+"""A complete run is too short if fewer seconds pass between its first task and its last, whatever the number of images."""
 SAID_S = 1.0
-"""The shortest start that is worth a word."""
+"""Shorter starts are not mentioned."""
 _DOING = {"read": "reading", "decode": "decoding", "extract": "extracting", "write": "writing"}
 
 
 def headline(summary: Summary) -> str:
-    """How a run ended, in a line."""
+    """How a run ended, in one line."""
     return (
         f"{summary.outcome}: {count(summary.n_done, 'image')} done, {summary.n_unchanged} unchanged, {summary.n_quarantined} quarantined, "
         f"{summary.n_rejected} rejected, {summary.n_pending} pending, {summary.n_removed} removed of {summary.n_listed} listed, "
@@ -29,7 +29,7 @@ def headline(summary: Summary) -> str:
 
 
 def describe(summary: Summary, store: str) -> str:
-    """What a run did, for a person; names on one line each."""
+    """What a run did, in words; each name on its own line."""
     lines = [headline(summary), *describe_news(summary), *_work(summary), *_troubles(summary)]
     lines += describe_dropped(summary.dropped)
     if summary.ignored:
@@ -67,7 +67,7 @@ def _work(summary: Summary) -> list[str]:
 
 
 def _troubles(summary: Summary) -> list[str]:
-    """What kept images from being looked at or done, and may pass."""
+    """Faults that may pass, and images and folders that could not be read."""
     lines = []
     if summary.faults:
         faults = "; ".join(map(printable, summary.faults[:3]))
@@ -85,7 +85,7 @@ def _troubles(summary: Summary) -> list[str]:
 
 
 def _bad(summary: Summary, store: str) -> list[str]:
-    """How many images of the store are bad, and what to do about it."""
+    """Number of bad images in the store, and what to do about them."""
     if not summary.n_bad_total:
         return []
     lines = [f"{count(summary.n_bad_total, 'bad image')} in all: featuremaps status {store} lists them with their reasons"]
@@ -99,7 +99,7 @@ def _bad(summary: Summary, store: str) -> list[str]:
 
 
 def describe_news(summary: Summary) -> list[str]:
-    r"""What was found to be other than at the last run, for a person; no lines where nothing was.
+    r"""What changed since the last run, in words; no lines if nothing changed.
 
     Examples
     --------
@@ -128,7 +128,7 @@ def describe_news(summary: Summary) -> list[str]:
 
 
 def describe_bottleneck(run: Mapping[str, Any]) -> str:
-    """Where most of the workers' time went, and why where they were idle.
+    """Where most of the workers' time went, and why they were idle, if they were.
 
     Parameters
     ----------
@@ -152,9 +152,9 @@ def describe_bottleneck(run: Mapping[str, Any]) -> str:
 
 
 def _why_idle(run: Mapping[str, Any]) -> str:
-    """Why the workers of a run that came to its end were idle."""
+    """Why the workers of a run that ended normally were idle; empty if the run failed or still runs."""
     if run["outcome"] in {"running", "failed"}:
-        return ""  # how much work there was is not known
+        return ""  # the amount of work is not known
     slots, n_images = max(1, run["slots"]), run["n_done"] + run["n_pending"]
     if n_images < FEW_PER_SLOT * slots or (run["outcome"] == "complete" and run["compute_s"] < SHORT_S):
         workers = count(slots, "worker" if slots == run.get("workers") else "slot")

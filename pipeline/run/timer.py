@@ -1,4 +1,4 @@
-"""What is done from time to time while tasks are on their way."""
+"""A timer for what the driver does every few seconds."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import time
 
 
 class Every:
-    """Says when something is due that is done every few seconds.
+    """Tells when a periodic action is due.
 
     Parameters
     ----------
     seconds : float
     first_s : float, optional
-        Seconds until it is due for the first time; as long as between two times where not given.
+        Seconds until it is due for the first time; by default the same as ``seconds``.
     """
 
     def __init__(self, seconds: float, first_s: float | None = None) -> None:
@@ -21,14 +21,14 @@ class Every:
 
     @property
     def left_s(self) -> float:
-        """Seconds until it is due; negative where it is overdue."""
+        """Seconds until it is due; negative if overdue."""
         return self._due_s - time.monotonic()
 
     @property
     def is_due(self) -> bool:
-        """Whether it is to be done now."""
+        """Whether to do it now."""
         return self.left_s <= 0
 
     def done(self) -> None:
-        """Note that it was done, from when on time counts again."""
+        """Note that it was done, and start to count again."""
         self._due_s = time.monotonic() + self.seconds

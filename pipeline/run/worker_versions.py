@@ -1,4 +1,4 @@
-"""What is compared between driver and workers, because it decides about the result: versions of packages, and GPUs."""
+"""What driver and workers must have in common, because results depend on it: versions of packages, and GPUs."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ PACKAGES = ("featuremaps", "dask", "distributed", "numpy", "pillow", "torch", "z
 
 
 def find_versions(packages: tuple[str, ...]) -> dict[str, str]:
-    """Of Python, its last number aside, and of packages; a build's own tag is left out. Travels as text, to where no featuremaps is."""
-    import platform  # noqa: PLC0415 (as it travels)
+    """Versions of Python (without its last number) and of packages (without a build's local tag).
+
+    The source text of this function is sent to places without featuremaps, so it imports all that it uses.
+    """
+    import platform  # noqa: PLC0415 (sent as text)
     from importlib import metadata  # noqa: PLC0415 (as above)
 
     found = {"python": ".".join(platform.python_version_tuple()[:2])}
@@ -27,7 +30,7 @@ def find_versions(packages: tuple[str, ...]) -> dict[str, str]:
 
 
 def own_versions() -> dict[str, str]:
-    """Of Python and of the packages that decide about the result.
+    """Versions of Python and of the packages that affect the result.
 
     Examples
     --------
@@ -38,17 +41,17 @@ def own_versions() -> dict[str, str]:
 
 
 def asking_for_versions() -> Callable[[], dict[str, str]]:
-    """A function that is sent whole, and not by its name, so that a worker without featuremaps can answer, too."""
+    """Return a function that is sent by value, not by name, so that a worker without featuremaps can answer too."""
     return partial(FunctionType(find_versions.__code__, {}, find_versions.__name__), PACKAGES)
 
 
 def versions_script() -> str:
-    """A program for another Python, which prints `own_versions` of there as JSON."""
+    """A program that prints the result of `own_versions` for another Python, as JSON."""
     return f"import json\n{inspect.getsource(find_versions)}\nprint(json.dumps(find_versions({PACKAGES!r})))"
 
 
 def differences(theirs: Mapping[str, str], ours: Mapping[str, str]) -> list[str]:
-    """What differs, in words.
+    """Each difference, in words.
 
     Examples
     --------
@@ -64,5 +67,5 @@ def n_gpus_there() -> int:
 
 
 def has_kernel_there() -> bool:
-    """Whether this process has the compiled code; torch does its work elsewhere, and needs more memory."""
+    """Whether this process has the compiled code; otherwise torch does the work, and needs more memory."""
     return kernel.version() != "torch"

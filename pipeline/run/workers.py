@@ -1,4 +1,4 @@
-"""The workers of a run: what they can do together, and whether anybody is left."""
+"""The workers of a run: what they can do together, and whether any are left."""
 
 from __future__ import annotations
 
@@ -22,33 +22,33 @@ REGISTER_TRIES = 5
 
 @runtime_checkable
 class Workforce(Protocol):
-    """What starts the workers of a run, and others where some are lost."""
+    """Starts the workers of a run, and replaces lost ones."""
 
     patience_s: float
-    """How long it may take until a worker is there."""
+    """How long a worker may take to start."""
 
     def wanted(self) -> list[WorkerSlots]:
-        """What each of the wanted workers offers, whether it is there or not."""
+        """What each wanted worker offers, started or not."""
 
     def describe(self) -> str:
-        """What is known of the workers that are not there, for an error."""
+        """What is known about workers that are missing, for an error message."""
 
 
 class Needs(NamedTuple):
-    """What follows from what workers offer."""
+    """What the run derives from the workers' offers."""
 
     memory_limit_bytes: int
-    """Of the smallest worker; 0 for none."""
+    """Of the smallest worker; 0 for no limit."""
     is_whole: bool
-    """Whether one task may do all of a batch."""
+    """Whether one task may do all stages of a batch."""
     read_ahead: int
-    """Batches that others read for each worker that extracts."""
+    """Batches that other workers read ahead for each worker that extracts."""
     kind: WorkerKind
-    """What the memory of a worker that extracts is judged by."""
+    """What the memory need of an extracting worker depends on."""
 
 
 def judge(present: list[WorkerSlots], wanted: list[WorkerSlots] | None = None) -> Needs:
-    """Judge the workers that are there together with those that are to come."""
+    """Derive `Needs` from the workers that are there and those that are still to come."""
     everybody = present + (wanted or [])
     threads = max(worker.extract for worker in everybody)
     memory_limit_bytes = min((worker.memory_limit_bytes for worker in everybody if worker.memory_limit_bytes), default=0)
@@ -75,7 +75,7 @@ class Fleet:
         self.client = client
         cluster = getattr(client, "cluster", None)
         self.cluster = cluster if isinstance(cluster, Workforce) else None
-        """What starts the workers; None where others do."""
+        """What starts the workers; None if someone else does."""
         workers = worker_slots(client)
         self.is_plain = all(worker.is_plain for worker in workers.values())
         """Whether the workers name no roles, so that no task may ask for one."""
@@ -83,25 +83,25 @@ class Fleet:
         self.memory_limit_bytes, self.is_whole, self.kind = needs.memory_limit_bytes, needs.is_whole, needs.kind
         self._read_ahead = needs.read_ahead
         self._alone_since: float | None = None
-        self._known = self._present = set(workers)  # those that ever were, and that are there
+        self._known = self._present = set(workers)  # all that ever joined, and those that are there
         self.n_lost = 0
-        """Workers that went, as far as was seen; others may have taken their places."""
+        """Workers that left, as far as the run noticed; others may have taken their places."""
         self._count(workers)
 
     def _count(self, workers: Mapping[str, WorkerSlots]) -> None:
         self.n_workers = len(workers)
         self.slots = sum(worker.extract for worker in workers.values())
-        """Batches that are extracted at once."""
+        """Batches that the workers extract at once."""
         self._n_extractors = sum(worker.extract > 0 for worker in workers.values())
 
     @property
     def window(self) -> int:
-        """Batches in flight: enough that nobody waits for the driver, and where others read, enough for all of them."""
+        """Batches in flight: enough that no worker waits for the driver, and that separate readers have work."""
         wanted = BATCHES_IN_FLIGHT_PER_SLOT * self.slots + self._read_ahead * self._n_extractors
-        return max(1, wanted)  # also while nobody is there: those who are lost are replaced
+        return max(1, wanted)  # at least one, also without workers: lost ones are replaced
 
     def register(self, plugin: Any) -> None:
-        """Give every worker a plugin; a worker that dies meanwhile makes the whole call fail, and gets it when it is back."""
+        """Give every worker a plugin. A worker that dies meanwhile makes the call fail, so it is repeated."""
         for left in reversed(range(REGISTER_TRIES)):
             try:
                 self.client.register_plugin(plugin)
@@ -109,16 +109,16 @@ class Fleet:
             except OSError as error:
                 if not left or self.client.status != "running":
                     raise
-                logger.info("giving the extractor to the workers once more: %s", error)
+                logger.info("giving the plugin to the workers again: %s", error)
                 time.sleep(1.0)
 
     def check(self) -> None:
-        """Give up when nobody is left to do the work: a scheduler that was started by hand would wait for ever.
+        """Give up if no worker is left that can do the work: with a scheduler started by hand, the run would wait for ever.
 
         Raises
         ------
         FeaturemapsError
-            When there has been nobody for some time, or only workers that cannot do what was sent.
+            When there has been no worker for some time, or only workers that cannot do the tasks that were sent.
         """
         reason = self._what_is_missing()
         now = time.monotonic()
@@ -141,16 +141,16 @@ class Fleet:
         self._count(workers)
         self._compare(set(workers))
         if self.is_whole and not any(worker.extract and worker.is_whole for worker in workers.values()):
-            return "those that are there share the roles among them, and batches were sent to workers that have all"
+            return "each worker that is left has only some of the roles, and the batches that were sent need one that has all"
         return ""
 
     def _compare(self, present: set[str]) -> None:
-        """Count those that went; whether those that joined fit is for `admission.VersionsPlugin`, before they work."""
+        """Count the workers that left. `admission.VersionsPlugin` checks those that join, before they work."""
         self.n_lost += len(self._present - present)
         self._known, self._present = self._known | present, present
 
     def has_lost_workers(self) -> bool:
-        """Whether a worker that was seen is gone."""
+        """Whether a worker that was once there is gone."""
         try:
             return not self._known <= set(worker_slots(self.client))
         except (OSError, FeaturemapsError):

@@ -111,7 +111,7 @@ def test_a_plan_whose_source_cannot_be_read_just_now_ends_as_the_run(client, tmp
     (tmp_path / "lists").mkdir()
     (tmp_path / "lists" / "list.txt").write_text(f"{tmp_path}/unmounted/1.jpg\n{tmp_path}/unmounted/2.jpg\n")
     job = job_of(tmp_path / "lists" / "list.txt", tmp_path / "f.zarr")
-    assert_the_plan_ends_as_the_run(client, job, 1, "2 images cannot be read just now")
+    assert_the_plan_ends_as_the_run(client, job, 1, "2 images cannot be read now")
 
 
 def test_a_plan_counts_bad_images_as_the_run(client, source, tmp_path):

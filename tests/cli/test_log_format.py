@@ -73,7 +73,7 @@ def test_of_many_bad_images_the_first_are_warned_of(caplog):
     assert (
         caplog.records[failures.MAX_WARNINGS]
         .getMessage()
-        .startswith("20 bad images so far: those that follow are logged at level INFO")
+        .startswith("20 bad images so far: the next ones are logged at level INFO")
     )
     assert (caplog.records[0].path, caplog.records[0].error) == ("0.png", "empty: the file has 0 bytes")
 

@@ -89,14 +89,14 @@ def test_a_worker_that_joins_without_its_gpu_is_sent_away_only_while_the_run_goe
         client.wait_for_workers(1, timeout=900)
         with only_like_this(client):
             join(ours, "gpu=1", environment=blind).wait(900)
-        assert "it was to have a GPU, and torch sees none there" in (tmp_path / "late.log").read_text()
+        assert "it should have a GPU, but torch sees none there" in (tmp_path / "late.log").read_text()
         with Client(client.scheduler.address) as killed:
             gone = only_like_this(killed)
             gone.__enter__()  # and is never left, as by a driver that was killed
         join(ours, "gpu=1", environment=blind)
         client.wait_for_workers(2, timeout=900)
         with (
-            pytest.raises(FeaturemapsError, match="late were to have a GPU, and torch sees none there: no batch was sent"),
+            pytest.raises(FeaturemapsError, match="late should have a GPU, but torch sees none there: no batch was sent"),
             only_like_this(client),
         ):
             pass

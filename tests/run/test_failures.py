@@ -26,12 +26,12 @@ def test_what_a_task_says_for_people_is_passed_on():
         (
             KilledWorker("write-1", None, 10),
             [SimpleNamespace(paths=("cats/tom.jpg", "b.jpg"))],
-            r"a batch of 2 images from 'cats/tom.jpg' on killed its worker, or found no memory, every time, though each image.* memory",
+            r"a batch of 2 images from 'cats/tom.jpg' on killed its worker, or ran out of memory, every time, though each image.* memory",
         ),
         (
             ZeroDivisionError("division by zero"),
             [],
-            r"failed in a way that it should not \(ZeroDivisionError: division by zero\)",
+            r"failed with an unexpected error \(ZeroDivisionError: division by zero\)",
         ),
     ],
 )

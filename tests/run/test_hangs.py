@@ -110,8 +110,8 @@ main()
 @pytest.mark.parametrize(
     ("when", "what", "options", "message"),
     [
-        ("probe", "source", (), r"img0000[0-9].png: the storage did not answer for \d+ s, as for 3 tasks in a row"),
-        ("batch", "f.zarr/50x60/conv1", (), r"f.zarr: the storage did not answer for \d+ s, as for 3 tasks in a row"),
+        ("probe", "source", (), r"img0000[0-9].png: the storage did not answer for \d+ s, for 3 tasks in a row"),
+        ("batch", "f.zarr/50x60/conv1", (), r"f.zarr: the storage did not answer for \d+ s, for 3 tasks in a row"),
     ],
     ids=["the source", "the store"],
 )

@@ -36,7 +36,7 @@ def test_a_run_waits_no_longer_after_some_stalls_in_a_row(watch):
     watch.check_stalls()
     assert (watch.ending.is_stuck, watch.ending.failure) == (True, None)
     assert watch.context.summary.faults == [
-        "a.png: the storage did not answer for 70 s, as for 3 tasks in a row: the run did not wait for the others"
+        "a.png: the storage did not answer for 70 s, for 3 tasks in a row: the run did not wait for the others"
     ]
 
 

@@ -64,7 +64,7 @@ def test_workers_that_share_the_roles_cannot_take_over_from_whole_ones(workers, 
     workers.clear()
     workers |= {"b": READER, "c": EXTRACTOR}
     monkeypatch.setattr(fleet, "NO_WORKERS_S", 0.0)
-    with pytest.raises(FeaturemapsError, match="those that are there share the roles among them"):
+    with pytest.raises(FeaturemapsError, match="each worker that is left has only some of the roles"):
         found.check()
     workers["d"] = WHOLE
     found.check()

@@ -1,4 +1,7 @@
-"""What a listing means for the ledger: which images are new, changed, pending, gone or back. Pure, and one pass over each."""
+"""What a listing means for the ledger: which images are new, changed, pending, gone or back.
+
+Pure, in one pass over the listing and one over the ledger.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from pipeline.store.schema import REJECTED, Status
 
 
 class Entry(NamedTuple):
-    """One row of a class, or of ``rejected``."""
+    """One row of a class or of ``rejected``."""
 
     group: str
     row: int
@@ -24,17 +27,17 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Entries:
-    """The columns of one group that decide what becomes of its rows, each (image,)."""
+    """The columns of one group that decide what happens to its rows, each of shape (image,)."""
 
     group: str
     path: np.ndarray[Any, Any]
     fingerprint: np.ndarray[Any, Any]
     status: np.ndarray[Any, Any]
     error: Callable[[], np.ndarray[Any, Any]]
-    """Asked for only where a row is quarantined."""
+    """Called only if a row is quarantined."""
 
     def to_retry(self, may_retry: Callable[[str], bool]) -> np.ndarray[Any, np.dtype[np.bool_]]:
-        """Rows that were quarantined for a reason that may not hold any more."""
+        """Rows that were quarantined for a reason that may no longer hold."""
         found = np.asarray(self.status == Status.QUARANTINED)
         if found.any():
             error = self.error()
@@ -44,32 +47,32 @@ class Entries:
 
 @dataclass(slots=True)
 class Changes:
-    """What a run has to do; images are positions in the listing."""
+    """What a run has to do. Images are given by their position in the listing."""
 
     new: list[int] = field(default_factory=list)
-    """Images to probe and append, ascending: unknown ones, changed ones, and rejected ones that are tried again."""
+    """Images to probe and append, ascending: unknown, changed, and rejected ones that are tried again."""
     replaces: dict[int, Entry] = field(default_factory=dict)
-    """Of those, the entry that is superseded once the new one is there."""
+    """For some of these images, the entry that is superseded once the new one exists."""
     pending: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
     """Per class: (row, image) to compute, rows ascending."""
     returned: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
     """Per class: (row, image) of removed rows whose image is back unchanged."""
     set_status: dict[str, dict[int, int]] = field(default_factory=dict)
-    """Per group: row -> status to set before anything else."""
+    """Per group: row -> status to set first."""
     retried: set[Entry] = field(default_factory=set)
-    """Of the pending rows, those that were quarantined."""
+    """The pending rows that were quarantined."""
     to_check: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
-    """Per class: (row, image) of done rows whose digest is to be compared with the image's bytes, where digests are checked."""
+    """Per class: (row, image) of done rows whose digest must be compared with the image's bytes, if digests are checked."""
     retry_quarantined: bool = False
     may_retry: Callable[[str], bool] = is_inaccessible
-    """Whether an image with an error is tried again whatever `retry_quarantined` says."""
+    """Takes an error; whether an image with this error is tried again even without `retry_quarantined`."""
     check_digests: bool = False
     n_live: int = 0
     n_removed: int = 0
     n_unchanged: int = 0
     """Images whose entry stands: done, quarantined or rejected."""
     n_unreachable: int = 0
-    """Of those, images that cannot be looked at just now."""
+    """Of these, images that could not be examined."""
 
     def mark(self, entry: Entry, status: int) -> None:
         """Note a status to set."""
@@ -77,26 +80,34 @@ class Changes:
 
     @property
     def n_pending(self) -> int:
-        """Rows to compute that are in the store already."""
+        """Rows to compute that are already in the store."""
         return sum(map(len, self.pending.values()))
 
     @property
     def has_work(self) -> bool:
-        """Whether the ledger is to be written at all."""
+        """Whether the ledger has to be written at all."""
         return bool(self.new or self.pending or self.returned or self.set_status or self.to_check)
 
     @property
     def n_to_check(self) -> int:
-        """Images whose bytes are to be compared with the ledger's digest."""
+        """Images whose bytes must be compared with the ledger's digest."""
         return sum(map(len, self.to_check.values()))
 
     def check(self, entry: Entry, i: int) -> None:
-        """Note that the digest of a done row is to be compared, if digests are checked at all."""
+        """Add a done row to those whose digest is compared, if digests are checked."""
         if self.check_digests and entry.group != REJECTED:
             self.to_check.setdefault(entry.group, []).append((entry.row, i))
 
     def settle_checked(self, changed: Mapping[int, Entry], touched: set[int]) -> None:
-        """Take up what the bytes say: images that changed though size and time did not, and those of which only these did."""
+        """Take up the comparison of bytes.
+
+        Parameters
+        ----------
+        changed : mapping of int to Entry
+            Images whose bytes changed although their fingerprint did not, with their entries.
+        touched : set of int
+            Images whose fingerprint changed although their bytes did not.
+        """
         self.new = sorted((set(self.new) | changed.keys()) - touched)
         self.replaces = {i: entry for i, entry in self.replaces.items() if i not in touched} | dict(changed)
         n_returned = sum(map(len, self.returned.values()))
@@ -104,7 +115,7 @@ class Changes:
         self.n_unchanged += len(touched) - len(changed) + n_returned - sum(map(len, self.returned.values()))
 
     def settle_returned(self, outcome: Callable[[str], tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]) -> None:
-        """Decide what rows are whose image is back, by ``maps_digest`` and ``error`` of their group: those without are pending."""
+        """Decide the status of rows whose image is back, by ``maps_digest`` and ``error`` of their group; without either: pending."""
         for group, rows in self.returned.items():
             maps_digest, error = outcome(group)
             for row, i in rows:
@@ -136,7 +147,7 @@ def compare(
     Parameters
     ----------
     groups : iterable of Entries
-        Every class, then ``rejected``, whose group is named so.
+        Every class, then the group named ``rejected``.
     paths : sequence of str
         The listing, without duplicates.
     fingerprint : callable
@@ -144,18 +155,18 @@ def compare(
     retry_quarantined : bool
         Compute quarantined rows and probe rejected images again.
     may_retry : callable
-        Takes an error and says whether its image is tried again in any case, as it could not be reached or may be read now.
+        Takes an error; whether an image with this error is tried again anyway, because it was out of reach or may be readable now.
     check_digests : bool
-        Have the digest of every done row compared, whether or not the image's fingerprint is the ledger's.
+        Have the digest of every done row compared, also if the image's fingerprint differs from the ledger's.
     complete : bool
-        Whether the listing is all of the source: only then are images that it lacks removed.
+        Whether the listing covers the whole source: only then are missing images removed.
     unreadable : sequence of str
-        Folders that could not be listed; what lies below keeps its entries.
+        Folders that could not be listed; images below them keep their entries.
 
     Returns
     -------
     Changes
-        Every listed image is in exactly one of ``new``, ``pending``, ``returned`` and the unchanged ones.
+        Every listed image is in exactly one of ``new``, ``pending``, ``returned`` and the unchanged images.
     """
     position = {path: i for i, path in enumerate(paths)}
     owners = _Owners(len(paths))
@@ -176,7 +187,8 @@ def compare(
                     gone.append(entry)
                 continue
             same = entries.fingerprint[row] == fingerprint(i)
-            if status == Status.REMOVED and (not same or entries.fingerprint[row] == UNREADABLE):  # which identifies nothing
+            # An unreadable fingerprint identifies nothing.
+            if status == Status.REMOVED and (not same or entries.fingerprint[row] == UNREADABLE):
                 continue
             owners.claim(changes, i, entry, status, same=same, retry=retry_quarantined or again)
 
@@ -194,24 +206,24 @@ def compare(
 
 
 class _Owners:
-    """The entry that stands for each image of a listing; in arrays, because a listing may have millions."""
+    """The entry that stands for each image of a listing. Uses arrays, because a listing may have millions of images."""
 
     def __init__(self, n: int) -> None:
-        self.names: list[str] = []  # of the groups so far
+        self.names: list[str] = []  # of the groups read so far
         self.group = array("i", [-1]) * n
         self.row = array("q", [-1]) * n
-        self.is_current = bytearray(n)  # whether the entry has today's fingerprint
+        self.is_current = bytearray(n)  # whether the entry has the current fingerprint
         self.status = bytearray(n)
         self.retry = bytearray(n)
 
     def entry(self, i: int) -> Entry | None:
-        """Which one stands for image ``i``."""
+        """The entry that stands for image ``i``."""
         return Entry(self.names[self.group[i]], self.row[i]) if self.row[i] >= 0 else None
 
     def claim(self, changes: Changes, i: int, entry: Entry, status: int, *, same: bool, retry: bool) -> None:
-        """Have an entry of the last group stand for image ``i``, unless a better one does; the other one is retired."""
+        """Let an entry of the last group stand for image ``i``, unless the present one is better; retire the other one."""
         old = self.entry(i)
-        # Of two entries the one with today's fingerprint wins, a live one before a removed one, then the last.
+        # Of two entries, one with the current fingerprint wins, then a live one over a removed one, then the last.
         if old is not None and (self.is_current[i], self.status[i] != Status.REMOVED) > (same, status != Status.REMOVED):
             _retire(changes, entry, status)
             return
@@ -222,17 +234,18 @@ class _Owners:
 
 
 def _retire(changes: Changes, entry: Entry, status: int) -> None:
-    """Another entry stands for the image: of two live rows one is superseded; a removed one stays as it is."""
+    """Mark a live row as superseded, because another entry stands for its image; a removed row stays as it is."""
     if status != Status.REMOVED:
         changes.mark(entry, Status.SUPERSEDED)
 
 
 def _decide(changes: Changes, i: int, entry: Entry | None, same: bool, status: int, retry: bool, is_unreachable: bool) -> None:
-    """Put one listed image where it belongs."""
+    """Put one listed image into the group of changes where it belongs."""
     rejected = entry is not None and entry.group == REJECTED
     if entry is None:
         changes.new.append(i)
-    elif is_unreachable and status != Status.PENDING:  # whatever is wrong with it says nothing about what was done
+    # That it cannot be examined says nothing about the work that was done.
+    elif is_unreachable and status != Status.PENDING:
         changes.n_unreachable += not same
         changes.n_unchanged += 1
     elif not same or (rejected and (retry or status == Status.REMOVED)):
@@ -264,7 +277,7 @@ def check_removals(changes: Changes, max_removed: float) -> None:
     Raises
     ------
     UsageError
-        Which is what an unmounted disk or a wrong folder looks like.
+        Because an unmounted disk or a wrong folder looks just like that.
     """
     n_gone = changes.n_removed + changes.n_unreachable
     if n_gone > max_removed * changes.n_live:

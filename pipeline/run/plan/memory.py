@@ -1,4 +1,4 @@
-"""Whether memory and disk hold what a run would put there, said before it starts."""
+"""Checks, before a run starts, whether memory and disk hold what it would put there."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from pipeline.source.urls import is_url
 from pipeline.store.layout import BATCH_BYTES, SHARD_BYTES, ClassLayout, LayerLayout, Size
 from pipeline.store.objects import Place, free_bytes, is_remote
 
-# What a worker holds whatever the images: interpreter, dask, zarr, and torch unless compiled code computes all. Measured for torch's
-# build for processors; those with CUDA bring more along, also where there is no GPU.
+# Memory of a worker without any image: interpreter, dask, zarr, and torch unless compiled code computes everything. Measured with
+# torch's build for processors; the CUDA builds need more, even without a GPU.
 COMPILED_BASE_BYTES = 110 * 1024**2
 TORCH_BASE_BYTES = 300 * 1024**2 if version("torch").endswith("+cpu") else 450 * 1024**2
-# Scratch of the convolution, whatever the image's size; of a GPU's, or of torch's, and of compiled code, which has none of layers.
+# Scratch memory of the convolution for images of any size: on a GPU or with torch; and with compiled code, which has no layers' scratch.
 BAND_BYTES = 32 * 1024**2
 COMPILED_BYTES = 8 * 1024**2
-# Of its limit, what a worker may take: from 80 % on Dask pauses it, for ever, as memory is kept for the next batch.
+# Share of its limit that a worker may use: from 80 % on Dask pauses it, for ever, because the memory is kept for the next batch.
 USABLE_SHARE = 0.8
 
 
 class WorkerKind(NamedTuple):
-    """What decides how much memory a worker needs."""
+    """The properties of a worker that decide how much memory it needs."""
 
     threads: int
     """Batches that it extracts and writes at once."""
     window: int = 0
-    """Batches in flight whose images may be in its memory; 0 where one task does all of a batch, image by image."""
+    """Batches in flight whose images may be in its memory; 0 if one task does all stages of a batch, image by image."""
     has_gpu: bool = False
     bucket_bytes: int = 0
-    """Of each of them besides, for requests to buckets; see `bucket_bytes`."""
+    """Additional memory per thread for requests to buckets; see `bucket_bytes`."""
 
 
 def worker_memory_bytes(
@@ -45,12 +45,15 @@ def worker_memory_bytes(
     decode_bytes: int = 0,
     scratch_bytes: Mapping[Size, int] | None = None,
 ) -> int:
-    """Projected peak memory of one worker, without a GPU's own: at least what is measured, and at most three quarters more.
+    """Projected peak memory of one worker, without a GPU's own: between 1 and 1.75 times the measured peak.
 
-    The interpreter and its libraries; the decoded images of all batches in flight, where tasks hand them on; and per thread the maps
-    of one batch (of one shard, where one task does all of a batch), the scratch of one image, and the larger of two phases: an image
-    that is decoded beside the one before it, or the objects of a shard, as they are compressed. With a GPU, per thread the pinned
-    pixels and maps of two batches, and the images of three.
+    The sum of:
+
+    - the interpreter and its libraries;
+    - the decoded images of all batches in flight, if separate tasks read and extract;
+    - per thread, the maps of one batch (of one shard, if one task does all stages) and the scratch memory of one image;
+    - per thread, the larger of two phases: an image is decoded beside the previous one, or the objects of a shard are compressed;
+    - with a GPU, per thread, the pinned pixels and maps of two batches, and the images of three.
 
     Parameters
     ----------
@@ -59,9 +62,9 @@ def worker_memory_bytes(
         Channels of the decoded image.
     worker : WorkerKind
     decode_bytes : int
-        What decoding one image takes at most, with its file.
+        The most memory that decoding one image takes, including its file.
     scratch_bytes : mapping of (int, int) to int, optional
-        Per class, float32 maps of one image outside those that are stored; 0 where compiled code computes all, without torch.
+        Per class, float32 maps of one image that are not stored; 0 if compiled code computes everything, without torch.
     """
     known = scratch_bytes or {}
     needed = (_class_memory_bytes(layout, channels, worker, decode_bytes, known.get(layout.size, 0)) for layout in layouts)
@@ -69,17 +72,17 @@ def worker_memory_bytes(
 
 
 def base_bytes(*, has_torch: bool) -> int:
-    """What a worker holds before any image."""
+    """Memory of a worker without any image."""
     return TORCH_BASE_BYTES if has_torch else COMPILED_BASE_BYTES
 
 
 def bucket_bytes(root: str, store: Place) -> int:
-    """What a thread holds for requests: files that are on their way, an object that is sent whole."""
+    """Memory that a thread holds for requests: files that are being read, and an object that is sent whole."""
     return (READ_AHEAD_BYTES if is_url(root) else 0) + (SHARD_BYTES if is_remote(store) else 0)
 
 
 def guess_decode_bytes(size: Size, file_bytes: int) -> int:
-    """What decoding an image of a class takes that an earlier run has probed; more is possible with transparency or a resize."""
+    """Memory to decode an image of a class that an earlier run probed; transparency or a resize may need more."""
     return plain_decode_bytes(*size, file_bytes)
 
 
@@ -102,7 +105,7 @@ def _class_memory_bytes(layout: ClassLayout, channels: int, worker: WorkerKind, 
 
 
 def _encode_bytes(layout: ClassLayout, layer: LayerLayout) -> int:
-    """The compressed objects of one shard, where nothing can be compressed, and one chunk twice while it is."""
+    """Bytes of the compressed objects of one shard of incompressible data, plus one chunk twice while it is compressed."""
     chunk = layer.chunk_rows * layer.channels * layer.chunk_height * layer.chunk_width * layer.itemsize
     is_whole = layer.chunk_rows == layout.shard_rows and (layer.chunk_height, layer.chunk_width) == (layer.height, layer.width)
     return layout.shard_rows * layer.row_bytes + (1 if is_whole else 2) * chunk
@@ -116,7 +119,7 @@ def require_memory(
     decode_bytes: int,
     scratch_bytes: Mapping[Size, int],
 ) -> None:
-    """Check that the largest images fit a worker of ``limit_bytes`` (0: no limit); see `worker_memory_bytes` for the others.
+    """Check that the largest images fit a worker of ``limit_bytes`` (0: no limit); `worker_memory_bytes` explains the others.
 
     Raises
     ------
@@ -138,25 +141,27 @@ def require_memory(
 
 
 def usable_bytes(limit_bytes: int) -> int:
-    """What a worker of a memory limit may take before Dask pauses it."""
+    """Memory that a worker may use before Dask pauses it."""
     return int(USABLE_SHARE * limit_bytes)
 
 
 def wanted_limit_bytes(needed_bytes: int) -> int:
-    """The memory limit, in whole MiB, of a worker that may take so much."""
+    """Memory limit, in whole MiB, of a worker that needs this much."""
     return math.ceil(needed_bytes / USABLE_SHARE / 2**20) * 2**20
 
 
-LEDGER_BYTES = 1 << 20  # which the last commit and the receipt may take
+LEDGER_BYTES = 1 << 20  # for the last commit and the receipt
 
 
 def require_room(path: Place, wanted_bytes: int) -> None:
-    """Check that the batches at work, which put up to ``wanted_bytes``, and the ledger still find room, whoever else fills the disk.
+    """Check that the disk still holds the ledger and the batches in flight, which write up to ``wanted_bytes``.
+
+    Others may have filled the disk meanwhile.
 
     Raises
     ------
     FeaturemapsError
-        When they may not.
+        When it may not.
     """
     free = free_bytes(path)
     if free is not None and wanted_bytes + LEDGER_BYTES > free:
@@ -168,7 +173,7 @@ def require_room(path: Place, wanted_bytes: int) -> None:
 
 
 def require_space(path: Place, wanted_bytes: int, n_images: int) -> None:
-    """Check that the disk of ``path`` has ``wanted_bytes`` free; what a bucket holds has no bound that is known.
+    """Check that the disk of ``path`` has ``wanted_bytes`` free. A bucket has no known limit.
 
     Raises
     ------

@@ -185,7 +185,7 @@ def test_a_worker_that_was_to_have_a_gpu_and_sees_none_is_refused(tmp_path, pict
     cluster_file(tmp_path, groups)
     done = attempt(tmp_path, pictures)
     assert done.returncode == 1
-    assert "all-0 were to have a GPU, and torch sees none there: no batch was sent to them" in done.stderr
+    assert "all-0 should have a GPU, but torch sees none there: no batch was sent to them" in done.stderr
 
 
 def test_workers_of_another_version_are_refused(tmp_path, pictures):
