@@ -1,4 +1,4 @@
-"""Where workers come from: this machine, a batch system, ssh, Kubernetes, or a scheduler that is there already.
+"""Where workers come from: this machine, a batch system, ssh, Kubernetes, or a scheduler that already runs.
 
 `kinds` has one module for each kind of ``cluster.yaml``, behind the interface of `spec`. `session` connects to any of them.
 """

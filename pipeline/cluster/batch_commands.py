@@ -1,4 +1,4 @@
-"""Batch systems: the commands that hand jobs in, look at them and take them back."""
+"""Commands of the batch systems: submit, query and cancel jobs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 COMMAND_TIMEOUT_S = 60.0
 _ENDING = {"COMPLETING", "COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"}
 _PBS_GONE = re.compile(r"Unknown Job Id|has finished", re.IGNORECASE)
-_PBS_GONE_CODES = {35, 153}  # of PBS Professional; Torque has the second
+_PBS_GONE_CODES = {35, 153}  # 35 is of PBS Professional; 153 of both PBS Professional and Torque
 _HTCONDOR = {"1": "idle", "2": "running", "3": "removed", "4": "completed", "5": "held"}
 
 
@@ -27,7 +27,7 @@ class BatchSystem(NamedTuple):
     submit: str
     cancel: str
     job_id: str
-    """Regular expression of the job's id in what ``submit`` prints."""
+    """Regular expression that finds the job's id in the output of ``submit``."""
 
 
 SYSTEMS = {
@@ -39,15 +39,15 @@ SYSTEMS = {
 
 
 class QueuedJob(NamedTuple):
-    """A job as the batch system sees it."""
+    """A job, as the batch system reports it."""
 
     job_id: str
     name: str
     state: str
     reason: str
-    """Why it waits, where the batch system says so."""
+    """Why the job waits, if the batch system says so."""
     is_over: bool = False
-    """Whether it will not run any more, although it is still listed."""
+    """Whether the job will never run (again), although it is still listed."""
 
     def __str__(self) -> str:
         name = f" ({self.name})" if self.name else ""
@@ -55,7 +55,7 @@ class QueuedJob(NamedTuple):
 
 
 def require_commands(kind: str, where: str) -> None:
-    """Check that this machine can hand jobs in.
+    """Check that this machine can submit jobs.
 
     Raises
     ------
@@ -70,23 +70,23 @@ def require_commands(kind: str, where: str) -> None:
 
 
 def has_commands(kind: str) -> bool:
-    """Whether this machine can ask the batch system."""
+    """Whether this machine has the command to query the batch system."""
     return shutil.which(SYSTEMS[kind].submit) is not None
 
 
 def queue(kind: str, job_ids: Iterable[str]) -> dict[str, QueuedJob]:
-    """Those of some jobs that wait or run, by id.
+    """Those of the given jobs that wait or run, by id.
 
     Raises
     ------
     OSError, subprocess.SubprocessError
-        When the batch system does not answer: then nothing is known.
+        When the batch system does not answer: then nothing is known about the jobs.
     """
     return {job_id: job for job_id, job in look(kind, job_ids).items() if not job.is_over}
 
 
 def look(kind: str, job_ids: Iterable[str]) -> dict[str, QueuedJob]:
-    """Those of some jobs that the batch system knows, also those that will never run, by id; asked for with one command.
+    """Those of the given jobs that the batch system knows, by id, including jobs that will never run; takes one command.
 
     Raises as `queue` does.
     """
@@ -99,7 +99,7 @@ def look(kind: str, job_ids: Iterable[str]) -> dict[str, QueuedJob]:
 
 
 def _pbs_jobs(wanted: list[str]) -> dict[str, QueuedJob]:
-    """Of the table that ``qstat`` prints, which cuts long ids: the number is what tells jobs apart."""
+    """Parse the table of ``qstat``, which cuts long ids: only the number identifies a job."""
     command = ["qstat", *wanted]
     done = _run(command, check=False)
     said = [line for line in done.stderr.splitlines() if line.strip()]
@@ -112,7 +112,7 @@ def _pbs_jobs(wanted: list[str]) -> dict[str, QueuedJob]:
 
 
 def _sge_jobs(wanted: list[str]) -> dict[str, QueuedJob]:
-    """All but those that Grid Engine says it does not have."""
+    """All jobs except those that Grid Engine says it does not have."""
     command = ["qstat", "-j", ",".join(wanted)]
     done = _run(command, check=False)
     _, words, gone = (done.stderr + done.stdout).partition("do not exist")
@@ -121,13 +121,13 @@ def _sge_jobs(wanted: list[str]) -> dict[str, QueuedJob]:
     unknown = set(re.findall(r"^[\s,]*(\d+)[\s,]*$", gone, re.MULTILINE)) if words else set()
     states = {}
     for block in re.split(r"^job_number:", done.stdout, flags=re.MULTILINE)[1:]:
-        state = re.search(r"^job_state\s+\d+:\s*(\S+)", block, re.MULTILINE)  # which not all of them print
+        state = re.search(r"^job_state\s+\d+:\s*(\S+)", block, re.MULTILINE)  # not every version prints this line
         states[block.split()[0]] = state[1] if state else ""
     return {job_id: QueuedJob(job_id, "", states.get(job_id, ""), "") for job_id in wanted if job_id not in unknown}
 
 
 def _htcondor_jobs(wanted: list[str]) -> dict[str, QueuedJob]:
-    """What ``condor_q`` has; of a job that is held somebody would have to mend something, and it is as good as gone."""
+    """Jobs in ``condor_q``. A held job counts as over: it does not run until somebody corrects it."""
     lines = _call(["condor_q", *wanted, "-autoformat", "ClusterId", "ProcId", "JobStatus", "HoldReason"]).splitlines()
     found: dict[str, QueuedJob] = {}
     for cluster, process, status, *words in (line.split(maxsplit=3) for line in lines if len(line.split()) >= 3):
@@ -139,7 +139,7 @@ def _htcondor_jobs(wanted: list[str]) -> dict[str, QueuedJob]:
 
 
 def jobs_named(kind: str, prefix: str) -> list[QueuedJob]:
-    """Jobs that this user has waiting or running and whose names begin so; only Slurm is asked.
+    """Waiting or running jobs of the current user whose names start with a prefix; works for Slurm only.
 
     Raises as `queue` does.
     """
@@ -154,12 +154,12 @@ def _slurm_jobs() -> list[QueuedJob]:
 
 
 def submit(kind: str, script: str, *arguments: str) -> str:
-    """Hand a job script in and return the job's id.
+    """Submit a job script and return the job's id.
 
     Raises
     ------
     FeaturemapsError
-        With the batch system's own words, when it refuses.
+        With the batch system's own message, when it refuses.
     """
     system = SYSTEMS[kind]
     try:
@@ -173,7 +173,7 @@ def submit(kind: str, script: str, *arguments: str) -> str:
 
 
 def refused(kind: str, words: str) -> str:
-    """The message about a job that was not taken."""
+    """The error message for a job that was refused."""
     system = SYSTEMS[kind]
     words = words.removeprefix(f"{system.submit}: ")
     return (
@@ -183,7 +183,7 @@ def refused(kind: str, words: str) -> str:
 
 
 def cancel(kind: str, job_ids: Iterable[str]) -> None:
-    """Take jobs back; those that have ended do not matter."""
+    """Cancel jobs; those that have ended are ignored."""
     for job_id in job_ids:
         try:
             _call([SYSTEMS[kind].cancel, job_id])
@@ -192,7 +192,7 @@ def cancel(kind: str, job_ids: Iterable[str]) -> None:
 
 
 def requeue(job_id: str) -> None:
-    """Put a running job of Slurm back into the queue; it ends where it runs.
+    """Put a running job of Slurm back into the queue; Slurm ends the running process.
 
     Raises
     ------
@@ -208,7 +208,7 @@ def requeue(job_id: str) -> None:
 
 
 def said(error: BaseException) -> str:
-    """What a command that failed said, on one line."""
+    """The output of a failed command, on one line."""
     text = getattr(error, "stderr", "") or str(error)
     return " ".join(str(text).split())
 

@@ -1,4 +1,4 @@
-"""Workers as jobs of a batch system, a worker in each."""
+"""Workers as jobs of a batch system, one worker per job."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LOG_LINES = 5
 
 
 def batch_launches(spec: BatchSpec, job_name: str) -> dict[str, Launch]:
-    """The wanted jobs.
+    """The wanted jobs, by worker name.
 
     Raises
     ------
@@ -44,7 +44,7 @@ def batch_launches(spec: BatchSpec, job_name: str) -> dict[str, Launch]:
 
 
 def batch_job_class(kind: str) -> Any:
-    """`dask_jobqueue`'s job of a batch system, which also tells whether it is still there."""
+    """The job class of `dask_jobqueue` for a batch system, extended by a check whether the job is still there."""
     on_interrupt = signal.getsignal(signal.SIGINT)
     try:
         with needs_extra("batch", f"a cluster of kind {kind}"):
@@ -54,13 +54,13 @@ def batch_job_class(kind: str) -> Any:
             from dask_jobqueue.slurm import SLURMJob  # noqa: PLC0415 (as above)
     finally:
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, on_interrupt)  # which dask_jobqueue replaces as it is imported
+            signal.signal(signal.SIGINT, on_interrupt)  # importing dask_jobqueue replaces this handler
     base = {"slurm": SLURMJob, "pbs": PBSJob, "sge": SGEJob, "htcondor": HTCondorJob}[kind]
     return type(f"Tended{base.__name__}", (_BatchJob, base), {"kind": kind})
 
 
 class _BatchJob:
-    """What is added to a job of `dask_jobqueue`: whether it waits, runs or is gone."""
+    """Adds to a job of `dask_jobqueue` whether it waits, runs or is gone."""
 
     kind = ""
     job_id: str | None
@@ -68,7 +68,7 @@ class _BatchJob:
 
     @classmethod
     async def find_gone(cls, jobs: Mapping[str, Any]) -> dict[str, str]:
-        """Which of some jobs are no longer in the queue, and what their output ended with."""
+        """Those of some jobs that have left the queue, each with the end of its output."""
         ids = [job.job_id for job in jobs.values() if job.job_id]
         try:
             found = await asyncio.to_thread(batch_commands.look, cls.kind, ids)
@@ -84,15 +84,15 @@ class _BatchJob:
         return gone
 
     async def close(self) -> None:
-        """Take the job back; a batch system that does not answer must not keep the run from ending."""
+        """Cancel the job; a batch system that does not answer must not keep the run from ending."""
         try:
             await asyncio.wait_for(super().close(), batch_commands.COMMAND_TIMEOUT_S)  # type: ignore[misc]
         except TimeoutError:
-            logger.warning("job %s may be left in the queue: the batch system does not answer", self.job_id)
+            logger.warning("job %s may still be in the queue: the batch system does not answer", self.job_id)
 
     @classmethod
     def explain(cls, error: Exception) -> str:
-        """Why one was not taken, in the batch system's words."""
+        """Why a job was refused, in the batch system's words."""
         text = str(error)
         if isinstance(error, FileNotFoundError):
             return batch_commands.refused(cls.kind, f"there is no such command: {error}")
@@ -100,7 +100,7 @@ class _BatchJob:
 
 
 def _end_of_log(job: Any) -> str:
-    """The last lines that a Slurm job printed; others name their files in other ways."""
+    """The last lines that a Slurm job printed; empty for other batch systems, which name their files differently."""
     path = f"{job.log_directory}/{job.job_name}-{job.job_id}.err"
     try:
         with open(path, errors="replace") as file:  # noqa: PTH123
@@ -111,7 +111,7 @@ def _end_of_log(job: Any) -> str:
 
 
 def batch_options(spec: BatchSpec, group: GroupSpec, job_name: str) -> dict[str, Any]:
-    """Options of `dask_jobqueue`'s jobs."""
+    """Options for the jobs of `dask_jobqueue`."""
     arguments = ["--resources", shlex.quote(group.resources_text), "--no-dashboard", *lifetime(spec.walltime)]
     exports = [f"export {key}={shlex.quote(value)}" for key, value in group_environment(group).items()]
     options: dict[str, Any] = {
@@ -145,13 +145,13 @@ def _pbs(spec: BatchSpec, group: GroupSpec, _: dict[str, Any]) -> dict[str, Any]
 
 
 def _sge(spec: BatchSpec, group: GroupSpec, _: dict[str, Any]) -> dict[str, Any]:
-    """Grid Engine, where each site names its resources: the usual names, unless the options have others."""
+    """Options for Grid Engine. Each site names its resources; these are the usual names, unless the options give others."""
     lines = _lines(group)
 
     def unless(pattern: str, line: str) -> list[str]:
         return [] if any(re.search(rf"(?:^|\s){pattern}", given) for given in lines) else [line]
 
-    usual = unless("-S ", "-S /bin/bash")  # the script's first line counts for nothing, and a queue's shell may be csh
+    usual = unless("-S ", "-S /bin/bash")  # Grid Engine ignores the script's first line, and a queue's shell may be csh
     usual += unless("-pe ", f"-pe smp {group.threads}") if group.threads > 1 else []
     mebibytes = -(-int(group.memory or 0) // 2**20)
     usual += unless(r"-l\s+\S*(?:mem|virtual_free)", f"-l mem_free={mebibytes}M")
@@ -160,7 +160,7 @@ def _sge(spec: BatchSpec, group: GroupSpec, _: dict[str, Any]) -> dict[str, Any]
 
 
 def _htcondor(spec: BatchSpec, group: GroupSpec, options: dict[str, Any]) -> dict[str, Any]:
-    """HTCondor, where all is ``key = value``, and a dollar before a parenthesis is its own unless it is said otherwise."""
+    """Options for HTCondor: each is ``key = value``, and HTCondor expands a dollar before a parenthesis unless it is escaped."""
     directives = {"batch_name": options["job_name"]}
     directives |= {"accounting_group": spec.account} if spec.account else {}
     directives |= {"request_gpus": str(group.gpus)} if group.gpus else {}
@@ -172,7 +172,7 @@ def _htcondor(spec: BatchSpec, group: GroupSpec, options: dict[str, Any]) -> dic
 
 
 def condor_text(text: str) -> str:
-    """Text in which a dollar before a parenthesis is the shell's, and not HTCondor's own.
+    """Escape each dollar before a parenthesis, so that the shell expands it and not HTCondor.
 
     Examples
     --------
@@ -191,7 +191,7 @@ def _queued(spec: BatchSpec, lines: list[str]) -> dict[str, Any]:
 
 
 def job_script(spec: BatchSpec, group_name: str, job_name: str) -> str:
-    """What would be handed in for a group's first worker; the address of the scheduler is known when there is one.
+    """The script that would be submitted for a group's first worker, without the scheduler's address, which is not known yet.
 
     Raises
     ------
@@ -199,7 +199,7 @@ def job_script(spec: BatchSpec, group_name: str, job_name: str) -> str:
         When dask-jobqueue is not installed.
     """
     job_class = batch_job_class(spec.kind)
-    with tempfile.TemporaryDirectory() as folder:  # which a job makes, and here nothing is to be left
+    with tempfile.TemporaryDirectory() as folder:  # creating a job makes this folder, and nothing may be left behind
         options = batch_options(
             spec.model_copy(update={"log_folder": folder}), spec.groups[group_name], f"{job_name}-{group_name}"
         )
@@ -208,7 +208,7 @@ def job_script(spec: BatchSpec, group_name: str, job_name: str) -> str:
 
 
 def job_settings(spec: BatchSpec, group_name: str, job_name: str) -> str:
-    """What `job_script` would be made from, where dask-jobqueue, which writes it, is not installed."""
+    """The settings from which dask-jobqueue would make `job_script`, for machines without dask-jobqueue."""
     options = batch_options(spec, spec.groups[group_name], f"{job_name}-{group_name}")
     shown = {key: value for key, value in options.items() if value not in (None, [], {}) and key != "security"}
     lines = [f"{key}: {' '.join(value) if key == 'worker_extra_args' else value}" for key, value in shown.items()]
@@ -219,13 +219,13 @@ def job_settings(spec: BatchSpec, group_name: str, job_name: str) -> str:
 
 
 def lifetime(walltime_s: int) -> list[str]:
-    """Options by which a worker retires before its walltime; not all at once, so that the run does not stand still."""
+    """Options that make a worker retire before its walltime; the times vary, so that not all workers retire at once."""
     margin = min(margin_s(walltime_s), walltime_s / 2)
     return ["--lifetime", f"{walltime_s - margin:.0f}s", "--lifetime-stagger", f"{margin / 3:.0f}s"]
 
 
 def margin_s(walltime_s: int) -> float:
-    """Seconds before its walltime at which a job begins to come to its end."""
+    """Seconds before the walltime at which a job starts to finish."""
     return min(600.0, max(20.0, walltime_s / 4))
 
 

@@ -33,7 +33,7 @@ class Clusters(StrictModel):
 
 
 def load_cluster(name: str | None, path: Path = Path("cluster.yaml")) -> ClusterSpec:
-    """Find a cluster by name; None is the embedded local one. What is wrong with the others does not matter.
+    """Find a cluster by name; None is the local one. Errors in other entries of the file do not matter.
 
     Raises
     ------
@@ -61,7 +61,7 @@ def load_cluster(name: str | None, path: Path = Path("cluster.yaml")) -> Cluster
 
 
 def _expand(value: Any, where: str) -> Any:
-    """Replace ``${NAME}`` in every text by the variable of the environment."""
+    """Replace ``${NAME}`` in every text by the value of the environment variable."""
     if isinstance(value, dict):
         return {key: _expand(inner, where) for key, inner in value.items()}
     if isinstance(value, list):
@@ -79,7 +79,7 @@ def _variable(where: str, match: re.Match[str]) -> str:
 
 
 def _resolve(spec: ClusterSpec, where: str, folder: Path) -> ClusterSpec:
-    """Make paths absolute: a relative one is beside the file that names it."""
+    """Make paths absolute; relative paths start at the folder of the file."""
 
     def beside(file: str) -> str:
         return str(folder / Path(file).expanduser())
@@ -94,7 +94,7 @@ def _resolve(spec: ClusterSpec, where: str, folder: Path) -> ClusterSpec:
 
 
 def _check_certificates(where: str, files: dict[str, str]) -> None:
-    """Refuse what Dask would only find when the first connection fails, or would ask a password for."""
+    """Refuse certificates that Dask would reject only at the first connection, or for which it would ask a password."""
     for key, file in files.items():
         try:
             Path(file).read_bytes()

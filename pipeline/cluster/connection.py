@@ -1,4 +1,4 @@
-"""How a run comes to its workers: checked before anything is written, connected only if there is work."""
+"""Connects a run to its workers: checks the cluster before anything is written, connects only if there is work."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from pipeline.store.store import is_store
 def connector(
     job: Job, client: Any = None, cluster_file: Path = Path("cluster.yaml")
 ) -> Callable[[threading.Event, Callable[[str], None], int], AbstractContextManager[Any]]:
-    """Check the cluster that a job names, and return what `lifecycle.run_job` calls to connect to it.
+    """Check the cluster that a job names, and return the callable with which `lifecycle.run_job` connects to it.
 
     Parameters
     ----------
     job : Job
     client : distributed.Client, optional
-        The cluster to use instead; it is left as it is.
+        Used instead of the job's cluster; it is left running.
     cluster_file : Path
-        Where ``job.cluster`` is looked up.
+        The file in which ``job.cluster`` is looked up.
 
     Raises
     ------
     UsageError
-        As `check_cluster`.
+        As raised by `check_cluster`.
     """
     if client is None:
         check_cluster(job, cluster_file)
@@ -48,12 +48,12 @@ def connector(
 
 
 def check_cluster(job: Job, cluster_file: Path) -> None:
-    """Check what a job says of workers, and for a new store also that its cluster can be read.
+    """Check what a job says about workers; for a new store, check also that its cluster can be read.
 
     Raises
     ------
     UsageError
-        When the workers would have too little memory, GPUs are asked for that this machine has not, or the cluster is wrong.
+        When the workers would have too little memory, this machine lacks the GPUs, or the cluster's entry is wrong.
     """
     if job.cluster is None:
         limit = job.memory_limit_bytes

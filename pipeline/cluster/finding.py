@@ -1,4 +1,4 @@
-"""What a check of ``featuremaps doctor`` finds; a kind of cluster says so of itself."""
+"""One result of ``featuremaps doctor``; each kind of cluster reports its own."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Finding:
     """One line of ``featuremaps doctor``."""
 
     level: Level
-    """``note``: a run works, but could do better or may surprise; ``FAIL``: a run would not work."""
+    """``note``: a run works, but could be better or has a surprise. ``FAIL``: a run would not work."""
     what: str
     """What was looked at."""
     found: str
@@ -25,7 +25,7 @@ class Finding:
 
 
 def compare_versions(what: str, theirs: Mapping[str, str]) -> Finding:
-    """Compare another process's versions, as `own_versions` gives them, with those of this one. A run compares them the same way."""
+    """Compare another process's versions, as `own_versions` returns them, with this process's. A run compares them the same way."""
     from pipeline.run import worker_versions  # noqa: PLC0415 (imports Dask)
 
     differing = worker_versions.differences(theirs, worker_versions.own_versions())

@@ -1,4 +1,4 @@
-"""Worker groups: a scheduler here and workers wherever they are started, again where they are lost."""
+"""Worker groups: a scheduler in this process and workers anywhere. Lost workers are started again."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from pipeline.text import count
 logger = logging.getLogger(__name__)
 
 LOOK_S = 5.0
-"""How often lost workers are looked for."""
+"""How often to look for lost workers."""
 DEATH_TIMEOUT_S = 60
-"""After which a worker that has lost its scheduler ends, so that no job outlives its run for long."""
+"""A worker that has lost its scheduler ends after this time, so that no job outlives its run for long."""
 MAX_PAUSE_S = 300.0
-"""The longest pause between two tries to start a worker that does not come up."""
+"""The longest pause between two attempts to start a worker."""
 MAX_FALSE_STARTS = 3
 LAUNCH_S = 60.0
-"""How long handing in a job, connecting or starting a process may take."""
+"""The longest time to submit a job, connect, or start a process."""
 
 
 class Launch(NamedTuple):
@@ -36,16 +36,16 @@ class Launch(NamedTuple):
 
     group: str
     cls: Any
-    """A `distributed.deploy.spec.ProcessInterface`, called with the scheduler's address, ``name`` and the options, and then awaited.
+    """A `distributed.deploy.spec.ProcessInterface`. It is called with the scheduler's address, ``name`` and the options, then awaited.
 
-    It has two more functions. ``async find_gone(workers)`` takes workers by name, and says of those that have ended why. ``explain(error)``
-    says in words why one was not started.
+    It has two more functions. ``async find_gone(workers)`` takes workers by name and returns why each of the ended ones ended.
+    ``explain(error)`` says why a worker was not started.
     """
     options: dict[str, Any]
 
 
 class GroupCluster(SpecCluster):  # type: ignore[misc]
-    """A scheduler in this process, and the workers of several groups, which are started again where they are lost.
+    """A scheduler in this process, and the workers of several groups; lost workers are started again.
 
     Parameters
     ----------
@@ -55,7 +55,7 @@ class GroupCluster(SpecCluster):  # type: ignore[misc]
     scheduler : dict
         Options of the scheduler.
     patience_s : float
-        How long it may take until workers come.
+        How long a worker may take to start.
     security : distributed.Security, optional
     """
 
@@ -69,18 +69,18 @@ class GroupCluster(SpecCluster):  # type: ignore[misc]
     ) -> None:
         self.launches, self.groups, self.patience_s = launches, groups, patience_s
         self.dashboard = ""
-        """Its address, where it is meant to be seen."""
+        """Its address, if it is reachable from outside."""
         self.troubles: dict[str, str] = {}
-        """Why workers did not come up, by name; only of those whose last try failed."""
+        """Why workers did not start, by name; only those whose last attempt failed."""
         self._tending = asyncio.Lock()
-        self._n_tries: dict[str, int] = {}  # since a worker of the name was last seen
+        self._n_tries: dict[str, int] = {}  # attempts since a worker of this name was last there
         self._next_try: dict[str, float] = {}
         super().__init__(scheduler={"cls": Scheduler, "options": scheduler}, workers={}, security=security, silence_logs=False)
         callback = PeriodicCallback(self._tend_again, LOOK_S * 1000)
         self.periodic_callbacks["featuremaps-tend"] = callback
         self.loop.add_callback(callback.start)
 
-    # -- what there is -------------------------------------------------------------------------------------------------------------
+    # -- the present state -----------------------------------------------------------------------------------------------------------
 
     @property
     def present(self) -> set[str]:
@@ -88,13 +88,13 @@ class GroupCluster(SpecCluster):  # type: ignore[misc]
         return {str(worker.name) for worker in list(self.scheduler.workers.values())}
 
     def counts(self) -> dict[str, tuple[int, int]]:
-        """Of each group, how many workers are there, and how many are wanted."""
+        """Per group, the number of workers that are there and the number wanted."""
         present = self.present
         names = {group: [name for name, launch in self.launches.items() if launch.group == group] for group in self.groups}
         return {group: (len(present.intersection(known)), len(known)) for group, known in names.items()}
 
     def is_hopeless(self, n_tries: int, *, everybody: bool) -> bool:
-        """Whether all who could fill a group, or one of those who must be there, could not be started so many times."""
+        """Whether starting failed ``n_tries`` times for all workers of a group, or (``everybody``) for any worker."""
         failed = {name for name in self.troubles if self._n_tries.get(name, 0) >= n_tries}
         for group, (n, _) in self.counts().items():
             names = {name for name, launch in self.launches.items() if launch.group == group}
@@ -103,7 +103,7 @@ class GroupCluster(SpecCluster):  # type: ignore[misc]
         return False
 
     def wanted(self) -> list[WorkerSlots]:
-        """What each of the wanted workers offers, whether it is there or not."""
+        """What each wanted worker offers, started or not."""
         groups = [self.groups[launch.group] for launch in self.launches.values()]
         return [slots_of(group.resources, group.memory) for group in groups]
 
@@ -115,7 +115,7 @@ class GroupCluster(SpecCluster):  # type: ignore[misc]
         return "; ".join(f"{', '.join(names[:4])}{', ...' if names[4:] else ''}: {reason}" for reason, names in by_reason.items())
 
     def describe(self) -> str:
-        """What there is of each group, and what is known of those that are not there."""
+        """Per group, how many workers are there, and what is known about the missing ones."""
         lines = [f"{group}: {n} of {count(wanted, 'worker')}" for group, (n, wanted) in self.counts().items()]
         absent = sorted(set(self.launches) - self.present)
         known = [self._describe_worker(name) for name in absent]
@@ -126,10 +126,10 @@ class GroupCluster(SpecCluster):  # type: ignore[misc]
         state = getattr(worker, "state", "")
         return f"{name}: {state or self.troubles.get(name, '')}" if state or name in self.troubles else ""
 
-    # -- what is done about it -----------------------------------------------------------------------------------------------------
+    # -- starting and stopping -------------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Begin to start the workers that are missing; what goes wrong with which is in `troubles`."""
+        """Begin to start the missing workers; `troubles` tells what goes wrong."""
         self.loop.add_callback(self._tend_again)
 
     async def _tend_again(self) -> None:
@@ -141,7 +141,7 @@ class GroupCluster(SpecCluster):  # type: ignore[misc]
             logger.exception("looking after the workers")
 
     async def _tend(self) -> None:
-        """Take note of who is lost, and start the missing."""
+        """Note lost workers and start the missing ones."""
         async with self._tending:
             if self.status != Status.running:
                 return
@@ -155,7 +155,7 @@ class GroupCluster(SpecCluster):  # type: ignore[misc]
             await asyncio.gather(*(self._launch(name) for name in missing))
 
     async def _close(self) -> None:
-        """Close what there is, once nothing more is being started: the base class does not know of what comes meanwhile."""
+        """Close all workers once no start is in progress: the base class does not know of workers that start meanwhile."""
         if self.status == Status.running:
             self.periodic_callbacks["featuremaps-tend"].stop()
         async with self._tending:
@@ -183,7 +183,7 @@ class GroupCluster(SpecCluster):  # type: ignore[misc]
         try:
             worker = launch.cls(self.scheduler.contact_address or self.scheduler.address, name=name, **launch.options)
             await asyncio.wait_for(worker, LAUNCH_S)
-        except Exception as error:  # noqa: BLE001 (of whatever library starts it)
+        except Exception as error:  # noqa: BLE001 (any library may start it)
             slow = f"it was not started within {LAUNCH_S:.0f} s"
             self.troubles[name] = slow if isinstance(error, TimeoutError) else launch.cls.explain(error)
             logger.info("worker %s was not started: %s", name, self.troubles[name])

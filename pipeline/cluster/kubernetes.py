@@ -26,7 +26,7 @@ DELETE_TIMEOUT_S = 60.0
 
 
 class PodCluster:
-    """What a run asks of a cluster of groups, of one whose workers Kubernetes starts, and starts again where they are lost.
+    """Gives a run the interface of `groups.GroupCluster`, for workers that Kubernetes starts and replaces.
 
     Parameters
     ----------
@@ -41,13 +41,13 @@ class PodCluster:
         self.launches = {
             f"{group}-{i}": Launch(group, None, {}) for group, wanted in spec.groups.items() for i in range(wanted.workers)
         }
-        """The wanted workers by name; here nobody but the operator starts any."""
+        """The wanted workers by name; empty, because only the operator starts any."""
         called = zip(ordered_groups(spec), ["default", *ordered_groups(spec)[1:]], strict=True)
         self._patterns = {group: re.compile(rf"{re.escape(f'{name}-{suffix}')}-worker-[0-9a-f]+") for group, suffix in called}
 
     @property
     def scheduler_address(self) -> str:
-        """Where a client finds the scheduler."""
+        """Address at which a client finds the scheduler."""
         return str(self.cluster.scheduler_address)
 
     @property
@@ -57,11 +57,11 @@ class PodCluster:
 
     @property
     def status(self) -> Any:
-        """As `distributed.deploy.Cluster` has it."""
+        """Same as in `distributed.deploy.Cluster`."""
         return self.cluster.status
 
     def __await__(self) -> Iterator[Any]:
-        """A client awaits its cluster; this one has started."""
+        """For a client, which awaits its cluster; this one has started."""
 
         async def itself() -> PodCluster:
             return self
@@ -69,14 +69,14 @@ class PodCluster:
         return itself().__await__()
 
     def start(self) -> None:
-        """Kubernetes has been told already."""
+        """Do nothing: Kubernetes starts the workers."""
 
     def is_hopeless(self, n_tries: int, *, everybody: bool) -> bool:  # noqa: ARG002 (as of `groups.GroupCluster`)
-        """It never gives up, and whether a pod still waits for room or in vain it cannot say either."""
+        """Always False: Kubernetes never gives up, and does not tell whether a pod will ever find room."""
         return False
 
     def counts(self) -> dict[str, tuple[int, int]]:
-        """Of each group, how many workers are there, and how many are wanted."""
+        """Per group, the number of workers that are there and the number wanted."""
         try:
             workers = self.cluster.sync(self.cluster.scheduler_comm.identity, n_workers=-1)["workers"].values()
         except OSError as error:
@@ -89,16 +89,16 @@ class PodCluster:
         }
 
     def wanted(self) -> list[WorkerSlots]:
-        """What each of the wanted workers offers, whether it is there or not."""
+        """What each wanted worker offers, started or not."""
         groups = [self.groups[launch.group] for launch in self.launches.values()]
         return [slots_of(group.resources, group.memory) for group in groups]
 
     def describe_troubles(self) -> str:
-        """As `describe`, as there are none that are known."""
+        """Same as `describe`: no other troubles are known."""
         return self.describe()
 
     def describe(self) -> str:
-        """What there is of each group, and what Kubernetes says of pods that do not run."""
+        """Per group, how many workers are there, and what Kubernetes says about pods that do not run."""
         lines = [f"{group}: {n} of {count(wanted, 'worker')}" for group, (n, wanted) in self.counts().items()]
         return "; ".join([*lines, *_pod_troubles(self.name, self.namespace)])
 
@@ -116,9 +116,9 @@ def connect_pods(
 
 @contextlib.contextmanager
 def kubernetes_cluster(spec: KubernetesSpec, name: str) -> Iterator[PodCluster]:
-    """Have the operator start scheduler and workers; all of it is deleted on every way out.
+    """Have the operator start scheduler and workers; all of it is deleted in the end, also after an error.
 
-    What a dead run of the same name left is deleted first: whoever calls this holds the store.
+    Leftovers of a dead run of the same name are deleted first: the caller holds the lock of the store.
 
     Parameters
     ----------
@@ -128,7 +128,7 @@ def kubernetes_cluster(spec: KubernetesSpec, name: str) -> Iterator[PodCluster]:
     Yields
     ------
     PodCluster
-        Its scheduler is there, its workers may still be on their way.
+        Its scheduler runs; its workers may still be starting.
 
     Raises
     ------
@@ -150,7 +150,7 @@ def kubernetes_cluster(spec: KubernetesSpec, name: str) -> Iterator[PodCluster]:
                     namespace=spec.namespace,
                     create_mode=create_mode.CREATE_ONLY,
                     resource_timeout=int(min(60.0, spec.start_timeout_s)),
-                    shutdown_on_close=False,  # that is done below, however far this got
+                    shutdown_on_close=False,  # done below, also after an error
                     quiet=True,
                 ),
             )
@@ -163,7 +163,7 @@ def kubernetes_cluster(spec: KubernetesSpec, name: str) -> Iterator[PodCluster]:
             if cluster is not None:
                 cluster.close()
             _delete(name, spec.namespace)
-        except Exception as error:  # noqa: BLE001 (of three libraries; what is under way must not be hidden by it)
+        except Exception as error:  # noqa: BLE001 (of three libraries; it must not hide the error in progress)
             logger.warning(
                 "the DaskCluster %s in namespace %s was not deleted (%s): kubectl -n %s delete daskcluster %s",
                 *(name, spec.namespace, error, spec.namespace, name),
@@ -179,7 +179,7 @@ def _library() -> tuple[Any, Any]:
 
 @contextlib.contextmanager
 def _explained(spec: KubernetesSpec, name: str) -> Iterator[None]:
-    """Say in a paragraph what went wrong, whichever of three libraries says it."""
+    """Turn the errors of three libraries into one message."""
     try:
         yield
     except FeaturemapsError:
@@ -194,7 +194,7 @@ def _explained(spec: KubernetesSpec, name: str) -> Iterator[None]:
 
 
 def _within(timeout_s: float, start: Callable[[], Any]) -> Any:
-    """Call a function that may wait for ever, as for a pod that finds no room; its thread is then left behind.
+    """Call a function that may never return, for instance because a pod finds no room; then leave its thread behind.
 
     Raises
     ------
@@ -220,14 +220,14 @@ def _within(timeout_s: float, start: Callable[[], Any]) -> Any:
 
 
 def cluster_kind() -> Any:
-    """What kr8s knows a DaskCluster by."""
+    """The class by which kr8s knows a DaskCluster."""
     from kr8s.objects import new_class  # noqa: PLC0415 (comes with the extra)
 
     return new_class("DaskCluster", API_VERSION, asyncio=False)
 
 
 def _delete(name: str, namespace: str) -> None:
-    """Delete a DaskCluster, if it is there, with all that it owns, and wait until it is gone."""
+    """Delete a DaskCluster and all that it owns, and wait until it is gone; ignore one that does not exist."""
     import kr8s  # noqa: PLC0415 (comes with the extra)
 
     found = cluster_kind()({"metadata": {"name": name, "namespace": namespace}})
@@ -243,12 +243,12 @@ def _delete(name: str, namespace: str) -> None:
 
 
 def _pod_troubles(name: str, namespace: str) -> list[str]:
-    """Why pods do not run, in the words of Kubernetes, each reason once."""
+    """Why pods do not run, in the words of Kubernetes; each reason once."""
     try:
         import kr8s  # noqa: PLC0415 (comes with the extra)
 
         pods = list(kr8s.get("pods", namespace=namespace, label_selector={"dask.org/cluster-name": name}))
-    except Exception as error:  # noqa: BLE001 (it only adds to what is said)
+    except Exception as error:  # noqa: BLE001 (it only adds to the message)
         logger.info("the pods cannot be seen: %s", error)
         return []
     return list(dict.fromkeys(reason for pod in pods for reason in pod_reasons(pod.raw)))[:4]
@@ -260,7 +260,7 @@ def pod_reasons(pod: dict[str, Any]) -> Iterator[str]:
     Parameters
     ----------
     pod : dict
-        As the API of Kubernetes has it.
+        As returned by the API of Kubernetes.
     """
     component = pod["metadata"].get("labels", {}).get("dask.org/component", "pod")
     status = pod.get("status", {})

@@ -1,4 +1,4 @@
-"""What the operator of dask-kubernetes is given, as plain values; nothing is started, and no extra is needed."""
+"""Manifests for the operator of dask-kubernetes, as plain values; nothing is started, and no extra is needed."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from pipeline.errors import UsageError
 
 API_VERSION = "kubernetes.dask.org/v1"
 IDLE_TIMEOUT_S = 1800
-"""After which, without a task and beyond the time to start, the operator deletes a cluster whose driver is gone."""
+"""The operator deletes a cluster without tasks after this time plus the time to start: its driver is gone."""
 MAX_LABEL = 63
-"""Characters of a label, which names a worker group on its pods."""
+"""Longest label in characters; a label with the group's name marks its pods."""
 _SCHEDULER_PORT, _DASHBOARD_PORT = 8786, 8787
 
 
 def manifests(spec: KubernetesSpec, name: str) -> list[dict[str, Any]]:
-    """All that is created: a DaskCluster with the first group, and a DaskWorkerGroup for each of the others.
+    """All manifests: a DaskCluster with the first group, and a DaskWorkerGroup for each other group.
 
     Parameters
     ----------
     spec : KubernetesSpec
     name : str
-        Of the cluster.
+        Name of the cluster.
 
     Raises
     ------
@@ -36,7 +36,7 @@ def manifests(spec: KubernetesSpec, name: str) -> list[dict[str, Any]]:
 
 
 def ordered_groups(spec: KubernetesSpec) -> list[str]:
-    """The operator calls the group that comes with the cluster "default", so it has to be the one of that name if there is one."""
+    """Names of the groups, "default" first if there is one: the operator gives this name to the group of the cluster itself."""
     return sorted(spec.groups, key=lambda group: group != "default")
 
 
@@ -91,7 +91,7 @@ def group_manifest(spec: KubernetesSpec, name: str, group: str) -> dict[str, Any
 
 
 def _workers(spec: KubernetesSpec, name: str, group: str) -> dict[str, Any]:
-    """A fixed number of pods: the operator's autoscaling would take those of any group away."""
+    """A fixed number of pods: the operator's autoscaling would remove pods of any group."""
     if len(f"{name}-{group}") > MAX_LABEL:
         raise UsageError(
             f"group {group!r} of the cluster {name} has a name of {len(group)} characters, and Kubernetes takes {MAX_LABEL} for both and a "
@@ -101,7 +101,7 @@ def _workers(spec: KubernetesSpec, name: str, group: str) -> dict[str, Any]:
 
 
 def worker_pod(spec: KubernetesSpec, group: KubernetesGroupSpec) -> dict[str, Any]:
-    """The spec of a worker's pod; it asks for as much as it may use, so that nobody is evicted for what another takes."""
+    """The spec of a worker's pod. It requests as much as its limit, so that no pod is evicted because another uses more."""
     resources = {"cpu": str(group.threads), "memory": _quantity(group.memory)}
     resources |= {"nvidia.com/gpu": str(group.gpus)} if group.gpus else {}
     container: dict[str, Any] = {
@@ -120,7 +120,7 @@ def worker_pod(spec: KubernetesSpec, group: KubernetesGroupSpec) -> dict[str, An
 
 
 def worker_arguments(group: KubernetesGroupSpec) -> list[str]:
-    """What a worker's container runs; the operator gives it name and scheduler as variables."""
+    """Command of a worker's container; the operator passes name and scheduler as variables."""
     return [
         *("dask", "worker", "--name", "$(DASK_WORKER_NAME)", "--nthreads", str(group.threads)),
         *("--memory-limit", str(int(group.memory)), "--resources", group.resources_text),
@@ -129,7 +129,7 @@ def worker_arguments(group: KubernetesGroupSpec) -> list[str]:
 
 
 def scheduler_environment(start_timeout_s: float) -> dict[str, str]:
-    """Dask's settings for a scheduler that is not in this process.
+    """Dask's settings for a scheduler outside this process.
 
     Examples
     --------
@@ -145,7 +145,7 @@ def scheduler_environment(start_timeout_s: float) -> dict[str, str]:
 
 
 def _variables(environment: dict[str, str]) -> list[dict[str, str]]:
-    """As Kubernetes wants them; a dollar is doubled, because it would expand what follows in parentheses."""
+    """In the form of Kubernetes. A dollar is doubled, because Kubernetes would expand what follows in parentheses."""
     return [{"name": key, "value": value.replace("$", "$$")} for key, value in environment.items()]
 
 

@@ -1,4 +1,4 @@
-"""From an entry of ``cluster.yaml`` to a client whose workers are there; what was started is stopped on every way out."""
+"""From an entry of ``cluster.yaml`` to a client with workers; in the end, also after an error, all that was started is stopped."""
 
 from __future__ import annotations
 
@@ -28,28 +28,28 @@ def connect(
     on_wait: Callable[[str], None] = lambda _: None,
     n_images: int | None = None,
 ) -> Iterator[Client]:
-    """Start or find the cluster and wait for workers; what was started is stopped on every way out.
+    """Start or find the cluster and wait for workers; in the end, also after an error, stop all that was started.
 
     Parameters
     ----------
     spec : ClusterSpec
     name : str
-        What jobs are called; those of this name that a dead run left in the queue are taken back. Empty is a new one.
+        Name of the jobs; queued jobs of this name, left by a dead run, are cancelled first. Empty makes a new name.
     stop : threading.Event, optional
-        Ends the waiting.
+        Once set, waiting ends.
     on_wait : callable
-        Called every few seconds with what workers there are, and what is known of the others.
+        Called every few seconds with a text about the workers that are there and those that are missing.
     n_images : int, optional
-        Workers that would get none of so many images are not started.
+        Number of images; workers that would get none are not started.
 
     Raises
     ------
     UsageError
         When this machine cannot start such a cluster.
     FeaturemapsError
-        When a given scheduler does not answer, or no worker of some group came.
+        When a given scheduler does not answer, or a group got no worker.
     StoppedError
-        When ``stop`` was set before workers were there.
+        When ``stop`` was set before the workers were there.
     """
     name = name or f"featuremaps-{secrets.token_hex(4)}"
     with dask.config.set(DASK_SETTINGS), spec.connect(name, stop, on_wait, n_images) as client:
@@ -65,7 +65,7 @@ def with_client(
     on_wait: Callable[[str], None] = lambda _: None,
     n_images: int | None = None,
 ) -> Iterator[Client]:
-    """Yield the given client, or one of the cluster that the job names."""
+    """Yield the given client, or a client of the cluster that the job names."""
     if client is not None:
         yield client
         return
@@ -75,17 +75,17 @@ def with_client(
 
 
 def cluster_of(job: Job, cluster_file: Path) -> ClusterSpec:
-    """The cluster that a job names, with what the job itself says of workers.
+    """The cluster that a job names, with the job's own settings for workers.
 
     Raises
     ------
     UsageError
-        As `load_cluster`, or when both say how many workers there are to be.
+        As raised by `load_cluster`, or when both give the number of workers.
     """
     return load_cluster(job.cluster, cluster_file).for_job(job)
 
 
 def job_name(store: str) -> str:
-    """What the jobs that work for a store are called in a batch system; the same however its place is spelt."""
+    """Name of a store's jobs in a batch system; the same for every spelling of the store's path."""
     place_ = str(place(store).absolute())
     return f"featuremaps-{hashlib.sha256(place_.encode(errors='surrogateescape')).hexdigest()[:8]}"

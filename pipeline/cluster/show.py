@@ -1,4 +1,4 @@
-"""What a cluster would launch, in words, scripts, commands or manifests; nothing is launched."""
+"""Shows what a cluster would launch, as words, scripts, commands or manifests; launches nothing."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from pipeline.config import read_yaml
 from pipeline.errors import UsageError
 
 JOB_NAME = "featuremaps-12345678"
-"""As an example: the digits follow from the store."""
+"""An example; the digits of a real name are derived from the store."""
 _SECRET = re.compile(r"(?i)secret|token|passw|credential|_key\b|apikey")
 
 
 def show_cluster(name: str, path: Path = Path("cluster.yaml")) -> str:
-    """What a run with ``--cluster NAME`` would launch; variables of the groups whose name sounds like a secret are left out.
+    """What a run with ``--cluster NAME`` would launch; variables of groups whose names suggest a secret are left out.
 
     Raises
     ------
@@ -38,16 +38,16 @@ def _hidden(environment: dict[str, str]) -> dict[str, str]:
     return {key: "HIDDEN" if _SECRET.search(key) else value for key, value in environment.items()}
 
 
-# -- all of them -----------------------------------------------------------------------------------------------------------------
+# -- all clusters ----------------------------------------------------------------------------------------------------------------
 
 
 def list_clusters(path: Path = Path("cluster.yaml")) -> str:
-    """A table of the clusters of a file, with the reason where one cannot be used from here.
+    """A table of the clusters of a file, with the reason if one cannot be used from here.
 
     Raises
     ------
     UsageError
-        When the file is there and cannot be read.
+        When the file exists but cannot be read.
     """
     if not path.exists():
         return f"local  local  this machine, without a cluster.yaml (there is no {path})"
@@ -68,7 +68,7 @@ def list_clusters(path: Path = Path("cluster.yaml")) -> str:
 
 
 def _row(name: str, entry: Any, path: Path) -> tuple[str, str, str]:
-    """Name, kind, and groups or what is wrong."""
+    """Name, kind, and the groups or what is wrong."""
     kind = str(entry.get("kind", "?")) if isinstance(entry, dict) else "?"
     try:
         spec = load_cluster(name, path)
@@ -79,7 +79,7 @@ def _row(name: str, entry: Any, path: Path) -> tuple[str, str, str]:
 
 
 def unusable(spec: ClusterSpec) -> str:
-    """Why such a cluster cannot be started from this machine, as far as can be seen without trying; empty if it can."""
+    """Why such a cluster cannot be started from this machine, as far as visible without an attempt; empty if it can."""
     if spec.extra is not None and find_spec(spec.extra[0]) is None:
         return f"{spec.extra[0]} is not installed (pip install 'featuremaps[{spec.extra[1]}]')"
     try:
@@ -90,5 +90,5 @@ def unusable(spec: ClusterSpec) -> str:
 
 
 def groups_text(spec: ClusterSpec) -> str:
-    """Groups of a cluster on one line."""
+    """The groups of a cluster, on one line."""
     return describe_groups(getattr(spec, "groups", {})) if unusable(spec) else spec.describe()

@@ -1,4 +1,4 @@
-"""What the workers of a cluster would offer, before it is started."""
+"""What the workers of a cluster would offer, known before it starts."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from pipeline.run.slots import WorkerSlots, slots_of
 
 
 def planned_slots(spec: ClusterSpec) -> list[WorkerSlots]:
-    """What the workers of a cluster would offer; empty for a scheduler of its own, whose workers nobody knows before.
+    """What the workers of a cluster would offer; empty for a scheduler given by its address, whose workers are unknown.
 
     Raises
     ------
     UsageError
-        When GPUs are asked for that this machine has not.
+        When the cluster needs GPUs that this machine does not have.
     """
     groups = spec.worker_groups().values()
     return [slots_of(group.resources, group.memory) for group in groups for _ in range(group.n_workers)]

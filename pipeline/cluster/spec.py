@@ -1,6 +1,6 @@
-"""The interface that a kind of cluster fills, `ClusterSpec`, and the keys and answers that several kinds share.
+"""The interface of a kind of cluster, `ClusterSpec`, and the keys and answers that several kinds share.
 
-Nothing here imports Dask, so that ``cluster.yaml`` is read fast.
+Nothing here imports Dask, so that ``cluster.yaml`` is read quickly.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ START_TIMEOUT_S = 3600.0
 
 HostPort = Annotated[str, Field(pattern=r"^.*:\d+$")]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$")]
-"""As file names, worker names and Kubernetes have it."""
+"""Valid in file names, worker names and Kubernetes."""
 Text = Annotated[str, Field(min_length=1)]
 
 
 class TlsSpec(StrictModel):
-    """Certificates, PEM: scheduler, workers and client let nobody in who has none that the authority signed."""
+    """Certificates in PEM format: scheduler, workers and client accept only peers whose certificate the authority signed."""
 
     ca_file: str
     """Of the authority."""
@@ -49,7 +49,7 @@ class TlsSpec(StrictModel):
     """Private key of the certificate, without a password."""
 
     def security(self) -> Security:
-        """As Dask wants it: one certificate for all roles, and no connection without."""
+        """Dask's settings: one certificate for all roles, and only encrypted connections."""
         from distributed.security import Security  # noqa: PLC0415 (cluster.yaml is read without Dask)
 
         roles = ("client", "scheduler", "worker")
@@ -61,28 +61,28 @@ class GroupSpec(StrictModel):
     """Workers of one kind within a cluster."""
 
     roles: Annotated[tuple[Role, ...], WORDS, Field(min_length=1)] = ("read", "extract")
-    """What they do: ``read`` images and decode them, ``extract`` maps and write them."""
+    """What the workers do: ``read`` images and decode them, or ``extract`` maps and write them."""
     workers: Positive = 1
-    """Processes; in a batch system each is a job, with ssh that many run on each host."""
+    """Number of worker processes. In a batch system each is a job; with ssh, this many run on each host."""
     threads: Positive = 1
-    """Batches at work at once in each of them, and the cores that it asks for."""
+    """Batches that each worker processes at once; also the number of cores that it requests."""
     gpus: Annotated[int, Field(ge=0)] = 0
-    """Of each worker; those without see none."""
+    """GPUs of each worker; a worker of a group without GPUs sees none."""
     memory: Memory | None = None
-    """Of each worker, bytes or text such as ``16 GiB``; None, on this machine, is a share of it."""
+    """Memory of each worker, in bytes or as text such as ``16 GiB``. With None, a local worker gets a share of the machine's."""
     environment: Variables = {}
     """Variables of each worker."""
 
     @property
     def resources(self) -> dict[str, int]:
-        """As the scheduler hands tasks out; who extracts also writes, so that no maps travel."""
+        """Resources for the scheduler to assign tasks by. A worker that extracts also writes, so that no maps are sent around."""
         roles = {*self.roles, *(["write"] if "extract" in self.roles else [])}
         counts = {role: self.threads for role in ("read", "extract", "write") if role in roles}
         return counts | ({"gpu": 1} if self.gpus else {})
 
     @property
     def resources_text(self) -> str:
-        """What each worker offers, as ``dask worker --resources`` wants it."""
+        """Resources of each worker, in the form of ``dask worker --resources``."""
         return " ".join(f"{name}={n}" for name, n in self.resources.items())
 
     @property
@@ -97,26 +97,25 @@ class GroupSpec(StrictModel):
 
 
 class ClusterSpec(StrictModel):
-    """An entry of ``cluster.yaml``, and what the rest of the package asks of it: the interface of a kind of cluster.
+    """An entry of ``cluster.yaml``, and the interface of a kind of cluster.
 
-    A kind has to fill `worker_groups`, `connect` and `show`. The other methods have answers that are right for most kinds. A kind with
-    worker groups starts from `GroupsSpec`; one whose scheduler is in the driver's process from `StartedSpec`; one with both from
-    `RemoteSpec`.
+    A kind must implement `worker_groups`, `connect` and `show`. The other methods have defaults that suit most kinds. A kind with worker
+    groups derives from `GroupsSpec`; one whose scheduler is in the driver's process from `StartedSpec`; one with both from `RemoteSpec`.
     """
 
     kind: str
     is_here: ClassVar[bool] = False
-    """Whether the workers are processes of this machine: then a run waits for all of them."""
+    """Whether the workers are processes of this machine; then a run waits for all of them."""
     runs_already: ClassVar[bool] = False
-    """Whether nothing is started: then ``featuremaps doctor`` may connect without being asked to."""
+    """Whether the cluster runs already and nothing is started; then ``featuremaps doctor`` may connect unasked."""
     extra: ClassVar[tuple[str, str] | None] = None
-    """The module that such a cluster needs, and the extra that brings it."""
+    """The module that such a cluster needs, and the extra that installs it."""
 
-    # -- what every kind has to answer ----------------------------------------------------------------------------------------------
+    # -- what every kind must implement ----------------------------------------------------------------------------------------------
 
     @abstractmethod
     def worker_groups(self) -> Mapping[str, GroupSpec]:
-        """Worker groups by name, as they would be started; empty where nobody knows the workers before.
+        """Worker groups by name, as they would be started; empty if the workers are not known in advance.
 
         Raises
         ------
@@ -128,19 +127,19 @@ class ClusterSpec(StrictModel):
     def connect(
         self, name: str, stop: Event | None, on_wait: Callable[[str], None], n_images: int | None = None
     ) -> AbstractContextManager[Any]:
-        """Start or find the cluster, wait for workers and yield a client; what was started is stopped on every way out.
+        """Start or find the cluster, wait for workers and yield a client; in the end, also after an error, stop what was started.
 
         Arguments and errors are those of `session.connect`.
         """
 
     @abstractmethod
     def show(self, job_name: str) -> str:
-        """What a run whose jobs have this name would launch: words, scripts, commands or manifests."""
+        """What a run whose jobs have this name would launch, as words, scripts, commands or manifests."""
 
-    # -- what has an answer that is right for most ----------------------------------------------------------------------------------
+    # -- defaults that suit most kinds -----------------------------------------------------------------------------------------------
 
     def require_usable(self) -> None:
-        """Check that this machine can start such a cluster, as far as can be seen without trying; `extra` is looked for elsewhere.
+        """Check that this machine can start such a cluster, as far as visible without an attempt; `extra` is checked elsewhere.
 
         Raises
         ------
@@ -148,28 +147,28 @@ class ClusterSpec(StrictModel):
         """
 
     def describe(self) -> str:
-        """What there would be, on one line."""
+        """The cluster on one line."""
         return ""
 
     def look_here(self) -> Iterator[Finding]:
-        """Check what such a cluster needs of this machine."""
+        """Check what such a cluster needs on this machine."""
         return iter(())
 
     def look_there(self) -> Iterator[Finding]:
-        """Ask the other side what it can say without starting anything."""
+        """Ask the other side what it can tell without starting anything."""
         return iter(())
 
     def n_connections(self, job: Job | None) -> int:  # noqa: ARG002 (for kinds whose scheduler is here)
-        """Workers that connect to the driver's process; none where the scheduler is another process."""
+        """Number of workers that connect to the driver's process; 0 if the scheduler is another process."""
         return 0
 
     def for_job(self, job: Job) -> Self:
-        """The cluster with what a job says of workers; only clusters of this machine take that.
+        """The cluster with the job's own settings for workers; only clusters of this machine accept any.
 
         Raises
         ------
         UsageError
-            When the job says something that the cluster does not take.
+            When the job has settings that the cluster does not accept.
         """
         if given := given_by(job):
             raise UsageError(
@@ -179,17 +178,17 @@ class ClusterSpec(StrictModel):
         return self
 
     def located(self, beside: Callable[[str], str]) -> dict[str, Any]:  # noqa: ARG002 (for kinds that name files)
-        """Keys that change as ``beside`` makes their paths absolute; ``tls`` is not among them."""
+        """The keys whose paths ``beside`` makes absolute, with their new values; ``tls`` is not among them."""
         return {}
 
     def waiting_at_most(self, limit_s: float) -> Self:
-        """The cluster with a shorter wait for its workers, where it has such a key."""
+        """The cluster with a shorter wait for its workers, if it has such a key."""
         own_s = getattr(self, "start_timeout_s", None)
         return self if own_s is None else self.model_copy(update={"start_timeout_s": min(own_s, limit_s)})
 
 
 def given_by(job: Job) -> dict[str, int]:
-    """What a job says of workers, by the keys of a cluster of this machine."""
+    """A job's settings for workers, by the keys of a cluster of this machine."""
     wanted = {"workers": job.workers, "memory": job.memory_limit_bytes, "gpus": job.gpus}
     return {key: value for key, value in wanted.items() if value is not None}
 
@@ -198,7 +197,7 @@ class GroupsSpec(ClusterSpec):
     """A cluster of worker groups."""
 
     groups: Mapping[Name, GroupSpec] = {}
-    """Worker groups by name; together they have to have both roles."""
+    """Worker groups by name; together they must have both roles."""
 
     @model_validator(mode="after")
     def _roles_filled(self) -> GroupsSpec:
@@ -225,16 +224,16 @@ def describe_groups(groups: Mapping[str, GroupSpec]) -> str:
 
 
 class StartedSpec(ClusterSpec):
-    """A cluster whose scheduler is in the driver's process, and whose workers are launched from there.
+    """A cluster whose scheduler runs in the driver's process and launches the workers.
 
-    A kind has to fill `launches`, `patience_s` and `show`; then `connect` works.
+    A kind must implement `launches`, `patience_s` and `show`; `connect` then works.
     """
 
     dashboard: HostPort | None = LOOPBACK
-    """HOST:PORT of Dask's dashboard, which asks nobody for a password; port 0 is any free one, None is no dashboard."""
+    """HOST:PORT of Dask's dashboard, which needs no password. Port 0 takes any free port; None turns the dashboard off."""
     tls: TlsSpec | None = None
-    """Without, everybody who reaches the scheduler's port can run code as you: on one machine all its users. The files have to be there on
-    every machine."""
+    """Certificates for encryption; the files must exist on every machine. Without them, everybody who reaches the scheduler's port can run
+    code as you: on one machine, all its users."""
 
     @property
     def security(self) -> Security | None:
@@ -243,22 +242,22 @@ class StartedSpec(ClusterSpec):
 
     @property
     def protocol(self) -> str:
-        """What the scheduler's address begins with."""
+        """The prefix of the scheduler's address."""
         return "tls://" if self.tls else "tcp://"
 
     @property
     @abstractmethod
     def patience_s(self) -> float:
-        """Seconds until workers have to be there."""
+        """Seconds in which workers must arrive."""
 
     @property
     def listening(self) -> dict[str, str | None]:
-        """Where the scheduler listens, as Dask's has it."""
+        """Where the scheduler listens, as Dask's options."""
         return {"host": "127.0.0.1"}
 
     @abstractmethod
     def launches(self, name: str) -> dict[str, Launch]:
-        """How each of the wanted workers is started, by its name; ``name`` is what jobs are called.
+        """How to start each wanted worker, by its name; ``name`` is the name of the jobs.
 
         Raises
         ------
@@ -267,7 +266,7 @@ class StartedSpec(ClusterSpec):
         """
 
     def take_back(self, name: str) -> None:
-        """Take back what a dead run of this name left; called before workers are launched, and after the scheduler was stopped.
+        """Cancel what a dead run of this name left; called before workers are launched, and after the scheduler was stopped.
 
         Raises
         ------
@@ -288,14 +287,14 @@ class StartedSpec(ClusterSpec):
 
 
 class RemoteSpec(GroupsSpec, StartedSpec):
-    """A cluster on other machines, whose workers connect to the scheduler in the driver's process."""
+    """A cluster on other machines; its workers connect to the scheduler in the driver's process."""
 
     interface: str | None = None
-    """Network interface by which scheduler and workers reach each other, for instance ``ib0``; None is the default route's."""
+    """Network interface through which scheduler and workers reach each other, such as ``ib0``. None takes that of the default route."""
     python: str | None = None
-    """Python of the workers, with the same featuremaps; None is the driver's path."""
+    """Python of the workers, with the same version of featuremaps. None takes the path of the driver's Python."""
     start_timeout_s: Annotated[float, SECONDS, Field(gt=0)] = START_TIMEOUT_S
-    """Seconds that a run waits for a worker of each group, and for any when all were lost."""
+    """Seconds that a run waits for a worker of each group, and for any worker after all were lost."""
 
     @property
     def patience_s(self) -> float:
@@ -304,11 +303,11 @@ class RemoteSpec(GroupsSpec, StartedSpec):
 
     @property
     def listening(self) -> dict[str, str | None]:
-        """On the interface by which the others reach this machine."""
+        """On the interface through which the workers reach this machine."""
         return {"interface": self.interface}
 
     def look_here(self) -> Iterator[Finding]:
-        """Check the interface, and whether connections are encrypted."""
+        """Check the interface and whether connections are encrypted."""
         if self.interface is not None:
             yield _look_at_interface(self.interface)
         if self.tls is None:

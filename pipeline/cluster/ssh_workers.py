@@ -32,7 +32,7 @@ def ssh_remedy(host: str) -> str:
 
 
 class SshWorker(ProcessInterface):  # type: ignore[misc]
-    """A worker that ssh starts; its output's last lines are kept.
+    """A worker started by ssh; the last lines of its output are kept.
 
     Parameters
     ----------
@@ -40,9 +40,9 @@ class SshWorker(ProcessInterface):  # type: ignore[misc]
         Address that the worker connects to.
     name, host : str
     command : list of str
-        What is run there, before the address and the name.
+        Command to run there, without the address and the name.
     arguments : list of str
-        What follows them.
+        Arguments after address and name.
     connection : dict
         Options of ``asyncssh.connect``.
     """
@@ -58,7 +58,7 @@ class SshWorker(ProcessInterface):  # type: ignore[misc]
         self.lines: deque[str] = deque(maxlen=LOG_LINES)
 
     async def start(self) -> None:
-        """Connect and start; whether the worker comes up is for the scheduler to see."""
+        """Connect and start the command; the scheduler sees whether the worker comes up."""
         import asyncssh  # noqa: PLC0415 (an extra)
 
         try:
@@ -67,7 +67,7 @@ class SshWorker(ProcessInterface):  # type: ignore[misc]
                 self.process = await self.connection.create_process(
                     f"exec {self.command}", stderr=asyncssh.STDOUT, errors="replace"
                 )
-        except (OSError, asyncssh.Error) as error:  # TimeoutError is one of the first
+        except (OSError, asyncssh.Error) as error:  # TimeoutError is an OSError
             raise FeaturemapsError(
                 f"ssh to {self.host} failed ({ssh_reason(error)}), so no worker was started there; {ssh_remedy(self.host)}"
             ) from error
@@ -95,7 +95,7 @@ class SshWorker(ProcessInterface):  # type: ignore[misc]
 
     @staticmethod
     async def find_gone(workers: Mapping[str, Any]) -> dict[str, str]:
-        """Which of some workers have ended, and what they said last."""
+        """Those of some workers that have ended, each with its last output."""
         gone = {}
         for name, worker in workers.items():
             if worker.process.exit_status is not None or worker.connection.is_closed():
@@ -110,7 +110,7 @@ class SshWorker(ProcessInterface):  # type: ignore[misc]
 
 
 def ssh_launches(spec: SshSpec) -> dict[str, Launch]:
-    """The wanted workers of every host.
+    """The wanted workers of every host, by name.
 
     Raises
     ------
@@ -123,9 +123,9 @@ def ssh_launches(spec: SshSpec) -> dict[str, Launch]:
 
 
 def ssh_options(spec: SshSpec) -> dict[str, tuple[str, dict[str, Any]]]:
-    """Group and options of every wanted worker, by name."""
+    """Group and options of every wanted worker, by its name."""
     found: dict[str, tuple[str, dict[str, Any]]] = {}
-    n_given: Counter[tuple[str, int | None]] = Counter()  # GPUs of each machine, of which several groups may have some
+    n_given: Counter[tuple[str, int | None]] = Counter()  # GPUs assigned so far on each machine, which several groups may share
     for group_name, group in spec.groups.items():
         for number, host in enumerate(host for host in group.hosts for _ in range(group.workers)):
             machine = host, group.port
@@ -143,7 +143,7 @@ def _connection(group: SshGroupSpec) -> dict[str, Any]:
 
 
 def ssh_command(spec: SshSpec, group: SshGroupSpec, gpus: Iterable[int]) -> dict[str, list[str]]:
-    """What is run on a host for a worker that is to have these of its GPUs."""
+    """The command for a host's worker that gets these of the host's GPUs."""
     command = ["env", *(f"{key}={value}" for key, value in group_environment(group, gpus).items())]
     arguments = [
         "--nthreads",

@@ -1,4 +1,4 @@
-"""Start a scheduler in this process, have workers launched, and wait for them; all is stopped on every way out."""
+"""Starts a scheduler in this process, launches workers and waits for them; in the end, also after an error, stops all."""
 
 from __future__ import annotations
 
@@ -22,52 +22,52 @@ from pipeline.errors import FeaturemapsError, StoppedError, UsageError
 logger = logging.getLogger(__name__)
 
 FOR_DRIVER = (signal.SIGHUP, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
-"""Signals that a terminal or a batch system sends to all processes; not SIGTERM, by which Dask ends a worker."""
+"""Signals that a terminal or a batch system sends to all processes. Not SIGTERM: Dask ends workers with it."""
 WAIT_LINE_S = 5.0
 QUICK_S = 3.0
 
 
 class WorkerCluster(Protocol):
-    """What is asked of a cluster while its workers are waited for."""
+    """The interface of a cluster whose workers are waited for."""
 
     def start(self) -> None:
-        """Begin to start the workers that are missing."""
+        """Begin to start the missing workers."""
 
     def counts(self) -> Mapping[str, tuple[int, int]]:
-        """Of each group, how many workers are there, and how many are wanted."""
+        """Per group, the number of workers that are there and the number wanted."""
 
     def is_hopeless(self, n_tries: int, *, everybody: bool) -> bool:
-        """Whether a group cannot be filled, or a worker that must be there could not be started so many times."""
+        """Whether starting failed ``n_tries`` times for all workers of a group, or (``everybody``) for any worker."""
 
     def describe_troubles(self) -> str:
         """Why workers could not be started."""
 
     def describe(self) -> str:
-        """What there is of each group, and what is known of the others."""
+        """Per group, how many workers are there, and what is known about the missing ones."""
 
 
 @contextlib.contextmanager
 def start(
     spec: StartedSpec, name: str, stop: threading.Event | None, on_wait: Callable[[str], None], n_images: int | None = None
 ) -> Iterator[Client]:
-    """Start scheduler and workers, wait for workers, yield a client and stop all; as of `session.connect`."""
+    """Start scheduler and workers, wait for workers, yield a client and stop all; see `session.connect`."""
     groups, patience_s, security = spec.worker_groups(), spec.patience_s, spec.security
     launches = needed(spec.launches(name), groups, n_images)
     spec.take_back(name)
 
     def sweep() -> None:
-        """Take back jobs that were handed in without our hearing of it, as when the batch system was slow to answer."""
+        """Cancel jobs that were submitted without our knowledge, for instance because the batch system answered late."""
         with contextlib.suppress(FeaturemapsError):
             spec.take_back(name)
 
     settings: dict[str, Any] = {"distributed.scheduler.no-workers-timeout": f"{patience_s}s"}
-    if not spec.dashboard:  # without one there are no pages about workers and tasks either, which are another part of Dask
+    if not spec.dashboard:  # without a dashboard, Dask's pages about workers and tasks are off too
         settings["distributed.scheduler.http.routes"] = ["distributed.http.health"]
     options = {
         "port": 0,
         "protocol": spec.protocol,
         "security": security,
-        "dashboard_address": spec.dashboard or LOOPBACK,  # with no address Dask would take a fixed port
+        "dashboard_address": spec.dashboard or LOOPBACK,  # without an address Dask would take a fixed port
         "dashboard": spec.dashboard is not None,
     } | spec.listening
     with (
@@ -82,7 +82,7 @@ def start(
 
 
 def needed(launches: Mapping[str, Launch], groups: Mapping[str, GroupSpec], n_images: int | None) -> Mapping[str, Launch]:
-    """Of each group, as many workers as have an image for each of their threads; None is a number that nobody knows."""
+    """Per group, as many workers as get an image for each of their threads; all of them if the number of images is unknown."""
     if n_images is None:
         return launches
     by_group = {group: [name for name, launch in launches.items() if launch.group == group] for group in groups}
@@ -98,17 +98,18 @@ def wait_for_workers(
     *,
     everybody: bool,
 ) -> None:
-    """Start the workers, and wait for one of each group, or for all.
+    """Start the workers, and wait for one of each group, or for all if ``everybody``.
 
     Raises
     ------
     StoppedError
-        When ``stop`` was set before they were there.
+        When ``stop`` was set before the workers were there.
     FeaturemapsError
-        When they cannot be started, or did not come in time.
+        When the workers cannot be started, or did not come in time.
     """
     started = time.monotonic()
-    next_line = started + (WAIT_LINE_S if everybody else 0.0)  # processes of this machine are there at once
+    # Processes of this machine come at once, so there is nothing to report at first.
+    next_line = started + (WAIT_LINE_S if everybody else 0.0)
     cluster.start()
     while True:
         counts = cluster.counts()
@@ -121,7 +122,7 @@ def wait_for_workers(
         if time.monotonic() >= next_line:
             next_line = time.monotonic() + WAIT_LINE_S
             on_wait(cluster.describe())
-        if everybody or waited_s < QUICK_S:  # later its own clock looks, as a queue may be asked for hours
+        if everybody or waited_s < QUICK_S:  # later the cluster's own timer looks, because a queue may be asked for hours
             cluster.start()
         time.sleep(0.05 if waited_s < QUICK_S else 0.5)
 
@@ -133,7 +134,7 @@ def _require_hope(
     if cluster.is_hopeless(MAX_FALSE_STARTS, everybody=everybody):
         raise FeaturemapsError(
             f"workers could not be started, in {MAX_FALSE_STARTS} tries each ({cluster.describe_troubles()}): nothing was computed, "
-            "what was started was stopped, and what was committed stands; mend what is said there, or ask for less in cluster.yaml, "
+            "what was started was stopped, and what was committed stands; correct what is named there, or ask for less in cluster.yaml, "
             "and run again"
         )
     if waited_s > patience_s:
@@ -146,7 +147,7 @@ def _require_hope(
 
 @contextlib.contextmanager
 def _stopped(start: Callable[[], GroupCluster], sweep: Callable[[], None]) -> Iterator[GroupCluster]:
-    """Start the cluster and stop it; a process that is stuck in the kernel cannot be stopped, and must not keep this one from ending."""
+    """Start the cluster and stop it in the end. A process that is stuck in the kernel cannot be stopped, and must not block this one."""
     others = set(multiprocessing.active_children())
     try:
         with _without_interrupts():
@@ -166,8 +167,8 @@ def _stopped(start: Callable[[], GroupCluster], sweep: Callable[[], None]) -> It
 
 
 def _close(cluster: GroupCluster, sweep: Callable[[], None]) -> None:
-    """Stop the cluster, and take back what it does not know of."""
-    tornado = logging.getLogger("tornado.application")  # prints a traceback of the same error
+    """Stop the cluster, and cancel jobs that it does not know of."""
+    tornado = logging.getLogger("tornado.application")  # it prints a traceback of the same error
     level = tornado.level
     try:
         tornado.setLevel(logging.CRITICAL)
@@ -181,9 +182,9 @@ def _close(cluster: GroupCluster, sweep: Callable[[], None]) -> None:
 
 @contextlib.contextmanager
 def _deaf() -> Iterator[None]:
-    """Let no signal cut short what takes jobs and processes back; it takes a minute at most.
+    """Block signals while jobs and processes are being stopped, which takes a minute at most.
 
-    A Ctrl-C is lost meanwhile. Another signal that the program handles reaches its handler afterwards.
+    A Ctrl-C during this time is lost. Any other signal that the program handles reaches its handler afterwards.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -203,7 +204,7 @@ def _deaf() -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet_dask() -> Iterator[None]:
-    """Dask's own lines below ERROR stay out of the terminal."""
+    """Keep Dask's log lines below ERROR off the terminal."""
     before = {name: logging.getLogger(name).level for name in ("distributed", "distributed.client", "distributed.gc")}
     for name, level in before.items():
         logging.getLogger(name).setLevel(max(level, logging.ERROR))
@@ -216,9 +217,9 @@ def quiet_dask() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _without_interrupts() -> Iterator[None]:
-    """Threads and processes that start meanwhile never see these signals: they are for the driver alone, which drains."""
+    """Hide these signals from threads and processes that start meanwhile: only the driver handles them, by draining."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, FOR_DRIVER)
-    resource_tracker.ensure_running()  # which unblocks SIGINT as it starts
+    resource_tracker.ensure_running()  # it unblocks SIGINT as it starts
     signal.pthread_sigmask(signal.SIG_BLOCK, FOR_DRIVER)
     try:
         yield

@@ -48,7 +48,7 @@ def only_like_this(client: Client) -> Iterator[None]:
     client.subscribe_topic(TOPIC, warn)
     # `Client.register_plugin` and `unregister_worker_plugin` have no timeout, so the scheduler's own calls are used here.
     # On a failure the scheduler has the plugin already, for workers that join. The others were checked above.
-    with _whoever_is_lost():
+    with _ignoring_lost_workers():
         client.sync(
             client.scheduler.register_worker_plugin,
             plugin=dumps(plugin),
@@ -60,13 +60,13 @@ def only_like_this(client: Client) -> Iterator[None]:
         yield
     finally:
         if client.status == "running":
-            with _whoever_is_lost():
+            with _ignoring_lost_workers():
                 client.unsubscribe_topic(TOPIC)
                 client.sync(client.scheduler.unregister_worker_plugin, name=plugin.name, callback_timeout=ANSWER_S)
 
 
 @contextlib.contextmanager
-def _whoever_is_lost() -> Iterator[None]:
+def _ignoring_lost_workers() -> Iterator[None]:
     """Ignore workers that die or hang: they make a call to all workers fail, but the scheduler has done its part."""
     try:
         yield

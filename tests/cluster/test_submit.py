@@ -182,7 +182,7 @@ def test_attempts_in_vain_come_to_an_end_also_where_there_never_was_a_store(comm
         codes.append(tried.come_back())
     assert codes == [EXIT_RUN_AGAIN] * 2 + [EXIT_FAILED] * 3
     assert len(commands.lines("requeued" if cluster == "s" else "submitted")) == (2 if cluster == "s" else n + 2)
-    assert "attempts in a row ended without one image more" in tried.said[-1]
+    assert "attempts in a row ended without one more image" in tried.said[-1]
     commands.queue()
     submit(order(cluster, attempts=3))
     assert last_submission(Path(order().job.store)).n_vain == 0
@@ -372,7 +372,7 @@ def test_an_audit_ends_before_the_job_is_killed_and_it_is_said_what_is_left(orde
     order("p")
     done = subprocess.run([sys.executable, "-c", AUDIT], cwd=tmp_path, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == EXIT_FAILED, done.stderr
-    assert "the store is complete, and the job's time is up before its audit came to an end" in done.stdout
+    assert "the store is complete, but the job's time ended before its audit did" in done.stdout
     assert "featuremaps verify f.zarr" in done.stdout
 
 

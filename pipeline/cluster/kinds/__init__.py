@@ -1,4 +1,4 @@
-"""The kinds of clusters, a module each: its keys in ``cluster.yaml``, how it is started, shown and checked.
+"""The kinds of clusters, one module each: its keys in ``cluster.yaml``, and how to start, show and check it.
 
 Register a new kind here, with one line in `KINDS`.
 """

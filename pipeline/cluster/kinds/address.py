@@ -1,4 +1,4 @@
-"""A scheduler that runs already, found by its address."""
+"""A scheduler that already runs, given by its address."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CONNECT_TIMEOUT_S = 20.0
 
 
 class AddressSpec(ClusterSpec):
-    """A scheduler that runs already; its workers offer the resources read, extract and write."""
+    """A scheduler that already runs; its workers offer the resources read, extract and write."""
 
     runs_already: ClassVar[bool] = True
 
@@ -25,7 +25,7 @@ class AddressSpec(ClusterSpec):
     address: str
     """``tcp://HOST:PORT`` or ``tls://HOST:PORT``."""
     tls: TlsSpec | None = None
-    """What the scheduler knows its clients by."""
+    """Certificates with which the client identifies itself to the scheduler."""
 
     @model_validator(mode="after")
     def _encrypted(self) -> AddressSpec:
@@ -34,7 +34,7 @@ class AddressSpec(ClusterSpec):
         return self
 
     def worker_groups(self) -> Mapping[str, GroupSpec]:
-        """None, as somebody else started the workers."""
+        """None: somebody else started the workers."""
         return {}
 
     def connect(
@@ -44,7 +44,7 @@ class AddressSpec(ClusterSpec):
         on_wait: Callable[[str], None],  # noqa: ARG002 (as above)
         n_images: int | None = None,  # noqa: ARG002 (as above)
     ) -> AbstractContextManager[Any]:
-        """Connect; nothing is waited for."""
+        """Connect; do not wait for workers."""
         return _connected(self)
 
     def show(self, job_name: str) -> str:  # noqa: ARG002 (as above)
@@ -60,12 +60,12 @@ class AddressSpec(ClusterSpec):
 def _connected(spec: AddressSpec) -> Iterator[Any]:
     from distributed import Client  # noqa: PLC0415 (cluster.yaml is read without Dask)
 
-    client = Client.__new__(Client)  # in two steps, for what could not connect has to be closed
+    client = Client.__new__(Client)  # in two steps, because a client that cannot connect must be closed
     try:
         client.__init__(spec.address, timeout=CONNECT_TIMEOUT_S, security=spec.tls and spec.tls.security())
     except (OSError, TimeoutError, ValueError, TypeError, AssertionError) as error:
         _close_unconnected(client)
-        # Of a type when tls:// is asked for without certificates; an assertion when Dask's own thread did not start within 10 s.
+        # TypeError if tls:// is used without certificates; AssertionError if Dask's own thread did not start within 10 s.
         raise FeaturemapsError(
             f"no Dask scheduler answers at {spec.address} ({error}): nothing was started; check the address, that `dask scheduler` runs, "
             "and where it uses TLS (tls://) the certificates under tls"
@@ -77,8 +77,8 @@ def _connected(spec: AddressSpec) -> Iterator[Any]:
 def _close_unconnected(client: Any) -> None:
     """Close a client that could not connect, and end its thread.
 
-    Dask does neither. Python's collector of garbage would close it some time, maybe in the thread that is to run the event loop of the next
-    client, which would then wait for a lock of the one that starts it: 10 s, and an AssertionError.
+    Dask does neither. Otherwise the garbage collector closes it at some later time, perhaps in the thread that will run the next client's
+    event loop. That thread would wait for a lock of the thread that starts it: for 10 s, until an AssertionError.
     """
     with contextlib.suppress(Exception):
         client.close()

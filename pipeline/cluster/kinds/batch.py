@@ -34,11 +34,11 @@ QUERIES = {
     "sge": ["qstat"],
     "htcondor": ["condor_q", "-totals"],
 }
-"""What only a batch system that works answers."""
+"""Commands that succeed only if the batch system works."""
 
 
 def _queues(value: Any) -> Any:
-    """A list of queues as the batch systems write it."""
+    """Join a list of queues with commas, as the batch systems write it."""
     return ",".join(value) if isinstance(value, list) and all(isinstance(item, str) for item in value) else value
 
 
@@ -47,26 +47,26 @@ Queue = Annotated[Word, BeforeValidator(_queues)]
 
 
 class BatchGroupSpec(GroupSpec):
-    """Jobs of a batch system, a worker in each."""
+    """Jobs of a batch system, one worker per job."""
 
     memory: Memory
     options: Annotated[tuple[str, ...], LINES] = ()
-    """Further lines of the job script, as the batch system wants them: ``--constraint=a100``."""
+    """Further lines of the job script, in the batch system's own form, such as ``--constraint=a100``."""
 
 
 class DriverSpec(StrictModel):
-    """The job that ``featuremaps submit`` hands in: the driver, which needs no GPU."""
+    """The job that ``featuremaps submit`` submits: the driver, which needs no GPU."""
 
     threads: Positive = 2
     """Cores that it asks for."""
     memory: Memory = ByteSize(4 * 2**30)
-    """Bytes, or text such as ``4 GiB``."""
+    """Memory in bytes, or as text such as ``4 GiB``."""
     walltime: Walltime | None = None
-    """None is that of the workers."""
+    """Walltime of the driver's job. None takes that of the workers."""
     queue: Queue | None = None
-    """None is that of the workers."""
+    """Queue of the driver's job. None takes that of the workers."""
     options: Annotated[tuple[str, ...], LINES] = ()
-    """Further lines of its script, as the batch system wants them."""
+    """Further lines of the driver's script, in the batch system's own form."""
 
 
 class BatchSpec(RemoteSpec):
@@ -77,19 +77,19 @@ class BatchSpec(RemoteSpec):
     kind: BatchKind
     groups: Annotated[dict[Name, BatchGroupSpec], Field(min_length=1)]
     queue: Queue | None = None
-    """Queue or partition; HTCondor has none."""
+    """Queue or partition; not for HTCondor, which has none."""
     account: Word | None = None
-    """Whom it is charged to; for Grid Engine the project."""
+    """Account to charge; for Grid Engine, the project."""
     walltime: Walltime = 3600
-    """Of each job: ``8h``, ``HH:MM:SS`` or ``D-HH:MM:SS``; its worker retires before, and another takes its place."""
+    """Walltime of each job: ``8h``, ``HH:MM:SS`` or ``D-HH:MM:SS``. A worker retires before it ends, and another replaces it."""
     prologue: Annotated[tuple[str, ...], LINES] = ()
-    """Lines of shell before the worker starts, for instance ``module load cuda``."""
+    """Shell lines to run before the worker starts, such as ``module load cuda``."""
     log_folder: str = "featuremaps-logs"
-    """Where the jobs' output goes; relative to the folder of ``cluster.yaml``."""
+    """Folder for the jobs' output; a relative path starts at the folder of ``cluster.yaml``."""
     local_folder: str | None = None
-    """Scratch space of the workers on their machine."""
+    """Scratch folder of the workers on their own machine."""
     driver: DriverSpec = DriverSpec()
-    """The job that ``featuremaps submit`` hands in."""
+    """The job that ``featuremaps submit`` submits."""
 
     @model_validator(mode="after")
     def _names_apart(self) -> BatchSpec:
@@ -118,11 +118,11 @@ class BatchSpec(RemoteSpec):
         return batch_launches(self, name)
 
     def take_back(self, name: str) -> None:
-        """Take back jobs of this name: those of a dead run, and those that were handed in without our hearing of it."""
+        """Cancel jobs of this name: those of a dead run, and those that were submitted without our knowledge."""
         _take_back(self.kind, {f"{name}-{group}" for group in self.groups})
 
     def show(self, job_name: str) -> str:
-        """The script of each group, or without dask-jobqueue what it would be made from."""
+        """The script of each group; without dask-jobqueue, the settings from which it would be made."""
         from pipeline.cluster.batch_workers import job_script, job_settings  # noqa: PLC0415 (imports Dask)
 
         command, write = batch_commands.SYSTEMS[self.kind].submit, job_script
@@ -135,16 +135,16 @@ class BatchSpec(RemoteSpec):
         return "\n".join(scripts).rstrip()
 
     def require_usable(self) -> None:
-        """Check that jobs can be handed in."""
+        """Check that this machine can submit jobs."""
         batch_commands.require_commands(self.kind, "it")
 
     def look_here(self) -> Iterator[Finding]:
-        """Check also the folder of logs."""
+        """Check the folder of logs too."""
         yield from super().look_here()
         yield _look_at_log_folder(Path(self.log_folder))
 
     def look_there(self) -> Iterator[Finding]:
-        """Check that the batch system answers, and for Slurm that it has the queue."""
+        """Check that the batch system answers; for Slurm, check also that the queue exists."""
         system, query = batch_commands.SYSTEMS[self.kind], QUERIES[self.kind]
         for command in (system.submit, system.cancel):
             if shutil.which(command) is None:
@@ -157,7 +157,7 @@ class BatchSpec(RemoteSpec):
             return
         yield Finding("ok", system.name, f"{query[0]} answers")
         if self.kind == "slurm" and self.queue is not None:
-            yield from _look_at_partitions(self.queue.split(","))  # of several Slurm takes the first that is free
+            yield from _look_at_partitions(self.queue.split(","))  # of several partitions, Slurm takes the first that is free
 
     def located(self, beside: Callable[[str], str]) -> dict[str, Any]:
         """The folder of logs."""
@@ -165,7 +165,7 @@ class BatchSpec(RemoteSpec):
 
 
 def _take_back(kind: str, names: set[str]) -> None:
-    """Take back the jobs that a dead run left in the queue; there is none alive, as the store is locked."""
+    """Cancel the jobs that a dead run left in the queue; no run can be alive, because the store is locked."""
     try:
         left = [job.job_id for name in names for job in batch_commands.jobs_named(kind, name) if job.name == name]
     except (OSError, subprocess.SubprocessError) as error:
@@ -195,7 +195,7 @@ def _look_at_partitions(wanted: list[str]) -> Iterator[Finding]:
 
 
 def _said(command: list[str]) -> str | None:
-    """What a command said as it failed; None if it did not."""
+    """The error output of a command; None if it succeeded."""
     try:
         done = _run(command)
     except (OSError, subprocess.SubprocessError) as error:

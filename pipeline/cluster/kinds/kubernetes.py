@@ -16,11 +16,11 @@ from pipeline.validation import SECONDS, Memory, Word
 
 
 class KubernetesGroupSpec(GroupSpec):
-    """Pods of a Kubernetes cluster, a worker in each."""
+    """Pods of a Kubernetes cluster, one worker per pod."""
 
     memory: Memory
     node_selector: dict[str, Word] = {}
-    """Labels of the nodes that its pods may be on."""
+    """Labels of the nodes on which the pods may run."""
     options: dict[str, Any] = {}
     """Merged into the pod's spec, for instance ``tolerations``."""
 
@@ -47,13 +47,13 @@ class KubernetesSpec(GroupsSpec):
     namespace: Text = "default"
     """Where the pods are."""
     service_account: str | None = None
-    """Of scheduler and workers; None is the namespace's."""
+    """Service account of scheduler and workers. None takes the namespace's default."""
     volumes: tuple[dict[str, Any], ...] = ()
-    """Volumes of the pods, as Kubernetes has them."""
+    """Volumes of the pods, in the form of Kubernetes."""
     volume_mounts: tuple[dict[str, Any], ...] = ()
-    """Where the images and the store are: the same paths as the driver's."""
+    """Mount points of the images and the store: the same paths as the driver's."""
     start_timeout_s: Annotated[float, SECONDS, Field(gt=0)] = 600.0
-    """Seconds that a run waits for a worker of each group, and for any when all were lost."""
+    """Seconds that a run waits for a worker of each group, and for any worker after all were lost."""
 
     def connect(
         self,
@@ -74,14 +74,14 @@ class KubernetesSpec(GroupsSpec):
         return yaml.safe_dump_all(manifests(self, job_name), sort_keys=False).rstrip()
 
     def look_there(self) -> Iterator[Finding]:
-        """Check that Kubernetes answers, and knows what a DaskCluster is."""
+        """Check that Kubernetes answers, and that it has DaskClusters."""
         import kr8s  # noqa: PLC0415 (comes with the extra)
 
         from pipeline.cluster.kubernetes import cluster_kind  # noqa: PLC0415 (as above)
 
         try:
             found = kr8s.api().version()
-        except Exception as error:  # noqa: BLE001 (of two libraries)
+        except Exception as error:  # noqa: BLE001 (two libraries may raise it)
             remedy = "make `kubectl version` work: KUBECONFIG, its context, and the network"
             yield Finding("FAIL", "Kubernetes", f"it does not answer ({type(error).__name__}: {error})", remedy)
             return

@@ -28,22 +28,22 @@ class ThisMachine(StartedSpec):
     needs_gpu: ClassVar[bool] = False
 
     workers: Positive | None = None
-    """Batches at work at once: processes, or with GPUs the threads of their processes; None is one per core."""
+    """Batches at work at once: worker processes, or with GPUs the threads of their processes. None means one per core."""
     gpus: Annotated[int, Field(ge=0)] | None = None
-    """None is all that this process may use."""
+    """Number of GPUs. None means all that this process may use."""
     memory: Memory | None = None
-    """Of one worker; None shares the machine's memory among them."""
+    """Memory of one worker. None shares the machine's memory among the workers."""
 
     @property
     def patience_s(self) -> float:
-        """Processes of this machine are there soon, or never."""
+        """Processes of this machine arrive soon, or never."""
         return PATIENCE_S
 
     def processes(self) -> tuple[int, int, int]:
         """Worker processes, threads of each, and GPUs."""
         cores, gpus = local.local_workers(self.workers), local.local_gpus(self.gpus)
         if not gpus and self.needs_gpu:
-            local.local_gpus(1)  # which says that there is none
+            local.local_gpus(1)  # it raises the error that there is no GPU
         return (gpus, max(1, cores // gpus), gpus) if gpus else (cores, 1, 0)
 
     def worker_groups(self) -> Mapping[str, GroupSpec]:
@@ -81,11 +81,11 @@ class ThisMachine(StartedSpec):
         return describe_groups(self.worker_groups())
 
     def n_connections(self, job: Job | None) -> int:
-        """As the job says, else as the file."""
+        """As the job says, otherwise as the file says."""
         return local.local_workers(job.workers if job is not None and job.workers else self.workers)
 
     def for_job(self, job: Job) -> Self:
-        """Take what the job says of workers."""
+        """Apply the job's own settings for workers."""
         given = given_by(job)
         return validate_model(type(self), self.model_dump() | given, f"cluster {job.cluster!r} with {given}") if given else self
 
@@ -95,7 +95,7 @@ class LocalSpec(ThisMachine, GroupsSpec):
 
     kind: Literal["local"] = "local"
     groups: dict[Name, GroupSpec] = {}
-    """Worker groups by name; without any there is one group that reads and extracts, of the keys workers, gpus and memory."""
+    """Worker groups by name. Without groups, the keys workers, gpus and memory define one group that reads and extracts."""
 
     @model_validator(mode="after")
     def _one_way(self) -> LocalSpec:
@@ -104,7 +104,7 @@ class LocalSpec(ThisMachine, GroupsSpec):
         return self
 
     def worker_groups(self) -> Mapping[str, GroupSpec]:
-        """Those of the file, each with its memory, or one that does everything."""
+        """The groups of the file, each with its memory; without any, one group that does everything."""
         if not self.groups:
             return super().worker_groups()
         local.local_gpus(sum(group.workers * group.gpus for group in self.groups.values()))
@@ -115,7 +115,7 @@ class LocalSpec(ThisMachine, GroupsSpec):
         return sum(group.n_workers for group in self.groups.values()) if self.groups else super().n_connections(job)
 
     def for_job(self, job: Job) -> Self:
-        """Take what the job says of workers, unless there are groups."""
+        """Apply the job's own settings for workers, unless there are groups."""
         given = given_by(job)
         if self.groups and given:
             raise UsageError(
@@ -132,13 +132,13 @@ class CudaSpec(ThisMachine):
 
     kind: Literal["cuda"]
     workers: Positive | None = None
-    """Batches at work at once over all GPUs; None is one per core."""
+    """Batches at work at once over all GPUs. None means one per core."""
     gpus: Positive | None = None
-    """None is all that this process may use."""
+    """Number of GPUs. None means all that this process may use."""
 
 
 def _with_memory(groups: Mapping[str, GroupSpec]) -> dict[str, GroupSpec]:
-    """Each group with the memory of its workers, of which those without a limit share the machine's."""
+    """Each group with the memory of its workers; workers without a limit share the machine's memory."""
     n_workers = sum(group.workers for group in groups.values())
     memory = {name: ByteSize(local.local_memory_bytes(n_workers, group.memory)) for name, group in groups.items()}
     return {name: group.model_copy(update={"memory": memory[name]}) for name, group in groups.items()}

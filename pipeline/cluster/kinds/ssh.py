@@ -1,4 +1,4 @@
-"""Workers on machines that are reached by ssh."""
+"""Workers on machines reached by ssh."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ if TYPE_CHECKING:
 
 
 class SshGroupSpec(GroupSpec):
-    """Workers on machines that are reached by ssh."""
+    """Workers on machines reached by ssh."""
 
     hosts: Annotated[tuple[Text, ...], WORDS, Field(min_length=1)]
-    """Names as of ``~/.ssh/config`` or DNS."""
+    """Host names, from ``~/.ssh/config`` or DNS."""
     port: Positive | None = None
     """None is as ssh has it."""
     user: str | None = None
     """None is as ssh has it."""
     key_file: str | None = None
-    """Private key; None is what the agent and ``~/.ssh`` hold."""
+    """Private key. None takes the keys of the agent and of ``~/.ssh``."""
     known_hosts_file: str | None = None
-    """None is ``~/.ssh/known_hosts``; a host that is not in it is refused."""
+    """File of known hosts. None takes ``~/.ssh/known_hosts``. A host that is not in it is refused."""
 
     @property
     def n_workers(self) -> int:
@@ -45,7 +45,7 @@ class SshGroupSpec(GroupSpec):
 
 
 class SshSpec(RemoteSpec):
-    """Workers on machines that are reached by ssh."""
+    """Workers on machines reached by ssh."""
 
     extra: ClassVar[tuple[str, str] | None] = ("asyncssh", "ssh")
 
@@ -69,7 +69,7 @@ class SshSpec(RemoteSpec):
         return "\n".join(lines)
 
     def look_there(self) -> Iterator[Finding]:
-        """Check that each host lets this process in, and has the same versions there."""
+        """Check that each host accepts this process, and has the same versions."""
         from pipeline.cluster.ssh_workers import ssh_options  # noqa: PLC0415 (imports Dask)
 
         hosts = {options["host"]: options for _, options in ssh_options(self).values()}
@@ -80,7 +80,7 @@ class SshSpec(RemoteSpec):
         yield from asyncio.run(ask_all())
 
     def located(self, beside: Callable[[str], str]) -> dict[str, Any]:
-        """Keys and known hosts of the groups."""
+        """Make the groups' key files and files of known hosts absolute."""
         keys = ("key_file", "known_hosts_file")
         groups = {
             name: group.model_copy(update={key: beside(getattr(group, key)) for key in keys if getattr(group, key)})
@@ -90,7 +90,7 @@ class SshSpec(RemoteSpec):
 
 
 def _ssh_arguments(connection: dict[str, Any]) -> list[str]:
-    """Options of asyncssh as the command ``ssh`` has them."""
+    """Options of asyncssh as arguments of the command ``ssh``."""
     arguments = []
     for key, flag in (("port", "-p"), ("username", "-l")):
         if key in connection:
@@ -116,7 +116,8 @@ async def _ask(host: str, options: dict[str, Any]) -> Finding:
     except (OSError, asyncssh.Error) as error:
         return Finding("FAIL", what, ssh_reason(error), ssh_remedy(host))
     lines = str(done.stdout).strip().splitlines()
-    if done.returncode != 0 or not lines or not lines[-1].startswith("{"):  # what the shell there prints at its start comes first
+    # The output of the remote shell's start-up files comes first.
+    if done.returncode != 0 or not lines or not lines[-1].startswith("{"):
         said = " ".join(str(done.stderr).split()[-30:])
         return Finding("FAIL", what, f"{python} does not run featuremaps there ({said})", "install it there, or set python")
     return compare_versions(what, json.loads(lines[-1]))

@@ -1,4 +1,4 @@
-"""How many attempts in a row ended without progress: counted in the store, as each of them is another process."""
+"""Counts attempts in a row without progress. The count is in the store, because each attempt is another process."""
 
 from __future__ import annotations
 
@@ -22,49 +22,49 @@ from pipeline.store.store import Store, is_store, receipt_ids
 logger = logging.getLogger(__name__)
 
 COUNT_S = 60.0
-"""How long the ledger may take to be counted, where a storage hangs."""
+"""The longest time to count the ledger, in case the storage hangs."""
 
 
 class Attempts:
-    """What is known of this attempt and of those before it.
+    """What is known about this attempt and the earlier ones.
 
     Parameters
     ----------
     order : Order
     clock : Clock
     report : callable
-        Called with text for a person.
+        Called with text for the user.
     """
 
     def __init__(self, order: Order, clock: Clock, report: Callable[[Any], None]) -> None:
         self.order, self.clock, self.report = order, clock, report
         self.known: Submission | None = None
-        self._number = sys.maxsize  # that a run of this attempt must have, at least
+        self._number = sys.maxsize  # lowest number that a run of this attempt can have
 
     def begin(self, job_id: str) -> None:
-        """See what is known of this job."""
+        """Read the record of this job."""
         adopt(self.order, job_id)
         self.known = last_submission(place(self.order.job.store))
         self._number = next_number(receipt_ids(place(self.order.job.store)))
 
     @property
     def n_vain(self) -> int:
-        """Attempts without progress, as far as is known."""
+        """Attempts in a row without progress, as far as known."""
         return self.known.n_vain if self.known is not None else 0
 
     def lead_nowhere(self) -> bool:
-        """Count this attempt, and say so where it is the last of too many."""
+        """Count this attempt; report and return True if it is the last of too many."""
         n, spec = self._count_in_time(), self.order.spec
         if n < self.order.attempts:
             return False
         self.report(
-            f"{n} attempts in a row ended without one image more, so there is no further one: what was committed stands; see why in "
+            f"{n} attempts in a row ended without one more image, so there is no further one: what was committed stands; see why in "
             f"`featuremaps status {self.order.job.store}` and in {spec.log_folder}, then submit again"
         )
         return True
 
     def _count_in_time(self) -> int:
-        """Attempts without progress; where a storage hangs this one does not count, since it took all of its time."""
+        """Attempts without progress. If a hanging storage took all the time of this attempt, it does not count."""
         errors: list[Exception] = []
 
         def count() -> None:
@@ -81,7 +81,7 @@ class Attempts:
         logger.warning("the attempts cannot be counted in the store: %s", errors[0])
         if self.order.spec.kind == "slurm":
             return int(os.environ.get("SLURM_RESTART_COUNT", "0")) + 1
-        raise errors[0]  # a job after the other that nobody counts is worse than none
+        raise errors[0]  # without a count, jobs could follow each other for ever
 
     def _count(self) -> None:
         store = place(self.order.job.store)
@@ -98,7 +98,7 @@ class Attempts:
         self.known = known
 
     def _n_checked(self) -> int:
-        """Images that this attempt compared with their digests, by its receipt; 0 when it left none."""
+        """Images that this attempt compared with their digests, from its receipt; 0 without a receipt."""
         store = place(self.order.job.store)
         receipt = Store(store).last_receipt() if is_store(store) else None
         return int(receipt["n_checked"]) if receipt is not None and receipt.get("number", 0) >= self._number else 0

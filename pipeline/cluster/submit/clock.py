@@ -1,4 +1,4 @@
-"""The time that the driver's job has: what happens before its end, and how long a try may be repeated."""
+"""The time of the driver's job: what to do before it ends, and how long to retry."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 PATIENCE_S = 300.0
-"""How long a batch system or a storage may fail to answer, as while its server is started anew."""
+"""How long a batch system or a storage may fail to answer, for instance while its server restarts."""
 FIRST_PAUSE_S = 2.0
 LONGEST_PAUSE_S = 60.0
 
 
 class Clock:
-    """A job's time, from now on.
+    """Counts the time of a job, from now on.
 
     Parameters
     ----------
     walltime_s : int
-        What the batch system gives the job.
+        Time limit that the batch system gives the job.
     signalled : threading.Event
-        Set by a signal, which ends every `wait`.
+        Set by a signal; it ends every `wait`.
     """
 
     def __init__(self, walltime_s: int, signalled: threading.Event) -> None:
@@ -45,24 +45,27 @@ class Clock:
 
     @property
     def patience_s(self) -> float:
-        """Seconds that `patiently` takes at most."""
+        """The longest time that `patiently` takes, in seconds."""
         return PATIENCE_S
 
     def timer(self, n_quarters: int, function: Callable[[], Any]) -> threading.Timer:
-        """Start one that ends some quarters of the margin before the walltime."""
+        """Start a timer that fires this many quarters of the margin before the walltime."""
         timer = threading.Timer(max(0.0, self.left_s - n_quarters * self.quarter_s), function)
         timer.daemon = True
         timer.start()
         return timer
 
     def wait(self, seconds: float) -> None:
-        """Until a signal comes; an event that is waited for must not be set by a handler of the same thread."""
+        """Wait until a signal comes or the time has passed.
+
+        It polls, because a handler must not set an event that its own thread waits for.
+        """
         until_s = time.monotonic() + seconds
         while not self.signalled.is_set() and time.monotonic() < until_s:
             time.sleep(0.1)
 
     def patiently(self, action: Callable[[], T], *, unless: Callable[[Exception], bool] = lambda _: False) -> T:
-        """Try again, with growing pauses, as long as there are patience and time; but not after an error that ``unless`` is true of."""
+        """Retry with growing pauses while patience and time last; raise at once an error for which ``unless`` returns true."""
         until_s = min(time.monotonic() + self.patience_s, self.end_s - 5)
         pause_s = FIRST_PAUSE_S
         while True:

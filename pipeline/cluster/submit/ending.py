@@ -1,4 +1,4 @@
-"""What is done at the end of a run that is complete, as long as the job has time: the audit of the store, and a page about it."""
+"""The end of a complete run: audit the store and write a report page, as long as the job has time."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from pipeline.run.bounded import bounded_process
 from pipeline.run.summary import Summary
 
 PAGE_S = 300.0
-"""How long the page at the end may take."""
+"""The longest time for the page at the end."""
 _SAID_BYTES = 1000
 
 
 def finish(order: Order, clock: Clock, summary: Summary, *, report: Callable[[Any], None], audit: Callable[[], Any]) -> int:
-    """Audit the store, if that is wanted, and write its page; returns the exit code. Arguments are those of `inside_job.attend`."""
+    """Audit the store if wanted, and write its page; return the exit code. The arguments are those of `inside_job.attend`."""
     code = _audit(order, clock, summary, report, audit) if order.verify else summary.exit_code
     _write_page(order, clock, report)
     return code
@@ -41,10 +41,10 @@ def _audit(order: Order, clock: Clock, summary: Summary, report: Callable[[Any],
 
 
 def _end_without_audit(order: Order, report: Callable[[Any], None]) -> None:
-    """End the process, as nothing else ends an audit; it only reads."""
+    """End the process: nothing else stops an audit, and the audit only reads."""
     report(
-        f"the store is complete, and the job's time is up before its audit came to an end: nothing is known to be wrong, and not all "
-        f"was looked at; run `featuremaps verify {order.job.store}`, or give the driver a longer walltime"
+        f"the store is complete, but the job's time ended before its audit did: nothing is known to be wrong, but not everything "
+        f"was checked; run `featuremaps verify {order.job.store}`, or give the driver a longer walltime"
     )
     sys.stdout.flush()
     sys.stderr.flush()
@@ -54,7 +54,7 @@ def _end_without_audit(order: Order, report: Callable[[Any], None]) -> None:
 
 
 def _write_page(order: Order, clock: Clock, report: Callable[[Any], None]) -> None:
-    """Leave a report beside the driver's log, by a process of its own: whatever becomes of it, the run is none the worse."""
+    """Write a report beside the driver's log, in a separate process, so that a failure does not affect the run."""
     page, store, driver = report_page(order), order.job.store, order.spec.driver
     command = [sys.executable, "-P", "-m", "pipeline", "report", store, "-o", str(page)]
     try:
@@ -63,7 +63,7 @@ def _write_page(order: Order, clock: Clock, report: Callable[[Any], None]) -> No
         _run_apart(command, limit_s=limit_s, n_bytes=int(driver.memory) // 2, n_threads=driver.threads)
     except (OSError, subprocess.SubprocessError) as error:
         report(
-            f"the page about the store was not written ({batch_commands.said(error)}): the run is none the worse; `featuremaps report "
+            f"the page about the store was not written ({batch_commands.said(error)}): the run itself is not affected; `featuremaps report "
             f"{store}` writes it"
         )
     else:
@@ -71,15 +71,15 @@ def _write_page(order: Order, clock: Clock, report: Callable[[Any], None]) -> No
 
 
 def _run_apart(command: list[str], *, limit_s: float, n_bytes: int, n_threads: int) -> None:
-    """Run a command in a session of its own, with bounds for its time and for the data of each of its processes.
+    """Run a command in its own session, with limits on its time and on the data of each of its processes.
 
     Raises
     ------
     subprocess.SubprocessError
-        When it took too long, or failed; with what it said.
+        When it took too long or failed, with its output.
     """
     limits = {resource.RLIMIT_DATA: n_bytes}
-    with tempfile.TemporaryFile() as said:  # and no pipe, whose end might never come
+    with tempfile.TemporaryFile() as said:  # no pipe: it might never be closed
         with bounded_process(command, n_threads=n_threads, limits=limits, stderr=said) as process:
             code = process.wait(limit_s)
         if code:

@@ -1,4 +1,4 @@
-"""A whole run in the hands of a batch system: a driver's job that comes back until the store is complete."""
+"""Submits a whole run to a batch system, as a driver's job that is repeated until the store is complete."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ logger = logging.getLogger(__name__)
 
 
 def submit(order: Order) -> Submission:
-    """Hand the run in.
+    """Submit the run.
 
     Raises
     ------
     UsageError
         When the cluster or the store cannot be used.
     StoreBusyError
-        When a job for this store is in the queue already, or is being handed in.
+        When a job for this store is already in the queue, or is being submitted.
     FeaturemapsError
         When the batch system refuses, or does not answer.
     """
@@ -54,7 +54,7 @@ def submit(order: Order) -> Submission:
 
 
 def new_submission(order: Order) -> Submission:
-    """What is known before there is a number, with attempts to be counted from now on."""
+    """The record before the job has a number; attempts are counted from now on."""
     now = _now()
     return Submission(order.spec.kind, str(order.job.cluster), "", job_name(order.job.store), socket.gethostname(), now, now)
 
@@ -68,7 +68,7 @@ def _n_settled_before(store: Place) -> int:
 
 
 def n_settled(store: Place) -> int:
-    """How much of the ledger is settled: rows that are not pending, and images without a row; 0 without a store."""
+    """Settled entries of the ledger: rows that are not pending, and images without a row; 0 without a store."""
     if not is_store(store):
         return 0
     counts = count_statuses(Store(store))
@@ -76,7 +76,7 @@ def n_settled(store: Place) -> int:
 
 
 def hand_in(order: Order, new: Submission, claim: Claim | None = None) -> Submission:
-    """Hand the driver's job in and write down its number.
+    """Submit the driver's job and record its number.
 
     Raises
     ------
@@ -86,7 +86,7 @@ def hand_in(order: Order, new: Submission, claim: Claim | None = None) -> Submis
     try:
         job_id = batch_commands.submit(new.kind, driver_script(order))
     except FeaturemapsError as error:
-        # After a timeout the job may be there nevertheless: then the claim stands until it is old, or the job has found itself.
+        # After a timeout the job may exist all the same. Then the claim stands until it is too old, or the job records its own number.
         if claim is not None and not isinstance(error.__cause__, subprocess.TimeoutExpired):
             claim.give_back()
         raise
@@ -101,7 +101,7 @@ def hand_in(order: Order, new: Submission, claim: Claim | None = None) -> Submis
 
 
 def _queued(order: Order, known: Submission | None) -> batch_commands.QueuedJob | None:
-    """A driver's job for this store: the one that is known, or one whose number was not written down, which Slurm knows by its name."""
+    """A queued driver's job for this store: the one on record, or one without a recorded number, which Slurm finds by its name."""
     kind, name = order.spec.kind, f"{job_name(order.job.store)}-driver"
     try:
         if known is not None and known.kind == kind and known.job_id:
@@ -118,7 +118,7 @@ def _queued(order: Order, known: Submission | None) -> batch_commands.QueuedJob 
 
 
 def adopt(order: Order, job_id: str) -> None:
-    """Write down the number of the job that this is, where whoever handed it in did not come to it."""
+    """Record the number of this job, in case whoever submitted it could not."""
     store = place(order.job.store)
     known = last_submission(store)
     if known is None or not job_id or known.job_id == job_id:

@@ -1,4 +1,4 @@
-"""Inside the driver's job: run until the store is complete or the time is nearly over, and have the rest done by another attempt."""
+"""Inside the driver's job: run until the store is complete or the time is nearly over; then start another attempt."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def attend(
     ----------
     order : Order
     stop : threading.Event
-        Set from outside, and from here, when the job is to end.
+        Set by the caller or by this function when the job has to end.
     signalled : threading.Event
-        Set by a signal only.
+        Set only by a signal.
     on_progress, report : callable
-        Called with the `Progress`, and with what a person wants to read: the `Summary`, the audit, or text.
+        Called with the `Progress`, and with reports for the user: the `Summary`, the audit, or text.
     audit : callable
-        Looks through the store; what it returns says whether it ``is_sound``.
+        Audits the store; its result tells whether the store ``is_sound``.
 
     Returns
     -------

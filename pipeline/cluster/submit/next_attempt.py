@@ -1,4 +1,4 @@
-"""What is asked of the batch system at the end of an attempt: another one."""
+"""Starts another attempt at the end of this one."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from pipeline.cluster.submit.script import JOB_ID_VARIABLES, Order
 from pipeline.errors import EXIT_FAILED, EXIT_RUN_AGAIN, FeaturemapsError
 
 KILLED_S = 120.0
-"""How long a job that was requeued waits for its end."""
+"""How long a requeued job waits for its end."""
 VAIN_PAUSE_S = 30.0
 LONGEST_VAIN_PAUSE_S = 600.0
 
 
 class NextAttempt:
-    """The attempt after this one: Slurm puts the same job back into its queue, to the others a new one is handed in.
+    """The next attempt: Slurm puts the same job back into its queue; to other batch systems a new job is submitted.
 
     Parameters
     ----------
     order : Order
     clock : Clock
     report : callable
-        Called with text for a person.
+        Called with text for the user.
     """
 
     def __init__(self, order: Order, clock: Clock, report: Callable[[Any], None]) -> None:
@@ -41,13 +41,13 @@ class NextAttempt:
         self._code: int | None = None
 
     def begin(self) -> None:
-        """See what is known of this job."""
+        """Read the record of this job."""
         self.attempts.begin(self.job_id)
 
     def come_back(self) -> int:
-        """Have the batch system start another attempt, unless these lead nowhere or somebody took the job back.
+        """Start another attempt, unless too many made no progress or somebody cancelled the job; return the exit code.
 
-        Called once more, as when the time is up while this is at work, it only returns the exit code.
+        A second call, for instance because the time ends during the first, only returns the exit code.
         """
         with self._turn:
             if self._code is None:
@@ -70,7 +70,7 @@ class NextAttempt:
         self.report(f"job {self.job_id} goes back into the queue")
         if not self.clock.patiently(self._requeue):
             return self._is_ending()
-        self.clock.wait(KILLED_S)  # Slurm ends this process, and the sooner it goes the better
+        self.clock.wait(KILLED_S)  # Slurm ends this process; the sooner the better
         return EXIT_RUN_AGAIN
 
     def _is_running(self) -> bool:
@@ -84,10 +84,10 @@ class NextAttempt:
         return EXIT_RUN_AGAIN
 
     def _requeue(self) -> bool:
-        """Ask again first: an answer that was lost may have been a yes."""
+        """Ask first whether it is queued: a lost answer may have been a yes."""
         if not self._is_running():
             return False
-        self.clock.signalled.clear()  # that of a preemption, say; the next one is the end
+        self.clock.signalled.clear()  # a preemption may have set it; the next signal is the end
         batch_commands.requeue(self.job_id)
         return True
 
@@ -115,5 +115,5 @@ class NextAttempt:
 
 
 def _is_unsure(error: Exception) -> bool:
-    """Whether the answer came too late, so that the job may be there."""
+    """Whether the answer came too late, so that the job may exist."""
     return isinstance(error.__cause__, subprocess.TimeoutExpired)

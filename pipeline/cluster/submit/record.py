@@ -1,4 +1,4 @@
-"""What was handed to a batch system for a store: written by ``submit``, looked at by ``status``."""
+"""The record of what was submitted for a store: written by ``submit``, read by ``status``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pipeline.store.schema import RUNS
 _NAME = "submitted.json"
 GONE = "not in the queue any more"
 CLAIM_S = 600.0
-"""How long somebody may take to hand a job in; after that he is taken for dead."""
+"""The longest time that submitting a job may take; after it, whoever did so counts as dead."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,29 +31,29 @@ class Submission:
     """Of the batch system."""
     cluster: str
     job_id: str
-    """Empty from just before the job is handed in until its number is known."""
+    """Empty from just before the job is submitted until its number is known."""
     job_name: str
     host: str
     """Where it was handed in."""
     submitted: str
     """When, UTC."""
     since: str
-    """When a person asked for it; jobs that the driver hands in after itself have this from the first."""
+    """When the user submitted the first job; jobs that the driver submits itself take over this time."""
     n_vain: int = 0
-    """Attempts in a row, since a person asked for it, that ended without progress."""
+    """Attempts in a row without progress, since the user submitted."""
     n_settled: int = 0
-    """The most rows of the ledger that were not pending at the end of an attempt."""
+    """The most ledger rows that were not pending at the end of any attempt."""
     n_checked: int = 0
-    """The most images that one attempt compared with their digests."""
+    """The most images that any attempt compared with their digests."""
     claim: str = ""
-    """Tells two apart who hand in at the same second, as long as there is no number."""
+    """Tells apart two processes that submit in the same second, until there is a number."""
 
     def write(self, store: Place) -> None:
         """Leave it in the store."""
         put_json(store / RUNS / _NAME, asdict(self), indent=1)
 
     def look(self) -> tuple[str, list[dict[str, str]]]:
-        """In words how the job stands, and all jobs that work for the store, as far as can be seen from here."""
+        """The state of the job in words, and all jobs that work for the store, as far as visible from here."""
         if not self.job_id:
             return (
                 "its number is not known: it is being handed in just now, or that broke off; the job itself says it when it begins",
@@ -70,7 +70,7 @@ class Submission:
 
 
 def last_submission(store: Place) -> Submission | None:
-    """What was handed in last; None where nothing was, or what is there cannot be understood."""
+    """The last record; None if there is none or it cannot be parsed."""
     try:
         return _parse(fetch(store / RUNS / _NAME)[0])
     except OSError:
@@ -86,12 +86,12 @@ def _parse(content: bytes | None) -> Submission | None:
 
 
 class Claim:
-    """The right to hand in a job for a store: ``submitted.json`` as it was when it was looked at, to be replaced by one only.
+    """The right to submit a job for a store: only one process can replace ``submitted.json`` as it was when read.
 
     Parameters
     ----------
     store : Place
-        Which has its folder ``runs``.
+        Must have its folder ``runs``.
     """
 
     def __init__(self, store: Place) -> None:
@@ -100,7 +100,7 @@ class Claim:
         self.known = _parse(self._before)
 
     def require_no_other(self) -> None:
-        """Refuse while somebody else is handing a job in.
+        """Refuse while somebody else is submitting a job.
 
         Raises
         ------
@@ -109,7 +109,7 @@ class Claim:
         known = self.known
         if known is None or known.job_id:
             return
-        if abs(self._age_s()) < CLAIM_S:  # further ahead lies only what was written while a clock was wrong
+        if abs(self._age_s()) < CLAIM_S:  # a claim further in the future was written while a clock was wrong
             raise StoreBusyError(
                 f"a job for store {self._store} is being handed in on {known.host} since {known.submitted}, or that broke off: two runs on "
                 f"one store never mix, so nothing was handed in; look at `featuremaps status {self._store}`, and submit again when "
@@ -117,18 +117,18 @@ class Claim:
             )
 
     def _age_s(self) -> float:
-        """How old the claim is by the clock of the server that holds it, which one host's clock does not change."""
+        """Age of the claim on the clock of the file server, so that the clocks of hosts do not matter."""
         probe = self._store / RUNS / f"{_NAME}.{uuid.uuid4().hex}.partial"
         try:
             put(probe, b"")
             return modified_s(probe) - modified_s(self._path)
-        except FileNotFoundError:  # given back just now
+        except FileNotFoundError:  # given back meanwhile
             return CLAIM_S
         finally:
             delete(probe)
 
     def take(self, submission: Submission) -> None:
-        """Put a submission without a number in the place of what was looked at.
+        """Replace the record that was read by a submission without a number.
 
         Raises
         ------
@@ -148,7 +148,7 @@ class Claim:
             ) from None
 
     def _replace(self, path: Path, content: bytes) -> None:
-        """Compare and swap by a rename and a hard link, of which each succeeds for one only, also on a network's file system."""
+        """Compare and swap, by a rename and a hard link: only one process can succeed with each, also on a network file system."""
         temporary, aside = (path.with_name(f"{_NAME}.{uuid.uuid4().hex}.partial") for _ in range(2))
         temporary.write_bytes(content)
         try:
@@ -164,7 +164,7 @@ class Claim:
             aside.unlink(missing_ok=True)
 
     def give_back(self) -> None:
-        """Nothing was handed in: put there what was there before."""
+        """Restore the earlier record, because nothing was submitted."""
         if self._before is None:
             delete(self._path)
         else:

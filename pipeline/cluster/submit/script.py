@@ -1,4 +1,4 @@
-"""The job of a batch system that drives a whole run: what it is asked for, and its script."""
+"""The script of the job that drives a whole run, and the order from which it is made."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from pipeline.errors import UsageError
 
 DEFAULT_ATTEMPTS = 5
 WARNING_S = 60
-"""How long before it is preempted the driver's job wants to be told."""
+"""How long before a preemption the driver's job is to be warned."""
 JOB_ID_VARIABLES = {"slurm": "SLURM_JOB_ID", "pbs": "PBS_JOBID", "sge": "JOB_ID", "htcondor": "FEATUREMAPS_JOB_ID"}
-"""Where a job finds its own id; HTCondor has no such variable, so the description sets one."""
+"""Variables with a job's own id. HTCondor has none, so the submit description sets one."""
 
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """What ``featuremaps submit`` was asked for."""
+    """The arguments of ``featuremaps submit``."""
 
     job: Job
     job_file: Path
     cluster_file: Path
     attempts: int = DEFAULT_ATTEMPTS
-    """Attempts in a row that may end without one image more."""
+    """Attempts in a row that may end without one more image."""
     n_sample: int = 20
-    """Images that are computed anew at the end."""
+    """Images that the audit computes again at the end."""
     verify: bool = True
-    """Whether the store is audited at the end, within the time that the job has left."""
+    """Whether to audit the store at the end, within the time that the job has left."""
 
     @property
     def spec(self) -> BatchSpec:
@@ -43,7 +43,7 @@ class Order:
         Raises
         ------
         UsageError
-            When it is none of a batch system.
+            When its kind is no batch system.
         """
         spec = load_cluster(self.job.cluster, self.cluster_file)
         if not isinstance(spec, BatchSpec):
@@ -56,14 +56,14 @@ class Order:
 
 
 def driver_script(order: Order) -> str:
-    """The job script: the driver in place of the shell, so that signals reach it, with a walltime after which it comes back."""
+    """The job script. It replaces the shell by the driver, so that signals reach the driver; after the walltime the job is repeated."""
     spec = order.spec
     name = f"{job_name(order.job.store)}-driver"
     if spec.kind == "htcondor":
         return _condor_description(order, name)
     directives, prefix = {"slurm": (_slurm, "#SBATCH"), "pbs": (_pbs, "#PBS"), "sge": (_sge, "#$")}[spec.kind]
     lines = [f"{prefix} {line}" for line in (*directives(spec, name), *spec.driver.options)]
-    if spec.kind == "pbs":  # which keeps the output to itself until the job ends, and may not put the id into its name
+    if spec.kind == "pbs":  # PBS holds the output back until the job ends, and cannot put the id into its name
         lines.append(f'exec >>{shlex.quote(f"{spec.log_folder}/{name}-")}"$PBS_JOBID".log 2>&1')
     return "\n".join(["#!/usr/bin/env bash", *lines, *_shell(order)]) + "\n"
 
@@ -91,7 +91,7 @@ def _pbs(spec: BatchSpec, name: str) -> list[str]:
         f"-N {name}",
         *_shell_of_the_job(spec),
         "-j oe",
-        f"-o {spec.log_folder}/",  # what is said before the script's first line
+        f"-o {spec.log_folder}/",  # output before the script's first line
         f"-l select=1:ncpus={spec.driver.threads}:mem={_mebibytes(spec)}mb",
         f"-l walltime={clock(spec.driver.walltime or spec.walltime)}",
         *([f"-q {queue}"] if queue else []),
@@ -115,7 +115,7 @@ def _sge(spec: BatchSpec, name: str) -> list[str]:
 
 
 def _shell_of_the_job(spec: BatchSpec) -> list[str]:
-    """Which shell: to PBS and Grid Engine the script's first line counts for nothing, and a user's or a queue's may be csh."""
+    """The job's shell: PBS and Grid Engine ignore the script's first line, and a user's or a queue's shell may be csh."""
     return [] if any("-S " in line for line in spec.driver.options) else ["-S /bin/bash"]
 
 
@@ -128,7 +128,7 @@ def _shell(order: Order) -> list[str]:
 
 
 def _condor_description(order: Order, name: str) -> str:
-    """HTCondor takes a description and not a script."""
+    """The submit description: HTCondor takes no script."""
     spec, driver = order.spec, order.spec.driver
     log = f"{spec.log_folder}/{name}"
     lines = {
@@ -152,10 +152,9 @@ def _condor_description(order: Order, name: str) -> str:
 
 
 def _condor_arguments(script: list[str]) -> str:
-    """Arguments of a shell that runs a script, comments and all.
+    """Arguments of a shell that runs a script, including its comments.
 
-    A description has no room for lines, so printf puts them back; a dollar before a parenthesis is HTCondor's own unless it is said
-    otherwise.
+    A description has no line breaks, so printf adds them. A dollar before a parenthesis is escaped, because HTCondor would expand it.
     """
     text = "\n".join(script).replace("\\", "\\\\").replace("\n", "\\n")
     words = ["-c", 'eval "$(printf %b "$1")"', "driver", text]
@@ -164,12 +163,12 @@ def _condor_arguments(script: list[str]) -> str:
 
 
 def report_page(order: Order) -> Path:
-    """Where the page about the store is left at the end: beside the driver's log."""
+    """Path of the page about the store: beside the driver's log."""
     return Path(order.spec.log_folder) / f"{job_name(order.job.store)}-report.html"
 
 
 def attend_command(order: Order) -> list[str]:
-    """What runs in the driver's job."""
+    """The command that runs in the driver's job."""
     command = [order.spec.python or sys.executable, "-P", "-m", "pipeline", "submit", str(order.job_file.absolute())]
     command += ["--cluster", str(order.job.cluster), "--cluster-file", str(order.cluster_file.absolute())]
     audit = ["--sample", str(order.n_sample), "--verify" if order.verify else "--no-verify"]

@@ -274,7 +274,7 @@ def test_attempts_that_lead_nowhere_come_to_an_end(tmp_path, pictures, queue):
     wait_for("end of the attempts", lambda: queue.job(number) is None, log=lambda: log_of(tmp_path))
     log = log_of(tmp_path)
     assert log.count("workers could not be started, in 3 tries each") == 2, log
-    assert "2 attempts in a row ended without one image more, so there is no further one" in log
+    assert "2 attempts in a row ended without one more image, so there is no further one" in log
 
 
 def test_a_driver_that_its_user_cancels_does_not_come_back_and_the_next_one_goes_on(tmp_path, pictures, queue):
