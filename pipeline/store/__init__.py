@@ -1,6 +1,6 @@
-"""Maps and ledger in Zarr: the layout, the codecs, the lock, and the objects that they lie in.
+"""Maps and ledger in Zarr: the layout, the codecs, the lock, and the objects that hold them.
 
-zarr lives here and nowhere else. `layout` and `schema` are plain values that planning shares.
+Only this folder uses zarr. `layout` and `schema` are plain values that planning shares.
 """
 
 from __future__ import annotations

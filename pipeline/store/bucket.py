@@ -1,4 +1,4 @@
-"""Stores in a bucket: objects are replaced by conditional puts, and so is the lock. See `storage`."""
+"""Stores in a bucket: objects and the lock are replaced by conditional puts. See `storage`."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ IS_REMOTE = True
 
 
 def parse(text: str) -> Url | None:
-    """Understand a URL that can be written to; None for a path.
+    """Parse the URL of a place that can be written to; None for a path.
 
     Raises
     ------
     UsageError
-        When nothing can be written to it.
+        When the URL names a place that cannot be written to.
     """
     if not is_url(text) or text.startswith(FILE_URL):
         return None
@@ -55,17 +55,17 @@ def condition_of(url: Url) -> Any:
 
 
 def put(url: Url, parts: Sequence[bytes], *, durable: bool, only: Any) -> None:  # noqa: ARG001 (a bucket always is)
-    """Write an object, under a condition if there is one.
+    """Write an object, under a condition if one is given.
 
     Raises
     ------
     StaleWriterError
-        When the object has become another.
+        When somebody else replaced the object meanwhile.
     """
     try:
         url.put(*parts, only=only)
     except ConflictError:
-        if _content(url) == b"".join(parts):  # ours, whose answer was lost, or another's that is the same
+        if _content(url) == b"".join(parts):  # our own put, whose answer was lost, or another's with the same content
             return
         raise StaleWriterError(
             f"{url} was written by somebody else meanwhile: another run has taken the store over, so this late one writes nothing; "
@@ -86,48 +86,48 @@ def size_bytes(url: Url) -> int:
 
 
 def modified_s(url: Url) -> float:
-    """When an object was written, by the server's clock."""
+    """Time of the last write, by the server's clock."""
     return url.stat().modified.timestamp()
 
 
 def children(url: Url) -> list[str]:
-    """Names of what lies directly in it, sorted."""
+    """Names directly in the folder, sorted."""
     return url.children()
 
 
 def litter(url: Url) -> list[Url]:
-    """Temporary objects of a store: only tries of the lock leave any."""
+    """Temporary objects of a store; only attempts to lock leave any."""
     return [url / RUNS / name for name in children(url / RUNS) if name.endswith(".partial")]
 
 
 def make_folder(url: Url, *, durable: bool) -> None:
-    """Nothing: a bucket has no folders."""
+    """Do nothing: a bucket has no folders."""
 
 
 def nearest_folder(url: Url) -> Url:
-    """Itself: a bucket has no folders."""
+    """Return the URL itself: a bucket has no folders."""
     return url
 
 
 def delete(url: Url) -> None:
-    """Delete an object, if there is one."""
+    """Delete an object, if it exists."""
     url.unlink()
 
 
 def remove_folder(url: Url) -> None:
-    """Delete all objects below it, many at once."""
+    """Delete all objects below the URL, many at once."""
     keys = [key for key, _ in url.walk()]
     with ThreadPoolExecutor(CONCURRENCY) as pool:
         list(pool.map(lambda key: (url / key).unlink(), keys))
 
 
 def free_bytes(url: Url) -> None:  # noqa: ARG001 (as of a folder)
-    """None: a bucket does not say."""
+    """Return None: a bucket does not tell."""
     return
 
 
 def object_store(url: Url) -> Any:
-    """The obstore store of everything below it."""
+    """The obstore store for everything below the URL."""
     return connect(str(url))
 
 
@@ -137,7 +137,7 @@ def lock(url: Url, *, sole_writer: bool) -> ObjectLock:
 
 
 class ObjectLock:
-    """Created and replaced by conditional puts only, never deleted; each heartbeat is one of them."""
+    """A lock object that is only created and replaced by conditional puts, never deleted; each heartbeat is such a put."""
 
     def __init__(self, url: Url, sole_writer: bool) -> None:
         self.url, self.sole_writer = url, sole_writer
@@ -152,14 +152,14 @@ class ObjectLock:
                 self._put("create")
             except ConflictError:
                 content, meta = self.url.fetch()
-                if not self._is_ours(content):  # a put that was tried again after its answer was lost
+                if not self._is_ours(content):  # else our own put, repeated after its answer was lost
                     judge(content, now_s - meta.modified.timestamp())
                 self._put(meta.condition)
         except (ConflictError, FileNotFoundError):
             raise taken(self.url) from None
 
     def check_server(self) -> float:
-        """Time by the server's clock, in seconds since 1970; raises when it does not honour conditions."""
+        """The server's time in seconds since 1970; raise if the server ignores conditional puts."""
         probe = self.url.parent / f"{LOCK_NAME}.{uuid.uuid4().hex}.partial"
         try:
             first = probe.put(b"1", only="create")
@@ -178,9 +178,9 @@ class ObjectLock:
             )
 
     def _put(self, condition: Any) -> None:
-        self.n_beats += 1  # so that no two contents, and no two ETags, are equal
+        self.n_beats += 1  # so that no two contents, and thus no two ETags, are equal
         content = json.dumps(self.document | {"n_beats": self.n_beats}).encode()
-        self.condition = self.url.put(content, only=condition, patient=False)  # a late heartbeat is none
+        self.condition = self.url.put(content, only=condition, patient=False)  # a heartbeat that comes late is useless
 
     def _is_ours(self, content: bytes) -> bool:
         return bool(json.loads(content).get("run_id") == self.document["run_id"])
@@ -216,7 +216,7 @@ def _conflicts(url: Url, condition: Any) -> bool:
 
 
 def server_clock_s(store: Url) -> float:
-    """Time by the clock of the server that holds a bucket, in seconds since 1970; what is written for it is deleted again.
+    """Time by the clock of a bucket's server, in seconds since 1970; writes an object for this and deletes it again.
 
     Raises
     ------

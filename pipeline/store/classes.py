@@ -1,4 +1,4 @@
-"""The classes of a store: how one begins, and what its metadata says later."""
+"""The classes of a store: creates them, and updates their metadata."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def _create_array(folder: Place, document: dict[str, Any], *, durable: bool) -> 
 
 
 def mark_padded(store: Place, shape_class: ShapeClass, *, durable: bool) -> ShapeClass:
-    """Note that a class now holds images smaller than itself."""
+    """Record that a class now holds images smaller than itself."""
     attributes = dict(shape_class.attributes)
     attributes["shape_class"] = {**attributes["shape_class"], "kind": "padded"}
     put_json(store / shape_class.name / "zarr.json", group_document(attributes), durable=durable)

@@ -1,7 +1,7 @@
 """The bytes of one stored object: Zarr v3's ``bytes``/``vlen-utf8``, ``blosc``, ``crc32c`` and ``sharding_indexed`` codecs.
 
-Whole objects are encoded here because Zarr's own pipeline takes several times as long for a shard (docs/store-format.md);
-the tests read everything back with plain Zarr, Xarray and TensorStore. The metadata that names these codecs is here as well.
+Whole objects are encoded here because Zarr's own pipeline takes several times as long for a shard (docs/store-format.md).
+The tests read everything back with plain Zarr, Xarray and TensorStore. The metadata that names these codecs is here too.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def decompress(data: bytes, dtype: str, shape: tuple[int, ...]) -> Array:
     Raises
     ------
     FeaturemapsError
-        When the checksum does not fit the bytes.
+        When the checksum does not match the bytes.
     """
     raw = decompress_bytes(data)
     if dtype == "string":
@@ -52,12 +52,12 @@ def decompress(data: bytes, dtype: str, shape: tuple[int, ...]) -> Array:
 
 
 def decompress_bytes(data: bytes) -> bytes:
-    """`decompress` without a look at what the bytes mean: numbers in C order; of strings the number, then each with its length before it.
+    """Undo `compress` without decoding the values: numbers in C order; for strings their number, then each string after its length.
 
     Raises
     ------
     FeaturemapsError
-        When the checksum does not fit the bytes.
+        When the checksum does not match the bytes.
     """
     body = data[:-4]
     if len(data) <= 4 or _checksum(body) != data[-4:]:
@@ -69,14 +69,14 @@ def decompress_bytes(data: bytes) -> bytes:
 
 
 def find_text(raw: bytes, text: str) -> list[int]:
-    """Where a string is among those of a decompressed chunk, without decoding them all where it is not.
+    """Positions of a string in a decompressed chunk. If the bytes do not contain it, the chunk is not decoded.
 
     Examples
     --------
     >>> find_text(decompress_bytes(compress(np.array(["a", "b", "a"], object))), "a")
     [0, 2]
     """
-    encoded = text.encode(errors="surrogatepass")  # what is no Unicode is in no chunk
+    encoded = text.encode(errors="surrogatepass")  # text that is not valid Unicode is in no chunk
     if len(encoded).to_bytes(4, "little") + encoded not in raw:
         return []
     return [i for i, found in enumerate(texts(raw)) if found == text]
@@ -92,9 +92,9 @@ def _checksum(body: bytes) -> bytes:
 
 
 def maps_digest(maps: Iterable[Array]) -> str:
-    """XXH3-128 of one image's maps as stored: per layer its valid extent (channel, y, x), or, of one without maps, its pooled values.
+    """XXH3-128 of one image's maps as stored, as 32 hex digits.
 
-    In C order, little-endian; 32 hex digits.
+    Per layer, it covers the valid extent (channel, y, x); for a layer without maps, the pooled values. In C order, little-endian.
     """
     digest = xxhash.xxh3_128()
     for values in maps:
@@ -103,7 +103,7 @@ def maps_digest(maps: Iterable[Array]) -> str:
 
 
 def encode_shard(block: Array, chunk_rows: int, shard_rows: int, fill: float) -> list[bytes]:
-    """Encode the first rows of a shard; inner chunks past the last row are left out and read as fill.
+    """Encode the first rows of a shard; inner chunks past the last row are left out, and read as fill.
 
     Parameters
     ----------
@@ -118,7 +118,7 @@ def encode_shard(block: Array, chunk_rows: int, shard_rows: int, fill: float) ->
     Returns
     -------
     list of bytes
-        Parts of the object, in their order: inner chunks, then the index ``(offset, nbytes)`` as little-endian uint64 with its crc32c.
+        Parts of the object in order: inner chunks, then the index ``(offset, nbytes)`` as little-endian uint64, with its crc32c.
     """
     index = np.full((shard_rows // chunk_rows, 2), _MISSING, "<u8")
     parts: list[bytes] = []
@@ -134,7 +134,7 @@ def encode_shard(block: Array, chunk_rows: int, shard_rows: int, fill: float) ->
 
 
 def pad(values: Array, shape: tuple[int, ...], fill: float) -> Array:
-    """``values`` as a contiguous array of ``shape``, what is missing at the ends filled."""
+    """``values`` as a contiguous array of ``shape``, padded with ``fill`` at the ends."""
     if values.shape == shape:
         return np.ascontiguousarray(values)
     padded = np.full(shape, fill, values.dtype)
@@ -152,7 +152,7 @@ def array_document(
     fill: float | str = 0,
     attributes: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """``zarr.json`` of an array whose objects `compress` or `encode_shard` makes.
+    """``zarr.json`` of an array whose objects `compress` or `encode_shard` writes.
 
     Parameters
     ----------
@@ -165,7 +165,7 @@ def array_document(
     shard : sequence of int, optional
         Shape of the shard; None stores plain chunks.
     fill : float or str
-        Fill value; NaN is written as the format asks.
+        Fill value; NaN is written as the Zarr format requires.
     attributes : dict, optional
     """
     codecs = _codecs(dtype)

@@ -1,4 +1,4 @@
-"""The columns of the ledger, chunk by chunk, and the lengths of a group's arrays."""
+"""Reads and writes the columns of the ledger by chunks, and the lengths of a group's arrays."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ class Ledger:
     path : Path or Url
         The store.
     layers : sequence of StoredLayer
-        Whose pooled values are columns too.
+        Layers whose pooled values are columns too.
     durable : bool
-        As of `Store`.
+        Same as for `Store`.
     """
 
     def __init__(self, path: Place, layers: Sequence[StoredLayer], *, durable: bool) -> None:
         self.path, self.layers, self.durable = path, layers, durable
         self.fence: Callable[[], None] = _unfenced
-        """Called before columns or lengths of a group are written; raises when this process may no longer."""
+        """Called before columns or lengths of a group are written; raises if this process may no longer write."""
 
     def read(self, group: str, name: str, length: int) -> Array:
         """The first ``length`` values of a column."""
@@ -40,7 +40,7 @@ class Ledger:
         return np.concatenate(parts)[:length] if parts else np.empty((0, *chunk[1:]), object if dtype == "string" else dtype)
 
     def cell(self, group: str, name: str, row: int) -> Any:
-        """One value of a column as it is now, of which one chunk is read."""
+        """The current value of one cell; reads one chunk."""
         dtype, chunk = column_type(self.layers, group, name)
         return self._read_chunk(group, name, dtype, chunk, row // chunk[0])[row % chunk[0]]
 
@@ -49,7 +49,7 @@ class Ledger:
         return _decode_chunk(path, fetch(path)[0], dtype, chunk)
 
     def write(self, group: str, rows: Array, columns: Columns) -> None:
-        """Write columns of some rows: ``maps_digest`` last but one, ``status`` last."""
+        """Write columns of some rows: ``maps_digest`` second to last, ``status`` last."""
         self.fence()
         last = [name for name in ("maps_digest", "status") if name in columns]
         first = [name for name in columns if name not in last]
@@ -68,7 +68,7 @@ class Ledger:
             put(path, compress(content), durable=self.durable, only=condition)
 
     def resize(self, group: str, length: int) -> None:
-        """Give all arrays of a group a length, ``status`` last."""
+        """Set the length of all arrays of a group, ``status`` last."""
         self.fence()
         names = [name for name in children(self.path / group) if name not in {"zarr.json", "status"}]
         each(lambda name: self._resize_array(self.path / group / name, length), names, self.path)
@@ -86,7 +86,7 @@ class Ledger:
 
 
 def _unfenced() -> None:
-    """Nothing; by name, so that an open store can be pickled."""
+    """Allow every write; a named function, so that an open store can be pickled."""
 
 
 def read_array(folder: Place, dtype: str) -> Array:

@@ -1,4 +1,4 @@
-"""What a store holds, by its columns: how many rows of each status, and which images are bad and why."""
+"""What a store holds, from its columns: the number of rows per status, and which images are bad and why."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class BadImage(NamedTuple):
 
     path: str
     error: str
-    """A stable code such as ``truncated``, a colon, and what was found."""
+    """A stable code such as ``truncated``, a colon, and the finding."""
     status: str
     """quarantined or rejected."""
     size_bytes: int
@@ -36,14 +36,14 @@ class BadImage(NamedTuple):
 
 
 def count_class(store: Store, name: str) -> dict[Status, int]:
-    """Rows of each status of a class, of those that there are; a damaged value is no status, and `verify` finds it."""
+    """Rows per status of a class, only statuses that occur; damaged values are ignored here, and `verify` finds them."""
     values, numbers = np.unique(store.column(name, "status"), return_counts=True)
     known = {status.value for status in Status}
     return {Status(value): n for value, n in zip(values.tolist(), numbers.tolist(), strict=True) if value in known}
 
 
 def count_statuses(store: Store) -> dict[str, int]:
-    """Rows of each status over all classes, and live ``rejected`` entries."""
+    """Rows per status over all classes, and live ``rejected`` entries."""
     total: Counter[Status] = Counter()
     for shape_class in store.classes.values():
         total.update(count_class(store, shape_class.name))
@@ -51,7 +51,7 @@ def count_statuses(store: Store) -> dict[str, int]:
 
 
 def count_rejected(store: Store) -> int:
-    """Rejected images whose entry is alive."""
+    """Rejected images with a live entry."""
     return len(_bad_rows(store, REJECTED))
 
 
@@ -61,11 +61,11 @@ class Bad(NamedTuple):
     images: list[BadImage]
     """The first of them."""
     reasons: dict[str, int]
-    """Number of all per code, most frequent first; empty where it was not asked for."""
+    """Number of bad images per code, most frequent first; empty if not asked for."""
 
 
 def bad_images(store: Store, n: int, *, with_reasons: bool = False) -> Bad:
-    """The first ``n`` bad images; with the reasons of all, each of their errors is read."""
+    """The first ``n`` bad images; ``with_reasons`` reads the errors of all bad images."""
     images: list[BadImage] = []
     reasons: Counter[str] = Counter()
     for group in [REJECTED, *(c.name for c in store.classes.values())]:
@@ -88,7 +88,7 @@ def bad_images(store: Store, n: int, *, with_reasons: bool = False) -> Bad:
 
 
 def code_of(error: str) -> str:
-    """The stable code that an error begins with.
+    """The stable code at the start of an error.
 
     Examples
     --------
@@ -100,7 +100,7 @@ def code_of(error: str) -> str:
 
 
 def _bad_rows(store: Store, group: str) -> Array:
-    """Of the rejected images all that are alive, of a class the quarantined ones."""
+    """Rows of bad images: the live ones of ``rejected``, the quarantined ones of a class."""
     status = store.column(group, "status")
     rows: Array = np.flatnonzero(status < Status.REMOVED if group == REJECTED else status == Status.QUARANTINED)
     return rows

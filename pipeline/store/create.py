@@ -1,4 +1,4 @@
-"""Where a store may be, how one begins, and whether one that exists fits a job."""
+"""Creates stores, checks where one may be, and whether an existing one fits a job."""
 
 from __future__ import annotations
 
@@ -40,17 +40,17 @@ from pipeline.store.store import Store, is_store
 
 
 def check_folder(path: Place) -> None:
-    """Check that a store is or can be at ``path``.
+    """Check that ``path`` holds a store or can hold one.
 
     Raises
     ------
     UsageError
-        When it is no folder, or one that holds something else.
+        When it is not a folder, or a folder with other content.
     """
     try:
         if is_store(path):
             return
-        begun = exists(path / RUNS / "zarr.json")  # which is written first
+        begun = exists(path / RUNS / "zarr.json")  # a new store writes this file first
         others = [name for name in children(path) if not _is_unfinished(name, begun)]
     except FileNotFoundError:
         return
@@ -67,7 +67,7 @@ def check_folder(path: Place) -> None:
 
 
 def prepare_folder(path: Place, *, durable: bool = False) -> None:
-    """Make the folder of a new store with its ``runs``, so that it can be locked.
+    """Make the folder of a new store and its ``runs``, so that it can be locked.
 
     Raises
     ------
@@ -87,14 +87,14 @@ def prepare_folder(path: Place, *, durable: bool = False) -> None:
 
 
 def _is_unfinished(name: str, begun: bool) -> bool:
-    """Whether an entry of a folder without a store is what a crash in the middle of its creation left."""
+    """Whether an entry of a folder without a store was left by a crash while the store was created."""
     litter = name.startswith("zarr.json.") and name.endswith(".partial")
     return litter or name in ((RUNS, EXTRACTOR, REJECTED) if begun else (RUNS,))
 
 
 def create_store(path: Place, spec: StoreSpec, weights: Mapping[str, Array], *, durable: bool = False) -> Store:
-    """Create an empty store in a folder from `prepare_folder`; it exists from the moment its root metadata does."""
-    remove_folder(path / EXTRACTOR)  # what a crash left, maybe of other layers
+    """Create an empty store in a folder from `prepare_folder`; it exists as soon as its root metadata does."""
+    remove_folder(path / EXTRACTOR)  # left by a crash, maybe with other layers
     for name, values in weights.items():
         make_folder(path / EXTRACTOR / name, durable=durable)
         content = compress(np.ascontiguousarray(values, "float32"))
@@ -110,14 +110,14 @@ def create_store(path: Place, spec: StoreSpec, weights: Mapping[str, Array], *, 
 
 
 def list_job(job: Job) -> Listing:
-    """List a job's source, without what the job and its store leave out.
+    """List a job's source, without what the job and its store exclude.
 
-    A store that was made before there were excluded names has none: otherwise its rows would be taken for removed.
+    A store from before excluded names existed excludes nothing: otherwise its rows would count as removed.
 
     Raises
     ------
     UsageError
-        As `list_collection`, or when there is another kind of store.
+        As raised by `list_collection`, or when there is another kind of store.
     """
     path = place(job.store).absolute()
     if job.exclude and suffix_of(job.source) in READERS and not is_pattern(job.source) and not Path(job.source).is_dir():
@@ -136,7 +136,7 @@ def check_job(job: Job, listing: Listing) -> tuple[StoreSpec, dict[str, Array]]:
     Raises
     ------
     UsageError
-        When they do not fit.
+        When they do not fit together.
     """
     path = place(job.store).absolute()
     check_apart(path, job.source, listing.root)
@@ -154,7 +154,7 @@ def check_job(job: Job, listing: Listing) -> tuple[StoreSpec, dict[str, Array]]:
 
 
 def check_apart(store: Place, source: str, root: str) -> None:
-    """Refuse a store inside the folder that is walked; beside a list of paths it may be.
+    """Refuse a store inside the source folder; a store beside a list of paths is fine.
 
     Raises
     ------
@@ -168,7 +168,7 @@ def check_apart(store: Place, source: str, root: str) -> None:
 
 
 def open_for(path: Place, spec: StoreSpec) -> Store | None:
-    """Open an existing store if it was made with the same settings; None where there is none.
+    """Open an existing store if it was made with the same settings; None if there is none.
 
     Raises
     ------
@@ -179,7 +179,7 @@ def open_for(path: Place, spec: StoreSpec) -> Store | None:
         return None
     store = Store(path)
     if is_same_folder(store.spec.source_root, spec.source_root):
-        spec = replace(spec, source_root=store.spec.source_root)  # through a link
+        spec = replace(spec, source_root=store.spec.source_root)  # the same folder, reached through a link
     lines = difference(store.spec, spec)
     if lines:
         has_maps = any((store.column(c.name, "maps_digest") != "").any() for c in store.classes.values())

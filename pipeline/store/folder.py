@@ -1,4 +1,4 @@
-"""Stores in a folder: objects are files, replaced by renaming; the lock is created by a hard link. See `storage`."""
+"""Stores in a folder: objects are files, replaced by renaming; a hard link creates the lock. See `storage`."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ IS_REMOTE = False
 
 
 def parse(text: str) -> Path:
-    """Any text names a path; a leading ``~`` is the home folder, and ``file://`` is understood.
+    """Parse a path: any text is one; a leading ``~`` is the home folder, and ``file://`` is allowed.
 
     Raises
     ------
     UsageError
-        When a ``file://`` does not go on with a slash.
+        When a ``file://`` is not followed by a slash.
 
     Examples
     --------
@@ -45,7 +45,7 @@ def parse(text: str) -> Path:
 
 
 def fetch(path: Path) -> tuple[bytes, None]:
-    """Content; files know no conditions."""
+    """Content; files have no conditions."""
     return path.read_bytes(), None
 
 
@@ -55,7 +55,7 @@ def fetch_dated(path: Path) -> tuple[bytes, float]:
 
 
 def condition_of(path: Path) -> None:  # noqa: ARG001 (as of a bucket)
-    """None: files know no conditions."""
+    """None: files have no conditions."""
     return
 
 
@@ -77,7 +77,7 @@ def put(path: Path, parts: Sequence[bytes], *, durable: bool, only: Any) -> None
 
 
 def _sync_folder(path: Path) -> None:
-    """Bring a folder's names to the disk."""
+    """Sync a folder, so that its names are on the disk."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -101,12 +101,12 @@ def children(path: Path) -> list[str]:
 
 
 def litter(path: Path) -> list[Path]:
-    """Temporary files of writes anywhere in a store."""
+    """Temporary files of writes, anywhere in a store."""
     return [*path.rglob("*.partial")]
 
 
 def make_folder(path: Path, *, durable: bool) -> None:
-    """Make a folder with its parents, if it is not there."""
+    """Make a folder and its parents, if missing."""
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
     if durable:
@@ -115,23 +115,23 @@ def make_folder(path: Path, *, durable: bool) -> None:
 
 
 def nearest_folder(path: Path) -> Path:
-    """A folder, or the deepest that is there of those that it would be made in."""
+    """The folder, or its deepest existing parent."""
     path = path.absolute()
     return next(folder for folder in (path, *path.parents) if folder.is_dir())
 
 
 def delete(path: Path) -> None:
-    """Delete a file, if it is there."""
+    """Delete a file, if it exists."""
     path.unlink(missing_ok=True)
 
 
 def remove_folder(path: Path) -> None:
-    """Remove a folder with all that is in it, if it is there."""
+    """Remove a folder and its content, if it exists."""
     shutil.rmtree(path, ignore_errors=True)
 
 
 def free_bytes(path: Path) -> int:
-    """Free space of the file system that a store is or will be on."""
+    """Free space of the file system on which a store is or will be."""
     status = os.statvfs(nearest_folder(path))
     return status.f_bavail * status.f_frsize
 
@@ -147,7 +147,7 @@ def lock(path: Path, *, sole_writer: bool) -> FileLock:  # noqa: ARG001 (as of a
 
 
 class FileLock:
-    """Created by a hard link, exclusively; its modification time is the heartbeat."""
+    """A lock file, created exclusively by a hard link; its modification time is the heartbeat."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -162,11 +162,11 @@ class FileLock:
             os.fsync(file.fileno())  # an empty lock would stop every later run
         try:
             with _guard(self.path.parent):
-                now = temporary.stat().st_mtime  # by the clock of the file server, as the heartbeat is
+                now = temporary.stat().st_mtime  # by the file server's clock, like the heartbeat
                 with contextlib.suppress(FileNotFoundError):
                     judge(self.path.read_bytes(), now - self.path.stat().st_mtime)
                     self.path.unlink()
-                os.link(temporary, self.path)  # fails if the object exists: exclusive also where flock is not
+                os.link(temporary, self.path)  # fails if the file exists: exclusive, also on file systems without flock
         except FileExistsError:
             raise taken(self.path) from None
         finally:
@@ -193,7 +193,7 @@ class FileLock:
 
 @contextlib.contextmanager
 def _guard(folder: Path) -> Iterator[None]:
-    """Serialise the contenders of one host while they look at the lock and replace it."""
+    """Serialise the processes of one host while they check and replace the lock."""
     with (folder / "lock.guard").open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

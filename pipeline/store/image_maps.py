@@ -14,13 +14,13 @@ from pipeline.store.store import Store
 
 
 def map_sizes(spec: StoreSpec, height: int, width: int) -> dict[str, Size]:
-    """Height and width of every layer's maps, by its name, for an input height and width."""
+    """Height and width of every layer's maps, by layer name, for an input height and width."""
     layers = extractor_spec(spec).layers
     return dict(zip(layer_names(layers), output_sizes(layers, height, width), strict=True))
 
 
 def image_maps(store: Store, group: str, layer: StoredLayer, row: int, size: Size) -> Array:
-    """Maps of one row that is done, cropped to ``size``, the height and width that the image gives.
+    """Maps of one done row, cropped to ``size``, the height and width that follow from the image.
 
     Returns
     -------
@@ -31,9 +31,9 @@ def image_maps(store: Store, group: str, layer: StoredLayer, row: int, size: Siz
     OSError
         When they cannot be read.
     RuntimeError
-        When a checksum does not fit.
+        When a checksum does not match.
     ValueError
-        When some values are NaN, which data never are.
+        When values are NaN, which data never are: an object is missing.
     """
     with urls.errors(str(store.path)):
         stored = np.asarray(store.array(group, layer.name)[row, :, : size[0], : size[1]])
@@ -41,12 +41,12 @@ def image_maps(store: Store, group: str, layer: StoredLayer, row: int, size: Siz
 
 
 def decoded(stored: Array, layer: StoredLayer) -> Array:
-    """Maps of an image that is done, float32, from those as stored, without padding.
+    """Stored maps of a done image as float32, without padding.
 
     Raises
     ------
     ValueError
-        When some values are NaN, which data never are.
+        When values are NaN, which data never are: an object is missing.
     """
     maps = dequantise(stored, layer)
     if np.isnan(maps).any():

@@ -24,7 +24,7 @@ S_PER_TORCH_VALUE = 4e-9
 S_PER_STORED_BYTE = 1e-9
 BATCH_S = 1.0
 MIN_BATCH_S = 0.2
-DRIVER_S = 0.03  # of the driver's and the scheduler's time that a batch may take: twice what it does
+DRIVER_S = 0.03  # the driver's and the scheduler's time allowed per batch: twice what it takes
 BATCHES_PER_SLOT = 4
 BATCHES_IN_FLIGHT_PER_SLOT = 2
 
@@ -54,8 +54,8 @@ def class_name(size: Size) -> str:
 def assign_classes(sizes: Iterable[Size], existing: Iterable[Size], max_exact: int = MAX_EXACT_CLASSES) -> list[Size]:
     """Shape class of each image, given the classes that exist, in the order of the images.
 
-    A size that has a class joins it. While there are fewer than ``max_exact`` classes a new size opens its own; after that it
-    joins the class whose sides are its own, rounded up on the ladder (`ladder_step`).
+    A size that has a class joins it. While there are fewer than ``max_exact`` classes, a new size gets its own class. After that it
+    joins the class whose sides are its own sides, rounded up on the ladder (`ladder_step`).
 
     Parameters
     ----------
@@ -90,7 +90,7 @@ def assign_classes(sizes: Iterable[Size], existing: Iterable[Size], max_exact: i
 
 @dataclass(frozen=True, slots=True)
 class LayerLayout:
-    """How the maps of one stored layer lie in one class's array."""
+    """How the maps of one stored layer are laid out in one class's array."""
 
     name: str
     """Name of the layer and of its array."""
@@ -118,7 +118,7 @@ class ClassLayout:
     size: Size
     """Input height and width, pixels."""
     shard_rows: int
-    """Rows whose maps one task owns: every object of every layer holds these rows or a part of them."""
+    """Rows whose maps one task owns: every object of every layer holds all of these rows or a part of them."""
     layers: tuple[LayerLayout, ...]
 
     @property
@@ -127,22 +127,23 @@ class ClassLayout:
         return sum(layer.row_bytes for layer in self.layers)
 
     def is_sharded(self, layer: LayerLayout) -> bool:
-        """Whether a layer's objects are shards of several inner chunks (else plain chunks)."""
+        """Whether a layer's objects are shards of several inner chunks, not plain chunks."""
         return layer.chunk_rows < self.shard_rows
 
 
 def class_layout(size: Size, layers: Sequence[tuple[str, int, Size]], itemsize: int, channels: int = 3) -> ClassLayout:
-    """Chunks and shards of a class.
+    """Choose chunks and shards of a class.
 
-    An inner chunk holds whole images, a power of two of them, up to at least 256 KiB. A shard holds about 64 MiB of maps, at most
-    2,048 rows and at most 128 MiB of decoded input. A map above 256 MiB is cut in y and x instead and has its row to itself.
+    An inner chunk holds a power of two of whole images, at least 256 KiB if the shard is large enough. A shard holds about
+    64 MiB of maps, at most 2,048 rows and at most 128 MiB of decoded input. A map above 256 MiB is cut in y and x instead, and has
+    its row to itself.
 
     Parameters
     ----------
     size : (int, int)
         Input height and width of the class, pixels.
     layers : sequence of (name, channels, (height, width))
-        The layers whose maps are stored, maybe none, and the size of their maps for an image of the class's full size.
+        The stored layers (there may be none), with the size of their maps for an image of the class's full size.
     itemsize : int
         Bytes per stored value.
     channels : int
@@ -179,7 +180,7 @@ def class_layout(size: Size, layers: Sequence[tuple[str, int, Size]], itemsize: 
 
 
 def _spatial_chunk(channels: int, height: int, width: int, itemsize: int) -> Size:
-    """Whole maps, or for one above 256 MiB the largest cut below 64 MiB: bands first, then columns."""
+    """Shape of a spatial chunk: the whole map, or for maps above 256 MiB the largest cut below 64 MiB: bands first, then columns."""
     if channels * height * width * itemsize <= MAX_MAP_BYTES:
         return height, width
     rows = max(1, SHARD_BYTES // (channels * width * itemsize))
@@ -189,7 +190,7 @@ def _spatial_chunk(channels: int, height: int, width: int, itemsize: int) -> Siz
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """The pending rows of one shard: what one task, and no other, may write."""
+    """The pending rows of one shard; exactly one task may write them."""
 
     size: Size
     """The shape class."""
@@ -198,16 +199,16 @@ class Piece:
     stop: int
     """One past the last row: the shard's end or the class's length."""
     rows: tuple[int, ...]
-    """Rows in ``[start, stop)`` that are to be computed, ascending."""
+    """Rows in ``[start, stop)`` to compute, ascending."""
     cost_s: float
     """Estimated work on one core."""
     memory_bytes: int
-    """Decoded input and stored maps, uncompressed."""
+    """Bytes of decoded input and stored maps, uncompressed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What one task handles, or one read, one extract and one write task."""
+    """What one task processes, or one read, one extract and one write task together."""
 
     pieces: tuple[Piece, ...]
 
@@ -223,12 +224,12 @@ class Batch:
 
     @property
     def memory_bytes(self) -> int:
-        """Decoded input and stored maps, uncompressed."""
+        """Bytes of decoded input and stored maps, uncompressed."""
         return sum(piece.memory_bytes for piece in self.pieces)
 
 
 def image_cost_s(layout: ClassLayout, multiply_adds: int, torch_values: int) -> float:
-    """Estimated seconds of one image on one core; for balancing only, and right within a factor of about two.
+    """Estimated seconds for one image on one core; used only to balance work, and accurate to a factor of about two.
 
     Parameters
     ----------
@@ -236,7 +237,7 @@ def image_cost_s(layout: ClassLayout, multiply_adds: int, torch_values: int) -> 
     multiply_adds : int
         Of the convolutions.
     torch_values : int
-        Values before pooling of the layers that are not compiled.
+        Values, before pooling, of the layers that are not compiled.
     """
     height, width = layout.size
     compute_s = multiply_adds * S_PER_MULTIPLY_ADD + torch_values * S_PER_TORCH_VALUE + height * width * DECODE_S_PER_PIXEL
@@ -246,7 +247,7 @@ def image_cost_s(layout: ClassLayout, multiply_adds: int, torch_values: int) -> 
 def cut_pieces(
     layout: ClassLayout, rows: Sequence[int], n_rows: int, cost_s: float, channels: int = 3, *, complete: bool = True
 ) -> tuple[list[Piece], list[int]]:
-    """Cut the pending rows of a class at the shards' borders.
+    """Cut the pending rows of a class at the borders of its shards.
 
     Parameters
     ----------
@@ -260,8 +261,8 @@ def cut_pieces(
     channels : int
         Channels of the decoded image.
     complete : bool
-        False while the class may still grow: rows of a last shard that is not full are held back, so that no second task ever
-        owns that shard.
+        False while the class may grow: then rows of an incomplete last shard are held back, so that no second task
+        ever owns that shard.
 
     Returns
     -------
@@ -292,7 +293,7 @@ def cut_pieces(
 
 
 def group_by_shard(rows: Iterable[int], shard_rows: int) -> Iterator[tuple[int, list[int]]]:
-    """Number and rows of each shard that holds some of ``rows``, which ascend."""
+    """Number and rows of each shard that holds some of ``rows``; ``rows`` must ascend."""
     members: list[int] = []
     for row in rows:
         if members and row // shard_rows != members[0] // shard_rows:
@@ -304,10 +305,10 @@ def group_by_shard(rows: Iterable[int], shard_rows: int) -> Iterator[tuple[int, 
 
 
 def pack_batches(pieces: Sequence[Piece], slots: int, *, is_whole: bool = True, complete: bool = True) -> list[Batch]:
-    """Join pieces, in order, into batches of about a second, but enough of them to keep every slot busy.
+    """Join pieces, in order, into batches of about a second, but enough batches to keep every slot busy.
 
-    From some 30 slots on they are longer, so that one driver keeps up with any number. The last ones become shorter and shorter, so
-    that all slots end at about the same time.
+    From about 30 slots on, batches are longer, so that one driver keeps up with any number of slots. The last batches become shorter
+    and shorter, so that all slots end at about the same time.
 
     Parameters
     ----------
@@ -315,10 +316,10 @@ def pack_batches(pieces: Sequence[Piece], slots: int, *, is_whole: bool = True, 
     slots : int
         Number of extract tasks that the cluster runs at once.
     is_whole : bool
-        Whether one task does all of a batch, a shard at a time; else no batch of several pieces is above `BATCH_BYTES`, because its
-        images lie in memory together.
+        Whether one task does all stages of a batch, shard by shard. Otherwise no batch of several pieces exceeds `BATCH_BYTES`,
+        because all its images are in memory together.
     complete : bool
-        False while other pieces may follow.
+        False while more pieces may follow.
 
     Returns
     -------
@@ -329,7 +330,7 @@ def pack_batches(pieces: Sequence[Piece], slots: int, *, is_whole: bool = True, 
     longest_s = max(BATCH_S, slots * DRIVER_S)
     batches: list[Batch] = []
     members: list[Piece] = []
-    cost_s, memory_bytes = 0.0, 0  # of the members
+    cost_s, memory_bytes = 0.0, 0  # totals of the members
     for piece in pieces:
         if members and not is_whole and memory_bytes + piece.memory_bytes > BATCH_BYTES:
             batches.append(Batch(tuple(members)))

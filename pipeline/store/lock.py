@@ -1,4 +1,4 @@
-"""The store's lock: one run at a time, and a sign by which late workers of a dead run know that they are late."""
+"""The store's lock: it admits one run at a time, and lets late workers of a dead run see that they are late."""
 
 from __future__ import annotations
 
@@ -21,29 +21,29 @@ HEARTBEAT_S = 10.0
 WORKER_TTL_S = 60.0
 LOCK_TTL_S = 3 * HEARTBEAT_S + WORKER_TTL_S
 WATCH_S = 1.0
-"""How often a lock is looked at while a heartbeat is waited for."""
+"""How often to look at a lock while waiting for a heartbeat."""
 
 
 class _FromAheadError(StoreBusyError):
-    """The last heartbeat lies ahead of the clock, which therefore does not tell how old it is."""
+    """The last heartbeat is ahead of the clock, so the clock does not tell its age."""
 
 
 class StoreLock:
-    """Exclusive hold of a store, kept alive by a thread until `release` or the end of the ``with`` block.
+    """Exclusive lock on a store, kept alive by a thread until `release` or the end of the ``with`` block.
 
     Parameters
     ----------
     folder : Path or Url
-        The store's ``runs`` folder, which exists.
+        The store's ``runs`` folder, which must exist.
     run_id : str
-        Names this run; the tasks that it sends carry it.
+        Name of this run; its tasks carry it.
     sole_writer : bool
-        Go on although a server cannot tell two runs apart: whoever says so vouches that there is no other.
+        Go on even if a bucket's server cannot keep two runs apart: the caller vouches that there is no other run.
 
     Raises
     ------
     StoreBusyError
-        When another run holds the store; the message says who, where and since when it is silent.
+        When another run holds the store; the message says who, where, and how long ago it was last heard.
     UsageError
         When the server of a bucket ignores conditional puts.
     """
@@ -54,7 +54,7 @@ class StoreLock:
         self.took_over = False
         self._lock = lock_object(folder / LOCK_NAME, sole_writer=sole_writer)
         self._stop = threading.Event()
-        self._unheard: Any = None  # a heartbeat that lies ahead, and that no other followed
+        self._unheard: Any = None  # a heartbeat ahead of the clock that no later one followed
         held.add(run_id)
         try:
             self._take(asdict(Holder.current(run_id)))
@@ -71,7 +71,7 @@ class StoreLock:
         self.release()
 
     def release(self) -> None:
-        """Give the store back, if it is still ours."""
+        """Give the lock back, if it is still ours."""
         self._stop.set()
         self._thread.join()
         held.discard(self.run_id)
@@ -79,7 +79,7 @@ class StoreLock:
             self._lock.give_back()
 
     def _take(self, document: dict[str, Any]) -> None:
-        """Take the lock; where the clock does not tell whether its holder lives, wait for a heartbeat."""
+        """Take the lock; if the clock does not tell whether its holder lives, wait for a heartbeat."""
         try:
             self._lock.take(document, self._judge)
         except _FromAheadError as error:
@@ -92,7 +92,7 @@ class StoreLock:
             self._lock.take(document, self._judge)
 
     def _judge(self, content: bytes, silent_s: float) -> None:
-        """Refuse unless the lock is that of a run that is surely over."""
+        """Refuse to take the lock unless its run is certainly over."""
         try:
             holder = Holder.parse(content)
         except (ValueError, TypeError, AttributeError) as error:
@@ -121,7 +121,7 @@ class StoreLock:
 
 
 def last_holder(folder: Place) -> str:
-    """The run that holds or held the store, alive or not, whose ``runs`` folder this is; empty where that is not on record."""
+    """The run that holds or last held the store with this ``runs`` folder; empty if there is no record."""
     try:
         return str(json.loads((folder / LOCK_NAME).read_bytes()).get("run_id", ""))
     except (OSError, ValueError, AttributeError):
@@ -129,7 +129,7 @@ def last_holder(folder: Place) -> str:
 
 
 def require_lock(folder: Place, run_id: str) -> None:
-    """Refuse to go on for a run that no longer holds the store.
+    """Raise if the run no longer holds the store.
 
     Raises
     ------
@@ -143,7 +143,7 @@ def require_lock(folder: Place, run_id: str) -> None:
 
 
 def last_heard(silent_s: float) -> str:
-    """When a heartbeat was, for a person.
+    """How long ago the last heartbeat was, in words.
 
     Examples
     --------
@@ -158,9 +158,9 @@ def last_heard(silent_s: float) -> str:
 
 
 def current_holder(store: Place) -> dict[str, Any] | None:
-    """Who works on a store now, as far as can be seen from here, and for how many seconds nothing was heard of it.
+    """The run that works on a store, as far as visible from here, and the seconds since it was last heard.
 
-    ``ahead_s`` is how far its heartbeat lies ahead of this clock, if it does; then nobody knows how old it is.
+    ``ahead_s`` is set if its heartbeat is ahead of this clock, and says by how much; then its age is unknown.
     """
     path = store / "runs" / LOCK_NAME
     try:

@@ -1,4 +1,4 @@
-"""Who holds a store, and whether that process is still there."""
+"""Who holds a store, and whether that process still exists."""
 
 from __future__ import annotations
 
@@ -17,33 +17,33 @@ if TYPE_CHECKING:
     from pipeline.source.urls import Url
 
 LOCK_NAME = "lock.json"
-"""Of the lock object in ``runs/``."""
+"""Name of the lock object in ``runs/``."""
 held: set[str] = set()
 """Runs of this process that hold a store."""
 
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """Who holds a store; the heartbeat is the modification time of the lock object."""
+    """The holder of a store; the heartbeat is the modification time of the lock object."""
 
     run_id: str
     host: str
     boot_id: str
-    """Changes when the host restarts; with the PID namespace, as containers share one boot."""
+    """Changes when the host restarts. Contains the PID namespace, because containers share one boot."""
     pid: int
     process_started: int
-    """Clock ticks since the boot, which no step of the clock moves, so that a reused pid is not taken for the holder."""
+    """Clock ticks from boot to the start of the process. Clock changes do not affect it, so it exposes a reused pid."""
     job_id: str
     """Batch system's job id, or empty."""
 
     @classmethod
     def parse(cls, content: bytes) -> Holder | None:
-        """Understand a lock object; None where its run gave the store back.
+        """Parse a lock object; None if its run gave the store back.
 
         Raises
         ------
         ValueError, TypeError, AttributeError
-            When it is none.
+            When the object is not a lock.
         """
         document = json.loads(content)
         document.pop("n_beats", None)
@@ -51,14 +51,14 @@ class Holder:
 
     @classmethod
     def current(cls, run_id: str) -> Holder:
-        """The holder that this process is."""
+        """The current process, as holder."""
         return cls(run_id, socket.gethostname(), _boot_id(), os.getpid(), _start_ticks(os.getpid()), _job_id())
 
     def is_dead(self) -> bool:
-        """Whether it ran on this host and boot and its process is gone; False when that cannot be known from here."""
+        """Whether it ran on this host since its last boot and its process is gone; False if that cannot be known from here."""
         if (self.host, self.boot_id) != (socket.gethostname(), _boot_id()):
             return False
-        if self.pid == os.getpid():  # which may not have been able to remove the lock of an earlier run
+        if self.pid == os.getpid():  # this process may have failed to remove the lock of an earlier run
             return self.run_id not in held
         try:
             return _start_ticks(self.pid) != self.process_started or psutil.Process(self.pid).status() == psutil.STATUS_ZOMBIE
@@ -75,17 +75,17 @@ def holds(folder: Path | Url, run_id: str) -> bool:
 
 
 def taken(lock: Path | Url) -> StoreBusyError:
-    """Another run took the lock at the same moment, and was faster."""
+    """The error for a lock that another run took at the same moment."""
     return StoreBusyError(f"store {lock.parent.parent} was taken by another run just now; run again later")
 
 
 def _start_ticks(pid: int) -> int:
-    """When a process started; proc(5) counts the field behind the name, which may hold anything."""
+    """When a process started, from /proc/PID/stat. Counts fields after the process name, which may contain anything."""
     return int(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[19])
 
 
 def _is_there(pid: int) -> bool:
-    """Whether a process exists, also where /proc hides those of others."""
+    """Whether a process exists, also where /proc hides other users' processes."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

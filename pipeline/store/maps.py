@@ -1,4 +1,4 @@
-"""Arrays of a store as zarr reads them, and maps as tasks write them; the only home of zarr."""
+"""Opens arrays of a store with zarr, and writes maps for tasks; the only module that imports zarr."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ StoredArray: TypeAlias = "zarr.Array[Any]"
 
 
 def open_array(folder: Place) -> StoredArray:
-    """An array of a store, for reading."""
+    """Open an array of a store for reading."""
     import zarr  # noqa: PLC0415 (a worker that writes whole shards never needs it, and it takes a fifth of a worker's imports)
     from zarr.storage import ObjectStore  # noqa: PLC0415 (as above)
 
@@ -42,7 +42,7 @@ def write_maps(
     *,
     durable: bool = False,
 ) -> int:
-    """Write the objects of one layer that hold rows ``[start, start + len(block))``; the caller owns them.
+    """Write the objects of one layer that hold rows ``[start, start + len(block))``; the caller must own these rows.
 
     Parameters
     ----------
@@ -55,11 +55,11 @@ def write_maps(
     start : int
         First row; a multiple of the class's ``shard_rows``.
     block : (n, channel, y, x)
-        All rows of the shard up to its end or the class's length, as stored.
+        All rows of the shard, up to its end or the class's length, as stored.
     fill : float
         Fill value of the array.
     durable : bool
-        As of `Store`.
+        Same as for `Store`.
 
     Returns
     -------
@@ -69,9 +69,9 @@ def write_maps(
     Raises
     ------
     FeaturemapsError
-        When the rows are not one whole shard: another task would own a part of the same object.
+        When the rows are not exactly one shard: another task would own part of the same object.
     StaleWriterError
-        When the array has another length than the plan, or the run no longer holds the store.
+        When the array's length differs from the plan, or the run no longer holds the store.
     """
     folder = path / class_name(layout.size) / layer.name
     length = int(read_json(folder / "zarr.json")["shape"][0])
@@ -86,7 +86,7 @@ def write_maps(
             "store has changed since the task was sent; it writes nothing, and the next run does its rows"
         )
     objects = encode_rows(layout, layer, start, block, fill)
-    conditions = {key: condition_of(folder / key) for key in objects}  # before the look at the lock
+    conditions = {key: condition_of(folder / key) for key in objects}  # read before the lock is checked
     require_lock(path / RUNS, run_id)
     for key, parts in objects.items():
         put(folder / key, *parts, durable=durable, only=conditions[key])
@@ -94,12 +94,12 @@ def write_maps(
 
 
 def read_maps(path: Place, layout: ClassLayout, layer: str, start: int, stop: int) -> Array:
-    """Rows of one layer as stored, for a writer that must keep them: (n, channel, y, x).
+    """Rows of one layer as stored, (n, channel, y, x), for a writer that must keep them.
 
     Raises
     ------
     FeaturemapsError
-        When they are damaged.
+        When the rows are damaged.
     """
     folder = path / class_name(layout.size) / layer
     try:

@@ -1,4 +1,4 @@
-"""Where the store is that a user names: by its place, or by the job file that makes it."""
+"""Finds the store that a user names, by its place or by its job file."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from pipeline.store.objects import Place, place
 
 
 def named_store(store: str | os.PathLike[str] | Place) -> Place:
-    """Where a store is: a folder (``~`` is the home folder), file://, a bucket's address, or what a job file says.
+    """Place of a store, given as a folder (``~`` is the home folder), file://, a bucket's URL, or a job file.
 
     Raises
     ------
     UsageError
-        When the job file cannot be read, or nothing can be there.
+        When the job file cannot be read, or the place cannot hold a store.
     """
     if isinstance(store, Url):
         return store

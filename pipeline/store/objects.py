@@ -1,4 +1,4 @@
-"""Objects of a store, each written whole, in a place of any kind; see `storage` for what a kind offers."""
+"""Reads and writes objects of a store, each as a whole, in any kind of place; `storage` is the interface of a kind."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 KINDS: dict[type[Any], Storage] = {Url: bucket, Path: folder}
-"""The kinds of places, by the type of their paths; the first that understands a user's text has it."""
+"""The kinds of places, by the type of their paths; the first one that can parse a user's text is used."""
 
 
 def _storage(path: Place) -> Storage:
@@ -28,12 +28,12 @@ def _storage(path: Place) -> Storage:
 
 
 def place(store: str | Place) -> Place:
-    """Where a store is or will be; a leading ``~`` is the home folder.
+    """Place where a store is or will be; a leading ``~`` is the home folder.
 
     Raises
     ------
     UsageError
-        When it is a URL that nothing can be written to.
+        When it is a URL that cannot be written to.
     """
     if isinstance(store, str):
         return next(found for kind in KINDS.values() if (found := kind.parse(store)) is not None)  # type: ignore[no-any-return]
@@ -41,12 +41,12 @@ def place(store: str | Place) -> Place:
 
 
 def is_remote(path: Place) -> bool:
-    """Whether each request takes long and costs little."""
+    """Whether each request has a high latency and costs little."""
     return _storage(path).IS_REMOTE
 
 
 def fetch(path: Place) -> tuple[bytes | None, Any]:
-    """Content, None where there is no such object, and the condition under which `put` replaces just this one."""
+    """Content (None if there is no such object), and the condition under which `put` replaces exactly this version."""
     try:
         return _storage(path).fetch(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -54,7 +54,7 @@ def fetch(path: Place) -> tuple[bytes | None, Any]:
 
 
 def fetch_dated(path: Place) -> tuple[bytes, float]:
-    """Content of an object that must be there, and when it was written, as `modified_s`."""
+    """Content of an object that must exist, and when it was written, as in `modified_s`."""
     return _storage(path).fetch_dated(path)
 
 
@@ -64,14 +64,14 @@ def condition_of(path: Place) -> Any:
 
 
 def put(path: Place, *parts: bytes, durable: bool = False, only: Any = None) -> None:
-    """Write one object whole: a reader sees the old bytes or the new ones, also after a kill, and if ``durable`` after a power cut.
+    """Write one object as a whole. A reader sees the old bytes or the new ones, even after a kill; if ``durable``, after a power cut.
 
-    ``only`` is a condition from `fetch`, for a bucket: a put may be under way there for minutes, and meanwhile another run may take over.
+    ``only`` is a condition from `fetch`, for buckets: a put may take minutes there, and another run may take over meanwhile.
 
     Raises
     ------
     StaleWriterError
-        When the object has become another.
+        When somebody else replaced the object meanwhile.
     """
     _storage(path).put(path, parts, durable=durable, only=only)
 
@@ -79,7 +79,7 @@ def put(path: Place, *parts: bytes, durable: bool = False, only: Any = None) -> 
 def put_json(
     path: Place, document: Mapping[str, Any], indent: int | None = None, *, durable: bool = False, only: Any = None
 ) -> None:
-    """`put` a JSON document; with an indent it takes ten times as long to make."""
+    """`put` a JSON document; with an indent, encoding takes ten times as long."""
     put(path, json.dumps(document, indent=indent, ensure_ascii=True).encode(), durable=durable, only=only)
 
 
@@ -89,7 +89,7 @@ def read_json(path: Place) -> dict[str, Any]:
     Raises
     ------
     FeaturemapsError
-        When it cannot be read or understood.
+        When it cannot be read or parsed.
     """
     try:
         return parse_json(path, path.read_bytes())
@@ -98,7 +98,7 @@ def read_json(path: Place) -> dict[str, Any]:
 
 
 def parse_json(path: Place, content: bytes) -> dict[str, Any]:
-    """`read_json` of what has been read."""
+    """Parse the content for `read_json`."""
     try:
         document = json.loads(content)
     except ValueError as error:
@@ -116,7 +116,7 @@ def _not_understood(path: Place, error: Exception) -> FeaturemapsError:
 
 
 def exists(path: Place) -> bool:
-    """Whether there is such an object; storage that cannot tell raises, because what does not exist is cleared away."""
+    """Whether the object exists. If the storage cannot tell, raise: callers clear away what does not exist."""
     try:
         path.stat()
     except (FileNotFoundError, NotADirectoryError):
@@ -125,7 +125,7 @@ def exists(path: Place) -> bool:
 
 
 def size_bytes(path: Place) -> int:
-    """Size of an object; 0 where there is none."""
+    """Size of an object; 0 if it does not exist."""
     try:
         return _storage(path).size_bytes(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -133,43 +133,43 @@ def size_bytes(path: Place) -> int:
 
 
 def children(path: Place) -> list[str]:
-    """Names of the objects and folders in a folder, sorted; FileNotFoundError where there is none."""
+    """Names of the objects and folders in a folder, sorted; FileNotFoundError if there is no such folder."""
     return _storage(path).children(path)
 
 
 def litter(path: Place) -> list[Place]:
-    """Temporary objects in a store, of writes that are under way or were killed."""
+    """Temporary objects in a store, from writes that are in progress or were killed."""
     return _storage(path).litter(path)
 
 
 def make_folder(path: Place, *, durable: bool = False) -> None:
-    """Make a folder with its parents, if it is not there; under a URL there are none to make."""
+    """Make a folder and its parents, if missing; a bucket needs none."""
     _storage(path).make_folder(path, durable=durable)
 
 
 def nearest_folder(path: P) -> P:
-    """A folder, or the deepest that is there of those that it would be made in; a URL itself."""
+    """The folder, or its deepest existing parent; for a URL, the URL itself."""
     found: P = _storage(path).nearest_folder(path)
     return found
 
 
 def modified_s(path: Place) -> float:
-    """When an object was written, in seconds since 1970, by the clock of the server that holds it."""
+    """Time of an object's last write, in seconds since 1970, by the clock of the server that holds it."""
     return _storage(path).modified_s(path)
 
 
 def delete(path: Place) -> None:
-    """Delete an object, if there is one."""
+    """Delete an object, if it exists."""
     _storage(path).delete(path)
 
 
 def remove_folder(path: Place) -> None:
-    """Remove a folder with all that is in it, if it is there."""
+    """Remove a folder and its content, if it exists."""
     _storage(path).remove_folder(path)
 
 
 def each(function: Callable[[T], R], items: Iterable[T], where: Place) -> list[R]:
-    """`map`, with many requests at once under a URL, where each takes long and costs little."""
+    """`map`, with many requests at once for a URL, where each has a high latency and costs little."""
     items = list(items)
     if not is_remote(where) or len(items) < 2:
         return list(map(function, items))
@@ -178,15 +178,15 @@ def each(function: Callable[[T], R], items: Iterable[T], where: Place) -> list[R
 
 
 def free_bytes(path: Place) -> int | None:
-    """Free space of the file system that a store is or will be on; None where nothing says."""
+    """Free space of the file system on which a store is or will be; None if unknown."""
     return _storage(path).free_bytes(path)
 
 
 def object_store(path: Place) -> Any:
-    """The obstore store through which zarr reads a folder; None where zarr reads its files."""
+    """The obstore store through which zarr reads a folder; None if zarr reads the files itself."""
     return _storage(path).object_store(path)
 
 
 def lock_object(path: Place, *, sole_writer: bool = False) -> Lock:
-    """The lock at a path, which nobody has taken yet; see `lock.StoreLock`."""
+    """The lock object at a path, not yet taken; see `lock.StoreLock`."""
     return _storage(path).lock(path, sole_writer=sole_writer)

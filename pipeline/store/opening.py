@@ -1,4 +1,4 @@
-"""What the metadata of a store says: its spec and its classes."""
+"""Reads the metadata of a store: its spec and its classes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pipeline.store.schema import CLASS_NAME, FORMAT, REJECTED, ShapeClass, Stor
 
 
 def is_store(path: Place) -> bool:
-    """Whether ``path`` holds a finished creation of a store of any format."""
+    """Whether ``path`` holds a completely created store of any format."""
     try:
         (path / "zarr.json").stat()
     except (FileNotFoundError, NotADirectoryError):
@@ -30,7 +30,7 @@ def read_spec(path: Place) -> StoreSpec:
     Raises
     ------
     UsageError
-        When there is no store, or one of another format.
+        When there is no store, or it has another format.
     """
     if not is_store(path):
         raise UsageError(f"there is no store at {path}: check the path, or make one with `featuremaps run SOURCE {path}`")
@@ -49,8 +49,8 @@ def read_spec(path: Place) -> StoreSpec:
             for layer in content["layers"]
         )
         for part, key in ((content["extractor"], "layers"), (content["decode"], "sha256")):
-            part[key]  # must be there
-        content.pop("sha256", None)  # which older stores have not
+            part[key]  # raises KeyError if it is missing
+        content.pop("sha256", None)  # older stores do not have it
         return StoreSpec(**{**content, "layers": layers, "excluded": tuple(content.get("excluded", ()))})
 
 
@@ -63,7 +63,7 @@ def read_classes(path: Place, spec: StoreSpec) -> dict[Size, ShapeClass]:
 
 def _read_class(folder: Place, spec: StoreSpec) -> ShapeClass | None:
     if not exists(folder / "zarr.json"):
-        return None  # what a crash left of a class that was being created
+        return None  # left by a crash while the class was created
     with understood(folder):
         attributes = read_json(folder / "zarr.json")["attributes"]
         shape = attributes["shape_class"]
@@ -91,7 +91,7 @@ def count_rejected(path: Place) -> int:
 
 @contextlib.contextmanager
 def understood(path: Place) -> Iterator[None]:
-    """Metadata that says something else than format 1 does is an error for people."""
+    """Turn errors of metadata that does not follow format 1 into a clear message."""
     try:
         yield
     except (KeyError, TypeError, IndexError, ValueError, AttributeError) as error:

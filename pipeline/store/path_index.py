@@ -1,4 +1,4 @@
-"""Finds the row of an image by its path, also among millions; and names that are like one that is not there."""
+"""Finds the row of an image by its path, even among millions, and similar names for a path that does not exist."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from pipeline.store.schema import COLUMN_ROWS, REJECTED, Status, object_key
 from pipeline.store.store import Store
 
 SCANS = 100
-"""Look-ups after which a sorted index pays: making it takes about as long."""
+"""After this many look-ups a sorted index pays: making it takes about as long as they do."""
 SHORTLIST = 400
 MAX_HINTS = 3
 Row = tuple[str, int]
 """Group and row."""
 _SURROGATES = re.compile("[\ud800-\udfff]")
-"""Stand for bytes of a file's name that are no UTF-8; pandas and the stored columns refuse them."""
+"""They stand for bytes of a file name that are not UTF-8; pandas and the stored columns refuse them."""
 
 
 class PathIndex:
-    """Where the images of a store are, by path.
+    """Row of each image of a store, by path.
 
-    The first look-ups search the bytes of the ledger's ``path`` columns, which are then kept; after `SCANS` of them a sorted index of
-    hashes is made in their place.
+    The first look-ups search the bytes of the ledger's ``path`` columns, which are kept in memory. After `SCANS` look-ups a sorted
+    index of hashes replaces them.
 
     Parameters
     ----------
     store : Store
-        Rows that are appended later are not seen.
+        Rows that are appended later are not found.
     """
 
     def __init__(self, store: Store) -> None:
@@ -49,11 +49,11 @@ class PathIndex:
         self._hashes: tuple[Array, Array] | None = None
 
     def __reduce__(self) -> tuple[type[PathIndex], tuple[Store]]:
-        """Pickle without the lock and what was read: another process reads it again."""
+        """Pickle without the lock and without the columns; another process reads them again."""
         return PathIndex, (self._store,)
 
     def find(self, path: str) -> Row | None:
-        """The row of an image that is done, or else its last live one, or else one of before it left; None where there is none."""
+        """The image's done row, otherwise its last live row, otherwise a row from before it left; None if there is none."""
         with self._lock:
             if self._hashes is None and self._n_scans >= SCANS:
                 self._hashes = self._sort()
@@ -65,13 +65,13 @@ class PathIndex:
                 status = self.status(row)
                 rank = 2 if status == Status.DONE else 1 if status < Status.REMOVED else 0
                 if rank == 2:
-                    return row  # an image has one such row at most
+                    return row  # an image has at most one done row
                 if best is None or rank >= best[0]:
                     best = rank, row
             return best[1] if best else None
 
     def status(self, row: Row) -> Status:
-        """What the ledger says of a row now."""
+        """The current status of a row in the ledger."""
         return Status(int(self._store.cell(row[0], "status", row[1])))
 
     def _scan(self, path: str) -> Iterator[Row]:
@@ -80,7 +80,7 @@ class PathIndex:
             yield from ((group, start + i) for i in find_text(raw, path) if i < n_rows)
 
     def _chunks(self) -> Iterator[tuple[tuple[str, int], bytes]]:
-        """The bytes of the path columns, by group and first row; under a URL all are asked for at once."""
+        """The bytes of the path columns, by group and first row; from a bucket, all are requested at once."""
         keys = [(group, start) for group in self._groups() for start in range(0, self._store.length(group), COLUMN_ROWS)]
         if is_remote(self._store.path) and not self._raw:
             self._raw = dict(zip(keys, each(self._read, keys, self._store.path), strict=True))
@@ -90,7 +90,7 @@ class PathIndex:
             yield key, self._raw[key]
 
     def _groups(self) -> list[str]:
-        """The largest class first: it holds what is looked for most likely."""
+        """Groups, the largest first: it most likely holds the path."""
         names = [c.name for c in self._store.classes.values()]
         return [*sorted(names, key=self._store.length, reverse=True), REJECTED]
 
@@ -104,7 +104,7 @@ class PathIndex:
             raise FeaturemapsError(f"{path}: {error}") from error
 
     def _sort(self) -> tuple[Array, Array]:
-        """Hashes of all paths in ascending order, and at which position of all rows each is."""
+        """Hashes of all paths in ascending order, and the position of each among all rows."""
         hashes = np.fromiter(
             (hash(path) for (group, start), raw in self._chunks() for path in self._texts(group, start, raw)), np.int64
         )
@@ -116,7 +116,7 @@ class PathIndex:
         return texts(raw)[:n_rows] if raw else np.full(n_rows, "", object)
 
     def names(self) -> list[str]:
-        """Paths of all images that are in the collection still."""
+        """Paths of all images that are still in the collection."""
         found = []
         for group in self._groups():
             is_live = self._store.column(group, "status") < Status.REMOVED
@@ -137,15 +137,15 @@ class PathIndex:
 
 
 def stored_name(path: str) -> str:
-    """A path as a shell completes it, in the form in which the ledger has it: "%" and bytes that are no text are written as %XX."""
+    """Convert a path, as a shell completes it, to the form of the ledger: "%" and bytes that are not text become %XX."""
     try:
         return encode_path(os.fsencode(path))
-    except UnicodeEncodeError:  # half a character, as JSON may have: no file has such a name
+    except UnicodeEncodeError:  # half of a surrogate pair, as JSON may contain: no file has such a name
         return path.encode(errors="backslashreplace").decode()
 
 
 def stored_forms(path: str | os.PathLike[str]) -> tuple[str, ...]:
-    r"""What an image that somebody calls ``path`` may be called in the store, the likeliest first: all are valid Unicode.
+    r"""Possible stored forms of a path that a user gives, the most likely first; all are valid Unicode.
 
     Examples
     --------
@@ -162,10 +162,10 @@ def _is_unicode(text: str) -> bool:
 
 
 def similar_names(wanted: str, names: Sequence[str]) -> list[str]:
-    """Names that somebody may have meant, nearest first, at most `MAX_HINTS`.
+    """Names that the user may have meant, nearest first, at most `MAX_HINTS`.
 
-    Comparing two texts takes some 100 microseconds, so only those are compared that share the longest beginning or the longest end
-    with ``wanted``, upper and lower case alike.
+    Comparing two texts takes about 100 microseconds. So ``wanted`` is compared only with names that share its longest beginning or
+    its longest end, ignoring case.
 
     Examples
     --------
@@ -185,12 +185,12 @@ def similar_names(wanted: str, names: Sequence[str]) -> list[str]:
 
 
 def _longest(n: int, is_there: Callable[[int], bool]) -> int:
-    """The largest number up to ``n`` for which something is there, as it is for all below that."""
+    """The largest number up to ``n`` for which ``is_there`` holds; it must hold for all smaller numbers too."""
     return bisect_left(range(1, n + 1), 1, key=lambda m: not is_there(m))
 
 
 def _places(text: str, piece: str) -> Iterator[int]:
-    """Which of the names in a text, each after a NUL, the first finds of a piece are in."""
+    """Indices of the names that contain a piece, first matches only; ``text`` holds the names, each after a NUL."""
     name, position = -1, 0
     at = text.find(piece)
     for _ in range(SHORTLIST):

@@ -1,4 +1,4 @@
-"""The receipts that runs leave in a store."""
+"""Reads and writes the receipts of runs in a store."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pipeline.store.schema import RUNS
 
 
 def receipt_ids(store: Place) -> list[str]:
-    """Names of the runs that left a receipt, oldest first; no clock decides the order. Also of a folder that is no store yet."""
+    """Names of the runs that left a receipt, oldest first, independent of clocks; works before the store is complete."""
     names: list[str] = []
     with contextlib.suppress(FileNotFoundError):
         names = children(store / RUNS)
@@ -22,7 +22,7 @@ def receipt_ids(store: Place) -> list[str]:
 
 
 def read_receipts(store: Place, n: int | None = None) -> list[dict[str, Any]]:
-    """The receipts of the last ``n`` runs, or of all, newest first; but for those that a power cut left empty."""
+    """The receipts of the last ``n`` runs, or of all, newest first; skips receipts that a power cut left empty."""
     found = []
     for run_id in receipt_ids(store)[::-1][:n]:
         with contextlib.suppress(FeaturemapsError):
@@ -31,5 +31,5 @@ def read_receipts(store: Place, n: int | None = None) -> list[dict[str, Any]]:
 
 
 def write_receipt(store: Place, run_id: str, receipt: Mapping[str, Any], *, durable: bool) -> None:
-    """Leave a run's receipt in ``runs/``."""
+    """Write a run's receipt to ``runs/``."""
     put_json(store / RUNS / f"{run_id}.json", receipt, indent=1, durable=durable)

@@ -1,4 +1,4 @@
-"""Undo what a crash left in a store; only under the lock."""
+"""Undoes what a crash left in a store; requires the lock."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from pipeline.store.schema import CLASS_NAME
 
 
 def repair(ledger: Ledger, lengths: Mapping[str, int]) -> None:
-    """Cut arrays that are longer than ``status``; clear unfinished classes and temporary files away.
+    """Cut arrays that are longer than ``status``; remove unfinished classes and temporary files.
 
     Parameters
     ----------
     ledger : Ledger
     lengths : mapping of str to int
-        Rows of every group, as its ``status`` says.
+        Rows of every group, by its ``status``.
     """
     path = ledger.path
     for group, length in lengths.items():
@@ -34,15 +34,16 @@ def repair(ledger: Ledger, lengths: Mapping[str, int]) -> None:
 
 
 def _is_fresh(left: Place) -> bool:
-    """Whether a temporary file of the lock may be that of a run that waits for it just now, by the clock of the file server."""
+    """Whether a temporary lock file may belong to a run that waits for the lock now, by the file server's clock."""
     try:
-        return abs(modified_s(left.parent / LOCK_NAME) - modified_s(left)) < LOCK_TTL_S  # a clock may have been ahead
+        # The difference is absolute, because a clock may have been ahead.
+        return abs(modified_s(left.parent / LOCK_NAME) - modified_s(left)) < LOCK_TTL_S
     except FileNotFoundError:
         return True
 
 
 def remove_unfinished(group: Place) -> None:
-    """Clear away what a crash left of a class that was being created, and which therefore never had a status."""
+    """Remove a class that was being created at a crash, and therefore never had a status."""
     names: list[str] = []
     with contextlib.suppress(FileNotFoundError):
         names = children(group / "status")

@@ -1,4 +1,4 @@
-"""Names of runs, and their order, which depends on no clock."""
+"""Names of runs, and their order, which no clock affects."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ _NUMBER = re.compile(r"Z-(\d{6,})-[0-9a-f]+$")
 
 
 def new_run_id(number: int = 0, now: datetime | None = None) -> str:
-    """A name for a run: its time for people, its number for the order, and random digits.
+    """A name for a run: its time for readers, its number for the order, and random digits.
 
     Parameters
     ----------
     number : int
-        As of `next_number`; 0 for what leaves no receipt.
+        From `next_number`; 0 if there will be no receipt.
     now : datetime, optional
         UTC.
 
@@ -30,7 +30,7 @@ def new_run_id(number: int = 0, now: datetime | None = None) -> str:
 
 
 def run_number(run_id: str) -> int:
-    """The number of a run; 0 where it has none, as runs of versions before numbers.
+    """The number of a run; 0 if it has none, as in versions before numbers.
 
     Examples
     --------
@@ -42,11 +42,11 @@ def run_number(run_id: str) -> int:
 
 
 def run_order(run_id: str) -> tuple[int, str]:
-    """What runs are sorted by: those without a number first, by their time, then the others by their number.
+    """Sort key for runs: first those without a number, by time, then the others by number.
 
     Examples
     --------
-    >>> later = "20261123T215159.378Z-000013-00000000"  # after the clock was mended
+    >>> later = "20261123T215159.378Z-000013-00000000"  # after the clock was corrected
     >>> sorted(["20291123T215159.378Z-000012-f45a62a9", later, "20990101T000000.000Z-00000000"], key=run_order)[-1] == later
     True
     """
@@ -54,7 +54,7 @@ def run_order(run_id: str) -> tuple[int, str]:
 
 
 def next_number(run_ids: Iterable[str]) -> int:
-    """One more than the highest number of some runs.
+    """One more than the highest number of these runs.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""What store format 1 says: names, documents and objects, without reading or writing any. See docs/store-format.md."""
+"""Store format 1: names, documents and objects, without any I/O. See docs/store-format.md."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ LEDGER_COLUMNS = {
 }
 CLASS_NAME = re.compile(r"\d+x\d+")
 ADMISSION = ("pixel_limit", "formats")
-"""Settings of decoding that say which images are read; what is made of those that are does not depend on them."""
+"""Settings of decoding that decide which images are read; they do not affect the maps of the images that are."""
 REJECTED_COLUMNS = {"path": "string", "size_bytes": "int64", "fingerprint": "string", "error": "string", "status": "uint8"}
 
 
 class Status(IntEnum):
-    """What the ledger says of a row; what it says is true, what it does not say is done again."""
+    """Status of a row in the ledger. A status is always true; work that it does not record is done again."""
 
     PENDING = 0
     DONE = 1
@@ -61,7 +61,7 @@ class Status(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class StoredLayer:
-    """One layer whose maps are stored: ``value = stored * scale_factor + add_offset``."""
+    """One layer with stored values: ``value = stored * scale_factor + add_offset``."""
 
     name: str
     channels: int
@@ -69,11 +69,11 @@ class StoredLayer:
     scale_factor: float
     add_offset: float
     fill_value: float
-    """NaN for floats, 0 for integers; data never take it."""
+    """NaN for floats, 0 for integers; data never have this value."""
     error_bound: float
-    """Largest difference between a decoded value and the float32 value that was computed."""
+    """Largest difference between a decoded value and the computed float32 value."""
     has_maps: bool = True
-    """False where only the pooled values of the layer are kept."""
+    """False if only the layer's pooled values are kept."""
 
     def attributes(self) -> dict[str, Any]:
         """CF attributes of the array."""
@@ -85,15 +85,15 @@ class StoredLayer:
 
 @dataclass(frozen=True, slots=True)
 class StoreSpec:
-    """What a store was made with; a later run must agree, but for the versions."""
+    """The settings of a store; later runs must agree with them, except for the versions."""
 
     source: str
-    """What was listed: a folder, a pattern or a list, absolute."""
+    """The listed source: a folder, a pattern or a list, absolute."""
     source_root: str
-    """The folder that stored paths are relative to, absolute."""
+    """The folder to which stored paths are relative, absolute."""
     dtype: str
     extractor: dict[str, Any]
-    """Layers, outputs, input channels, where the weights came from, and ``sha256`` over all but the latter."""
+    """Layers, outputs, input channels, origin of the weights, and a ``sha256`` over all but the origin."""
     decode: dict[str, Any]
     """The decode rules and their ``sha256``."""
     layers: tuple[StoredLayer, ...]
@@ -101,11 +101,11 @@ class StoreSpec:
     written_version: str
     format: int = FORMAT
     excluded: tuple[str, ...] = ()
-    """What listings leave out unless the job says otherwise; stores of before have none, and keep their rows."""
+    """What listings leave out unless the job says otherwise; older stores have none, and keep their rows."""
 
     @property
     def map_layers(self) -> tuple[StoredLayer, ...]:
-        """The layers whose maps are stored; their order is that of `ClassLayout.layers`."""
+        """The layers with stored maps, in the order of `ClassLayout.layers`."""
         return tuple(layer for layer in self.layers if layer.has_maps)
 
 
@@ -116,10 +116,10 @@ class ShapeClass:
     size: Size
     """Input height and width, pixels."""
     length: int
-    """Rows, as ``len(status)`` says."""
+    """Number of rows, from ``len(status)``."""
     layout: ClassLayout
     kind: str = "exact"
-    """``exact``: every image has just this size; ``padded``: some are smaller."""
+    """``exact``: every image has exactly this size; ``padded``: some are smaller."""
     attributes: dict[str, Any] = field(default_factory=dict, hash=False)
 
     @property
@@ -139,20 +139,21 @@ def root_document(spec: StoreSpec) -> dict[str, Any]:
     for layer in content["layers"]:
         layer["fill_value"] = None if np.isnan(layer["fill_value"]) else layer["fill_value"]
         if layer["has_maps"]:
-            del layer["has_maps"]  # only its absence from the maps is said: stores that have them all are as they always were
+            # Written only if False, so that stores with all maps are the same as those of earlier versions.
+            del layer["has_maps"]
     if not spec.excluded:
-        del content["excluded"]  # as in stores of before
+        del content["excluded"]  # as in older stores
     return group_document({"featuremaps": with_digest(content)})
 
 
 def with_digest(content: dict[str, Any]) -> dict[str, Any]:
-    """Some JSON values with their ``sha256``."""
+    """JSON values with their ``sha256`` added."""
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return content | {"sha256": hashlib.sha256(text.encode()).hexdigest()}
 
 
 def pooled_chunk(channels: int) -> tuple[int, int]:
-    """Chunk of a pooled column: many thousand rows, at most 4 MiB."""
+    """Chunk of a pooled column: many thousands of rows, at most 4 MiB."""
     return max(1, min(COLUMN_ROWS, MAX_COLUMN_BYTES // (4 * channels))), channels
 
 
@@ -203,12 +204,12 @@ def weights_document(name: str, values: Array) -> dict[str, Any]:
 
 
 def object_key(first: int, n_dimensions: int) -> str:
-    """Key of the object at ``first`` along the first axis, whole along the others."""
+    """Key of the object with index ``first`` on the first axis and index 0 on the others."""
     return ".".join(["c", str(first), *["0"] * (n_dimensions - 1)])
 
 
 def encode_rows(layout: ClassLayout, layer: LayerLayout, start: int, block: Array, fill: float) -> dict[str, list[bytes]]:
-    """The objects that hold the rows of one shard: the shard, or the plain chunks of a shard's rows."""
+    """The objects that hold the rows of one shard: the shard, or its plain chunks."""
     if layout.is_sharded(layer):
         return {object_key(start // layout.shard_rows, 4): encode_shard(block, layer.chunk_rows, layout.shard_rows, fill)}
     shape = (layer.chunk_rows, layer.channels, layer.chunk_height, layer.chunk_width)
@@ -217,14 +218,14 @@ def encode_rows(layout: ClassLayout, layer: LayerLayout, start: int, block: Arra
 
 
 def object_keys(layout: ClassLayout, layer: LayerLayout, start: int) -> list[str]:
-    """The objects that `encode_rows` makes of the shard that begins at a row."""
+    """Keys of the objects that `encode_rows` makes for the shard that starts at a row."""
     if layout.is_sharded(layer):
         return [object_key(start // layout.shard_rows, 4)]
     return [f"c.{start // layer.chunk_rows}.0.{iy}.{ix}" for iy, ix in _cuts(layer)]
 
 
 def _cuts(layer: LayerLayout) -> list[tuple[int, int]]:
-    """The chunks of one map, in y and x."""
+    """Indices (iy, ix) of the chunks of one map."""
     n_y, n_x = -(-layer.height // layer.chunk_height), -(-layer.width // layer.chunk_width)
     return [(iy, ix) for iy in range(n_y) for ix in range(n_x)]
 
@@ -236,7 +237,7 @@ def _cut(block: Array, layer: LayerLayout, iy: int, ix: int) -> Array:
 
 
 def difference(old: StoreSpec, new: StoreSpec) -> list[str]:
-    """What two specs disagree about, a line each: ``key: store has x, the command asks for y``."""
+    """Differences between two specs, one line each: ``key: store has x, the command asks for y``."""
     lines: list[str] = []
     for key in ("source_root", "dtype"):
         lines += _differ(key, getattr(old, key), getattr(new, key))
@@ -249,7 +250,7 @@ def difference(old: StoreSpec, new: StoreSpec) -> list[str]:
 
 
 def _without_effect(part: str, old: dict[str, Any], new: dict[str, Any]) -> set[str]:
-    """Settings that change no maps: those that only say which images are read, and how images are resized that are not."""
+    """Settings that change no maps: which images are read, and the resize filter if no image is resized."""
     if part != "decode":
         return set()
     return {
@@ -259,7 +260,7 @@ def _without_effect(part: str, old: dict[str, Any], new: dict[str, Any]) -> set[
 
 
 def widened(old: StoreSpec, new: StoreSpec) -> StoreSpec:
-    """A store's spec that also reads what a run's spec reads, of the same maps: all that is done can be computed again by it."""
+    """A store's spec, widened to read also what a run's spec reads, with the same maps: so all done images can be recomputed."""
     limit = max(old.decode["pixel_limit"], new.decode["pixel_limit"])
     formats = [*old.decode["formats"], *(name for name in new.decode["formats"] if name not in old.decode["formats"])]
     if (limit, formats) == (old.decode["pixel_limit"], old.decode["formats"]):
@@ -269,7 +270,7 @@ def widened(old: StoreSpec, new: StoreSpec) -> StoreSpec:
 
 
 def narrowed(old: StoreSpec, new: StoreSpec) -> list[str]:
-    """Which images a run does not read although earlier ones did, a line each."""
+    """Images that a run rejects although earlier runs read them, one line per setting."""
     lines = []
     limit, found = new.decode["pixel_limit"], old.decode["pixel_limit"]
     if limit < found:

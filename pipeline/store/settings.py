@@ -1,4 +1,4 @@
-"""What a job's settings mean for a store: the spec that is kept in it and compared with at every later run."""
+"""Derives from a job's settings the spec that its store keeps and that every later run is compared with."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def _stored_layers(spec: ExtractorSpec, dtype: str, weights: dict[str, Array]) -
     layers = []
     for name in spec.output_names:
         has_maps = name in spec.map_names
-        stored_dtype = dtype if has_maps else "float32"  # what is pooled are the values as computed
+        stored_dtype = dtype if has_maps else "float32"  # pooled values are stored as computed
         q = quantisation(bounds[name], stored_dtype, TF32_MARGIN if spec.tf32 else RANGE_MARGIN)
         layers.append(
             StoredLayer(name, filters[name], q.dtype, q.scale_factor, q.add_offset, q.fill_value, q.error_bound, has_maps)
@@ -62,7 +62,7 @@ def _stored_layers(spec: ExtractorSpec, dtype: str, weights: dict[str, Array]) -
 
 
 def check_spec(spec: StoreSpec, weights: dict[str, Array]) -> Iterator[str]:
-    """What of a store's root metadata does not fit its digests, or the weights that are in the store."""
+    """Contradictions between a store's root metadata and its digests or its weights."""
     for name, content in (("extractor", spec.extractor), ("decode", spec.decode)):
         covered = {key: value for key, value in content.items() if key not in {"sha256", "origin"}}
         if with_digest(covered)["sha256"] != content["sha256"]:
@@ -81,7 +81,7 @@ def _extractor_content(spec: ExtractorSpec, channels: int, weights: dict[str, Ar
             "outputs": [*spec.map_names, *([POOLED] if POOLED in spec.outputs else [])],
             "channels": channels,
             "weights_sha256": weights_digest(weights),
-            # Further settings where they are not the default: a new one leaves the stores alone that were made before it.
+            # Further settings only if they are not the default: so a new setting leaves older stores as they are.
             **spec.model_dump(mode="json", exclude={"layers", "seed", "weights", "outputs"}, exclude_defaults=True),
         }
     )
@@ -95,7 +95,7 @@ def decode_spec(spec: StoreSpec) -> DecodeSpec:
 
 
 def extractor_spec(spec: StoreSpec) -> ExtractorSpec:
-    """The layers of a store; its weights are in it, whatever they came from."""
+    """The layers of a store; their weights are in the store, whatever file they came from."""
     content = spec.extractor
     further = content.keys() & (ExtractorSpec.model_fields.keys() - {"layers", "outputs"})
     return ExtractorSpec(layers=content["layers"], outputs=tuple(content["outputs"]), **{key: content[key] for key in further})
@@ -108,7 +108,7 @@ def needed_size(spec: ExtractorSpec) -> Size:
 
 
 def layout_of(size: Size, job_spec: ExtractorSpec, dtype_bytes: int, channels: int) -> ClassLayout:
-    """Layout of a shape class under an extractor."""
+    """Layout of a shape class for an extractor."""
     names = layer_names(job_spec.layers)
     sizes = dict(zip(names, output_sizes(job_spec.layers, *size), strict=True))
     filters = dict(zip(names, (layer.filters for layer in job_spec.layers), strict=True))
@@ -117,14 +117,14 @@ def layout_of(size: Size, job_spec: ExtractorSpec, dtype_bytes: int, channels: i
 
 
 def cost_s(spec: ExtractorSpec, layout: ClassLayout, channels: int) -> float:
-    """`image_cost_s` of an image of a class's full size."""
+    """`image_cost_s` for an image of the class's full size."""
     return image_cost_s(layout, multiply_adds(spec, layout.size, channels), torch_values(spec, layout.size))
 
 
 def scratch_bytes(spec: ExtractorSpec, dtype: str, size: Size, channels: int, *, has_kernel: bool = True) -> int:
-    """Bytes of one image's float32 maps outside those that are stored: two neighbouring layers, and a copy of a stored one.
+    """Bytes of one image's float32 maps that are not stored: two neighbouring layers, and a copy of a stored one.
 
-    Where compiled code computes the only layer, it puts the maps where they are stored; ``has_kernel`` says whether workers have it.
+    Compiled code that computes the only layer writes its maps to where they are stored. ``has_kernel`` says whether workers have it.
     """
     if has_kernel and is_compiled(spec, dtype, channels) and spec.map_names:
         return 0
@@ -135,14 +135,14 @@ def scratch_bytes(spec: ExtractorSpec, dtype: str, size: Size, channels: int, *,
 
 
 def is_compiled(spec: ExtractorSpec, dtype: str, channels: int) -> bool:
-    """Whether compiled code computes all of an extractor on this kind of machine, so that no torch is needed."""
+    """Whether compiled code computes the whole extractor on this kind of machine, so that torch is not needed."""
     first = spec.layers[0]
     has_kernel = kernel.version(channels) != "torch" and dtype in kernel.DTYPES
     return len(spec.layers) == 1 and kernel.has(first) and has_kernel
 
 
 def torch_values(spec: ExtractorSpec, size: Size) -> int:
-    """Values before pooling of one image's layers, but for a first one that compiled code computes."""
+    """Values, before pooling, of one image's layers, without a first layer that compiled code computes."""
     sizes = output_sizes(spec.layers, *size)
     values = [layer.filters * math.prod(layer.pool) * math.prod(out) for layer, out in zip(spec.layers, sizes, strict=True)]
     return sum(values[1:] if kernel.has(spec.layers[0]) else values)

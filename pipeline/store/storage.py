@@ -1,4 +1,4 @@
-"""What a kind of place must offer to hold stores: one module per kind, `folder` and `bucket`, chosen in `objects`."""
+"""The interface of a kind of place for stores. `folder` and `bucket` implement it; `objects` chooses between them."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any, Protocol
 
 
 class Lock(Protocol):
-    """The lock object of one store, as one run takes, renews and returns it."""
+    """The lock object of one store; a run takes, renews and returns it."""
 
     def take(self, document: dict[str, Any], judge: Callable[[bytes, float], None]) -> None:
-        """Create the lock, or replace one that ``judge`` lets go.
+        """Create the lock, or replace one that ``judge`` allows to replace.
 
-        ``judge`` is given the old content and the seconds since its last heartbeat, by the server's clock. It raises to refuse.
+        ``judge`` gets the old content and the seconds since its last heartbeat, by the server's clock. It raises to refuse.
 
         Raises
         ------
@@ -21,7 +21,7 @@ class Lock(Protocol):
         """
 
     def stamp(self) -> Any:
-        """What each heartbeat changes; None where there is no lock."""
+        """A value that each heartbeat changes; None if there is no lock."""
 
     def beat(self) -> None:
         """Renew the lock, if it is still ours."""
@@ -31,23 +31,23 @@ class Lock(Protocol):
 
 
 class Storage(Protocol):
-    """A kind of place. What it raises is an `OSError` as a file system's: FileNotFoundError where there is no object."""
+    """A kind of place. It raises an `OSError` like a file system's, for instance FileNotFoundError if there is no object."""
 
     @property
     def IS_REMOTE(self) -> bool:  # noqa: N802 (a constant of a module)
-        """Whether each request takes long and costs little, so that many should be under way at once."""
+        """Whether each request has a high latency and costs little, so that many should run at once."""
 
     def parse(self, text: str) -> Any:
-        """The place that a user's text names; None where it names one of another kind."""
+        """The place that a user's text names; None if the text names another kind of place."""
 
     def fetch(self, path: Any) -> tuple[bytes, Any]:
-        """Content of an object, and the condition under which `put` replaces just this one; None where conditions are unknown."""
+        """Content of an object, and the condition under which `put` replaces exactly this version; None without conditions."""
 
     def fetch_dated(self, path: Any) -> tuple[bytes, float]:
-        """Content of an object, and when it was written, as `modified_s`."""
+        """Content of an object, and when it was written, as in `modified_s`."""
 
     def condition_of(self, path: Any) -> Any:
-        """The condition of `fetch`, without the content; ``create`` where there is no object."""
+        """The condition of `fetch`, without the content; ``create`` if there is no object."""
 
     def put(self, path: Any, parts: Sequence[bytes], *, durable: bool, only: Any) -> None:
         """Write one object whole; see `objects.put`."""
@@ -56,31 +56,31 @@ class Storage(Protocol):
         """Size of an object."""
 
     def modified_s(self, path: Any) -> float:
-        """When an object was written, in seconds since 1970, by the clock of the server that holds it."""
+        """Time of an object's last write, in seconds since 1970, by the clock of the server that holds it."""
 
     def children(self, path: Any) -> list[str]:
         """Names of the objects and folders in a folder, sorted."""
 
     def litter(self, path: Any) -> list[Any]:
-        """Temporary objects in a store, of writes that are under way or were killed."""
+        """Temporary objects in a store, from writes that are in progress or were killed."""
 
     def make_folder(self, path: Any, *, durable: bool) -> None:
-        """Make a folder with its parents, if it is not there."""
+        """Make a folder and its parents, if missing."""
 
     def nearest_folder(self, path: Any) -> Any:
-        """A folder, or the deepest that is there of those that it would be made in."""
+        """The folder, or its deepest existing parent."""
 
     def delete(self, path: Any) -> None:
-        """Delete an object, if there is one."""
+        """Delete an object, if it exists."""
 
     def remove_folder(self, path: Any) -> None:
-        """Remove a folder with all that is in it, if it is there."""
+        """Remove a folder and its content, if it exists."""
 
     def free_bytes(self, path: Any) -> int | None:
-        """Free space for a store; None where nothing says."""
+        """Free space for a store; None if unknown."""
 
     def object_store(self, path: Any) -> Any:
-        """The obstore store through which zarr reads a folder; None where zarr reads its files."""
+        """The obstore store through which zarr reads a folder; None if zarr reads the files itself."""
 
     def lock(self, path: Any, *, sole_writer: bool) -> Lock:
         """The lock object at a path."""

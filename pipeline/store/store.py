@@ -1,4 +1,4 @@
-"""A store, whole: what its classes and rows are, and every change that the driver makes to them."""
+"""A store: its classes and rows, and every change that the driver makes to them."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ __all__ = ["Store", "is_store", "open_array", "read_maps", "receipt_ids", "write
 
 
 class Store:
-    """A store: the driver writes through it, everybody may read.
+    """An open store. Only the driver writes through it; everybody may read.
 
     Parameters
     ----------
     path : Path or Url
         An existing store; see `create_store`.
     durable : bool
-        Whether what is written is on the disk before anything follows that relies on it; see `Job.durability`.
+        Whether each write is on the disk before a later one relies on it; see `Job.durability`.
 
     Raises
     ------
     UsageError
-        When there is no store, or one of another format.
+        When there is no store, or it has another format.
     """
 
     def __init__(self, path: Place, *, durable: bool = False) -> None:
@@ -61,7 +61,7 @@ class Store:
         return self._ledger.read(group, name, self.length(group))
 
     def cell(self, group: str, name: str, row: int) -> Any:
-        """One value of a column as it is now, of which one chunk is read."""
+        """The current value of one cell; reads one chunk."""
         return self._ledger.cell(group, name, row)
 
     def array(self, group: str, name: str) -> StoredArray:
@@ -69,27 +69,27 @@ class Store:
         return open_array(self.path / group / name)
 
     def weights(self) -> dict[str, Array]:
-        """The weights as used, cross-correlation orientation, float32."""
+        """The weights as used: cross-correlation orientation, float32."""
         names = [name for name in children(self.path / EXTRACTOR) if name != "zarr.json"]
         return {name: read_array(self.path / EXTRACTOR / name, "float32") for name in names}
 
     def receipts(self, n: int | None = None) -> list[dict[str, Any]]:
-        """The receipts of the last ``n`` runs, or of all, newest first; but for those that a power cut left empty."""
+        """The receipts of the last ``n`` runs, or of all, newest first; skips receipts that a power cut left empty."""
         return read_receipts(self.path, n)
 
     def last_receipt(self) -> dict[str, Any] | None:
-        """The newest run's receipt; None where there is none that can be read."""
+        """The newest run's receipt; None if there is none that can be read."""
         return next(iter(self.receipts(1)), None)
 
     def run_ids(self) -> list[str]:
-        """Names of the runs that left a receipt, oldest first; no clock decides the order."""
+        """Names of the runs that left a receipt, oldest first; the order does not depend on clocks."""
         return receipt_ids(self.path)
 
-    # -- the driver's writing ----------------------------------------------------------------------------------------------------
+    # -- writing, by the driver --------------------------------------------------------------------------------------------------
 
     @property
     def durable(self) -> bool:
-        """Whether what is written is on the disk before anything follows that relies on it."""
+        """Whether each write is on the disk before a later one relies on it."""
         return self._ledger.durable
 
     @durable.setter
@@ -98,7 +98,7 @@ class Store:
 
     @property
     def fence(self) -> Callable[[], None]:
-        """Called before columns or lengths of a group are written; raises when this process may no longer."""
+        """Called before columns or lengths of a group are written; raises if this process may no longer write."""
         return self._ledger.fence
 
     @fence.setter
@@ -106,19 +106,19 @@ class Store:
         self._ledger.fence = fence
 
     def create_class(self, layout: ClassLayout, kind: str, columns: Columns) -> None:
-        """Create a class with its first rows, all pending; it exists from the moment its group's metadata does.
+        """Create a class with its first rows, all pending; it exists as soon as its group's metadata does.
 
         Raises
         ------
         FeaturemapsError
-            When there is such a class: its rows would be lost.
+            When the class exists: its rows would be lost.
         """
         self.classes[layout.size] = create_class(self._ledger, self.spec, layout, kind, columns)
 
     def append(self, group: str, columns: Columns) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """Append rows to a class or to ``rejected``; ``status`` grows last, so a crash before that leaves them unseen.
+        """Append rows to a class or to ``rejected``. ``status`` grows last: after a crash before that, the rows are not visible.
 
-        Every append to a group must give the same columns: what a crashed one left behind the end is overwritten, not cleared.
+        Every append to a group must have the same columns: leftovers of a crash behind the end are overwritten, not cleared.
 
         Returns
         -------
@@ -138,27 +138,27 @@ class Store:
         return rows
 
     def mark_padded(self, size: Size) -> None:
-        """Note that a class now holds images smaller than itself."""
+        """Record that a class now holds images smaller than itself."""
         self.classes[size] = mark_padded(self.path, self.classes[size], durable=self.durable)
 
     def commit(self, group: str, rows: Array, columns: Columns) -> None:
-        """Write columns of some rows, ``status`` last: the row's maps must be in the store already.
+        """Write columns of some rows, ``status`` last; the maps of the rows must be in the store already.
 
-        ``maps_digest`` is the last but one: by it a removed row whose image returns is known to be done.
+        ``maps_digest`` is written second to last: it tells that a removed row whose image returns is done.
         """
         self._ledger.write(group, rows, columns)
 
     def repair(self) -> None:
-        """Undo what a crash left: arrays longer than ``status``, unfinished classes, temporary files; only under the lock."""
+        """Undo what a crash left: arrays longer than ``status``, unfinished classes, temporary files; requires the lock."""
         groups = [*(c.name for c in self.classes.values()), REJECTED]
         repair(self._ledger, {group: self.length(group) for group in groups})
 
     def write_receipt(self, run_id: str, receipt: Mapping[str, Any]) -> None:
-        """Leave a run's receipt in ``runs/``."""
+        """Write a run's receipt to ``runs/``."""
         write_receipt(self.path, run_id, receipt, durable=self.durable)
 
     def take_up(self, spec: StoreSpec) -> None:
-        """Note which version writes, and limits that are wider than those of earlier runs; before anything follows from them."""
+        """Record the writing version, and limits wider than those of earlier runs, before anything depends on them."""
         spec = replace(widened(self.spec, spec), written_version=spec.written_version)
         if spec != self.spec:
             self.spec = spec

@@ -1,4 +1,4 @@
-"""Free the space of rows that are dead: whose image has left the source or was replaced. Rows keep their numbers."""
+"""Frees the space of dead rows, whose image has left the source or was replaced. Rows keep their numbers."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from pipeline.text import count, human_size
 
 @dataclass(slots=True)
 class Vacuumed:
-    """What was freed, or would be."""
+    """What was freed, or would be freed."""
 
     store: str
     is_dry_run: bool
     n_dead: int = 0
-    """Rows that are removed or superseded."""
+    """Removed and superseded rows."""
     n_deleted: int = 0
-    """Objects of which no row is needed."""
+    """Objects without any needed row."""
     n_rewritten: int = 0
-    """Objects of which some rows are needed."""
+    """Objects with some needed rows."""
     n_damaged: int = 0
-    """Shards that were left as they are, because maps that are needed cannot be read."""
+    """Shards left unchanged, because maps that are needed cannot be read."""
     freed_bytes: int = 0
 
     def describe(self) -> str:
@@ -62,17 +62,17 @@ class Vacuumed:
 def vacuum_store(store: str | Place, *, dry_run: bool = False, sole_writer: bool = False) -> Vacuumed:
     """Delete or overwrite the maps of dead rows.
 
-    What the ledger claims goes first: once ``maps_digest`` of a removed row is cleared, an image that comes back is computed anew.
-    Only then the maps are: killed at any moment, the store is sound, and the same command goes on.
+    The ledger goes first: it drops ``maps_digest`` of removed rows, so an image that comes back is computed again. Then the maps go.
+    After a kill at any moment the store is sound, and the same command continues.
 
     Parameters
     ----------
     store : str, Path or Url
         A folder, or a bucket's address.
     dry_run : bool
-        Only say what would be freed; nothing is locked or changed.
+        Only report what would be freed; nothing is locked or changed.
     sole_writer : bool
-        Vouch that nobody else writes to a bucket's store, see `StoreLock`.
+        Vouch that nobody else writes to a store in a bucket; see `StoreLock`.
 
     Raises
     ------
@@ -86,7 +86,7 @@ def vacuum_store(store: str | Place, *, dry_run: bool = False, sole_writer: bool
     result = Vacuumed(str(path), dry_run)
     with contextlib.nullcontext() if dry_run else StoreLock(path / RUNS, run_id, sole_writer=sole_writer):
         if not dry_run:
-            opened.reload()  # as it was before the lock may have changed
+            opened.reload()  # it may have changed before the lock was taken
             opened.fence = partial(require_lock, path / RUNS, run_id)
             opened.repair()
         for shape_class in opened.classes.values():
@@ -101,7 +101,7 @@ def vacuum_store(store: str | Place, *, dry_run: bool = False, sole_writer: bool
 
 
 def _clear_claims(store: Store, group: str, dead: Array) -> None:
-    """Make the ledger claim nothing of the maps of dead rows: first what would have them revived."""
+    """Clear what the ledger claims about the maps of dead rows, first the claim that would revive them."""
     revivable = dead[store.column(group, "maps_digest")[dead] != ""]
     store.commit(group, revivable, {"maps_digest": stack([""] * len(revivable))})
     pooled = [f"{layer.name}_{statistic}" for layer in store.spec.layers for statistic in STATISTICS]
@@ -112,7 +112,7 @@ def _clear_claims(store: Store, group: str, dead: Array) -> None:
 
 
 def _free_shard(store: Store, run_id: str, shape_class: ShapeClass, shard: int, status: Array, result: Vacuumed) -> None:
-    """Keep of one shard what is done; a run computes what is pending, and there are no maps of anything else."""
+    """Keep the done rows of one shard. A run computes pending rows; other rows have no maps."""
     layout = shape_class.layout
     start = shard * layout.shard_rows
     needed = status[start : start + layout.shard_rows] == Status.DONE
@@ -147,7 +147,7 @@ def _free_shard(store: Store, run_id: str, shape_class: ShapeClass, shard: int, 
 def _only_needed(
     path: Place, layout: ClassLayout, layer: LayerLayout, start: int, needed: Array, stored: StoredLayer
 ) -> Array | None:
-    """The rows of a shard, fill but for the needed ones; None where this is what is stored."""
+    """The rows of a shard, with fill in place of unneeded ones; None if this is already stored."""
     try:
         block = read_maps(path, layout, layer.name, start, start + len(needed))
     except FeaturemapsError:  # some chunk is damaged, maybe of rows that nobody needs
