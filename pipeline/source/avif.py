@@ -1,4 +1,4 @@
-"""Transformations that an AVIF asks for, where Pillow or libavif does otherwise."""
+"""Finds AVIF transformations that Pillow or libavif apply wrongly."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _TURNS = (b"irot", b"imir")
 
 
 def check_avif(data: bytes, width: int, height: int) -> None:
-    """Refuse an AVIF that is cropped, which Pillow ignores, or mirrored before it is turned, which libavif reverses.
+    """Refuse an AVIF that is cropped (Pillow ignores that), or mirrored before it is turned (libavif reverses the order).
 
     Parameters
     ----------
@@ -49,7 +49,7 @@ def check_avif(data: bytes, width: int, height: int) -> None:
 
 
 def _boxes(data: bytes, place: int, end: int, wanted: bytes | None = None) -> Iterator[tuple[bytes, int, int]]:
-    """Kind, begin and end of the content of each box."""
+    """Kind of each box, and begin and end of its content."""
     while place + 8 <= end:
         n_bytes, begin = int.from_bytes(data[place : place + 4], "big"), place + 8
         if n_bytes == 1:
@@ -64,13 +64,13 @@ def _boxes(data: bytes, place: int, end: int, wanted: bytes | None = None) -> It
 
 
 def _is_all(content: bytes, width: int, height: int) -> bool:
-    """Whether a crop keeps the whole image: fractions of width, height and two offsets from the centre."""
+    """Whether a crop keeps the whole image; it is given by fractions: width, height and two offsets from the centre."""
     fields = [int.from_bytes(content[place : place + 4], "big", signed=True) for place in range(0, 32, 4)]
     return fields[0] == width * fields[1] and fields[2] == height * fields[3] and fields[4] == fields[6] == 0
 
 
 def _associated(content: bytes) -> Iterator[list[int]]:
-    """Numbers of the properties of each item, in their order."""
+    """Numbers of each item's properties, in their order."""
     version, is_wide = content[0], content[3] & 1
     place = 8
     for _ in range(int.from_bytes(content[4:8], "big")):

@@ -1,4 +1,4 @@
-"""BMP and PNM: formats without a checksum, of which Pillow reads some otherwise than their header says."""
+"""BMP and PNM: formats without a checksum. Pillow reads some of them differently from what their header says."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import numpy as np
 
 from pipeline.errors import ImageError
 
-_RAW_MODES = {1: {"1", "P;1"}, 4: {"P;4"}, 8: {"P", "L"}}  # that Pillow must use for indices of so many bits
+_RAW_MODES = {1: {"1", "P;1"}, 4: {"P;4"}, 8: {"P", "L"}}  # raw modes that Pillow must use for indices, by number of bits
 _RUN_BITS = {1: 8, 2: 4}  # by compression
-_MASKS = 3  # the compression of a BMP that names the bits of each colour
-HEAD_BYTES = 70  # of a BMP, up to the mask of its alpha
+_MASKS = 3  # compression of a BMP that gives a bit mask for each colour
+HEAD_BYTES = 70  # of a BMP, up to the mask of alpha
 
 
 def check_bitmap(image: Any, head: bytes) -> None:
@@ -29,7 +29,7 @@ def check_bitmap(image: Any, head: bytes) -> None:
     Raises
     ------
     ImageError
-        ``unsupported_mode`` (BMP), or ``corrupt`` for samples above the maximum of a PNM whose bytes are at hand.
+        ``unsupported_mode`` (BMP), or ``corrupt`` for samples above the maximum of a PNM that is read from memory.
     """
     if image.format == "BMP":
         _check_bmp(image, head)
@@ -45,12 +45,12 @@ def check_bitmap(image: Any, head: bytes) -> None:
 
 
 def check_indices(image: Any) -> None:
-    """Refuse pixels of an index that the palette does not have, which Pillow makes black and others do not.
+    """Refuse a pixel index beyond the palette: Pillow makes such pixels black, other decoders do not.
 
     Parameters
     ----------
     image : PIL.Image.Image
-        Of mode P, loaded.
+        In mode P, loaded.
     """
     n_colours = len(image.palette.palette) // len(image.palette.mode)
     beyond = [index for index, n in enumerate(image.histogram()) if n and index >= n_colours]
@@ -78,7 +78,7 @@ def _check_bmp(image: Any, head: bytes) -> None:
 
 
 def _check_runs(image: Any, data: bytes) -> None:
-    """Refuse runs that leave their row, where decoders differ; some writers fill a row up to whole words."""
+    """Refuse runs that cross the end of their row, because decoders differ there; some writers fill a row up to whole words."""
     is_nibbles = image.info["compression"] == 2
     end_of_row = -(-image.width // (8 if is_nibbles else 4)) * (8 if is_nibbles else 4)
     place, x, y = image.tile[0].offset, 0, 0
@@ -93,7 +93,7 @@ def _check_runs(image: Any, data: bytes) -> None:
             return
         elif value == 2:
             x, y, place = x + data[place], y + data[place + 1], place + 2
-        else:  # so many pixels as they are, in whole words
+        else:  # pixels without compression, in whole words
             x += value
             n_bytes = (value + 1) // 2 if is_nibbles else value
             place += n_bytes + n_bytes % 2
@@ -112,7 +112,7 @@ def _check_comments(image: Any, codec: str) -> None:
 
 
 def _check_samples(image: Any, data: bytes) -> None:
-    """Pillow lowers samples above the maximum to it."""
+    """Refuse samples above the maximum; Pillow would lower them to it."""
     maximum, n_bytes = image.tile[0].args[-1], 1 + (image.tile[0].args[-1] > 255)
     n_samples = image.width * image.height * len(image.getbands())
     body = memoryview(data)[image.tile[0].offset :][: n_samples * n_bytes]
@@ -122,7 +122,7 @@ def _check_samples(image: Any, data: bytes) -> None:
 
 
 def _check_last_number(image: Any, data: bytes) -> None:
-    """Refuse a plain PNM that ends within what may be a longer number: 2 where 255 was. Nothing else shows that it was cut."""
+    """Refuse a plain PNM that ends within a number: 2 may be the start of 255. Nothing else would show that digits are missing."""
     number, maximum = re.search(rb"[0-9]*\Z", data[-8:])[0], image.tile[0].args[-1]  # type: ignore[index]
     if number and int(number) * 10 <= maximum:
         raise ImageError("truncated", f"the file ends with the digits {int(number)} and no line end: more digits may be missing")

@@ -1,4 +1,4 @@
-"""Bytes of an image file to its size and its pixels; with `pixels`, the home of Pillow.
+"""Decodes the bytes of an image file to its size and its pixels. Only this module and `pixels` import Pillow.
 
 Every rule is a row of the table in ``docs/decoding.md``.
 """
@@ -56,25 +56,26 @@ from pipeline.source.tiff_jpeg import check_jpegs
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-# Set once for the process, before any thread decodes.
+# Set once per process, before any thread decodes.
 Image.preinit()  # registers BMP, GIF, JPEG, PNG and PPM; without this the first image would import forty plugins
 Image.MAX_IMAGE_PIXELS = None  # `DecodeSpec.pixel_limit` decides, before anything large is allocated
-# Texts are of no use here, and 64 MiB of them fit into a file of 64 kB.
+# Text chunks are of no use here, and 64 MiB of them fit into a file of 64 kB.
 PngImagePlugin.MAX_TEXT_MEMORY = 4 * PngImagePlugin.MAX_TEXT_CHUNK
 AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # a worker thread is one core's work; by default every image starts a thread per core
-# Remarks on odd files ("Corrupt EXIF data ...") are no use among millions of images: what matters becomes an ImageError.
+# Warnings about odd files ("Corrupt EXIF data ...") are of no use among millions of images: what matters becomes an ImageError.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 logging.getLogger("PIL").setLevel(logging.CRITICAL)
 
-PLAIN_PIXEL_BYTES = 8  # that decoding takes for a pixel that is grey or RGB, of which Pillow takes 4 for RGB
-_FRAMES = {bytes([marker]) for marker in range(0xC0, 0xD0)} - {b"\xc4", b"\xc8", b"\xcc"}  # of a JPEG; the others are tables
+PLAIN_PIXEL_BYTES = 8  # bytes per grey or RGB pixel while decoding; Pillow itself takes 4 for RGB
+# Markers of a JPEG's frames; the three left out are tables.
+_FRAMES = {bytes([marker]) for marker in range(0xC0, 0xD0)} - {b"\xc4", b"\xc8", b"\xcc"}
 _IMAGE_WIDTH, _IMAGE_LENGTH = 256, 257
 _TILE_WIDTH, _TILE_LENGTH = 322, 323
-_JPEG_SCANS = 500  # as libjpeg-turbo's own fuzzers: an empty scan of 14 bytes costs as much time as one with data
+_JPEG_SCANS = 500  # same limit as libjpeg-turbo's own fuzzers: an empty scan of 14 bytes takes as long as one with data
 _PLAIN_COMMENTS = 10_000  # Pillow copies up to a megabyte for each
-_OTHER_BYTES, _CODEC_BYTES = 20, 32  # per pixel at most, as measured: of other modes, of WebP and AVIF
-_DECODE_BASE_BYTES = 32 * 1024**2  # objects made of a header, a block of plain PNM as words
-_ENDED = {"tiff_adobe_deflate", "tiff_deflate", "lzma"}  # as Pillow names compressions of a TIFF
+_OTHER_BYTES, _CODEC_BYTES = 20, 32  # most bytes per pixel, as measured: of other modes; of WebP and AVIF
+_DECODE_BASE_BYTES = 32 * 1024**2  # objects made from a header; a block of plain PNM as words
+_ENDED = {"tiff_adobe_deflate", "tiff_deflate", "lzma"}  # Pillow's names for compressions of a TIFF whose data show their own end
 _TRUNCATED = ("truncat", "not enough image data", "reached eof", "cannot load this image")
 
 
@@ -87,41 +88,41 @@ class ImageSize:
     source_width: int
     """Pixels, as oriented."""
     input_height: int
-    """Pixels, as the extractor sees the image."""
+    """Pixels, as the extractor sees the image, after ``resize``."""
     input_width: int
-    """Pixels, as the extractor sees the image."""
+    """Pixels, as the extractor sees the image, after ``resize``."""
     decode_bytes: int = field(default=0, compare=False)
-    """Memory that decoding takes, at most: the file, pixels as Pillow holds them, oriented, flattened, and as an array."""
+    """The most memory that decoding takes: the file, and the pixels as Pillow holds them, oriented, flattened, and as an array."""
     dropped: tuple[str, ...] = field(default=(), compare=False)
     """Codes of what `decode` drops; see `dropped.dropped`."""
 
 
 def plain_decode_bytes(height: int, width: int, file_bytes: int) -> int:
-    """`ImageSize.decode_bytes` of a grey or RGB image whose header is not at hand."""
+    """`ImageSize.decode_bytes` of a grey or RGB image whose header is not available."""
     return _DECODE_BASE_BYTES + 3 * file_bytes + PLAIN_PIXEL_BYTES * height * width
 
 
 def probe(data: BinaryIO | bytes, spec: DecodeSpec) -> ImageSize:
-    """Read the size of an image from its header; no pixel is decoded.
+    """Read the size of an image from its header, without decoding a pixel.
 
     Parameters
     ----------
     data : bytes or binary file
-        The whole file, or a buffered, seekable stream of it, of which only the header is read (WebP and AVIF: all).
+        The whole file, or a buffered, seekable stream of it. Only its header is read (for WebP and AVIF, all of it).
     spec : DecodeSpec
         How the image will be decoded.
 
     Returns
     -------
     ImageSize
-        ``input_height, input_width`` equal the shape that `decode` gives for every file that `decode` can read.
+        ``input_height, input_width`` equal the shape that `decode` returns, for every file that `decode` can read.
 
     Raises
     ------
     ImageError
-        The image is at fault, with one of the codes of `decode`.
+        When the image is at fault, with one of the codes of `decode`.
     Exception
-        Whatever the stream's own ``read`` raises, unchanged: a storage fault is not the image's fault.
+        Whatever the stream's own ``read`` raises, unchanged: a fault of the storage is not the image's fault.
     """
     stream = HeaderStream(io.BytesIO(data) if isinstance(data, bytes) else data)
     try:
@@ -142,7 +143,7 @@ def decode(data: bytes, spec: DecodeSpec, *, partial: bool = False) -> np.ndarra
     - 16-bit grey: ``round(v / 257)``, 12-bit TIFF ``round(v * 255 / 4095)``; 16-bit colour: the high byte
     - CMYK (JPEG: inverted, as Adobe writes it), YCCK, YCbCr, LAB: Pillow's conversion to RGB; ICC profiles are ignored
     - ``color: grey`` from colour: ITU-R 601-2 luma, Pillow's ``convert("L")``, after composing
-    - the first frame, page or picture of several; turned and mirrored as its EXIF, else its XMP orientation says
+    - of several frames, pages or pictures the first; turned and mirrored by its EXIF orientation, or else its XMP orientation
     - last, ``resize`` with Pillow's filter, on 8-bit pixels, without ``reducing_gap``
 
     Parameters
@@ -152,7 +153,8 @@ def decode(data: bytes, spec: DecodeSpec, *, partial: bool = False) -> np.ndarra
     spec : DecodeSpec
         Colour, background, orientation, limit, formats and resizing.
     partial : bool
-        Give what there is of a damaged image, to look at: no proof is asked for. The caller sets Pillow's ``LOAD_TRUNCATED_IMAGES``.
+        Return what can be decoded of a damaged image, for display, without checks that it is whole. The caller sets Pillow's
+        ``LOAD_TRUNCATED_IMAGES``.
 
     Returns
     -------
@@ -200,19 +202,19 @@ def decode(data: bytes, spec: DecodeSpec, *, partial: bool = False) -> np.ndarra
 
 
 def _decode_fast(data: bytes) -> np.ndarray | None:
-    """Pixels of a flawless JPEG in colour, twice as fast as by Pillow and equal to its; None leaves the file to Pillow."""
+    """Decode a flawless colour JPEG with simplejpeg, twice as fast and with the same pixels; None leaves the file to Pillow."""
     decode_jpeg = _fast_decoder()
     if decode_jpeg is None or not _is_common(data):
         return None
     try:
         pixels: np.ndarray = decode_jpeg(data, colorspace="RGB", strict=True)
-    except Exception:  # noqa: BLE001 (a flaw, also one that Pillow passes over: it decides)
+    except Exception:  # noqa: BLE001 (any flaw, even one that Pillow ignores: Pillow decides)
         return None
     return pixels
 
 
 def _check_data(image: Image.Image, data: bytes) -> bytes:
-    """Refuse what the bytes of a file show to be damaged, missing or misread; return those to decode."""
+    """Refuse a file whose bytes are damaged, missing or would be misread; return the bytes to decode."""
     if isinstance(image, JpegImagePlugin.JpegImageFile):
         check_scans(data)
         return without_filling(data)
@@ -230,14 +232,14 @@ def _check_data(image: Image.Image, data: bytes) -> bytes:
 
 
 def _last_rows(data: bytes) -> np.ndarray:
-    """The last two rows of a TIFF of one bit."""
+    """The last two rows of a 1-bit TIFF."""
     image = TiffImagePlugin.TiffImageFile(io.BytesIO(data))
     image.load()
     return np.asarray(image.crop((0, image.height - 2, *image.size)))
 
 
 def _check_jpeg(data: bytes) -> None:
-    """Refuse a JPEG inside another file unless all its pixels come from its data."""
+    """Refuse a JPEG inside another file, unless all its pixels come from its data."""
     image = JpegImagePlugin.JpegImageFile(io.BytesIO(data))
     _check_cost(image, data)
     check_scans(data)
@@ -245,13 +247,13 @@ def _check_jpeg(data: bytes) -> None:
 
 
 def _is_wanted(pixels: np.ndarray, image: Image.Image, orientation: int, spec: DecodeSpec) -> bool:
-    """Whether pixels that did not come from Pillow are what it would give."""
+    """Whether pixels of another decoder have the form that Pillow would give."""
     is_turned = isinstance(image, TiffImagePlugin.TiffImageFile) and orientation != 1
     return not is_turned and spec.resize is None and pixels.shape == (image.height, image.width, spec.channels)
 
 
 def _is_common(data: bytes) -> bool:
-    """Whether a JPEG is baseline, extended or progressive with Huffman codes, the kinds that every libjpeg decodes alike."""
+    """Whether a JPEG is baseline, extended or progressive with Huffman codes; every libjpeg decodes these kinds alike."""
     place = 2
     while data[place : place + 1] == b"\xff" and (marker := data[place + 1 : place + 2]) not in _FRAMES:
         place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
@@ -260,9 +262,9 @@ def _is_common(data: bytes) -> bool:
 
 @cache
 def _fast_decoder() -> Callable[..., np.ndarray] | None:
-    """The decoder of simplejpeg, where it works and gives just what Pillow gives: both bring a libjpeg-turbo of their own."""
+    """The decoder of simplejpeg, if it works and gives the same pixels as Pillow: each brings its own libjpeg-turbo."""
     try:
-        from simplejpeg import decode_jpeg, encode_jpeg  # noqa: PLC0415 (of the extra `fast`)
+        from simplejpeg import decode_jpeg, encode_jpeg  # noqa: PLC0415 (the extra `fast`)
 
         y, x = np.mgrid[:83, :117]
         noise = np.random.default_rng(0).integers(-40, 40, (83, 117, 3))
@@ -275,13 +277,13 @@ def _fast_decoder() -> Callable[..., np.ndarray] | None:
         for data in samples:
             if not np.array_equal(np.asarray(Image.open(io.BytesIO(data))), decode_jpeg(data, colorspace="RGB", strict=True)):
                 return None
-    except Exception:  # noqa: BLE001 (not installed, or broken: it is no image's fault)
+    except Exception:  # noqa: BLE001 (not installed, or broken: that is no image's fault)
         return None
     return cast("Callable[..., np.ndarray]", decode_jpeg)
 
 
 def decode_versions() -> dict[str, str]:
-    """Versions of Pillow and of the libraries that decode for it, for the store's receipt."""
+    """Versions of Pillow and of its decoders, for the store's receipt."""
     names = ("libjpeg_turbo", "zlib", "zlib_ng", "libtiff", "webp", "avif", "littlecms2")
     found = {"pillow": features.version("pil")} | {name: features.version(name) for name in names}
     found["simplejpeg"] = version("simplejpeg") if _fast_decoder() else None
@@ -290,7 +292,7 @@ def decode_versions() -> dict[str, str]:
 
 @contextmanager
 def _blaming_the_image() -> Iterator[None]:
-    """Turn whatever Pillow raises over data that are at hand into an `ImageError`."""
+    """Turn anything that Pillow raises into an `ImageError`; the data are in memory, so the image is at fault."""
     try:
         yield
     except (ImageError, MemoryError):
@@ -300,13 +302,13 @@ def _blaming_the_image() -> Iterator[None]:
         cut = isinstance(error, (EOFError, struct.error)) or any(words in text.lower() for words in _TRUNCATED)
         if cut:
             raise ImageError("truncated", f"the file ends before the image does ({text})") from error
-        if text.startswith("Unsupported ") and "Palette" not in text:  # as Pillow says of the kind of a BMP
+        if text.startswith("Unsupported ") and "Palette" not in text:  # as Pillow says about kinds of BMP
             raise ImageError("unsupported_mode", f"{text}, which Pillow does not read; save it as PNG") from error
         raise ImageError("corrupt", f"the image cannot be decoded ({text})") from error
 
 
 def _open(stream: HeaderStream, spec: DecodeSpec) -> tuple[Image.Image, int]:
-    """Read the header, refuse what must not be decoded, return the image and its orientation."""
+    """Read the header, refuse what must not be decoded, and return the image and its orientation."""
     head = stream.read(HEAD_BYTES)
     if not head:
         raise ImageError("empty", "the file has 0 bytes")
@@ -337,7 +339,7 @@ def _open(stream: HeaderStream, spec: DecodeSpec) -> tuple[Image.Image, int]:
 
 
 def _check_cost(image: Image.Image, data: bytes) -> None:
-    """Refuse what would take minutes, whatever the size of the file."""
+    """Refuse an image that would take minutes, whatever the size of its file."""
     text = ""
     if isinstance(image, JpegImagePlugin.JpegImageFile) and _n_scans(image, data) > _JPEG_SCANS:
         text = f"it has more than {_JPEG_SCANS} scans, and some ten are usual"
@@ -352,7 +354,7 @@ def _n_scans(image: JpegImagePlugin.JpegImageFile, data: bytes) -> int:
 
 
 def _explain_unidentified(head: bytes, stream: HeaderStream, spec: DecodeSpec) -> ImageError:
-    """Say what a file is that none of the allowed formats could open."""
+    """The error for a file that none of the allowed formats could open: says what the file is."""
     verdicts = {name: Image.OPEN[name][1](head) for name in get_args(ImageFormat)}  # type: ignore[misc]
     likely = next((name for name, verdict in verdicts.items() if verdict), None)
     if likely is None or (likely == "AVIF" and b"avi" not in head):  # a HEIC has the same container
@@ -373,7 +375,7 @@ def _measure(image: Image.Image, orientation: int, spec: DecodeSpec, file_bytes:
     """Sizes before and after ``resize``, which has a limit too, and the memory that decoding takes."""
     width, height = image.size
     tile_pixels = 0
-    if isinstance(image, TiffImagePlugin.TiffImageFile):  # whose ``size`` is already that of the turned image
+    if isinstance(image, TiffImagePlugin.TiffImageFile):  # its ``size`` is already that of the turned image
         width, height = image.tag_v2[_IMAGE_WIDTH], image.tag_v2[_IMAGE_LENGTH]
         tile = image.tag_v2.get(_TILE_LENGTH, 0), image.tag_v2.get(_TILE_WIDTH, 0)
         check_pixels("a tile has", *tile, spec.pixel_limit)
@@ -382,14 +384,14 @@ def _measure(image: Image.Image, orientation: int, spec: DecodeSpec, file_bytes:
         height, width = width, height
     input_height, input_width = spec.resize or (height, width)
     check_pixels("the resized image has", input_height, input_width, spec.pixel_limit)
-    # A tall sliver: Pillow resizes the rows first, into a buffer as high as the image and as wide as the result.
+    # A tall, narrow image: Pillow resizes the rows first, into a buffer as high as the image and as wide as the result.
     check_pixels("resizing needs", height, input_width, max(spec.pixel_limit, DEFAULT_PIXEL_LIMIT))
     is_plain = image.mode in {"L", "RGB"} and not image.has_transparency_data and turn_of(image, orientation, spec) is None
     pixel_bytes = (7 if image.mode == "RGB" else PLAIN_PIXEL_BYTES) if is_plain else _OTHER_BYTES
     if image.format in {"WEBP", "AVIF"} or image.mode == "I":
         pixel_bytes = _CODEC_BYTES
     resize_bytes = input_width * (4 * height + 7 * input_height) if spec.resize else 0
-    band_bytes = 6 * max(width, input_width) * BAND_ROWS  # what Pillow gives away, twice
+    band_bytes = 6 * max(width, input_width) * BAND_ROWS  # what Pillow hands out, twice
     pixels = height * width + tile_pixels
     decode_bytes = _DECODE_BASE_BYTES + 3 * file_bytes + pixel_bytes * pixels + resize_bytes + band_bytes
     return ImageSize(height, width, input_height, input_width, decode_bytes)

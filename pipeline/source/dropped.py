@@ -1,4 +1,4 @@
-"""What of an image its decoding drops: further pages or frames, further channels, low bits; told from the header alone."""
+"""What decoding drops of an image: further pages or frames, further channels, low bits. Found from the header alone."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 MAX_PAGES, MAX_FAR_PAGES = 100, 2
-"""Directories of a TIFF that are looked at, in a file and in a bucket, where each takes a request."""
+"""TIFF directories that are examined, in a file and in a bucket; in a bucket each one takes a request."""
 GIF_BYTES = 1 << 18
-"""How far the second frame of a GIF is looked for."""
+"""How many bytes of a GIF are searched for its second frame."""
 _SUBFILE, _BITS, _PHOTOMETRIC, _SAMPLES, _EXTRA = 254, 258, 262, 277, 338
 _COLOURS = {0: 1, 1: 1, 2: 3, 3: 1, 5: 4, 6: 3, 8: 3}  # samples of a pixel per photometric interpretation
 _ALPHA = {1, 2}
@@ -29,22 +29,22 @@ class Stream(Protocol):
 
 
 def dropped(image: Any, stream: Stream, *, is_far: bool = False) -> tuple[str, ...]:
-    """Codes of what is dropped: ``pages:5``, ``frames:12``, ``frames:2+``, ``channels:5/3`` (of which 3 are used), ``bits:16``.
+    """Codes of what is dropped: ``pages:5``, ``frames:12``, ``frames:2+``, ``channels:5/3`` (3 of 5 are used), ``bits:16``.
 
     Parameters
     ----------
     image : PIL.Image.Image
         As opened, not loaded.
     stream : Stream
-        The same file; its place is moved.
+        The same file; its position is changed.
     is_far : bool
-        Whether each look at another place takes a request.
+        Whether each read at another position takes a request.
     """
     if image.format not in _LARGER_FORMATS:
         return ()
     try:
         return tuple(_dropped(image, stream, is_far))
-    except Exception:  # noqa: BLE001 (an odd header, of which the decoder is to judge)
+    except Exception:  # noqa: BLE001 (an odd header: the decoder judges it)
         return ()
 
 
@@ -64,13 +64,13 @@ def _dropped(image: Any, stream: Stream, is_far: bool) -> Iterator[str]:
 
 
 def is_far(file: object) -> bool:
-    """Whether a file lies in a bucket, so that each look at another place takes a request."""
+    """Whether a file is in a bucket, so that each read at another position takes a request."""
     raw = getattr(file, "raw", None)
     return isinstance(raw, io.RawIOBase) and not isinstance(raw, io.FileIO)
 
 
 def channels(n: int, photometric: int, extra: tuple[int, ...]) -> Iterator[str]:
-    """What is dropped of the samples of a TIFF: those beyond its colours that are no alpha.
+    """What is dropped of the samples of a TIFF: those beyond its colours that are not alpha.
 
     Examples
     --------
@@ -91,7 +91,7 @@ def _frames(image: Any, stream: Stream) -> Iterator[str]:
 
 
 def _bits(image: Any) -> int:
-    """Bits of a channel of a PNG or a PNM, by what Pillow is about to unpack; of others none is deeper, or nothing says."""
+    """Bits per channel of a PNG or a PNM, from what Pillow will unpack; other formats are not deeper, or nothing tells."""
     if image.format not in {"PNG", "PPM"} or not image.tile:
         return 0
     given = image.tile[0][3]
@@ -101,7 +101,7 @@ def _bits(image: Any) -> int:
 
 
 def n_pages(stream: Stream, most: int = MAX_PAGES) -> tuple[int, bool]:
-    """Pages among the first ``most`` directories of a TIFF, and whether more follow; smaller versions, and masks, are no pages."""
+    """Pages among the first ``most`` directories of a TIFF, and whether more follow; thumbnails and masks do not count."""
     stream.seek(0)
     head = stream.read(16)
     order, is_big = "<>"[head[:1] == b"M"], b"\x2b" in head[2:4]
@@ -121,7 +121,7 @@ def n_pages(stream: Stream, most: int = MAX_PAGES) -> tuple[int, bool]:
 
 
 def _is_smaller_or_mask(directory: bytes, entry: struct.Struct, order: str) -> bool:
-    """Whether NewSubfileType says so; the tags of a directory ascend."""
+    """Whether NewSubfileType marks a smaller version or a mask; the tags of a directory ascend."""
     for place in range(0, len(directory) - entry.size + 1, entry.size):
         tag, kind, _, _ = entry.unpack_from(directory, place)
         if tag >= _SUBFILE:
@@ -134,7 +134,7 @@ def has_second_frame(stream: Stream) -> bool:
     """Whether a GIF has a second frame within its first `GIF_BYTES`."""
     stream.seek(0)
     data = stream.read(GIF_BYTES)
-    end, data = len(data), data + bytes(1024)  # so that a header at the end is whole
+    end, data = len(data), data + bytes(1024)  # so that a header at the end is complete
     place, n = 13 + (3 << (data[10] & 7) + 1 if data[10] & 0x80 else 0), 0
     while place < end and n < 2:
         kind = data[place : place + 1]
@@ -152,11 +152,11 @@ def has_second_frame(stream: Stream) -> bool:
     return n == 2
 
 
-# -- for people --------------------------------------------------------------------------------------------------------------------
+# -- descriptions ------------------------------------------------------------------------------------------------------------------
 
 
 def describe_dropped(counts: Mapping[str, int]) -> list[str]:
-    """A line for each kind of what was dropped.
+    """One line per kind of what was dropped.
 
     Parameters
     ----------
@@ -194,7 +194,7 @@ def _said(kind: str, values: list[str]) -> str:
 
 
 def _span(values: list[str]) -> str:
-    """Numbers from the least to the most.
+    """The range of some numbers, in words.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""What a listing leaves out by name, as folders of thumbnails and snapshots that file servers keep beside the images."""
+"""Leaves names out of a listing, such as the folders of thumbnails and snapshots that file servers keep beside the images."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from fnmatch import translate
 
 HIDDEN = ".*/"
 DEFAULT_EXCLUDE = ("@eaDir/", ".snapshot/", "#recycle/", "__MACOSX/", HIDDEN)
-"""What a new store leaves out: folders of thumbnails, snapshots and deleted files, and all hidden folders."""
+"""Left out by default in a new store: folders of thumbnails, snapshots and deleted files, and all hidden folders."""
 
 
 class Exclusion:
-    """Patterns of the names that a listing leaves out, and how often each did.
+    """Patterns of names that a listing leaves out, and the number of matches of each.
 
-    A pattern without a slash matches a file or folder of that name at any depth, one that ends with a slash only folders. One
-    with a slash inside matches the path below the source's root.
+    A pattern without a slash matches a file or folder of that name at any depth. A pattern with a slash at the end matches only folders.
+    A pattern with a slash inside matches the path below the source's root.
 
     Parameters
     ----------
@@ -39,7 +39,7 @@ class Exclusion:
         self._may_be_files = any(not only_folders for *_, only_folders in self._rules)
 
     def leaves_out(self, path: str, *, is_folder: bool) -> bool:
-        """Whether a file or folder, by its path below the root, is left out; if so it is counted."""
+        """Whether a file or folder, given by its path below the root, is left out; if so, count it."""
         if not (is_folder or self._may_be_files):
             return False
         name = path.rpartition("/")[2]
@@ -50,12 +50,12 @@ class Exclusion:
         return False
 
     def describe(self) -> str:
-        """What was left out, for the refusal of a source without images; empty if nothing was."""
+        """What was left out, as part of the error for a source without images; empty if nothing was."""
         found = ", ".join(self.found)
         return f", except what was left out by name ({found}; see --exclude and --no-default-exclude)" if found else ""
 
     def leaves_out_key(self, key: str) -> bool:
-        """Whether an object of a bucket is left out, by its own name or that of a folder above it."""
+        """Whether an object of a bucket is left out, because of its own name or a folder's above it."""
         parts = key.split("/")
         above = ("/".join(parts[:n]) for n in range(1, len(parts)))
         return bool(self._rules) and (

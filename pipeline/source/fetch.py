@@ -1,4 +1,4 @@
-"""Reach files: probe headers, read bytes, and tell an image's own fault from one of the storage that may pass."""
+"""Reads files: probes headers, reads bytes, and tells an image's own fault from one of the storage that may pass."""
 
 from __future__ import annotations
 
@@ -40,16 +40,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where images come from and how they are decoded."""
+    """Where the images are, and how to decode them."""
 
     root: str
     decode: DecodeSpec
     hung: frozenset[str] = frozenset()
-    """Images that did not answer before the deadline: they are left to the next run."""
+    """Images that did not answer before the deadline; they are left to the next run."""
 
 
 class Probed(NamedTuple):
-    """What a header says of one image: sizes, or why it has none (``error``), or a fault that may pass (``fault``)."""
+    """Result of reading one header: sizes, or why the image is bad (``error``), or a fault that may pass (``fault``)."""
 
     source_height: int = 0
     source_width: int = 0
@@ -63,19 +63,19 @@ class Probed(NamedTuple):
 
 
 class Patience:
-    """How long to wait for the storage to recover: for the first image of a batch that needs it, not for each again."""
+    """How long to wait for the storage to recover. All images of a batch share this time; it does not start again for each."""
 
     def __init__(self) -> None:
         self.pauses_s: tuple[float, ...] = RETRY_PAUSES_S
 
     @property
     def is_left(self) -> bool:
-        """Whether it has not run out."""
+        """Whether any time is left."""
         return bool(self.pauses_s)
 
 
 class ProbedBlock(tuple[Probed, ...]):
-    """What the headers of a block say; a type of its own, because Dask sends each item of a plain list or tuple by itself."""
+    """The results of a block. It has its own type because Dask would send each item of a plain list or tuple separately."""
 
     __slots__ = ()
 
@@ -87,9 +87,9 @@ def probe_block(source: Source, paths: Sequence[str], needed: tuple[int, int]) -
     ----------
     source : Source
     paths : sequence of str
-        Relative, encoded.
+        Relative and encoded.
     needed : (int, int)
-        Smallest input height and width that leave a map.
+        Smallest input height and width that leave at least one position of a map.
     """
     patience = Patience()
     probe = partial(_probe, source, needed, patience)
@@ -97,7 +97,7 @@ def probe_block(source: Source, paths: Sequence[str], needed: tuple[int, int]) -
 
 
 def _for_each(action: Callable[[str], T], paths: Sequence[str], root: str) -> Iterator[T]:
-    """`map`; under a URL with some requests under way at once, while this thread says which image it waits for."""
+    """`map`, for a URL with several requests at once; this thread meanwhile notes which image it waits for."""
     if not is_url(root):
         yield from map(action, paths)
         return
@@ -126,7 +126,7 @@ def _probe(source: Source, needed: tuple[int, int], patience: Patience, path: st
 
 
 def _begin(source: Source, path: str) -> None:
-    """Say which image this thread is at, so that it is found should the storage never answer."""
+    """Note which image this thread begins, so that it is found if the storage never answers."""
     if path in source.hung:
         raise PassingFaultError(f"{path}: the storage did not answer, and the worker that waited for it was replaced")
     current.note(path)
@@ -145,7 +145,7 @@ def _url(root: str, path: str) -> Url:
 
 
 def _open(root: str, path: str) -> Any:
-    """Open a regular file for reading; others would block or never end."""
+    """Open a regular file for reading; other files could block or never end."""
     descriptor = os.open(absolute_path(root, path), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
@@ -154,7 +154,7 @@ def _open(root: str, path: str) -> Any:
 
 
 def _retry(action: Callable[[], T], root: str, path: str, patience: Patience) -> T:
-    """Run ``action``, again after faults that may pass; sort out what the image is to blame for."""
+    """Call ``action``, again after faults that may pass; raise ImageError if the image is at fault."""
     pauses = iter(patience.pauses_s)
     while True:
         try:
@@ -171,7 +171,7 @@ def _retry(action: Callable[[], T], root: str, path: str, patience: Patience) ->
 
 
 def _source_is_gone(root: str) -> bool:
-    """Whether the source itself is missing or empty, as an unmounted disk is."""
+    """Whether the source itself is missing or empty, like an unmounted disk."""
     try:
         if is_url(root):
             return not root.endswith("://") and Url.parse(root).is_empty()
@@ -209,9 +209,9 @@ def _read_file(root: str, path: str, fingerprint: str, patience: Patience) -> by
 def read_ahead(
     source: Source, paths: Sequence[str], fingerprints: Sequence[str], patience: Patience
 ) -> Iterator[Callable[[], bytes]]:
-    """`read_bytes` of some images in turn, each to be called once; under a URL the next ones are on their way meanwhile.
+    """Yield a callable for each image that reads it, as `read_bytes`; call each once. For a URL, the next images load meanwhile.
 
-    At most `READ_AHEAD` files and `READ_AHEAD_BYTES` wait, or one file.
+    At most `READ_AHEAD` files of together `READ_AHEAD_BYTES` are read ahead, or one larger file.
     """
     items = [partial(read_bytes, source, path, listed, patience) for path, listed in zip(paths, fingerprints, strict=True)]
     if not is_url(source.root):
@@ -252,20 +252,20 @@ class Digested(NamedTuple):
 
 
 class DigestedBlock(tuple[Digested, ...]):
-    """The digests of a block; a type of its own, as `ProbedBlock`."""
+    """The digests of a block; it has its own type for the same reason as `ProbedBlock`."""
 
     __slots__ = ()
 
 
 def digest_block(root: str, images: Sequence[tuple[str, str]]) -> DigestedBlock:
-    """Read some images, a piece at a time, for the digests of their bytes.
+    """Compute the digests of some images' bytes, reading them in pieces.
 
     Parameters
     ----------
     root : str
         Source root.
     images : sequence of (str, str)
-        Path and fingerprint; an image of another fingerprint is an error.
+        Path and fingerprint of each image; another fingerprint is an error.
     """
     digest = partial(_digest, root, dict(images), Patience())
     return DigestedBlock(_for_each(digest, [path for path, _ in images], root))
@@ -292,18 +292,18 @@ def _digest_file(root: str, path: str, fingerprint: str, patience: Patience) -> 
     with _open(root, path) as file:
         _require_fingerprint(file, fingerprint)
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-        _require_fingerprint(file, fingerprint)  # else some of the bytes may be old and some new
+        _require_fingerprint(file, fingerprint)  # else old and new bytes could be mixed
         return digest
 
 
 def read_current(source: Source, path: str) -> bytes:
-    """Read an image as it is now, whatever it was when it was listed.
+    """Read an image in its current state, whatever its fingerprint was when it was listed.
 
     Raises
     ------
     OSError
     ImageError
-        When it is no regular file.
+        When it is not a regular file.
     """
     if is_url(source.root):
         return _url(source.root, path).read_bytes()

@@ -1,4 +1,4 @@
-"""The images of a source, and the fingerprints by which a change is seen."""
+"""The images of a source, and the fingerprints that reveal a change."""
 
 from __future__ import annotations
 
@@ -14,38 +14,38 @@ UNREADABLE = "unreadable"
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """The images of a source, in a stable order, at about a hundred bytes and one path each."""
+    """The images of a source, in a stable order; takes about a hundred bytes and one path per image."""
 
     root: str
-    """Absolute folder that the paths are relative to; as `os.fsdecode` gives it."""
+    """Absolute folder to which the paths are relative, as returned by `os.fsdecode`."""
     paths: list[str] = field(repr=False)
-    """Encoded relative paths, none twice."""
+    """Encoded relative paths, without duplicates."""
     size_bytes: array[int] = field(repr=False)
-    """Size of each image, -1 where it could not be read."""
+    """Size of each image; -1 if it could not be read."""
     mtime_ns: array[int] = field(repr=False)
-    """Time of the last change of each image, -1 where it could not be read."""
+    """Time of the last change of each image; -1 if it could not be read."""
     unreadable: tuple[str, ...] = ()
-    """Encoded relative folders that could not be read: what is known of the images below them stays as it is."""
+    """Encoded relative folders that could not be read; images below them keep their entries."""
     ignored: dict[str, int] = field(default_factory=dict, repr=False)
-    """Files of a folder that are no images by their name: number per suffix, a few suffixes at most."""
+    """Files of a folder without an image suffix: number per suffix, for a few suffixes at most."""
     excluded: dict[str, int] = field(default_factory=dict, repr=False)
     """Folders and files (in a bucket: objects) that were left out: number per pattern."""
     identities: list[str] = field(default_factory=list, repr=False)
-    """Under a URL instead of the times: the ETag of each image, empty where it could not be read."""
+    """For a URL, used in place of the times: the ETag of each image, empty if it could not be read."""
     complete: bool = True
-    """Whether this is the whole source, not its first few images."""
+    """Whether this is the whole source, not only its first images."""
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def fingerprint(self, i: int) -> str:
-        """Size and time, or ETag, of image ``i`` as one word; `UNREADABLE` where they could not be read."""
+        """Fingerprint of image ``i``: size and time, or ETag, as one word; `UNREADABLE` if they could not be read."""
         if self.size_bytes[i] < 0:
             return UNREADABLE
         return _fingerprint(self.size_bytes[i], self.identities[i] if self.identities else self.mtime_ns[i])
 
     def limit(self, n: int) -> Listing:
-        """Return the first ``n`` images; the listing is no longer complete when that leaves some out."""
+        """Return the first ``n`` images; if that leaves some out, the result is not ``complete``."""
         if n >= len(self):
             return self
         kept = {name: getattr(self, name)[:n] for name in ("paths", "size_bytes", "mtime_ns", "identities")}
@@ -53,7 +53,7 @@ class Listing:
 
 
 def fingerprint_of(status: os.stat_result | Meta) -> str:
-    """Fingerprint that a listing gives a regular file or an object of this status."""
+    """Fingerprint of a regular file or an object with this status, as in a listing."""
     if isinstance(status, Meta):
         return _fingerprint(status.size_bytes, status.identity)
     return _fingerprint(status.st_size, clamp_time(status.st_mtime_ns))
@@ -65,4 +65,4 @@ def _fingerprint(size_bytes: int, version: int | str) -> str:
 
 def clamp_time(mtime_ns: int) -> int:
     """A time as 64 bits hold it."""
-    return max(-(2**63), min(mtime_ns, 2**63 - 1))  # some file systems know the year 300,000
+    return max(-(2**63), min(mtime_ns, 2**63 - 1))  # some file systems can store the year 300,000

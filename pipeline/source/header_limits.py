@@ -1,4 +1,4 @@
-"""What a header may cost, and what it says before Pillow may look at it: Pillow allocates while it opens some files."""
+"""Limits the cost of a header, and checks it before Pillow sees it: Pillow allocates memory while it opens some files."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from pipeline.errors import ImageError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-_SIDE_LIMIT = (2**31 - 1) // 32  # of Pillow, whose longer rows end in a MemoryError, however much memory there is
-# What a header may cost: real ones take a few hundred reads, and Pillow needs a microsecond for each.
+_SIDE_LIMIT = (2**31 - 1) // 32  # Pillow's limit: longer rows end in a MemoryError, however much memory there is
+# Limit of reads per header: real headers take a few hundred reads, and Pillow needs a microsecond for each.
 _HEADER_READS = 1 << 18
-# Of a JPEG, whose EXIF segments Pillow joins one by one; of others, it is the share of a file that is no pixels.
+# Bytes of a JPEG's header: Pillow joins its EXIF segments one by one. For others, the part of a file that may be other than pixels.
 HEADER_BYTES = 16 * 1024**2
-_GIF_RECORDS = {b",", b"!", b"\0"}  # zeros are passed over, as some writers put too many
+_GIF_RECORDS = {b",", b"!", b"\0"}  # zeros are skipped, because some writers add too many
 _TO_RAISE = "raise pixel_limit (--pixel-limit) to read it"
 _TOO_MANY = re.compile(r"too_many_pixels: .* pixels, the limit is (\d+)")
 _TOO_LARGE = re.compile(r"too_large: .* needs (\d+),")
@@ -35,21 +35,21 @@ class StorageFault(BaseException):
 
 
 class HeaderStream:
-    """What Pillow needs of a stream, with its read faults told apart from the image's and the cost of its header bounded."""
+    """The stream that Pillow reads from. It tells read faults from the image's faults, and limits the cost of the header."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._read, self.seek, self.tell = stream.read, stream.seek, stream.tell
         if isinstance(stream, io.BytesIO):
-            self.getvalue = stream.getvalue  # spares libtiff a copy
+            self.getvalue = stream.getvalue  # saves libtiff a copy
         self.size_bytes = stream.seek(0, io.SEEK_END)
         self._reads_left, self._bytes_left, self._is_jpeg = _HEADER_READS, HEADER_BYTES, False
         self.seek(0)
 
     def read(self, size: int = -1) -> bytes:
-        """Read, while the header's bounds last."""
+        """Read, within the limits of a header."""
         try:
             data = self._read(size)
-        except (MemoryError, OverflowError):  # of a size that only a damaged header asks for
+        except (MemoryError, OverflowError):  # only a damaged header asks for such a size
             raise
         except Exception as error:
             raise StorageFault(error) from error
@@ -61,7 +61,7 @@ class HeaderStream:
         return data
 
     def begin_jpeg(self) -> None:
-        """Bound the bytes of the header, too."""
+        """Limit the bytes of the header too."""
         self._is_jpeg = True
 
     def end_of_header(self) -> None:
@@ -70,7 +70,7 @@ class HeaderStream:
 
 
 def check_bytes(size_bytes: int, pixel_limit: int) -> None:
-    """Refuse a file that is larger than any image below the limit."""
+    """Refuse a file that is larger than any image within the pixel limit could be."""
     largest_bytes = _largest_bytes(pixel_limit)
     if size_bytes > largest_bytes:
         text = f"and the largest image that may be read needs {largest_bytes}, uncompressed with 16 bits per channel; {_TO_RAISE}"
@@ -82,14 +82,14 @@ def _largest_bytes(pixel_limit: int) -> int:
 
 
 def is_admitted_now(error: str, decode: DecodeSpec) -> bool:
-    """Whether an image's error says that ``pixel_limit`` or ``formats`` kept it out, and they are wider now.
+    """Whether an image's error says that ``pixel_limit`` or ``formats`` kept it out, and the current limits admit it.
 
     Parameters
     ----------
     error : str
-        As a store has it, of this version or an older one.
+        As stored, by this version or an older one.
     decode : DecodeSpec
-        The rules of this run.
+        The rules of the current run.
 
     Examples
     --------
@@ -106,7 +106,7 @@ def is_admitted_now(error: str, decode: DecodeSpec) -> bool:
 
 
 def check_pixels(what: str, height: int, width: int, limit: int) -> None:
-    """Refuse an image above the limit, or of a side that Pillow cannot hold."""
+    """Refuse an image above the pixel limit, or with a side that Pillow cannot hold."""
     if height * width > limit:
         raise ImageError("too_many_pixels", f"{what} {height} x {width} pixels, the limit is {limit}; {_TO_RAISE}")
     if max(height, width) > _SIDE_LIMIT:
@@ -114,7 +114,7 @@ def check_pixels(what: str, height: int, width: int, limit: int) -> None:
 
 
 def gif_size(stream: HeaderStream) -> tuple[int, int]:
-    """Height and width of a GIF's canvas, stretched as Pillow does by a first frame that reaches beyond it."""
+    """Height and width of a GIF's canvas. As in Pillow, a first frame beyond the canvas enlarges it."""
     stream.seek(6)
     width, height, flags, background = struct.unpack("<HHBBx", stream.read(7))
     is_clear = False
@@ -132,20 +132,20 @@ def gif_size(stream: HeaderStream) -> tuple[int, int]:
                 text = "a GIF whose first picture leaves a part of the canvas to a background that Pillow misreads"
                 raise ImageError("unsupported_mode", f"{text}; save it with a picture of the whole canvas, or as PNG")
             return height, width
-        if kind == b"!":  # an extension: its label, then blocks led by their length
+        if kind == b"!":  # an extension: its label, then blocks that start with their length
             label = stream.read(1)
             while (length := stream.read(1)) > b"\0":
                 block = stream.read(length[0])
                 if label == b"\xf9" and block:
                     is_clear = bool(block[0] & 1)
                     controls.add(block[3:4] if is_clear else b"")
-                elif label == b"\x01" and controls:  # a text, which takes the control before it
+                elif label == b"\x01" and controls:  # a text, which uses up the graphic control before it
                     controls |= {b"", b"text"}
     return height, width
 
 
 def check_gif_blocks(data: bytes, place: int) -> None:
-    """Refuse a GIF whose chain of blocks, from the pixels of the first picture at ``place`` on, does not lead to a record or the end."""
+    """Refuse a GIF whose blocks, from the pixels of the first picture at ``place`` on, do not lead to another record or the end."""
     while place < len(data) and data[place]:
         place += 1 + data[place]
     rest = data[place:].lstrip(b"\0")[:1]
@@ -156,11 +156,11 @@ def check_gif_blocks(data: bytes, place: int) -> None:
 
 
 def _broken_gif() -> ImageError:
-    return ImageError("corrupt", "the image cannot be decoded (something is between its blocks that is none)")
+    return ImageError("corrupt", "the image cannot be decoded (there are bytes between its blocks)")
 
 
 def _check_gif_colours(stream: HeaderStream, palette: bytes, frame_flags: int, controls: set[bytes]) -> None:
-    """Refuse a first picture whose palette or transparent colour Pillow takes from elsewhere; the stream is at its palette."""
+    """Refuse a first picture for which Pillow uses the wrong palette or transparent colour; the stream is at its palette."""
     text = ""
     if frame_flags & 0x80:
         own = stream.read(6 << (frame_flags & 7))
@@ -175,12 +175,12 @@ def _check_gif_colours(stream: HeaderStream, palette: bytes, frame_flags: int, c
 
 
 def _greys(palette: bytes) -> bytes:
-    """A palette of as many colours, each of which is the grey of its index."""
+    """A palette of the same length, in which each colour is the grey of its index."""
     return b"".join(bytes([index] * 3) for index in range(len(palette) // 3))
 
 
 def check_webp(head: bytes, found_bytes: int, limit: int) -> None:
-    """Refuse a WebP that is cut short, of which libwebp says only that it failed, or whose canvas is too large."""
+    """Refuse a WebP whose canvas is too large, or that is cut short: libwebp would say only that it failed."""
     size_bytes = 8 + int.from_bytes(head[4:8], "little")
     if found_bytes < size_bytes:
         raise ImageError("truncated", f"the file ends before the image does ({found_bytes} of {size_bytes} bytes)")
@@ -196,12 +196,12 @@ def check_webp(head: bytes, found_bytes: int, limit: int) -> None:
 
 
 def check_webp_chunks(data: bytes) -> None:
-    """Refuse a WebP whose header says other than its chunks of its transparency, or whose canvas Pillow fills with black."""
+    """Refuse a WebP whose header contradicts its chunks about transparency, or whose canvas Pillow fills with black."""
     if data[12:16] != b"VP8X":
         return
     is_clear, kinds = bool(data[20] & 0x10), set()
     for kind, start, n_bytes in _webp_chunks(data, 30, len(data)):
-        if kind == b"ANMF":  # the first frame: two places, then two sides, as in the header
+        if kind == b"ANMF":  # the first frame: two positions, then two sides, as in the header
             if not is_clear and (any(data[start : start + 6]) or data[start + 6 : start + 12] != data[24:30]):
                 text = "a WebP without transparency whose first frame leaves a part of the canvas out"
                 raise ImageError("unsupported_mode", f"{text}; save that frame as PNG")
@@ -226,7 +226,7 @@ def _alpha_in_doubt() -> ImageError:
 
 
 def _webp_chunks(data: bytes, place: int, end: int) -> Iterator[tuple[bytes, int, int]]:
-    """Kind, place and bytes of each chunk."""
+    """Kind, position and size of each chunk."""
     while place + 8 <= min(end, len(data)):
         n_bytes = int.from_bytes(data[place + 4 : place + 8], "little")
         yield data[place : place + 4], place + 8, n_bytes
@@ -234,9 +234,9 @@ def _webp_chunks(data: bytes, place: int, end: int) -> Iterator[tuple[bytes, int
 
 
 def n_scans(data: bytes, n_colours: int) -> int:
-    """Scans of a JPEG that libjpeg looks at, up to its end: what follows may be anything, a film for instance.
+    """Number of scans in a JPEG that libjpeg reads, up to its end; after it anything may follow, for instance a video.
 
-    One with all ``n_colours`` has everything, unless that is 0: in a progressive JPEG none has.
+    A scan with all ``n_colours`` completes the picture. With 0 none does: in a progressive JPEG no scan has everything.
     """
     n, place = 0, 2
     while (found := _JPEG_MARKER.search(data, place)) and found[0] != b"\xff\xd9":

@@ -1,4 +1,4 @@
-"""Telling bad images from a bad source: when most images in a row cannot be reached, none of them is to blame."""
+"""Tells bad images from a bad source: if most images in a row cannot be reached, the source is at fault."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ def is_inaccessible(error: str) -> bool:
 
 
 class SourceWatch:
-    """Looks at the outcome of every image.
+    """Judges the source by the outcome of every image.
 
     Parameters
     ----------
     root : str
-        The source, for the message.
+        The source, for the error message.
     """
 
     def __init__(self, root: str) -> None:
         self.root = root
         self.failed = False
-        """Whether most of some `SAMPLE` images in a row could not be reached."""
+        """Whether most of `SAMPLE` images in a row could not be reached."""
         self._n_seen = 0
-        self._n_lost = 0  # of the recent ones
+        self._n_lost = 0  # among the recent ones
         self._recent: deque[bool] = deque(maxlen=SAMPLE)
 
     def note(self, error: str, *, is_fault: bool) -> None:
-        """Take down an image's error, or none, and whether it is a fault that may pass."""
+        """Note an image's error, if any, and whether it is a fault that may pass."""
         is_lost = is_fault or is_inaccessible(error)
         self._n_seen += 1
         if len(self._recent) == SAMPLE:
@@ -44,7 +44,7 @@ class SourceWatch:
 
     @property
     def is_undecided(self) -> bool:
-        """Whether some images could not be reached, and too few were seen to tell why."""
+        """Whether some images could not be reached, but too few were seen to tell why."""
         return self._n_lost > 0 and self._n_seen < SAMPLE
 
     def check(self) -> None:

@@ -1,4 +1,4 @@
-"""What a source names, and whether two of them name the same, however they are written."""
+"""Normalises the name of a source, and tells whether two names mean the same source."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pipeline.source.urls import Url, is_url
 
 
 def absolute_source(source: str) -> str:
-    """A source as a store remembers it: absolute, and the same however it is written, but for links."""
+    """A source in the form that a store records: absolute, and the same for every spelling, except for links."""
     if is_url(source):
         return str(Url.parse(source))
     if os.path.exists(absolute(source)) or not is_pattern(source):
@@ -24,19 +24,19 @@ def absolute_source(source: str) -> str:
 
 
 def is_same_source(one: str, other: str) -> bool:
-    """Whether two sources list the same, however they are written; links to the folder are followed."""
+    """Whether two sources list the same images, however they are written; links to the folder are followed."""
     return one == other or _resolved(one) == _resolved(other)
 
 
 def is_same_folder(one: str, other: str) -> bool:
-    """Whether two roots are one folder, maybe through a link."""
+    """Whether two roots are the same folder, perhaps through a link."""
     if one == other or is_url(one) or is_url(other):
         return one == other
     return os.path.realpath(one) == os.path.realpath(other)
 
 
 def _resolved(source: str) -> object:
-    """What a source names, without links in the folder."""
+    """What a source names, with links to the folder resolved."""
     if is_url(source):
         url = Url.parse(source)
         return url.base, sorted(set(expand(url.key)))
@@ -48,7 +48,7 @@ def _resolved(source: str) -> object:
 
 
 def named_by(spelled: list[str]) -> str | None:
-    """The folder or list that a pattern without any wildcards names: brackets may be escaped where they need not be."""
+    """The folder or list that a pattern without wildcards names; its brackets may be escaped without need."""
     name = literal(spelled[0])
     if len(spelled) > 1 or name is None:
         return None
@@ -56,7 +56,7 @@ def named_by(spelled: list[str]) -> str | None:
 
 
 def bucket_pattern(url: Url) -> Pattern:
-    """The pattern of a bucket's keys; without any tail where it is a folder."""
+    """The pattern for a bucket's keys; it has no tail if the URL is a folder."""
     if not is_pattern(url.key):
         return Pattern(url.key, ())
     spelled = sorted(set(expand(url.key)))

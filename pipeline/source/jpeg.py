@@ -1,4 +1,4 @@
-"""Whether a JPEG is whole and sound: by what libjpeg warns of, not by its last two bytes."""
+"""Tells whether a JPEG is whole and sound, by libjpeg's warnings, not by its last two bytes."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from typing import Any
 from pipeline.errors import ImageError
 
 _END = b"\xff\xd9"
-# What is not a stuffed byte, a fill byte or a restart; begun once per run of fill bytes, of which there may be millions.
+# Neither a stuffed byte, a fill byte nor a restart. A run of fill bytes, of which there may be millions, is tried only once.
 _END_OF_DATA = re.compile(rb"(?<!\xff)\xff++[^\x00\xd0-\xd7]")
 _MARKER = re.compile(rb"\xff[\xc0-\xfe]")
 _FRAMES = set(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _QUANTISERS, _CODES = 0xDB, 0xC4
-_PROVEN = {0xC0, 0xC1, 0xC2}  # with Huffman codes: libjpeg does not warn where arithmetic codes end early
-_ALL = (1 << 64) - 1  # a bit for each coefficient of a block
-# Where `struct jpeg_error_mgr` holds the number of its last message and the count of warnings, on 64 bits.
+_PROVEN = {0xC0, 0xC1, 0xC2}  # with Huffman codes: for arithmetic codes, libjpeg does not warn when data end early
+_ALL = (1 << 64) - 1  # one bit for each coefficient of a block
+# Offsets in `struct jpeg_error_mgr`, on 64 bits, of the number of its last message and of its count of warnings.
 _MESSAGE_BYTES, _WARNINGS_BYTES = 40, 128
 _CONTEXT_BYTES = 2048
-_HOLE = bytes(64)  # more than two blocks of the shortest codes that are no end of a block
-_MORE = bytes(16)  # so much libjpeg may read ahead
+_HOLE = bytes(64)  # longer than two blocks of the shortest codes that do not end a block
+_MORE = bytes(16)  # libjpeg may read this far ahead
 _DOT = (  # a grey square of 8 x 8 pixels, in parts: garbage between them is worth one warning each
     b"\xff\xd8\xff\xdb\0\x43\0" + b"\1" * 64,
     bytes.fromhex(
@@ -34,9 +34,9 @@ _DOT = (  # a grey square of 8 x 8 pixels, in parts: garbage between them is wor
 
 
 def check_scans(data: bytes) -> None:
-    """Refuse a JPEG whose scans do not send every coefficient of every colour down to its last bit."""
-    missing: dict[int, int] = {}  # by colour, a bit for each coefficient
-    lowest: dict[tuple[int, int], int] = {}  # bit so far, by colour and coefficient: the next scan must go on from it
+    """Refuse a JPEG unless its scans send every coefficient of every colour, down to the last bit."""
+    missing: dict[int, int] = {}  # colour -> a bit for each missing coefficient
+    lowest: dict[tuple[int, int], int] = {}  # (colour, coefficient) -> lowest bit so far: the next scan must continue from it
     place, is_progressive = 2, False
     while (found := _MARKER.search(data, place)) and found[0] != _END:
         kind, start = found[0][1], found.end()
@@ -74,7 +74,7 @@ def check_scans(data: bytes) -> None:
 
 @lru_cache(64)  # most files share a few tables
 def tables_of(kind: int, content: bytes) -> set[tuple[int, int]]:
-    """Kind (of its segment) and number of each table in a segment, which is refused where it breaks the rules of ITU-T T.81."""
+    """Kind (of its segment) and number of each table in a segment. Refuse a segment that breaks the rules of ITU-T T.81."""
     names, place = set(), 0
     while kind in {_QUANTISERS, _CODES} and place < len(content):
         names.add((kind, content[place]))
@@ -95,18 +95,19 @@ def tables_of(kind: int, content: bytes) -> set[tuple[int, int]]:
 
 
 def without_filling(data: bytes) -> bytes:
-    """A sequential JPEG without the zeros that fill its data up to the end marker: they are padding, or what never came.
+    """Return a sequential JPEG without the zeros that fill its data up to the end marker.
 
-    libjpeg takes zeros for blocks. If those were needed, they are missing now. If they were padding, nothing changes.
+    They are padding, or stand for data that never came, which libjpeg would take for blocks. If they were needed, data are missing
+    after this. If they were padding, nothing changes.
 
     Raises
     ------
     ImageError
-        ``corrupt``: zeros go on within the data, and no codes of its tables are zeros that go on.
+        ``corrupt``: there is a run of zeros within the data that its code tables cannot produce.
     """
     if _HOLE not in data:
         return data
-    place, ends = 2, set()  # symbols whose code is all zeros; that of a block's end may go on
+    place, ends = 2, set()  # symbols whose code is all zeros; the end of a block may repeat
     while (found := _MARKER.search(data, place)) and found[0] != _END:
         kind, start = found[0][1], found.end()
         place = start if 0xD0 <= kind <= 0xD8 else start + int.from_bytes(data[start : start + 2], "big")
@@ -121,13 +122,13 @@ def without_filling(data: bytes) -> bytes:
                 break
             if data[hole : stop.start()].strip(b"\0") or stop[0] != _END:
                 raise ImageError("corrupt", "the image cannot be decoded (zeros within its data are no blocks)")
-            hole += data[hole - 1 : hole] == b"\xff"  # whose zero only says that it is no marker
+            hole += data[hole - 1 : hole] == b"\xff"  # its zero only says that it is not a marker
             return data[:hole] + data[stop.start() :]
     return data
 
 
 def _first_symbols(content: bytes) -> set[int]:
-    """What the code of zeros means in each table for the coefficients after the first."""
+    """For each table, what a code of zeros means for the coefficients after the first."""
     symbols, place = set(), 0
     while place + 17 < len(content):
         if content[place] >> 4:
@@ -137,7 +138,7 @@ def _first_symbols(content: bytes) -> set[int]:
 
 
 def load_jpeg(image: Any, data: bytes, pillow: Any) -> None:
-    """Give ``image``, an open JPEG of Pillow, its pixels, if all of them come from its data.
+    """Load the pixels of ``image``, an open JPEG of Pillow, if all of them come from its data.
 
     Parameters
     ----------
@@ -146,7 +147,7 @@ def load_jpeg(image: Any, data: bytes, pillow: Any) -> None:
     data : bytes
         The whole file.
     pillow : module
-        ``PIL.Image``, which has no home here.
+        ``PIL.Image``, which this module must not import.
 
     Raises
     ------
@@ -162,7 +163,7 @@ def load_jpeg(image: Any, data: bytes, pillow: Any) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Layout:
-    """Offsets in bytes from a decoder of Pillow to libjpeg's count of warnings, and what libjpeg says at an end marker."""
+    """Byte offsets from a decoder of Pillow to libjpeg's count of warnings, and the number of its message about an end marker."""
 
     context: int
     errors: int
@@ -170,19 +171,19 @@ class _Layout:
 
 
 def counts_warnings(pillow: Any) -> bool:
-    """Whether libjpeg's warnings can be seen here; ``pillow`` is the module ``PIL.Image``."""
+    """Whether libjpeg's warnings are accessible here; ``pillow`` is the module ``PIL.Image``."""
     return _layout(pillow) is not None
 
 
 class _Trial:
-    """One image, decoded from changed data until it is clear what is wrong with them."""
+    """One image, decoded from modified data until it is clear what is wrong with it."""
 
     def __init__(self, image: Any, pillow: Any) -> None:
         self.image, self.pillow = image, pillow
         self.tile = image.tile[0]
 
     def decode(self, data: bytes) -> tuple[int, int, int, bool]:
-        """Bytes taken (-1 at the end), Pillow's error, libjpeg's warnings, and whether it met the end marker."""
+        """Bytes consumed (-1 at the end), Pillow's error, number of libjpeg's warnings, and whether it met the end marker."""
         self.image.load_prepare()
         decoder = self.pillow._getdecoder(self.image.mode, self.tile[0], self.tile[3], self.image.decoderconfig)
         try:
@@ -193,17 +194,17 @@ class _Trial:
             decoder.cleanup()
 
     def is_clean(self, data: bytes, n_allowed: int = 0) -> bool:
-        """Whether the image came whole, and libjpeg warned of no more than that."""
+        """Whether the image is complete, with at most ``n_allowed`` warnings of libjpeg."""
         n, error, n_found, is_sealed = self.decode(data)
         return n < 0 and error >= 0 and n_found <= n_allowed and is_sealed
 
     def is_enough(self, data: bytes) -> bool:
-        """Whether libjpeg has all blocks without more than 16 further bytes: it then ends, or looks for a marker."""
+        """Whether libjpeg has all blocks with no more than 16 further bytes: then it ends, or looks for a marker."""
         n = self.decode(data + _MORE)[0]
         return n == (len(data) + len(_MORE) if "progressive" in self.image.info else -1)
 
     def place_of_end(self, data: bytes, start: int, step: int) -> int:
-        """How many bytes libjpeg takes until it has all blocks, found by feeding it what follows ``start`` in steps."""
+        """How many bytes libjpeg reads until it has all blocks; found by feeding it the data after ``start`` in steps."""
         self.image.load_prepare()
         decoder = self.pillow._getdecoder(self.image.mode, self.tile[0], self.tile[3], self.image.decoderconfig)
         decoder.setimage(self.image.im, self.tile[1])
@@ -218,16 +219,16 @@ class _Trial:
 
 
 def _is_whole(trial: _Trial, data: bytes) -> bool:
-    """Say what is wrong with a JPEG that libjpeg warned of, refused or wanted more of."""
+    """Find out what is wrong with a JPEG for which libjpeg warned, failed or asked for more data; return whether it is whole."""
     first, start, end = _scans(data)
     picture = data[:end]
-    n_before = trial.decode(data[:first])[2]  # of the header alone: a warning of any scan is damage
+    n_before = trial.decode(data[:first])[2]  # of the header alone: any warning about a scan means damage
     n, error, n_found, _ = trial.decode(picture + _END)
     if error < 0:
         raise ImageError("corrupt", "the image cannot be decoded (broken data stream)")
     is_sealed = data[end : end + 2] == _END
     if n < 0 and n_found <= n_before and (is_sealed or not _is_filled(data, end)):
-        return True  # only its end marker was missing, or what follows it is odd
+        return True  # only the end marker was missing, or odd bytes follow it
     if not trial.is_enough(picture):
         raise ImageError("truncated", "the file ends before the image does (blocks of the picture are missing)")
     tight = picture.rstrip(b"\0")
@@ -240,7 +241,7 @@ def _is_whole(trial: _Trial, data: bytes) -> bool:
 
 
 def _check_by_filling(trial: _Trial, data: bytes) -> None:
-    """Refuse a JPEG whose pixels change with what is put behind its data: three times the work, where warnings are not seen."""
+    """Refuse a JPEG whose pixels depend on what is put after its data; takes three times the work, without access to warnings."""
     found = trial.image.tobytes()
     picture = data[: _scans(data)[2]]
     for fill in (b"\x55" * 96, b"\x6d\xb6\xdb" * 32, b"\x23\x91" * 48):
@@ -250,7 +251,7 @@ def _check_by_filling(trial: _Trial, data: bytes) -> None:
 
 
 def _has_film(trial: _Trial, picture: bytes, start: int, n_before: int) -> bool:
-    """Whether some beginning of the data is exactly the picture; what follows it is then no part of it."""
+    """Whether some first part of the data is exactly the picture; then what follows does not belong to it."""
     rough = trial.place_of_end(picture, start, 1024)
     end = trial.place_of_end(picture, max(start, rough - 1024), 1)
     places = (place for place in range(end, max(start, end - 10), -1) if not _is_filled(picture, place))
@@ -258,7 +259,7 @@ def _has_film(trial: _Trial, picture: bytes, start: int, n_before: int) -> bool:
 
 
 def _is_filled(data: bytes, end: int) -> bool:
-    """Whether a picture ends in zeros that go on, which libjpeg takes for blocks: what was to be there never came."""
+    """Whether a picture ends in a run of zeros, which libjpeg takes for blocks: the real data never came."""
     return (
         data[end - 1 : end] == b"\0"
         and data[end - 2 : end] != b"\xff\0"
@@ -267,7 +268,7 @@ def _is_filled(data: bytes, end: int) -> bool:
 
 
 def _scans(data: bytes) -> tuple[int, int, int]:
-    """Where the data of the first scan and of the last begin, and where the last end: at a marker, or with the file."""
+    """Start of the first scan's data and of the last one's, and the end of the last: at a marker, or at the end of the file."""
     place, first, start, end = 2, len(data), len(data), len(data)
     n_colours, is_progressive = 0, False
     while (found := _MARKER.search(data, place)) and found[0] != _END:
@@ -277,7 +278,7 @@ def _scans(data: bytes) -> tuple[int, int, int]:
         place += int.from_bytes(data[place : place + 2], "big")
         if kind in _FRAMES:
             if n_colours:
-                break  # of another picture
+                break  # the marker of another picture
             n_colours, is_progressive = data[found.end() + 7], kind & 3 == 2
         elif kind == 0xDA:
             first, start = min(first, place), place
@@ -289,7 +290,7 @@ def _scans(data: bytes) -> tuple[int, int, int]:
 
 
 def _warnings(decoder: Any, layout: _Layout | None) -> tuple[int, bool]:
-    """How often libjpeg warned this decoder of Pillow, which does not tell, and whether it met the end marker."""
+    """Number of libjpeg's warnings for this decoder of Pillow, which does not tell, and whether it met the end marker."""
     if layout is None:
         return 0, True
     memory = _memory()
@@ -309,10 +310,10 @@ def _word(memory: int, place: int) -> int:
 
 @cache
 def _layout(pillow: Any) -> _Layout | None:
-    """Where a decoder of Pillow points to its context, and that to libjpeg's own count of warnings.
+    """Find where a decoder of Pillow points to its context, and the context to libjpeg's count of warnings.
 
-    Both are found by trying small files for which libjpeg has 0 to 3 warnings, so a change of Pillow's structures is found
-    out. An address that is none of the process is an error of ``pread``, never a fault.
+    It tries small files for which libjpeg has 0 to 3 warnings, so it notices if Pillow's structures change. An address outside the
+    process is an error of ``pread``, never a crash.
     """
     tables, frame, scan, block = _DOT
     samples = (

@@ -1,14 +1,18 @@
 """List the images of a source, each with the size and time that tell whether it has changed.
 
-A source is a folder, a glob pattern, or a list of paths in a .txt, .csv or .parquet file; each may be under s3://, gs:// or
-az://, and a list may hold URLs, https:// among them. Names are bytes here, as on disk, and any name is kept: stored paths are
-percent-encoded where they are not UTF-8.
+A source is a folder, a glob pattern, or a list of paths in a .txt, .csv or .parquet file. Each may be under s3://, gs:// or az://,
+and a list may hold URLs, https:// among them. Names may contain any bytes, as on disk. Stored paths are percent-encoded where they
+are not UTF-8.
 
-Rules of a folder: every file below it with a suffix of `SUFFIXES` counts, hidden ones too, but not the ``._*`` files that
-macOS leaves beside them, nor what the caller excludes. Links to files and folders are followed; a folder inside itself is not
-entered again. Fifos, sockets and devices are left out with a warning, wherever they come from, because opening one may block
-for ever. The order is depth first, each folder sorted by the bytes of its names. Patterns follow the shell: a wildcard matches
-no leading dot.
+Rules for a folder:
+
+- Every file below it with a suffix of `SUFFIXES` counts, also a hidden one. The ``._*`` files that macOS leaves, and what the
+  caller excludes, do not count.
+- Links to files and folders are followed. A folder inside itself is not entered again.
+- Fifos, sockets and devices are left out with a warning, because opening one may block for ever. This holds for all sources.
+- The order is depth first; each folder is sorted by the bytes of its names.
+
+Patterns follow the shell: a wildcard matches no leading dot.
 """
 # pathlib cannot hold paths of bytes, and is several times slower on a million of them:
 
@@ -48,7 +52,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SUFFIXES = frozenset(" ".join(IMAGE_SUFFIXES.values()).split())
-"""Lower-case suffixes of the files in a folder that count as images."""
+"""Lower-case suffixes; a file in a folder counts as an image if it has one."""
 
 
 def list_collection(source: str, exclude: Sequence[str] = ()) -> Listing:
@@ -57,17 +61,17 @@ def list_collection(source: str, exclude: Sequence[str] = ()) -> Listing:
     Parameters
     ----------
     source : str
-        A folder, a glob pattern (`patterns`: ``**`` is any depth; every file that it matches counts, whatever its suffix), or a list:
-        .txt (a path per line; blank lines and those that start with ``#`` do not count), .csv or .parquet (column
-        ``path``). Relative entries of a list are relative to its folder; ``..`` is resolved without looking at links.
+        A folder, a glob pattern, or a list. In a pattern (`patterns`), ``**`` is any depth, and every matching file counts, whatever
+        its suffix. A list is a .txt (one path per line; blank lines and lines that start with ``#`` are ignored), .csv or .parquet
+        (column ``path``). Relative entries of a list are relative to its folder; ``..`` is resolved without looking at links.
     exclude : sequence of str
-        What folders, patterns and buckets leave out (`exclusion.Exclusion`); a list names its images itself.
+        Names to leave out of folders, patterns and buckets (`exclusion.Exclusion`); for a list it has no effect.
 
     Returns
     -------
     Listing
-        With -1 as size and time of what is missing or cannot be read, so that it is accounted for. `Listing.root` of a
-        list is its folder if all entries lie below it, else the deepest folder that all entries share.
+        Missing or unreadable images have size and time -1, so that they are accounted for. `Listing.root` of a list is its
+        folder if all entries are below it, else the deepest folder that all entries share.
 
     Raises
     ------
@@ -76,7 +80,7 @@ def list_collection(source: str, exclude: Sequence[str] = ()) -> Listing:
     """
     is_remote = is_url(source)
     kind, path = ("pattern" if is_pattern(source) else "folder", source) if is_remote else _recognise(source)
-    # No wildcard matches a leading dot, so a hidden folder of a pattern was asked for by name.
+    # No wildcard matches a leading dot, so if a pattern has a hidden folder, the user named it.
     exclusion = Exclusion([p for p in exclude if kind != "pattern" or p != HIDDEN])
     if is_remote or kind in {"folder", "pattern"}:
         list_it = _list_url if is_remote else _list_folder if kind == "folder" else _list_pattern
@@ -125,7 +129,7 @@ def _list_suffix(source: str, mode: int) -> str:
 
 
 def _measured(root: str, found: Iterable[Found], unreadable: list[str], nothing: Callable[[], str]) -> Listing:
-    """Stat what was found; ``unreadable`` may fill meanwhile, and ``nothing`` says what there is instead of images."""
+    """Stat what was found. ``unreadable`` may grow meanwhile; ``nothing`` says what there is instead of images."""
     listing = Listing(root, [], array("q"), array("q"))
     for path, read in found:
         measure = _measure(read)
@@ -141,7 +145,7 @@ def _measured(root: str, found: Iterable[Found], unreadable: list[str], nothing:
 
 
 def _measure(read: Callable[[], os.stat_result]) -> tuple[int, int] | None:
-    """Size and time of a file, -1 where that fails; None for what must never be opened."""
+    """Size and time of a file, -1 if that fails; None for a file that must never be opened."""
     try:
         status = read()
     except OSError:
@@ -184,7 +188,7 @@ def _fetch_list(url: Url) -> tuple[str, list[str]]:
 
 
 def _list_bucket(source: str, url: Url, exclusion: Exclusion) -> Listing:
-    """Every object below a prefix, or of a pattern, by the bytes of its key."""
+    """Every object below a prefix, or that matches a pattern, sorted by the bytes of its key."""
     if suffix_of(url.key) in SUFFIXES and not is_pattern(url.key):
         raise UsageError(
             f"source {source!r} is a single image, and a source is a collection, so nothing was listed; give its folder"
@@ -206,7 +210,7 @@ def _list_bucket(source: str, url: Url, exclusion: Exclusion) -> Listing:
 
 
 def _objects(root: Url, pattern: Pattern, others: Counter[str], exclusion: Exclusion) -> Iterator[tuple[str, Meta]]:
-    """What counts of the objects below a prefix, as it is listed."""
+    """The objects below a prefix that count as images, as they are listed."""
     for key, meta in root.walk():
         if exclusion.leaves_out_key(key):
             continue
@@ -218,12 +222,12 @@ def _objects(root: Url, pattern: Pattern, others: Counter[str], exclusion: Exclu
 
 
 def _list_urls(source: str, root: str, paths: list[str]) -> Listing:
-    """The entries of a list, each looked at."""
+    """The entries of a list, with the size and version of each."""
     if not is_url(root):
         raise UsageError(
             f"list {source!r} holds local paths, which mean nothing at another place, so nothing was listed; write URLs"
         )
-    blocks = (paths[start : start + 1000] for start in range(0, len(paths), 1000))  # an interrupt has few requests to wait for
+    blocks = (paths[start : start + 1000] for start in range(0, len(paths), 1000))  # so that an interrupt waits for few requests
     with ThreadPoolExecutor(CONCURRENCY) as pool:
         found = (zip(block, pool.map(partial(_stat_url, root), block), strict=True) for block in blocks)
         return _listing_of(root, chain.from_iterable(found))
@@ -266,7 +270,7 @@ def _without_images(root: str, others: Counter[str], exclusion: Exclusion) -> st
 
 
 def _is_image(name: bytes | str, others: Counter[str]) -> bool:
-    """Whether the name counts; the suffixes of those that do not are counted in ``others``, a few at most."""
+    """Whether the name has an image suffix; if not, count its suffix in ``others``, up to a few suffixes."""
     suffix = "._*" if os.fsencode(name).startswith(b"._") else suffix_of(name)
     if suffix in SUFFIXES:
         return True
@@ -276,7 +280,7 @@ def _is_image(name: bytes | str, others: Counter[str]) -> bool:
 
 def _list_pattern(source: str, exclusion: Exclusion) -> Listing:
     spelled = absolute_patterns(source)
-    for alternative in spelled if len(spelled) > 1 else ():  # each is refused as it would be alone
+    for alternative in spelled if len(spelled) > 1 else ():  # each is refused with the same message as alone
         _check_folder(Pattern.of([alternative]).root or "/")
     pattern = Pattern.of(spelled)
     unreadable: list[str] = []
@@ -294,7 +298,7 @@ def _check_folder(folder: str) -> None:
 
 
 def walks_into(source: str, root: str, folder: str) -> bool:
-    """Whether listing ``source``, whose root is ``root``, looks into an absolute ``folder``."""
+    """Whether listing ``source``, with its root ``root``, would enter an absolute ``folder``."""
     if is_url(source) != is_url(folder):
         return False
     if is_url(source):
@@ -311,7 +315,7 @@ def walks_into(source: str, root: str, folder: str) -> bool:
 
 
 def _goes_into(pattern: Pattern, names: list[str]) -> bool:
-    """Whether the pattern looks into a folder below its root."""
+    """Whether the pattern enters a folder below its root."""
     state = pattern.start
     for name in names:
         state = pattern.step(state, os.fsencode(name)) if name != "." else state
@@ -321,10 +325,10 @@ def _goes_into(pattern: Pattern, names: list[str]) -> bool:
 def _walk(
     root: str, pattern: Pattern | None, unreadable: list[str], exclusion: Exclusion
 ) -> Iterator[tuple[str, os.DirEntry[bytes]]]:
-    """Yield what lies below ``root``, is no folder and matches the pattern, if there is one; lost folders go to ``unreadable``."""
+    """Yield what is below ``root``, is not a folder and matches the pattern, if any; add unreadable folders to ``unreadable``."""
     top = os.fsencode(root)
     skip = len(os.path.join(top, b""))
-    folders: Folders = {}  # from the root to the folder at hand
+    folders: Folders = {}  # from the root to the current folder
     try:
         _enter(folders, top, pattern.start if pattern else frozenset())
     except OSError as error:
@@ -363,12 +367,12 @@ def _enter(folders: Folders, folder: bytes, state: State) -> None:
     status = os.stat(folder)
     identity = status.st_dev, status.st_ino
     if identity not in folders:
-        with os.scandir(folder) as entries:  # last name first, so that `list.pop` frees each entry once it is done
+        with os.scandir(folder) as entries:  # in reverse order, so that `list.pop` frees each entry when it is done
             folders[identity] = state, sorted(entries, key=attrgetter("name"), reverse=True)
 
 
 def _is_folder(entry: os.DirEntry[bytes]) -> bool | None:
-    """Whether this is a folder; None for a link that cannot be followed and may lead to one, on a disk that is not mounted."""
+    """Whether this is a folder; None for a broken link, which may lead to a folder on a disk that is not mounted."""
     try:
         if entry.is_dir():
             return True

@@ -1,4 +1,4 @@
-"""Names as they are stored: relative paths of bytes, percent-encoded where they are not UTF-8."""
+"""Converts names to the form that is stored: relative paths of bytes, percent-encoded where they are not UTF-8."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ def encode_path(relative: bytes) -> str:
 
 
 def decode_path(path: str) -> bytes:
-    """Return the bytes that `encode_path` was given."""
+    """Return the bytes from which `encode_path` made a path."""
     return unquote_to_bytes(path)
 
 
 def absolute_path(root: str, path: str) -> bytes:
-    """Join a listing's root and one of its paths into what a worker opens."""
+    """Join a listing's root and one of its paths to the path that a worker opens."""
     return os.path.join(os.fsencode(root), decode_path(path))
 
 
 def absolute_url(root: str, path: str) -> str:
-    """`absolute_path` where the root is a URL."""
+    """`absolute_path` for a root that is a URL."""
     return (
         f"{root.removesuffix('/')}/{decode_path(path).decode()}"
         if not root.endswith("://")
@@ -51,7 +51,7 @@ def suffix_of(name: str | bytes) -> str:
 
 
 def nothing_listed(what: str, unreadable: Sequence[str] = ()) -> UsageError:
-    """The refusal of a source without images."""
+    """The error for a source without images."""
     also = f" (folders that could not be read: {len(unreadable)}, first {unreadable[0]!r})" if unreadable else ""
     return UsageError(
         f"{what}{also}, so there is nothing to do: its disk may not be mounted. Nothing was marked as removed; check the path"

@@ -1,4 +1,4 @@
-"""What a file is that none of the formats here fits: an image of another format, or no image at all."""
+"""Recognises a file that has none of the supported formats: an image of another format, or no image at all."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 
     from pipeline.source.header_limits import HeaderStream
 
-LOOK_BYTES = 512  # tar and DICOM show what they are behind the first hundred bytes
+LOOK_BYTES = 512  # the signatures of tar and DICOM are after the first hundred bytes
 _BOX = rb"....ftyp"  # of ISO media files: HEIC, videos
-# Images of formats that are not read here: the first bytes, the name, and what reads them.
+# Formats of images that are not supported: signature, name, and a program that reads them.
 _IMAGES: tuple[tuple[bytes, str, str], ...] = (
     (_BOX + rb"(?:he[iv][cmsx]|mif1|msf1)", "HEIC", "pillow-heif or `heif-convert`"),
     (_BOX + rb"crx ", "a camera's raw file (CR3)", "rawpy or darktable"),
@@ -34,7 +34,7 @@ _IMAGES: tuple[tuple[bytes, str, str], ...] = (
     (rb"gimp xcf", "GIMP's XCF", "GIMP"),
     (rb"(?:<\?xml[^>]*>\s*)?(?><!--.*?-->\s*)*(?:<!DOCTYPE svg[^>]*>\s*)?<svg[\s>]", "SVG", "CairoSVG or ImageMagick"),
 )
-# What is no image: the first bytes, what it is, and what to do.
+# Files that are not images: signature, what the file is, and what to do.
 _AGAIN = "the download failed or asked for a login: download the image again"
 _OTHERS: tuple[tuple[bytes, str, str], ...] = (
     (rb"version https://git-lfs\.", "a git-lfs pointer, which stands for the image", "fetch the image with `git lfs pull`"),
@@ -51,19 +51,19 @@ _OTHERS: tuple[tuple[bytes, str, str], ...] = (
     (rb"\s+\Z", "nothing but white space", _AGAIN),
 )
 _TEXT = re.compile(rb"[\t\n\r -~\x80-\xff]{4,}", re.DOTALL)
-_NO_FRAME = {0xC4, 0xC8, 0xCC}  # tables, among the markers of a JPEG's frames
+_NO_FRAME = {0xC4, 0xC8, 0xCC}  # markers of tables, among those of a JPEG's frames
 _JPEG_LS = 0xF7
 
 
 def explain_other(head: bytes, formats: Sequence[str]) -> ImageError:
-    """The error for a file that begins like no format that is read here.
+    """The error for a file that does not begin like any supported format.
 
     Parameters
     ----------
     head : bytes
         Its first `LOOK_BYTES`.
     formats : sequence of str
-        The formats that may be read.
+        The formats that are allowed.
 
     Examples
     --------
@@ -89,12 +89,12 @@ def _begins(signature: bytes, head: bytes, trimmed: bytes) -> bool:
 
 
 def check_jpeg_frame(stream: HeaderStream) -> None:
-    """Refuse a JPEG that Pillow does not open although nothing is wrong with it: of 12 bits, JPEG-LS, or of 2 or 5 channels.
+    """Refuse a sound JPEG that Pillow cannot open: with 12 bits, JPEG-LS, or with 2 or 5 channels.
 
     Raises
     ------
     ImageError
-        ``unsupported_mode``. Nothing where the header is damaged: that is for the caller to say.
+        ``unsupported_mode``. A damaged header raises nothing here: the caller reports it.
     """
     stream.seek(2)
     while (marker := stream.read(4))[:1] == b"\xff" and len(marker) == 4:

@@ -1,4 +1,4 @@
-"""Lists of paths in a .txt, .csv or .parquet file."""
+"""Reads lists of paths from a .txt, .csv or .parquet file."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from pipeline.errors import UsageError, needs_extra
 from pipeline.source.names import decode_path, encode_path, nothing_listed, suffix_of
 from pipeline.source.urls import Url, is_object
 
-Reader = Callable[[str], Iterator[tuple[int, bytes]]]  # of a list: each entry with its line
+Reader = Callable[[str], Iterator[tuple[int, bytes]]]  # reads a list: yields the line and the name of each entry
 
 log = logging.getLogger(__name__)
 
 
 def read_list(path: str, beside: Url | None = None) -> tuple[str, list[str]]:
-    """Return the root, and every path once, in the order of the list; its relative entries lie ``beside`` it, where it came from."""
+    """Return the root, and every path once, in the order of the list. ``beside`` is the list's URL: relative entries start there."""
     folder = f"{beside}/".encode() if beside else os.path.join(os.path.dirname(os.fsencode(path)), b"")
     unique: dict[str, None] = {}
     count = empty = 0
@@ -49,7 +49,7 @@ def read_list(path: str, beside: Url | None = None) -> tuple[str, list[str]]:
 
 
 def _absolute(folder: bytes, name: bytes) -> bytes:
-    """An entry with the folder that it is relative to; URLs are kept as they are."""
+    """Join an entry with the folder to which it is relative; URLs stay as they are."""
     for text in (name, folder + name):
         if is_object(os.fsdecode(text)):
             url = Url.parse(text.decode())
@@ -58,7 +58,7 @@ def _absolute(folder: bytes, name: bytes) -> bytes:
 
 
 def _relative(folder: str, paths: list[str]) -> tuple[str, list[str]]:
-    """Return the root of absolute paths and, in the same list to save memory, what is below it; ``folder`` ends in "/"."""
+    """Return the root of absolute paths, and the paths below it, in the same list to save memory; ``folder`` ends in "/"."""
     if not all(path.startswith(folder) for path in paths):
         shared = os.path.commonprefix(paths)  # noqa: RUF071 (characters are bytes here)
         folder = shared[: shared.rfind("/") + 1]
@@ -94,7 +94,7 @@ def _read_csv(path: str) -> Iterator[tuple[int, bytes]]:
 
 
 def _delimiter(header: str) -> str:
-    """What separates columns: where a comma is part of numbers, spreadsheets write semicolons."""
+    """The separator of columns: spreadsheets write semicolons where the comma is the decimal mark."""
 
     def fit(delimiter: str) -> tuple[bool, int]:
         columns = next(csv.reader([header], delimiter=delimiter), [])

@@ -1,4 +1,4 @@
-"""A picture that Pillow has opened, to the array that the extractor sees: turned, flattened, scaled, resized."""
+"""Converts a picture that Pillow has opened to the array that the extractor sees: turned, flattened, scaled, resized."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from PIL import Image, PngImagePlugin, TiffImagePlugin
 
 from pipeline.config import DecodeSpec
 
-# Grey of 16 bits whose white is zero, big-endian: `_scale_grey` inverts it, as it does for the other order.
+# 16-bit grey in which 0 is white, big-endian: `_scale_grey` inverts it, as it does for little-endian.
 TiffImagePlugin.OPEN_INFO[(b"MM", 0, (1,), 1, (16,), ())] = ("I;16B", "I;16B")
-# Grey of 12 bits: two pixels are three bytes, the high bits first, whatever the byte order.
+# 12-bit grey: two pixels take three bytes, high bits first, whatever the byte order.
 TiffImagePlugin.OPEN_INFO |= {
     (order, white, (1,), 1, (12,), ()): ("I;16", "I;12") for order in (b"II", b"MM") for white in (0, 1)
 }
@@ -27,13 +27,13 @@ _EXIF_KEYS = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")
 
 
 def raw_mode(image: PngImagePlugin.PngImageFile) -> Any:
-    """Pillow's name for how the file holds its pixels; None where it has none."""
+    """Pillow's name for the layout of the file's pixels; None if there is none."""
     return image.tile[0].args if image.tile else None
 
 
 def orientation_of(image: Image.Image) -> int:
-    """EXIF orientation, 1 to 8, as Pillow finds it in what precedes the pixels; damaged EXIF counts as none."""
-    if image.format == "AVIF":  # whose own boxes alone turn it
+    """EXIF orientation, 1 to 8, from the data before the pixels, as Pillow reads it; damaged EXIF counts as none."""
+    if image.format == "AVIF":  # only its own boxes turn it
         image.info.pop("xmp", None)
     if not isinstance(image, TiffImagePlugin.TiffImageFile) and image.info.keys().isdisjoint(_EXIF_KEYS):
         return 1
@@ -47,14 +47,14 @@ def orientation_of(image: Image.Image) -> int:
 
 
 def turn_of(image: Image.Image, orientation: int, spec: DecodeSpec) -> Image.Transpose | None:
-    """Return what to do after loading; Pillow turns a TIFF, and only a TIFF, while it loads it."""
+    """Return the transposition to do after loading. Pillow itself turns a TIFF while it loads it, and no other format."""
     if isinstance(image, TiffImagePlugin.TiffImageFile):
         return None if spec.exif_orientation else _UNDO.get(orientation)
     return _TURNS.get(orientation) if spec.exif_orientation else None
 
 
 def mend_colour_key(image: Image.Image) -> None:
-    """Bring the colour key of a PNG from the file's depth to the 8 bits of the pixels, which Pillow omits."""
+    """Convert the colour key of a PNG from the file's depth to the 8 bits of the pixels; Pillow does not."""
     key: Any = image.info.get("transparency")
     if key is None or not isinstance(image, PngImagePlugin.PngImageFile):
         return
@@ -64,7 +64,7 @@ def mend_colour_key(image: Image.Image) -> None:
 
 
 def flatten(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
-    """Mode L or RGB, without transparency."""
+    """Convert to mode L or RGB, without transparency."""
     if image.mode.startswith("I"):
         image = _scale_grey(image)
     elif image.mode == "La":
@@ -78,11 +78,11 @@ def flatten(image: Image.Image, background: tuple[int, int, int]) -> Image.Image
 
 
 def _scale_grey(image: Image.Image) -> Image.Image:
-    """16-bit (12-bit TIFF) grey to mode L, or LA with a colour key, over the full range and never clipped."""
+    """Convert 16-bit grey (or 12-bit, from TIFF) to mode L, or LA with a colour key, over the full range and without clipping."""
     tags: Any = getattr(image, "tag_v2", {})
     white = 4095 if tags.get(_BITS_PER_SAMPLE) == (12,) else 65535
     levels = ((np.arange(white + 1) * 255 + white // 2) // white).astype(np.uint8)
-    if tags.get(_PHOTOMETRIC) == 0:  # white is zero, which Pillow minds at 8 bits only
+    if tags.get(_PHOTOMETRIC) == 0:  # 0 is white; Pillow handles this at 8 bits only
         levels = levels[::-1]
     values = np.asarray(image)
     grey = Image.fromarray(levels[values])
@@ -94,7 +94,7 @@ def _scale_grey(image: Image.Image) -> Image.Image:
 
 
 def to_array(image: Image.Image, spec: DecodeSpec) -> np.ndarray:
-    """Mode L or RGB to ``(height, width, channel)``."""
+    """Convert mode L or RGB to an array ``(height, width, channel)``."""
     mode = "RGB" if spec.color == "rgb" else "L"
     if image.mode != mode:
         image = image.convert(mode)
@@ -102,7 +102,7 @@ def to_array(image: Image.Image, spec: DecodeSpec) -> np.ndarray:
         height, width = spec.resize
         image = image.resize((width, height), Image.Resampling[spec.resize_filter.upper()])
     pixels = np.empty((image.height, image.width, len(image.getbands())), np.uint8)
-    for top in range(0, image.height, BAND_ROWS):  # Pillow copies twice what it gives away
+    for top in range(0, image.height, BAND_ROWS):  # in bands, because Pillow copies twice what it hands out
         band = pixels[top : top + BAND_ROWS]
         band[...] = np.asarray(image.crop((0, top, image.width, top + len(band)))).reshape(band.shape)
     pixels.flags.writeable = False

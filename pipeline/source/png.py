@@ -1,6 +1,6 @@
-"""What a PNG says of its own damage: checksums of chunks and of pixels, and how many bytes its pixels take.
+"""Checks a PNG for damage: the checksums of chunks and of pixels, and the number of bytes of its pixels.
 
-Pillow refuses a PNG for any broken chunk before its pixels, and looks at no checksum of the pixels. Here it is the other way round.
+Pillow refuses a PNG for any broken chunk before the pixels, but checks no checksum of the pixels. This module does the opposite.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
-_DECISIVE = (b"IHDR", b"PLTE", b"IDAT", b"IEND", b"tRNS")  # without which the pixels are others
+_DECISIVE = (b"IHDR", b"PLTE", b"IDAT", b"IEND", b"tRNS")  # chunks that affect the pixels
 _ORDER = (b"IHDR", b"PLTE", b"tRNS")
 _KEPT = frozenset(_ORDER)
-_TURNING_TEXTS = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0")  # keywords, of which Pillow reads an orientation
+_TURNING_TEXTS = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0")  # keywords of texts from which Pillow reads an orientation
 _PASSES = (
     (0, 0, 8, 8),
     (0, 4, 8, 8),
@@ -29,8 +29,8 @@ _PASSES = (
     (2, 0, 4, 2),
     (0, 1, 2, 2),
     (1, 0, 2, 1),
-)  # of Adam7: y, x, steps
-_MARK = (165, 90, 60, 195)  # of rows that the decoder has not written
+)  # the passes of Adam7: y, x, steps
+_MARK = (165, 90, 60, 195)  # marks rows that the decoder has not written
 _PIECE_BYTES = 1 << 16
 _END_BYTES = 64
 _CRC_OF_IDAT = zlib.crc32(b"IDAT")
@@ -47,14 +47,14 @@ class Header(Protocol):
 
 
 def open_png(open_image: Callable[[IO[bytes]], Any], stream: Any) -> Any:
-    """Open a PNG by ``open_image``; if that fails, once more without the chunks that are broken and not needed.
+    """Open a PNG by ``open_image``; if that fails, try again without broken chunks that are not needed.
 
     Raises
     ------
     ImageError
-        ``corrupt`` or ``truncated``: a chunk that decides on the pixels is broken, or the header does not end.
+        ``corrupt`` or ``truncated``: a chunk that affects the pixels is broken, or the header has no end.
     Exception
-        What ``open_image`` raised, if the chunks are not the reason.
+        What ``open_image`` raised, if no chunk is the reason.
     """
     try:
         return open_image(stream)
@@ -66,13 +66,13 @@ def open_png(open_image: Callable[[IO[bytes]], Any], stream: Any) -> Any:
                 return open_image(io.BytesIO(data))
             except (ImageError, MemoryError):
                 raise
-            except Exception:  # noqa: BLE001, S112 (the first failure is the one to tell)
+            except Exception:  # noqa: BLE001, S112 (the first failure is the one to report)
                 continue
         raise
 
 
 def load_png(image: Any, *, keep_spare_row: bool) -> None:
-    """Let Pillow decode the pixels of a PNG, and refuse them if the file's own checksums do.
+    """Let Pillow decode the pixels of a PNG, and refuse them if the file's own checksums do not match.
 
     Pillow stops at the last row. So it is given an image with a spare row below. Where the compressed stream does not end with the
     last row, Pillow asks for more data, or the spare row changes. Then, and only then, the stream is unpacked a second time.
@@ -80,14 +80,14 @@ def load_png(image: Any, *, keep_spare_row: bool) -> None:
     Parameters
     ----------
     image : PngImageFile
-        Opened from bytes that are at hand, not loaded.
+        Opened from bytes in memory, not loaded.
     keep_spare_row : bool
-        Spares a copy, unless a colour is transparent: ``image.im`` keeps the spare row, which ``image.size`` leaves out.
+        Keep the spare row in ``image.im`` (``image.size`` leaves it out); this saves a copy, unless a colour is transparent.
 
     Raises
     ------
     ImageError
-        ``corrupt``: a wrong checksum, data that end in an error, left over or missing. ``truncated``: the file ends before.
+        ``corrupt``: a checksum is wrong, or the data are damaged, too long or too short. ``truncated``: the file ends too early.
     """
     data, place, height = image.fp.getvalue(), image.tile[0].offset, image.height
     _check_order(data, place)
@@ -100,14 +100,14 @@ def load_png(image: Any, *, keep_spare_row: bool) -> None:
             asked_again.append(True)
         return piece
 
-    image.load_read, image.load_end = read, lambda: None  # nothing that follows the pixels counts
+    image.load_read, image.load_end = read, lambda: None  # what follows the pixels does not matter
     failure, is_sure = None, False
     try:
         is_sure = _load(image, n_spare_rows=0 if is_interlaced else 1)
-        deque(pieces, 0)  # the checksums of chunks that Pillow had no need for
+        deque(pieces, 0)  # check the chunks that Pillow did not need
     except MemoryError:
         raise
-    except Exception as error:  # noqa: BLE001 (of Pillow, or a wrong checksum)
+    except Exception as error:  # noqa: BLE001 (an error of Pillow, or a wrong checksum)
         failure = error
     if failure or not is_sure:
         try:
@@ -122,7 +122,7 @@ def load_png(image: Any, *, keep_spare_row: bool) -> None:
 
 
 def check_stream(stream: bytes, n_bytes: int, *, is_cut: bool) -> None:
-    """Refuse compressed pixels that are not a whole zlib stream of ``n_bytes``; what follows the stream is not looked at."""
+    """Refuse compressed pixels unless they are a complete zlib stream of ``n_bytes``; data after the stream are ignored."""
     inflate, n_found = zlib.decompressobj(), 0
     try:
         for start in range(0, len(stream), _PIECE_BYTES):
@@ -147,7 +147,7 @@ def _corrupt(text: str) -> ImageError:
 
 
 def _check_header(data: bytes, place: int, image: Any) -> tuple[int, bool]:
-    """Bytes of the unpacked pixels, and whether they are interlaced."""
+    """Size of the unpacked pixels in bytes, and whether they are interlaced."""
     width, height = (int.from_bytes(data[start : start + 4], "big") for start in (16, 20))
     depth, color, compression, _, interlace = data[24:29]
     if data[8:16] != b"\0\0\0\x0dIHDR" or (width, height) != image.size:
@@ -167,7 +167,7 @@ def _check_header(data: bytes, place: int, image: Any) -> tuple[int, bool]:
 
 
 def _check_order(data: bytes, place: int) -> None:
-    """Refuse a second header, palette or transparency, and a palette behind the transparency: decoders differ on which counts."""
+    """Refuse a second header, palette or transparency, and a palette after the transparency: decoders differ on which counts."""
     found, start = [], 8
     while start < place - 8:
         found.append(data[start + 4 : start + 8])
@@ -178,7 +178,7 @@ def _check_order(data: bytes, place: int) -> None:
 
 
 def _pieces(data: bytes, place: int) -> Iterator[bytes]:
-    """The compressed pixels of the IDAT chunks from ``place`` on, as far as they are at hand."""
+    """The compressed pixels of the IDAT chunks from ``place`` on, as far as the file has them."""
     place -= 8
     while data[place + 4 : place + 8] == b"IDAT":
         end, crc = place + 8 + int.from_bytes(data[place : place + 4], "big"), _CRC_OF_IDAT
@@ -192,7 +192,7 @@ def _pieces(data: bytes, place: int) -> Iterator[bytes]:
 
 
 def _merged(pieces: Iterator[bytes]) -> Iterator[bytes]:
-    """The same bytes, of which the last piece is long enough to hold the end of the last row and what ends the stream."""
+    """The same bytes; the last piece is long enough to hold the end of the last row and the end of the stream."""
     held: list[bytes] = []
     for piece in pieces:
         if held and len(piece) >= _END_BYTES:
@@ -203,7 +203,7 @@ def _merged(pieces: Iterator[bytes]) -> Iterator[bytes]:
 
 
 def _is_cut(data: bytes, place: int) -> bool:
-    """Whether the file ends with its pixels."""
+    """Whether the file ends with its pixels, without a further chunk."""
     place -= 8
     while data[place + 4 : place + 8] == b"IDAT":
         place += 12 + int.from_bytes(data[place : place + 4], "big")
@@ -211,10 +211,10 @@ def _is_cut(data: bytes, place: int) -> bool:
 
 
 def _load(image: Any, *, n_spare_rows: int) -> bool:
-    """Decode; whether the pixels surely end with the last row: it was written, and the spare row below was not."""
+    """Decode; return whether the pixels certainly end with the last row: it was written, and the spare row below was not."""
     width, height = image.size
     image._size = (width, height + n_spare_rows)
-    image.tile = [image.tile[0]._replace(extents=(0, 0, *image._size))]  # whatever an animation says of its first frame
+    image.tile = [image.tile[0]._replace(extents=(0, 0, *image._size))]  # ignores what an animation says about its first frame
     if not n_spare_rows:
         image.load()
         return False
@@ -232,7 +232,7 @@ def _rows(image: Any, top: int, bottom: int) -> bytes:
 
 
 def _mended(stream: Header) -> Iterator[bytes]:
-    """The file without broken chunks that are not needed: first with what may turn the image, then without."""
+    """Versions of the file without broken chunks that are not needed: first with the chunks that may turn the image, then without."""
     stream.seek(0)
     if stream.read(8) != SIGNATURE:
         return
@@ -248,14 +248,14 @@ def _mended(stream: Header) -> Iterator[bytes]:
 
 
 def _from_pixels(stream: Any) -> bytes:
-    """All from the first IDAT on, of a file that is at hand; of another, the beginning of the chunk."""
+    """All bytes from the first IDAT on, for a file in memory; for other files, only the start of the chunk."""
     start = stream.tell() - 8
     rest: bytes = stream.getvalue()[start:] if hasattr(stream, "getvalue") else bytes(4) + b"IDAT"
     return rest
 
 
 def _header_chunks(stream: Header) -> Iterator[tuple[bytes, bytes]]:
-    """Name and bytes of each sound chunk before the pixels; ends behind the 8 bytes that begin the first IDAT."""
+    """Name and bytes of each sound chunk before the pixels; stops after the 8 bytes that begin the first IDAT."""
     while True:
         head = stream.read(8)
         size, name = int.from_bytes(head[:4], "big"), head[4:]
@@ -271,9 +271,9 @@ def _header_chunks(stream: Header) -> Iterator[tuple[bytes, bytes]]:
 
 
 def _check_ignorable(name: bytes, body: bytes) -> None:
-    """Refuse a chunk with a wrong checksum, unless it decides on nothing: neither by its name, nor by one that it may have had."""
+    """Refuse a chunk with a wrong checksum, unless neither its name, nor one that it may have had, affects the pixels."""
     is_ancillary = name.isalpha() and name.isascii() and name[:1].islower()
     is_near = any((int.from_bytes(name, "big") ^ int.from_bytes(other, "big")).bit_count() < 2 for other in _DECISIVE)
-    swallows = any(other in body for other in (*_DECISIVE, b"eXIf"))  # its length is what is damaged
+    swallows = any(other in body for other in (*_DECISIVE, b"eXIf"))  # then its length is damaged
     if not is_ancillary or is_near or swallows:
         raise _corrupt(f"the chunk {name!r} has a wrong checksum")

@@ -1,4 +1,4 @@
-"""What the header of a TIFF declares, and whether Pillow is proven to read it right.
+"""Reads what the header of a TIFF declares, and checks that Pillow is proven to read it right.
 
 Pillow opens more kinds of TIFF than it reads right. `check_tiff` accepts the kinds that ``tests/support/tiff_matrix.py`` compares with
 another library in every pixel. It refuses all others, and says why.
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
     from pipeline.source.header_limits import HeaderStream
 
-_VALUES = 1 << 17  # of one tag: Pillow makes an object of each strip or tile, whatever the size of the image
-_TYPES = {1: "B", 3: "H", 4: "I", 16: "Q"}  # of whole numbers without a sign
-_BYTES = 7  # the type of bytes without a meaning
+_VALUES = 1 << 17  # per tag: Pillow makes an object of each strip or tile, whatever the size of the image
+_TYPES = {1: "B", 3: "H", 4: "I", 16: "Q"}  # unsigned integers
+_BYTES = 7  # the type "undefined": bytes without a meaning
 _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC, _FILL_ORDER = 256, 257, 258, 259, 262, 266
 _STRIP_OFFSETS, _SAMPLES, _STRIP_ROWS, _STRIP_BYTES, _PLANES, _PREDICTOR = 273, 277, 278, 279, 284, 317
 _COLOURS, _TILE_WIDTH, _TILE_HEIGHT, _TILE_OFFSETS, _TILE_BYTES = 320, 322, 323, 324, 325
@@ -31,7 +31,7 @@ _LAYOUT |= {_STRIP_BYTES, _PLANES, _PREDICTOR, _COLOURS, _TILE_WIDTH, _TILE_HEIG
 _LAYOUT |= {_SUBSAMPLING, _INKS, _JPEG_TABLES}
 _NONE, _GROUP_4, _LZW, _JPEG, _PACKBITS, _ZSTD, _LZMA = 1, 4, 5, 7, 32773, 50000, 34925
 _DEFLATE = {8, 32946}
-_GENERAL = _DEFLATE | {_LZW, _ZSTD, _LZMA}  # those that a predictor goes with
+_GENERAL = _DEFLATE | {_LZW, _ZSTD, _LZMA}  # those that work with a predictor
 _OTHERS = {
     2: "fax of group 3",
     3: "fax of group 3",
@@ -92,7 +92,7 @@ class Layout:
     bits: int
     """Of each sample."""
     n_samples: int
-    """Per pixel, with the extra ones."""
+    """Per pixel, including the extra ones."""
     extra: tuple[int, ...]
     """Kinds of the extra samples: 0 unspecified, 1 associated alpha, 2 alpha."""
     photometric: int
@@ -100,18 +100,18 @@ class Layout:
     predictor: int
     fill_order: int
     is_separate: bool
-    """Whether each sample has planes of its own."""
+    """Whether each sample has its own planes."""
     is_tiled: bool
     block_width: int
-    """Pixels of a tile, or of a strip: all."""
+    """Pixels of a tile; for strips, the width of the image."""
     block_height: int
     """Rows of a strip or tile."""
     offsets: tuple[int, ...]
-    """Bytes, of each strip or tile."""
+    """Position of each strip or tile in the file, in bytes."""
     block_bytes: tuple[int, ...]
-    """Of each strip or tile, as stored."""
+    """Size of each strip or tile, as stored."""
     jpeg_tables: bytes
-    """Of the tag JPEGTables: what the JPEG data of all strips or tiles share."""
+    """Value of the tag JPEGTables: the tables that the JPEG data of all strips or tiles share."""
 
     def n_rows(self, block: int) -> int:
         """Rows of one strip or tile: a tile is always whole, the last strip is not."""
@@ -127,12 +127,12 @@ class Layout:
 
 
 def check_tiff(stream: HeaderStream, pixel_limit: int) -> None:
-    """Refuse a TIFF that Pillow is not proven to read right, or whose pixels lie beyond the file.
+    """Refuse a TIFF that Pillow is not proven to read right, or whose pixels are beyond the end of the file.
 
     Raises
     ------
     ImageError
-        ``unsupported_mode``, ``truncated``, ``too_many_pixels`` or ``corrupt``, with the property that is at fault.
+        ``unsupported_mode``, ``truncated``, ``too_many_pixels`` or ``corrupt``, with the property at fault.
     """
     read_layout(stream, stream.size_bytes, pixel_limit)
 
@@ -152,7 +152,7 @@ def read_layout(stream: BinaryIO | HeaderStream, size_bytes: int, pixel_limit: i
 
 
 def _read_tags(stream: BinaryIO | HeaderStream) -> tuple[str, dict[int, tuple[int, ...]]]:
-    """Byte order, and whole numbers of the tags that describe pixels, from the first directory."""
+    """Byte order, and the values of the tags that describe pixels, from the first directory."""
     stream.seek(0)
     head = stream.read(16)
     order, is_big = "<>"[head.startswith(b"M")], 43 in head[2:4]
@@ -189,7 +189,7 @@ def _fault_of_tag(tag: int, kind: int, n_values: int) -> str:
 
 
 def _values(stream: BinaryIO | HeaderStream, form: struct.Struct, inline: bytes, order: str) -> tuple[int, ...]:
-    """Values of one tag, which are beside it where they fit."""
+    """Values of one tag; they are inline if they fit."""
     data = inline[: form.size]
     if form.size > len(inline):
         stream.seek(int.from_bytes(inline, "little" if order == "<" else "big"))
@@ -200,7 +200,7 @@ def _values(stream: BinaryIO | HeaderStream, form: struct.Struct, inline: bytes,
 
 
 def _one(tags: dict[int, tuple[int, ...]], tag: int, default: int | None = None) -> int:
-    """Return the value of a tag that has one."""
+    """The value of a tag that has exactly one."""
     values = tags.get(tag, () if default is None else (default,))
     if len(values) != 1:
         raise ImageError("corrupt", f"the image cannot be decoded (tag {tag} has {len(values)} values instead of one)")
@@ -208,7 +208,7 @@ def _one(tags: dict[int, tuple[int, ...]], tag: int, default: int | None = None)
 
 
 def _check_depth(tags: dict[int, tuple[int, ...]]) -> None:
-    """Refuse samples that differ from each other, signed ones and floats."""
+    """Refuse samples of different types, signed integers and floats."""
     bits, formats = tags.get(_BITS, (1,)), tags.get(_FORMAT, (1,))
     for what, values in (("different depths", bits), ("different sample formats", formats)):
         if len(set(values)) > 1:
@@ -259,7 +259,7 @@ def _layout(order: str, tags: dict[int, tuple[int, ...]]) -> Layout:
 
 
 def _unproven(layout: Layout, tags: dict[int, tuple[int, ...]]) -> str:
-    """Say what of a layout has no proof of being read right; nothing where all has."""
+    """The property of a layout that is not proven to be read right; empty if there is none."""
     samples = _COLOUR.get(layout.photometric)
     if samples is None:
         return f"photometric interpretation {layout.photometric}, which is not supported"
@@ -331,7 +331,7 @@ def _unproven_samples(layout: Layout) -> str:
 
 
 def _check_blocks(layout: Layout, size_bytes: int) -> Layout:
-    """Refuse strips or tiles that are missing, beyond the file or too short for their rows; fill in byte counts left out."""
+    """Refuse strips or tiles that are missing, beyond the file or too short for their rows; fill in missing byte counts."""
     per_plane = -(-layout.height // layout.block_height) * -(-layout.width // layout.block_width)
     n_blocks = per_plane * (layout.n_samples if layout.is_separate else 1)
     what = "tiles" if layout.is_tiled else "strips"

@@ -1,4 +1,4 @@
-"""Whether the compressed data of a TIFF are sound and whole, of the kinds that can prove it; JPEG has `tiff_jpeg`, fax `tiff_fax`."""
+"""Checks that the compressed data of a TIFF are sound and whole, where they can prove it; see `tiff_jpeg` and `tiff_fax` for others."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _BLACK_0, _RGB, _DEFLATE = 1, 2, {8, 32946}
 
 
 def unpack(data: bytes) -> np.ndarray | None:
-    """Look at the ends of a TIFF's compressed data, which libtiff does not: their checksums.
+    """Check the ends and checksums of a TIFF's compressed data, which libtiff ignores.
 
     Returns
     -------
@@ -41,7 +41,7 @@ def unpack(data: bytes) -> np.ndarray | None:
         if is_plain:
             rows = pixels[block * layout.block_height :][: layout.block_height]
             rows[...] = np.frombuffer(unpacked, np.uint8, rows.size).reshape(rows.shape)
-            del unpacked  # before the next copy
+            del unpacked  # frees it before the next copy
             if layout.predictor == 2:
                 np.add.accumulate(rows, axis=1, dtype=np.uint8, out=rows)
     return pixels if is_plain else None
@@ -49,7 +49,7 @@ def unpack(data: bytes) -> np.ndarray | None:
 
 def _unpack_block(layout: Layout, stored: memoryview, block: int) -> bytes:
     """One strip or tile, decompressed to its end."""
-    wanted, most = layout.n_bytes(block), layout.n_bytes(0) + 1  # some writers fill the last strip up to its full height
+    wanted, most = layout.n_bytes(block), layout.n_bytes(0) + 1  # some writers fill the last strip to its full height
     unpacker = zlib.decompressobj() if layout.compression in _DEFLATE else lzma.LZMADecompressor()
     fault, unpacked = "", b""
     try:

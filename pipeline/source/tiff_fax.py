@@ -1,4 +1,4 @@
-"""Whether the fax data of group 4 (ITU-T T.6) inside a TIFF have the rows that its header says.
+"""Checks that fax data of group 4 (ITU-T T.6) inside a TIFF have as many rows as its header says.
 
 libtiff leaves rows that are missing as they are, and goes on after codes that do not exist. So each strip or tile is decoded once
 more, with two known rows in place of its end code. They come out below its own rows only if those are as many as the TIFF says.
@@ -54,7 +54,7 @@ def check_fax(data: bytes, read: Callable[[bytes], np.ndarray]) -> None:
 
 
 def _with_spare_rows(stored: bytes, width: int, block: int) -> bytes:
-    """The data with two rows in place of the end code, of single pixels in turn: one begins white, the other black."""
+    """The data with two rows in place of the end code; their pixels alternate, one row starts white, the other black."""
     last = "".join(f"{byte:08b}" for byte in stored[-4:]).rstrip("0")
     if not last.endswith(_END):
         raise ImageError("truncated", f"the fax data of strip or tile {block} have no end code: rows are missing")
@@ -65,7 +65,7 @@ def _with_spare_rows(stored: bytes, width: int, block: int) -> bytes:
 
 
 def _tiff(strip: bytes, height: int, width: int) -> bytes:
-    """A TIFF of one strip of group 4; its white is False."""
+    """A TIFF of one strip of group 4, in which white is False."""
     tags = ((256, width), (257, height), (258, 1), (259, 4), (262, 1), (273, 0), (277, 1), (278, height), (279, len(strip)))
     start = 10 + 12 * len(tags) + 4
     entries = b"".join(struct.pack("<HHII", tag, 4, 1, start if tag == 273 else value) for tag, value in tags)

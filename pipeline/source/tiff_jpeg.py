@@ -1,4 +1,4 @@
-"""Whether the JPEG data inside a TIFF are whole, and what its header says: each strip or tile is checked as a JPEG of its own."""
+"""Checks that the JPEG data inside a TIFF are whole and match its header; each strip or tile is checked as a separate JPEG."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def check_jpegs(data: bytes, check_jpeg: Callable[[bytes], None]) -> None:
     data : bytes
         The whole file.
     check_jpeg : callable
-        Takes a whole JPEG, the tables of the tag JPEGTables included, and raises `ImageError` unless all its pixels came.
+        Takes a complete JPEG, including the tables of the tag JPEGTables, and raises `ImageError` unless all its pixels came.
 
     Raises
     ------
@@ -52,7 +52,7 @@ def check_jpegs(data: bytes, check_jpeg: Callable[[bytes], None]) -> None:
 
 
 def _check_shared(tables: bytes) -> set[tuple[int, int]]:
-    """Names of the tables in a tag JPEGTables, which may hold nothing but whole segments, none of them a picture."""
+    """Names of the tables in a tag JPEGTables, which may contain only whole segments, and no picture."""
     segments = list(_segments(tables))
     if not tables.endswith(_END) or any(kind in _FRAMES | {_SCAN} for kind, _ in segments):
         raise ImageError("corrupt", "the image cannot be decoded (its tag JPEGTables is damaged)")
@@ -60,7 +60,7 @@ def _check_shared(tables: bytes) -> set[tuple[int, int]]:
 
 
 def _check_block(layout: Layout, stored: bytes, block: int, shared: set[tuple[int, int]]) -> set[tuple[int, int]]:
-    """Compare the header of a strip or tile with what the TIFF says; names of the tables that it brings."""
+    """Compare the header of a strip or tile with what the TIFF says; return the names of the tables that it contains."""
     if not stored.rstrip(b"\0").endswith(_END):
         raise ImageError("truncated", "no end marker, so pixels are missing")
     segments = list(_segments(stored))
@@ -73,7 +73,7 @@ def _check_block(layout: Layout, stored: bytes, block: int, shared: set[tuple[in
         raise ImageError("unsupported_mode", text)
     height, width = int.from_bytes(frame[1:3], "big"), int.from_bytes(frame[3:5], "big")
     rows = layout.n_rows(block)
-    is_full = layout.block_height == height >= rows  # some writers leave the last strip its full height
+    is_full = layout.block_height == height >= rows  # some writers keep the full height for the last strip
     n_samples = 1 if layout.is_separate else layout.n_samples
     if (frame[0], width, frame[5]) != (layout.bits, layout.block_width, n_samples) or not (height == rows or is_full):
         found = f"{frame[5]} samples of {frame[0]} bits, {height} x {width} pixels"
@@ -85,19 +85,19 @@ def _check_block(layout: Layout, stored: bytes, block: int, shared: set[tuple[in
     scan = segments[-1][1]
     numbers = scan[2 : 2 + 2 * scan[0] : 2] if kind != _PROGRESSIVE else b""
     if not {(_CODES, table) for number in numbers for table in (number >> 4, 16 + (number & 15))} <= own | shared:
-        raise ImageError("corrupt", "a table of codes is missing")  # libjpeg would take one of its own
+        raise ImageError("corrupt", "a table of codes is missing")  # libjpeg would use one of its own
     return own
 
 
 def _check_same(own: set[tuple[int, int]], first: set[tuple[int, int]]) -> None:
-    """Refuse strips that bring different tables: libtiff keeps those of earlier strips."""
+    """Refuse strips with different tables, because libtiff keeps those of earlier strips."""
     if own != first:
         text = "it does not bring the same tables as the first strip or tile; save it with deflate or LZW"
         raise ImageError("unsupported_mode", text)
 
 
 def _check_colours(photometric: int, segments: list[tuple[int, bytes]]) -> None:
-    """Refuse colours that the JPEG names otherwise than the TIFF: libtiff follows the TIFF, others the JPEG."""
+    """Refuse a JPEG and a TIFF that name different colours: libtiff follows the TIFF, other decoders the JPEG."""
     marks = [content[11] for kind, content in segments if kind == _ADOBE and content.startswith(b"Adobe") and len(content) > 11]
     is_jfif = any(kind == _JFIF and content.startswith(b"JFIF") for kind, content in segments)
     expected = {_RGB: 0, _CMYK: 0, _YCBCR: 1}.get(photometric)
@@ -106,7 +106,7 @@ def _check_colours(photometric: int, segments: list[tuple[int, bytes]]) -> None:
 
 
 def _segments(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """Kind and content of each segment up to the first scan or the end, without anything between them."""
+    """Kind and content of each segment up to the first scan or the end; refuse bytes between them."""
     if not data.startswith(_START):
         raise ImageError("corrupt", "it does not begin as a JPEG does")
     place = 2

@@ -1,7 +1,7 @@
-"""Objects under a URL: s3://, gs://, az:// and, to read, https://; the only home of obstore.
+"""Objects under a URL: s3://, gs://, az:// and, for reading, https://. Only this module imports obstore.
 
-Where a bucket is and who may use it is said by the usual environment variables (AWS_*, GOOGLE_*, AZURE_*), on the driver and on
-every worker. Nothing of it is ever written down or sent.
+The usual environment variables (AWS_*, GOOGLE_*, AZURE_*) give the location and the credentials of a bucket, on the driver and on
+every worker. None of them is ever written down or sent.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from pipeline.errors import UsageError, needs_extra
 BUCKETS = ("s3", "gs", "az")
 WEB = ("https", "http")
 CONCURRENCY = 32
-"""Requests that one process has under way at once."""
+"""Requests that one process makes at once."""
 HEAD_BYTES = 64 * 1024
-"""What is asked for first of an image of which only the header is wanted."""
+"""Bytes of an image to request first if only its header is wanted."""
 MAX_WHOLE_BYTES = 64 * 1024**2
-"""Of an image that has to be fetched whole for its header, from a server that knows no ranges."""
+"""The most bytes to fetch for a header from a server that does not support ranges."""
 
 FILE_URL = "file://"
-"""How a URL of this machine's files begins; a store may be named so."""
+"""Start of a URL of a local file; a store may be named so."""
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _OBJECT = re.compile(rf"({'|'.join(BUCKETS + WEB)})://", re.IGNORECASE)
 _SECRET = re.compile(
@@ -48,7 +48,7 @@ _TIMEOUTS = {
 
 
 def is_url(text: str) -> bool:
-    """Whether a source or store is named by a URL rather than a path."""
+    """Whether a URL, not a path, names the source or store."""
     return _URL.match(text) is not None
 
 
@@ -58,11 +58,11 @@ def is_object(text: str) -> bool:
 
 
 class ConflictError(Exception):
-    """An object is not what a conditional put expected: somebody else wrote it."""
+    """An object is not what a conditional put expected, because somebody else wrote it."""
 
 
 class Meta(NamedTuple):
-    """What a server says of an object."""
+    """What a server tells about an object."""
 
     size_bytes: int
     modified: datetime
@@ -73,18 +73,18 @@ class Meta(NamedTuple):
 
     @property
     def condition(self) -> Any:
-        """For `Url.put`: only while the object is still this one."""
+        """Condition for `Url.put`: the object is still this version."""
         return {key: value for key, value in (("e_tag", self.e_tag), ("version", self.version)) if value is not None}
 
     @property
     def identity(self) -> str:
-        """ETag without quotes; the time in nanoseconds where there is none."""
+        """ETag without quotes; without an ETag, the time in nanoseconds."""
         return (self.e_tag or "").removeprefix("W/").strip('"') or str(round(self.modified.timestamp() * 1e6) * 1000)
 
 
 @dataclass(frozen=True, slots=True)
 class Url:
-    """One object, or the folder of all whose keys begin with this one's and a slash; joined with ``/`` as paths are.
+    """One object, or the folder of all objects whose keys begin with this key and a slash; joined with ``/`` like paths.
 
     Methods raise `OSError` as a file system would: FileNotFoundError, PermissionError, and EIO for what may pass.
     """
@@ -92,18 +92,18 @@ class Url:
     base: str
     """Scheme and bucket or host."""
     key: str = ""
-    """As it is, not percent-encoded."""
+    """Not percent-encoded."""
     query: str = ""
     """Of https:// only."""
 
     @classmethod
     def parse(cls, text: str) -> Url:
-        """Understand a URL.
+        """Parse a URL.
 
         Raises
         ------
         UsageError
-            When it is of an unknown kind, has no bucket or host, or carries a password.
+            When its scheme is unknown, it has no bucket or host, or it contains a password.
         """
         match = _URL.match(text)
         scheme = match[1].lower() if match else ""
@@ -144,15 +144,15 @@ class Url:
 
     @property
     def parent(self) -> Url:
-        """The folder that it lies in."""
+        """The folder that contains it."""
         return Url(self.base, self.key.rpartition("/")[0])
 
     def absolute(self) -> Url:
-        """Itself: a URL is relative to nothing."""
+        """Return the URL itself: a URL is not relative to anything."""
         return self
 
     def resolve(self) -> Url:
-        """Itself: a bucket has no links."""
+        """Return the URL itself: a bucket has no links."""
         return self
 
     @property
@@ -163,7 +163,7 @@ class Url:
     # -- reading ---------------------------------------------------------------------------------------------------------------
 
     def fetch(self, *, patient: bool = True) -> tuple[bytes, Meta]:
-        """Content and what the server says of it, in one request; ``patient`` tries again after faults that may pass."""
+        """Content, and what the server tells about it, in one request; ``patient`` retries after faults that may pass."""
         with self._errors():
             store, key = self._target(patient)
             response = store.get(key)
@@ -174,7 +174,7 @@ class Url:
         return self.fetch()[0]
 
     def stream(self, *, patient: bool = True) -> tuple[Iterator[bytes], Meta]:
-        """Content in pieces, and what the server says of it."""
+        """Content in pieces, and what the server tells about it."""
         with self._errors():
             store, key = self._target(patient)
             response = store.get(key)
@@ -186,7 +186,7 @@ class Url:
                 yield bytes(piece)
 
     def stat(self) -> Meta:
-        """What the server says of it."""
+        """What the server tells about the object."""
         with self._errors():
             store, key = self._target()
             try:
@@ -196,10 +196,10 @@ class Url:
             except _exceptions().BaseError:
                 if self.is_bucket:
                     raise
-                return _meta(store.get(key).meta)  # some servers of the web answer no HEAD
+                return _meta(store.get(key).meta)  # some web servers do not answer HEAD
 
     def open_header(self, *, patient: bool = True) -> io.BytesIO | io.BufferedReader:
-        """Open for reading a little of it, in one request as a rule."""
+        """Open a stream to read a little of it, usually with one request."""
         with self._errors():
             store, key = self._target(patient)
             try:
@@ -209,7 +209,7 @@ class Url:
                 is_unknown = isinstance(error, _exceptions().NotSupportedError) or "non-partial response" in str(error)
                 if not is_unknown and "416" not in str(error):
                     raise
-                response = store.get(key)  # it is empty, or the server knows no ranges
+                response = store.get(key)  # it is empty, or the server does not support ranges
                 if response.meta["size"] > MAX_WHOLE_BYTES:
                     text = f"the server cannot send a part of an object, and this one has {response.meta['size']} bytes"
                     raise OSError(errno.EINVAL, text) from None
@@ -227,7 +227,7 @@ class Url:
     # -- listing ---------------------------------------------------------------------------------------------------------------
 
     def walk(self) -> Iterator[tuple[str, Meta]]:
-        """Every object below it, by its key behind this one's, page by page; a page that fails fails it all."""
+        """Every object below it, with its key relative to this one, page by page; if one page fails, all fails."""
         with self._errors():
             store, prefix = connect(self.base), f"{self.key}/" if self.key else ""
             for page in store.list(prefix or None):
@@ -236,7 +236,7 @@ class Url:
                         yield found["path"][len(prefix) :], _meta(found)
 
     def children(self) -> list[str]:
-        """Names of what lies directly in it, sorted."""
+        """Names directly in the folder, sorted."""
         with self._errors():
             found = connect(self.base).list_with_delimiter(self.key or None)
             paths = [*found["common_prefixes"], *(item["path"] for item in found["objects"])]
@@ -249,7 +249,7 @@ class Url:
     # -- writing ---------------------------------------------------------------------------------------------------------------
 
     def put(self, *parts: bytes, only: Any = None, patient: bool = True) -> Any:
-        """Write it whole; ``only`` is ``"create"`` or a condition, as `Meta.condition` and this return it.
+        """Write the whole object; ``only`` is ``"create"``, or a condition from `Meta.condition` or an earlier `put`.
 
         Raises
         ------
@@ -261,7 +261,7 @@ class Url:
             try:
                 result = store.put(key, b"".join(parts), use_multipart=False, **({} if only is None else {"mode": only}))
             except (_exceptions().AlreadyExistsError, _exceptions().PreconditionError, FileExistsError) as error:
-                if only is None:  # another condition is at work on it just now
+                if only is None:  # another conditional put is in progress
                     raise OSError(errno.EIO, _without_secrets(str(error)), str(self)) from None
                 raise ConflictError(str(self)) from None
         return {key: result[key] for key in ("e_tag", "version") if result[key] is not None}
@@ -275,22 +275,22 @@ class Url:
         except FileNotFoundError:
             pass
 
-    # -- how -------------------------------------------------------------------------------------------------------------------
+    # -- internals -------------------------------------------------------------------------------------------------------------
 
     def _target(self, patient: bool = True) -> tuple[Any, str]:
         if self.query:
-            return _connect(f"{self}?{self.query}", patient), ""  # which is of use once
+            return _connect(f"{self}?{self.query}", patient), ""  # a URL with a query is used only once
         return connect(self.base, patient), self.key
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
-        """Turn what obstore raises into `OSError`; its texts may show signed URLs, so only a part of them is passed on."""
+        """Turn errors of obstore into `OSError`; pass on only part of their text, which may contain signed URLs."""
         with errors(str(self)):
             yield
 
 
 class _Ranges(io.RawIOBase):
-    """A file whose beginning is at hand and whose rest is read when asked for."""
+    """A file whose beginning is in memory; the rest is requested when it is read."""
 
     def __init__(self, url: Url, patient: bool, size_bytes: int, head: bytes) -> None:
         self.url, self.patient, self.size_bytes, self.head = url, patient, size_bytes, head
@@ -331,7 +331,7 @@ class _Ranges(io.RawIOBase):
 
 @lru_cache(maxsize=256)
 def connect(base: str, patient: bool = True) -> Any:
-    """The obstore store of everything below a URL, with its connections."""
+    """The obstore store for everything below a URL, with its connections."""
     return _connect(base, patient)
 
 
@@ -353,7 +353,7 @@ def _exceptions() -> Any:
 
 @contextmanager
 def errors(where: str) -> Iterator[None]:
-    """Turn what obstore raises into `OSError`."""
+    """Turn errors of obstore into `OSError`."""
     try:
         yield
     except (OSError, UsageError, ConflictError) as error:
@@ -361,11 +361,9 @@ def errors(where: str) -> Iterator[None]:
             raise FileNotFoundError(errno.ENOENT, "there is no such object", where) from None
         raise
     except Exception as error:
-        if isinstance(error, ValueError) and str(error).startswith(
-            "Could not parse path"
-        ):  # no error of its own, but of Python's
+        if isinstance(error, ValueError) and str(error).startswith("Could not parse path"):  # an error of Python, not of obstore
             raise OSError(errno.EINVAL, "obstore cannot ask for an object of such a name", where) from None
-        known: Any = sys.modules.get("obstore.exceptions")  # without which, on a disk, there are none of its errors
+        known: Any = sys.modules.get("obstore.exceptions")  # if it was never imported, no error can come from it
         if known is None or not isinstance(error, known.BaseError):
             raise
         text = _without_secrets(str(error))
@@ -376,9 +374,9 @@ def errors(where: str) -> Iterator[None]:
 
 
 def _without_secrets(text: str) -> str:
-    """What went wrong, in a line, without the queries of URLs, where signatures are, and without the server's page."""
+    """The error on one line, without queries of URLs, which may contain signatures, and without the server's error page."""
     code = re.search(r"<Code>(\w+)</Code>", text)
-    cause = re.search(r'(?:error|message): "([^"]+)"', text)  # of what obstore's own sentence says nothing: a name, a connection
+    cause = re.search(r'(?:error|message): "([^"]+)"', text)  # obstore's own sentence leaves these out: a name, a connection
     line = " ".join(re.split(r"\n\nDebug source|: <[?!\w]", text)[0].split()) + (
         f" ({code[1]})" if code else f" ({cause[1]})" if cause else ""
     )

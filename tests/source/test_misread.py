@@ -202,8 +202,8 @@ def test_a_gif_whose_blocks_lead_to_nothing_is_refused():
     data = gif(COLOURS)
     start = data.index(b"\x08\x05", 700) + 1
     assert data[start] == 5
-    refused(data[:-1] + b"\1;", "^corrupt: .*something is between its blocks that is none")
-    refused(gif(COLOURS, before=b"\1"), "^corrupt: .*something is between its blocks that is none")
+    refused(data[:-1] + b"\1;", "^corrupt: .*there are bytes between its blocks")
+    refused(gif(COLOURS, before=b"\1"), "^corrupt: .*there are bytes between its blocks")
     refused(data[:start] + b"\xff" + data[start + 1 :], "^truncated: ")
     for whole in (
         data,

@@ -166,7 +166,7 @@ def corpus() -> dict[str, tuple[bytes, str]]:
         "extension.gif": (gif_head + b"!\xff" + b"\1a" * 500_000 + b"\0" + gif(1, 1, (1, 1))[13 + 6 :], reads),
         "garbage.gif": (
             gif_head + b"x" * 1_000_000,
-            "corrupt: the image cannot be decoded (something is between its blocks that is none",
+            "corrupt: the image cannot be decoded (there are bytes between its blocks",
         ),
         "comment.ppm": (b"P6 #" + b"x" * 1_000_000 + b"\n10 10 255\n" + bytes(300), reads),
         "comments.ppm": (b"P3 10 10 255\n" + b"#\n" * 500_000 + b"1 " * 300, cost + "it has more than 10000 comments"),
