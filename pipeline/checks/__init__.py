@@ -1,4 +1,4 @@
-"""Look at a store, a job or a machine without changing it: plan, status, verify, doctor."""
+"""Examine a store, a job or a machine without changing it: plan, status, verify, doctor."""
 
 from __future__ import annotations
 

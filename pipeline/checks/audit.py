@@ -1,4 +1,4 @@
-"""The checks of the audit: metadata, columns, ledger, maps, and rows computed anew."""
+"""The checks of the audit: metadata, columns, ledger, maps, and rows that are computed again."""
 
 from __future__ import annotations
 
@@ -46,27 +46,27 @@ ORIGINALS = 256
 
 
 class Finding(NamedTuple):
-    """Something that is not as the store says."""
+    """A contradiction in a store, or between a store and its source."""
 
     kind: str
     """metadata, column, ledger, maps, source, recomputation or weights."""
     group: str
     """Shape class, or another group of the store."""
     row: int
-    """-1 where it is no single row."""
+    """-1 if it is about more than one row."""
     path: str
     """Path of the image, or of the object."""
     text: str
 
 
-# -- what the metadata says ------------------------------------------------------------------------------------------------------
+# -- metadata, columns and ledger ------------------------------------------------------------------------------------------------
 
 
 def check_root(store: Store) -> Iterator[Finding]:
-    """Whether weights, layers and their storage are those that the root's digests speak of."""
+    """Check that weights, layers and storage match the digests of the root's metadata."""
     found, expected = read_json(store.path / "zarr.json"), json.loads(json.dumps(root_document(store.spec)))
     digest = found["attributes"]["featuremaps"].get("sha256")
-    if digest is None:  # a store of before there was one
+    if digest is None:  # an older store, without a digest
         del expected["attributes"]["featuremaps"]["sha256"]
     elif digest != expected["attributes"]["featuremaps"]["sha256"]:
         yield Finding(
@@ -77,7 +77,7 @@ def check_root(store: Store) -> Iterator[Finding]:
         yield Finding("metadata", "", -1, "zarr.json", "it has keys that format 1 does not have, or lacks some")
     try:
         weights = store.weights()
-    except Exception as error:  # noqa: BLE001 (Zarr raises anything over metadata that it does not understand)
+    except Exception as error:  # noqa: BLE001 (Zarr raises all kinds of errors for metadata that it does not understand)
         yield Finding("weights", EXTRACTOR, -1, EXTRACTOR, f"the weights cannot be read: {error}")
         return
     for text in check_spec(store.spec, weights):
@@ -88,7 +88,7 @@ def check_root(store: Store) -> Iterator[Finding]:
 
 
 def check_documents(store: Store) -> Iterator[Finding]:
-    """Whether each piece of metadata is what format 1 and the store's settings make it, and arrays are as long as the ledger."""
+    """Check that all metadata follow from format 1 and the store's settings, and that arrays are as long as the ledger."""
     groups = {REJECTED: {}, RUNS: {}, EXTRACTOR: {"sha256": store.spec.extractor["sha256"]}}
     for c in store.classes.values():
         height, width = c.size
@@ -109,7 +109,7 @@ def check_documents(store: Store) -> Iterator[Finding]:
 
 
 def _compare_documents(store: Store, group: str, name: str, length: int | None, document: dict[str, Any]) -> Iterator[Finding]:
-    """Whether a group or an array of at least so many rows has its metadata."""
+    """Check the metadata of a group or of an array, which must have at least ``length`` rows."""
     where = str(PurePosixPath(group, name, "zarr.json"))
     try:
         found = read_json(store.path / where)
@@ -129,7 +129,7 @@ def _compare_documents(store: Store, group: str, name: str, length: int | None, 
 
 
 def read_columns(store: Store, group: str, findings: list[Finding]) -> dict[str, Array]:
-    """The columns of a group that can be read, by name."""
+    """The readable columns of a group, by name; others are added to ``findings``."""
     names = [*(REJECTED_COLUMNS if group == REJECTED else LEDGER_COLUMNS)]
     if group != REJECTED:
         names += [f"{layer.name}_{name}" for layer in store.spec.layers for name in STATISTICS]
@@ -143,7 +143,7 @@ def read_columns(store: Store, group: str, findings: list[Finding]) -> dict[str,
 
 
 def check_ledger(store: Store, columns: dict[str, dict[str, Array]]) -> Iterator[Finding]:
-    """Whether each row's columns fit its status, and each image is alive once."""
+    """Check that each row's columns match its status, and that each image has one live row at most."""
     alive: Counter[str] = Counter()
     for c in store.classes.values():
         found = columns[c.name]
@@ -171,11 +171,11 @@ def check_ledger(store: Store, columns: dict[str, dict[str, Array]]) -> Iterator
             yield Finding("ledger", "", -1, path, f"the image has {n} live rows or entries")
 
 
-# -- what the maps say -----------------------------------------------------------------------------------------------------------
+# -- maps ------------------------------------------------------------------------------------------------------------------------
 
 
 class Shard(NamedTuple):
-    """Some rows of one shard, with what the ledger says of them."""
+    """Some rows of one shard, and what the ledger says about them."""
 
     store: Place
     spec: StoreSpec
@@ -185,11 +185,11 @@ class Shard(NamedTuple):
     sizes: tuple[tuple[int, int], ...]
     digests: tuple[str, ...]
     pooled: dict[str, Array]
-    """Pooled values of the layers that keep no maps: (row, statistic, channel) float32."""
+    """Pooled values of the layers without stored maps: (row, statistic, channel) float32."""
 
 
 def shards(store: Store, shape_class: ShapeClass, rows: Array, digests: Array, columns: dict[str, Array]) -> Iterator[Shard]:
-    """The shards of some rows of a class, ascending; ``digests`` of all rows' maps, empty where they only have to be readable."""
+    """The shards of some rows of a class, ascending. An empty digest means that the row's maps only have to be readable."""
     layout = shape_class.layout
     for _, members in group_by_shard(rows.tolist(), layout.shard_rows):
         paths, expected = (tuple(str(column[row]) for row in members) for column in (columns["path"], digests))
@@ -199,17 +199,17 @@ def shards(store: Store, shape_class: ShapeClass, rows: Array, digests: Array, c
 
 
 def _pooled(layer: StoredLayer, rows: list[int], columns: dict[str, Array]) -> Array:
-    """Pooled values of some rows; NaN where a column cannot be read, which is a finding of its own."""
+    """Pooled values of some rows; NaN if a column cannot be read, which is reported elsewhere."""
     missing = np.full((len(rows), layer.channels), np.nan, np.float32)
     found = (columns.get(f"{layer.name}_{statistic}") for statistic in STATISTICS)
     return np.stack([missing if values is None else values[rows] for values in found], axis=1)
 
 
 def check_shard(shard: Shard) -> list[Finding]:
-    """Compare the digest of each row's maps with the ledger's; reading checks every chunk's checksum."""
+    """Compare the digest of each row's maps with the ledger's; reading them checks every chunk's checksum."""
     group = class_name(shard.layout.size)
     start, stop = shard.rows[0], shard.rows[-1] + 1
-    blocks: list[Array] | None = None  # where some chunk is bad: each row is looked at alone
+    blocks: list[Array] | None = None  # None if a chunk is bad: then each row is read alone
     with contextlib.suppress(FeaturemapsError, OSError):
         blocks = _read(shard, start, stop)
     findings = []
@@ -237,7 +237,7 @@ def _read(shard: Shard, start: int, stop: int) -> list[Array]:
 def _what_is_wrong(
     maps: Sequence[Array], pooled: dict[str, Array], spec: StoreSpec, extents: dict[str, tuple[int, int]], expected: str
 ) -> str:
-    """What is wrong with one row's maps and pooled values, or nothing; ``extents`` are the sizes of the image's maps."""
+    """What is wrong with one row's maps and pooled values; empty if nothing. ``extents`` are the sizes of the image's maps."""
     valid = dict(pooled)
     for layer, values in zip(spec.map_layers, maps, strict=True):
         height, width = extents[layer.name]
@@ -252,17 +252,17 @@ def _what_is_wrong(
 
 
 def _objects(shard: Shard, row: int) -> str:
-    """The objects that hold a row's maps."""
+    """The objects that hold a row's maps, in words."""
     layout, name = shard.layout, class_name(shard.layout.size)
     rows = {layer.name: layout.shard_rows if layout.is_sharded(layer) else layer.chunk_rows for layer in layout.layers}
     return ", ".join(f"{name}/{layer}/c.{row // n}.*" for layer, n in rows.items())
 
 
-# -- what the source says --------------------------------------------------------------------------------------------------------
+# -- the source ------------------------------------------------------------------------------------------------------------------
 
 
 class Originals(NamedTuple):
-    """Some done rows whose images are read."""
+    """Some done rows whose images are to be read."""
 
     root: str
     group: str
@@ -285,7 +285,7 @@ class Compared:
 
 
 def originals(root: str, group: str, rows: Array, columns: dict[str, Array]) -> Iterator[Originals]:
-    """Done rows of a class, some hundred at a time."""
+    """The done rows of a class, in parts of `ORIGINALS` images."""
     for start in range(0, len(rows), ORIGINALS):
         members = rows[start : start + ORIGINALS]
         paths, fingerprints, digests = (columns[name][members].tolist() for name in ("path", "fingerprint", "digest"))
@@ -293,7 +293,7 @@ def originals(root: str, group: str, rows: Array, columns: dict[str, Array]) -> 
 
 
 def check_originals(part: Originals) -> Compared:
-    """Compare the bytes of images that are still those that were listed with the digests in the ledger."""
+    """Compare the bytes of images with the ledger's digests, if their fingerprints are unchanged."""
     result = Compared()
     found = digest_block(part.root, part.images)
     for row, (path, _), expected, image in zip(part.rows, part.images, part.digests, found, strict=True):
@@ -309,7 +309,7 @@ def check_originals(part: Originals) -> Compared:
 
 
 class SampledRow(NamedTuple):
-    """A row that is computed anew."""
+    """A row to compute again."""
 
     group: str
     row: int
@@ -319,7 +319,7 @@ class SampledRow(NamedTuple):
 
 @dataclass(slots=True)
 class Recomputed:
-    """Result of recomputing some rows."""
+    """Result of computing some rows again."""
 
     n_done: int = 0
     n_not_reachable: int = 0
@@ -328,7 +328,7 @@ class Recomputed:
 
 
 def recompute(job: tuple[Place, Sequence[SampledRow]]) -> Recomputed:
-    """Read, decode and extract in float64 with the stored weights, and compare with what is stored."""
+    """Read, decode and extract in float64 with the stored weights; compare with the stored values."""
     from pipeline.extract.cpu import Extractor, use_one_thread  # noqa: PLC0415 (as above)
     from pipeline.source.decoding import decode  # noqa: PLC0415 (only where something is recomputed)
 
@@ -344,7 +344,7 @@ def recompute(job: tuple[Place, Sequence[SampledRow]]) -> Recomputed:
             result.n_not_reachable += 1
             continue
         if hashlib.sha256(data).hexdigest() != sample.digest:
-            result.n_not_reachable += 1  # changed since; what is stored of it speaks for itself
+            result.n_not_reachable += 1  # it has changed since, so it cannot be recomputed
             continue
         expected = extractor.reference(decode(data, source.decode))
         result.n_done += 1
@@ -358,7 +358,7 @@ def recompute(job: tuple[Place, Sequence[SampledRow]]) -> Recomputed:
 
 
 def _compare(store: Store, shape_class: ShapeClass, row: int, stored: StoredLayer, expected: Array) -> tuple[str, float]:
-    """What is wrong with a row's maps or pooled values, and how far they are off beyond rounding for storage."""
+    """What is wrong with a row's maps or pooled values, and the largest difference beyond rounding for storage."""
     is_tf32 = extractor_spec(store.spec).tf32
     bound = (TF32_ROUNDING if is_tf32 else ROUNDING) * max(1.0, float(np.abs(expected).max()))
     difference = -np.inf

@@ -1,4 +1,4 @@
-"""Checks of a cluster from here, without starting it; what only one kind needs is checked by that kind."""
+"""Checks of a cluster without starting it; each kind adds its own checks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pipeline.cluster.spec import ClusterSpec
 
 
 def entry(name: str | None, spec: ClusterSpec) -> Iterator[Finding]:
-    """Whether this machine has what such a cluster needs."""
+    """Check that this machine has what such a cluster needs."""
     what = f"cluster {name or 'local'}"
     reason = unusable(spec)
     if reason:
@@ -21,5 +21,5 @@ def entry(name: str | None, spec: ClusterSpec) -> Iterator[Finding]:
 
 
 def can_be_reached(spec: ClusterSpec) -> Iterator[Finding]:
-    """What of a cluster can be asked without starting anything."""
+    """Ask the cluster what it can answer without starting anything."""
     return spec.look_there()

@@ -1,4 +1,4 @@
-"""What stands between this installation and a run, each with a remedy; changes nothing."""
+"""Finds what would prevent a run, with a remedy for each; changes nothing."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Diagnosis:
         return {"is_well": self.is_well, "findings": [asdict(finding) for finding in self.findings]}
 
     def describe(self) -> str:
-        """For a person: a line per finding."""
+        """A line per finding."""
         return "\n".join(map(str, self.findings))
 
 
@@ -48,21 +48,21 @@ def diagnose(
     stop: threading.Event | None = None,
     on_wait: Callable[[str], None] = lambda _: None,
 ) -> Diagnosis:
-    """Look at the installation, and at what is given: a job or a store, and a cluster.
+    """Check the installation and, if given, a job or a store, and a cluster.
 
     Parameters
     ----------
     job : Job, optional
-        Its source is listed and its headers are read, as ``plan`` does.
+        Its source is listed and its headers are read, as by ``plan``.
     store : str, optional
-        Without a job.
+        Used if there is no job.
     cluster : str, optional
-        None is that of the job, or this machine.
+        None means the job's cluster, or this machine.
     cluster_file : Path
     start : bool
-        Start the cluster and look at its workers; without it a cluster is only asked what it answers as it is.
+        Start the cluster and check its workers; by default a cluster is only asked what it can answer without starting.
     stop, on_wait
-        Same as for `cluster.connect`: what ends the waiting for workers, and what is called meanwhile.
+        Same as for `cluster.connect`: an event that ends the wait for workers, and a callable with the state of the wait.
     """
     wanted = place(store) if store is not None else place(job.store) if job is not None else None
     name = cluster or (job.cluster if job is not None else None)
@@ -93,7 +93,7 @@ def _failed(findings: list[Finding]) -> bool:
 
 
 def _load(name: str | None, path: Path, specs: list[ClusterSpec]) -> Iterator[Finding]:
-    """Leave the entry in ``specs``, or say what is wrong with it."""
+    """Append the cluster's entry to ``specs``, or report what is wrong with it."""
     specs.append(load_cluster(name, path))
     return iter(())
 

@@ -1,4 +1,4 @@
-"""Do the checks of ``featuremaps doctor``. They never raise, because one that cannot look must not keep the others from it."""
+"""Runs the checks of ``featuremaps doctor``. They never raise: one check that fails must not stop the others."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ __all__ = ["Finding", "Level", "look"]
 
 
 def look(what: str, check: Callable[..., Iterable[Finding]], *arguments: Any) -> list[Finding]:
-    """Do a check; what it raises is what it found."""
+    """Run a check; an exception that it raises becomes a finding."""
     findings: list[Finding] = []
     try:
         for finding in check(*arguments):
-            findings.append(finding)  # noqa: PERF402 (what was found before it raised is kept)
-    except FeaturemapsError as error:  # whose message has the remedy
+            findings.append(finding)  # noqa: PERF402 (findings before an exception are kept)
+    except FeaturemapsError as error:  # its message has the remedy
         findings.append(Finding("FAIL", what, str(error)))
-    except Exception as error:  # noqa: BLE001 (the point of it)
+    except Exception as error:  # noqa: BLE001 (no check may stop the others)
         text = " ".join(str(error).split()) or "no more is known"
-        findings.append(Finding("FAIL", what, f"{type(error).__name__}: {text}", "mend what it says, and look again"))
+        findings.append(Finding("FAIL", what, f"{type(error).__name__}: {text}", "correct what the error names, and check again"))
     return findings

@@ -18,11 +18,11 @@ from pipeline.extract import devices, kernel
 from pipeline.run.worker_versions import PACKAGES
 
 FILES_BASE, FILES_PER_WORKER = 128, 10
-"""Open files of a driver: measured are 16, and 9 for each worker of this machine, whose nanny is in the driver."""
+"""Open files of a driver: as measured, 16, and 9 more for each worker of this machine, whose nanny is in the driver."""
 
 
 def packages() -> Iterator[Finding]:
-    """Versions of Python and what is required, and what optional packages are there."""
+    """Versions of Python and of required packages, and which optional packages are installed."""
     required = [Requirement(text) for text in requires("featuremaps") or []]
     wrong = list(filter(None, (_wrong(found) for found in required if found.marker is None)))
     shown = ", ".join(f"{name} {_version(name)}" for name in PACKAGES)
@@ -42,7 +42,7 @@ def packages() -> Iterator[Finding]:
 
 
 def hidden_modules(folder: Path) -> Iterator[Finding]:
-    """Files here that hide a module from scripts in the same folder."""
+    """Files in a folder that hide a module from scripts in the same folder."""
     found = hiding(folder)
     if found:
         text = (
@@ -68,7 +68,7 @@ def _wrong(wanted: Requirement) -> str:
 
 
 def compiled_kernel() -> Iterator[Finding]:
-    """What computes the first layer on processors."""
+    """Whether compiled code or PyTorch computes the first layer on processors."""
     name = kernel.version()
     if name == "torch":
         remedy = "install a C compiler (cc), then featuremaps again"
@@ -78,7 +78,7 @@ def compiled_kernel() -> Iterator[Finding]:
 
 
 def gpus(device_files: Path = Path("/dev")) -> Iterator[Finding]:
-    """Device files of NVIDIA's driver, and what torch sees of them."""
+    """Device files of NVIDIA's driver, and the GPUs that torch sees."""
     n_devices = len(list(device_files.glob("nvidia[0-9]*")))
     if not n_devices:
         yield Finding("ok", "GPUs", "no device files of NVIDIA's driver: processors compute")
@@ -95,7 +95,7 @@ def gpus(device_files: Path = Path("/dev")) -> Iterator[Finding]:
 
 
 def open_files(workers: int) -> Iterator[Finding]:
-    """The limit of open files of a driver with so many workers."""
+    """The limit of open files, for a driver with this many workers."""
     limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = FILES_BASE + FILES_PER_WORKER * workers
     found = f"{'no limit' if limit == resource.RLIM_INFINITY else limit}, and a driver of {workers} workers wants {wanted}"

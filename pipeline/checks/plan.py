@@ -1,4 +1,4 @@
-"""What a run would do; it only looks."""
+"""What a run would do; changes nothing."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ BLOCK = 2048
 INLINE = 4 * BLOCK
 DOES_NOT_FIT = " -- DOES NOT FIT"
 START_S = 5.0
-"""Roughly, of workers on two AVX2 cores that do nothing else: each imports Dask, and for more than one layer PyTorch."""
+"""Rough time on two AVX2 cores without other load: each worker imports Dask and, for more than one layer, PyTorch."""
 
 
 @dataclass(slots=True)
@@ -65,52 +65,52 @@ class Preview:
     n_returned: int = 0
     """Removed images that are back unchanged."""
     n_to_check: int = 0
-    """Images that would be read and compared with their digests; those that differ are computed too."""
+    """Images that would be read and compared with their digests; images that differ are computed too."""
     reasons: dict[str, int] = field(default_factory=dict)
     """Images to reject per code."""
     bad: list[dict[str, str]] = field(default_factory=list)
-    """The first of them: path and error."""
+    """The first of these images: path and error."""
     classes: dict[str, int] = field(default_factory=dict)
     """Images to compute per shape class."""
     n_new_classes: int = 0
     n_shards: int = 0
     n_batches: int = 0
     work_s: float = 0.0
-    """Rough estimate for one core."""
+    """Rough estimate in seconds of one core."""
     start_s: float | None = None
-    """What starting the workers takes: what the last run needed, else a rough guess; None where it is not known or none are needed."""
+    """Time to start the workers: that of the last run, else a rough guess; None if unknown, or if no workers are needed."""
     maps_bytes: int = 0
     """Upper bound: uncompressed."""
     free_bytes: int | None = 0
     worker_memory_bytes: int = 0
     worker_limit_bytes: int = 0
-    """What one worker on this machine may take of its memory limit; 0 where the cluster is another."""
+    """Memory that one worker on this machine may use under its limit; 0 for other clusters."""
     workers: int = 0
 
     ignored: dict[str, int] = field(default_factory=dict)
-    """Files that are no images by their name: number per suffix."""
+    """Files without an image suffix: number per suffix."""
     excluded: dict[str, int] = field(default_factory=dict)
     """Folders and files that are left out: number per pattern."""
     exit_code: int = EXIT_COMPLETE
-    """What a run would end with, as far as can be known before it starts; ``plan`` ends with the same."""
+    """Predicted exit code of the run; ``plan`` ends with the same."""
     verdict: str = ""
     """Why, for a person."""
     dropped: dict[str, int] = field(default_factory=dict)
-    """Images to enter of which something would be dropped, per code of `dropped.dropped`."""
+    """New images of which a part would be dropped, per code of `dropped.dropped`."""
 
     @property
     def fits(self) -> bool:
-        """Whether disk and memory hold it; `run` refuses what they do not."""
+        """Whether disk and memory are large enough; `run` refuses if not."""
         return self.fits_disk and self.fits_memory
 
     @property
     def fits_disk(self) -> bool:
-        """Whether the disk holds the maps, should they not compress at all."""
+        """Whether the disk holds the maps, even if they do not compress at all."""
         return self.free_bytes is None or self.maps_bytes <= self.free_bytes
 
     @property
     def fits_memory(self) -> bool:
-        """Whether a worker holds it, where its limit is known."""
+        """Whether a worker's memory is large enough, if its limit is known."""
         return not 0 < self.worker_limit_bytes < self.worker_memory_bytes
 
     def to_dict(self) -> dict[str, Any]:
@@ -164,7 +164,7 @@ class Preview:
 
 
 def plan_job(job: Job, cluster_file: Path = Path("cluster.yaml")) -> Preview:
-    """Say what `run_job` would do with a job, by listing and probing but writing nothing.
+    """Predict what `run_job` would do with a job, by listing and probing; nothing is written.
 
     Raises
     ------
@@ -179,7 +179,7 @@ def plan_job(job: Job, cluster_file: Path = Path("cluster.yaml")) -> Preview:
     found = compare_with_store(job, store, listing)
     holder = current_holder(path.absolute())
     if holder is None:
-        check_removals(found, job.max_removed)  # which a run does once it holds the store
+        check_removals(found, job.max_removed)  # a run does this once it holds the store
     preview = Preview(len(listing), found.n_unchanged, n_removed=found.n_removed, ignored=dict(listing.ignored))
     preview.excluded = dict(listing.excluded)
     kind = _look_at_workers(preview, job, cluster_file)
@@ -212,17 +212,17 @@ class _Work:
     """What is to compute."""
 
     existing: Mapping[Size, ShapeClass]
-    """Classes that the store has."""
+    """Classes that the store already has."""
     pending: dict[Size, list[int]]
     """Rows of these that wait."""
     decode_bytes: int
-    """Memory that decoding the largest of the images takes."""
+    """Memory to decode the largest of the images."""
     new: Mapping[Size, int] = field(default_factory=dict)
-    """Images to enter, per class."""
+    """New images, per class."""
 
 
 def _look_at_workers(preview: Preview, job: Job, cluster_file: Path) -> WorkerKind:
-    """Note how many workers there would be and what they may take; return what their memory follows from."""
+    """Set the number of workers and their memory limit; return what their memory need depends on."""
     slots = planned_slots(cluster_of(job, cluster_file))
     preview.workers = sum(worker.extract for worker in slots) or local_workers(job.workers)
     if not slots:
@@ -233,7 +233,7 @@ def _look_at_workers(preview: Preview, job: Job, cluster_file: Path) -> WorkerKi
 
 
 def _start_s(store: Store | None, *, is_here: bool) -> float | None:
-    """What the last run needed until its workers were there; of workers elsewhere, which may wait in a queue, nothing else is known."""
+    """Time that the last run needed to start its workers, else a guess; for workers elsewhere, which may queue, no guess."""
     last = store.last_receipt() if store is not None else None
     known_s = float((last or {}).get("start_s", 0.0))
     return known_s if known_s >= SAID_S else START_S if is_here else None
@@ -248,7 +248,7 @@ def _pending(store: Store | None, listing: Listing, found: Changes) -> _Work:
 
 
 def _take_new(preview: Preview, work: _Work, job: Job, forecast: Forecast) -> None:
-    """Probe the images that a run would enter, and note what it would make of them."""
+    """Probe the images that are new to the store, and note what a run would make of them."""
     listing, found = forecast.listing, forecast.found
     sizes: list[Size] = []
     reasons: Counter[str] = Counter()
@@ -269,7 +269,7 @@ def _take_new(preview: Preview, work: _Work, job: Job, forecast: Forecast) -> No
 
 
 def _probe_all(job: Job, listing: Listing, images: Sequence[int], workers: int) -> Iterator[Probed]:
-    """Probe here, or with one process per core where that pays."""
+    """Probe in this process, or with one process per core if that pays."""
     source, needed = Source(listing.root, job.decode), needed_size(job.extractor)
     blocks = ([listing.paths[i] for i in images[start : start + BLOCK]] for start in range(0, len(images), BLOCK))
     if len(images) <= INLINE or workers == 1:
@@ -288,7 +288,7 @@ def _probe_all(job: Job, listing: Listing, images: Sequence[int], workers: int) 
 
 
 def _fill(preview: Preview, work: _Work, job: Job, worker: WorkerKind) -> None:
-    """Cut the rows of each class as a run would."""
+    """Cut the rows of each class into batches, as a run would."""
     layouts: dict[Size, ClassLayout] = {}
     pieces = []
     channels = job.decode.channels

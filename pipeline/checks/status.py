@@ -1,4 +1,4 @@
-"""How far a store is; it only looks."""
+"""The state of a store; changes nothing."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ class StoreStatus:
     source: str
     dtype: str
     has_maps: bool
-    """False where only pooled values are kept."""
+    """False if only pooled values are kept."""
     n_classes: int
     counts: dict[str, int]
     bad: list[dict[str, str]]
     """The first quarantined and rejected images: path and error."""
     holder: dict[str, Any] | None
-    """Who works on it now, and ``silent_s``, the seconds since its last heartbeat, of which there is one every 10 s."""
+    """The current holder, with ``silent_s``, the seconds since its last heartbeat; there is a heartbeat every 10 s."""
     last_run: dict[str, Any] | None
-    """The newest receipt; that of a run at work is written every 10 s."""
+    """The newest receipt; a running run writes its receipt every 10 s."""
     submission: dict[str, Any] | None = None
-    """What was handed to a batch system, with ``state`` in words and the ``jobs`` that work for the store."""
+    """What was submitted to a batch system, with ``state`` in words and the ``jobs`` that work for the store."""
     dropped: dict[str, int] = field(default_factory=dict)
-    """Images that the runs have entered and of which something is dropped, per code of `dropped.dropped`."""
+    """Images added by the runs of which a part was dropped, per code of `dropped.dropped`."""
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""
@@ -46,7 +46,7 @@ class StoreStatus:
 
     @property
     def left_s(self) -> float | None:
-        """Seconds until the run at work ends at its present pace."""
+        """Seconds until the current run ends at its present pace; None if unknown."""
         run = self.last_run
         if not self.holder or not run or run["run_id"] != self.holder["run_id"] or not run["images_per_s"]:
             return None
@@ -99,12 +99,12 @@ class StoreStatus:
 
 
 def store_status(store: str | Place, n_bad: int = 20) -> StoreStatus:
-    """Look at a store.
+    """Read the state of a store.
 
     Parameters
     ----------
     store : str, Path or Url
-        A folder, or a bucket's address.
+        A folder, or a bucket's URL.
     n_bad : int
         Bad images to list.
 
@@ -136,7 +136,7 @@ def store_status(store: str | Place, n_bad: int = 20) -> StoreStatus:
 
 
 def _not_there_yet(path: Place, submission: Submission) -> str:
-    """Why a store is not there whose run was handed to a batch system."""
+    """Why a submitted run has no store yet, and what to do."""
     state, _ = submission.look()
     remedy = (
         f"It ended before there was anything to show; {submission.job_name}-driver*, in log_folder of the cluster, says why: mend "

@@ -1,4 +1,4 @@
-"""Checks of where a store is or will be, and of where images are; nothing is left behind."""
+"""Checks the place of a store and of its images; leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pipeline.store.store import Store, is_store
 from pipeline.text import count, human_size
 
 MAX_SKEW_S = 3 * HEARTBEAT_S
-"""From which on nobody can tell by the clock whether a run is alive."""
+"""Clocks that are further apart cannot tell whether a run is alive."""
 NOTED_SKEW_S = 3.0
 
 
@@ -39,7 +39,7 @@ def stored(store: Place) -> Iterator[Finding]:
 
 
 def writing(store: Place) -> Iterator[Finding]:
-    """Whether objects can be written, replaced and created exclusively there, and how far the clocks are apart."""
+    """Check that objects can be written, replaced and created exclusively, and how far the clocks are apart."""
     if isinstance(store, Url):
         yield from _bucket(store)
     else:
@@ -50,7 +50,7 @@ def _folder(folder: Path) -> Iterator[Finding]:
     names = [folder / f"doctor.{uuid.uuid4().hex}.partial" for _ in range(3)]
     what, step = f"writing in {folder} ({file_system(folder)})", ""
     try:
-        for step in _exercise(*names):  # noqa: B007 (what it was at when it failed)
+        for step in _exercise(*names):  # noqa: B007 (names the step that failed)
             pass
         yield Finding("ok", what, "files are written, replaced and created exclusively")
         names[1].touch()
@@ -65,7 +65,7 @@ def _folder(folder: Path) -> Iterator[Finding]:
 
 
 def _exercise(first: Path, second: Path, third: Path) -> Iterator[str]:
-    """What lock and store need of a file system; yields what it is about to do."""
+    """Try what lock and store need of a file system; yield each step before it is tried."""
     yield "writing a file"
     for path in (first, second):
         path.write_bytes(path.name.encode())
@@ -113,7 +113,7 @@ def _skew(what: str, skew_s: float) -> Finding:
 
 
 def file_system(folder: Path) -> str:
-    """Type of the file system that a folder is on."""
+    """Type of the file system of a folder."""
     best, kind = -1, "unknown file system"
     for line in Path("/proc/self/mounts").read_text(errors="replace").splitlines():
         _, mount, found, *_ = line.split(" ")
@@ -124,7 +124,7 @@ def file_system(folder: Path) -> str:
 
 
 def space(store: Place, preview: Preview | None) -> Iterator[Finding]:
-    """Free space, and whether what is planned fits."""
+    """Free space, and whether the planned maps fit."""
     free = free_bytes(store)
     if free is None:
         yield Finding("ok", "space", "in a bucket, which does not say how much there is")
@@ -141,7 +141,7 @@ def space(store: Place, preview: Preview | None) -> Iterator[Finding]:
 
 
 def planned(preview: Preview) -> Iterator[Finding]:
-    """What a plan says of source and memory."""
+    """A plan's findings about source and memory."""
     text = f"{count(preview.n_listed, 'image')} listed, {preview.n_to_compute} to compute, {preview.n_to_reject} to reject"
     if preview.n_faults:
         remedy = "check links, permissions and the file server"
@@ -158,7 +158,7 @@ def planned(preview: Preview) -> Iterator[Finding]:
 
 
 def source_of_store(store: Place) -> Iterator[Finding]:
-    """Whether the source that a store remembers can be read; it is not listed."""
+    """Check that the source of a store can be read, without listing it."""
     if not is_store(store):
         return
     source, root = (spec := Store(store).spec).source, spec.source_root

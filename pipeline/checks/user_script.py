@@ -1,4 +1,4 @@
-"""What can go wrong in a user's own script: it starts processes without a guard, or a file beside it hides a module."""
+"""Detects two faults of a user's script: it starts processes without a guard, or a file beside it hides a module."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from pipeline.errors import UsageError
 
 
 def require_guard(call: str) -> None:
-    """Refuse to start processes from a script that would do so again in each of them.
+    """Refuse to start processes from a script that would start them again in each of them.
 
     Parameters
     ----------
     call : str
-        What the script calls, for the message.
+        The function that the script calls, for the message.
 
     Raises
     ------
     UsageError
-        When the script has no ``if __name__ == "__main__":`` in front of the call, or this process was started by such a script.
+        When the call is not below ``if __name__ == "__main__":``, or this process was started by such a script.
     """
     if getattr(multiprocessing.current_process(), "_inheriting", False) or _is_unguarded():
         raise UsageError(
@@ -31,14 +31,14 @@ def require_guard(call: str) -> None:
 
 
 def _is_unguarded() -> bool:
-    """Whether the script that runs now is at a line of its top level, with no look at ``__name__`` up to there."""
+    """Whether the running script is at a line of its top level without a test of ``__name__`` before it."""
     frame = sys._getframe()
     while frame.f_back is not None and not _is_top_of_main(frame.f_code.co_name, frame.f_globals):
         frame = frame.f_back
     file, spec = frame.f_globals.get("__file__"), frame.f_globals.get("__spec__")
     is_imported = isinstance(file, str) and not (spec and spec.name.rpartition(".")[2] == "__main__")
     if not _is_top_of_main(frame.f_code.co_name, frame.f_globals) or not is_imported:
-        return False  # a notebook, a prompt or the command of a package, which no process imports
+        return False  # a notebook, a prompt or a package's command: no process imports them
     try:
         lines = ast.parse(Path(str(file)).read_bytes()).body
     except (OSError, ValueError, SyntaxError):
@@ -52,7 +52,7 @@ def _is_top_of_main(function: str, names: dict[str, object]) -> bool:
 
 
 def hiding(folder: Path) -> list[Path]:
-    """Files of a folder that hide a module of Python's own, or this package, from the scripts there, sorted."""
+    """Files of a folder that hide a module of Python's library, or this package, from scripts there; sorted."""
     folder = folder.absolute()
     try:
         files = sorted(folder.glob("*.py"))
@@ -63,7 +63,7 @@ def hiding(folder: Path) -> list[Path]:
 
 
 def explain(error: Exception) -> Exception:
-    """The error of an import, or the file beside the script that is to blame for it."""
+    """The error of an import, or an error that names the file beside the script that caused it."""
     found = hiding(Path(sys.path[0])) if sys.path else []
     if not found:
         return error

@@ -1,4 +1,4 @@
-"""The audit of a store: whether it holds what its ledger claims, and whether that is what the extractor computes."""
+"""The audit of a store: whether it holds what its ledger claims, and whether the extractor computes the same."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ from pipeline.text import count, printable
 
 MAX_FINDINGS = 1000
 AHEAD = 4
-"""Jobs per process that wait or are done before the first of them."""
+"""Jobs per process that may wait or be done ahead of the next result."""
 REASONS = {
     "changed": "changed since they were listed",
     "missing": "gone",
@@ -64,7 +64,7 @@ R = TypeVar("R")
 
 @dataclass(slots=True)
 class Audit:
-    """What was looked at, and what was found."""
+    """What was checked, and what was found."""
 
     store: str
     n_rows: int = 0
@@ -73,22 +73,22 @@ class Audit:
     n_not_checked: int = 0
     """Rows of classes whose metadata or columns are damaged."""
     n_maps_checked: int = 0
-    """Rows, removed ones that may come back included."""
+    """Number of rows, including removed rows that may come back."""
     n_compared: int = 0
     """Done images whose bytes at the source were compared with the ledger's digest."""
     not_compared: dict[str, int] = field(default_factory=dict)
-    """Done images of which that was not possible: number per reason."""
+    """Done images that could not be compared: number per reason."""
     is_source_read: bool = True
-    """Whether it was to be looked at at all."""
+    """Whether the source was to be read at all."""
     n_recomputed: int = 0
     n_not_reachable: int = 0
-    """Images that were to be recomputed, and are gone, changed or unreadable at the source."""
+    """Images to recompute that are gone, changed or unreadable at the source."""
     n_repaired: int = 0
     n_findings: int = 0
     findings: list[Finding] = field(default_factory=list)
     """The first of them."""
     largest_difference: float | None = None
-    """Between stored and recomputed values, beyond rounding for storage; None where nothing was recomputed."""
+    """Between stored and recomputed values, beyond rounding for storage; None if nothing was recomputed."""
 
     @property
     def is_sound(self) -> bool:
@@ -165,33 +165,33 @@ def verify_store(
     workers: int | None = None,
     sole_writer: bool = False,
 ) -> Audit:
-    """Check a store: metadata, columns, every map and every image against its digest, and some rows computed anew.
+    """Check a store: metadata, columns, every map and every image against its digest; recompute some rows.
 
     Parameters
     ----------
     store : str, Path or Url
-        A folder, or a bucket's address.
+        A folder, or a bucket's URL.
     n_sample : int
-        Done images that are read from the source and recomputed in float64, chosen at random.
+        Number of done images, chosen at random, to read from the source and recompute in float64.
     seed : int, optional
-        Of that choice.
+        Seed of the random choice.
     repair : bool
         Set rows whose maps are bad to pending, so that the next run computes them.
     read_source : bool
-        Read every done image that is still the one that was listed, and compare its digest; without it nothing is recomputed.
+        Read every done image with an unchanged fingerprint and compare its digest; without this nothing is recomputed.
     workers : int, optional
-        Processes; None is one per core.
+        Number of processes; None means one per core.
     sole_writer : bool
-        With ``repair``: vouch that nobody else writes to a bucket's store, see `StoreLock`.
+        With ``repair``: vouch that nobody else writes to a store in a bucket; see `StoreLock`.
 
     Raises
     ------
     UsageError
         When there is no store of this format.
     FeaturemapsError
-        When its metadata cannot be understood at all.
+        When its metadata cannot be parsed at all.
     StoreBusyError
-        When ``repair`` is wanted while a run works on it.
+        When ``repair`` is set while a run holds the store.
     """
     path = named_store(store)
     opened = Store(path, durable=True)
@@ -217,7 +217,7 @@ def verify_store(
 
 
 def _check_ledger(store: Store, audit: Audit) -> tuple[dict[str, dict[str, Array]], set[str]]:
-    """Check metadata and columns; return the columns that can be read, and the groups whose metadata are damaged."""
+    """Check metadata and columns; return the readable columns, and the groups with damaged metadata."""
     documents = [*check_root(store), *check_documents(store)]
     audit.add(documents)
     unreadable: list[Finding] = []
@@ -237,13 +237,13 @@ def _jobs(
         found = columns[shape_class.name]
         audit.n_rows += shape_class.length
         if damaged & {"", shape_class.name} or not LEDGER_COLUMNS.keys() <= found.keys():
-            audit.n_not_checked += shape_class.length  # what its maps should be is not known
+            audit.n_not_checked += shape_class.length  # unknown what its maps should be
             continue
         is_done = found["status"] == Status.DONE
         done[shape_class.name] = np.flatnonzero(is_done)
         audit.n_done += len(done[shape_class.name])
         audit.n_pending += int((found["status"] == Status.PENDING).sum())
-        returnable = (found["status"] == Status.REMOVED) & (found["maps_digest"] != "")  # done, should their image come back
+        returnable = (found["status"] == Status.REMOVED) & (found["maps_digest"] != "")  # done if their image comes back
         claims = np.where(is_done & (found["maps_digest"] == ""), "none", found["maps_digest"])
         digests = np.where(is_done | returnable, claims, "")
         audit.n_maps_checked += int((digests != "").sum())
@@ -265,7 +265,7 @@ def _recompute(path: Place, samples: Sequence[SampledRow], audit: Audit, process
 
 
 def _compare_originals(parts: Iterable[Originals], audit: Audit, processes: _Processes) -> Iterator[Finding]:
-    """Read the source until all is compared, or most of it cannot be read."""
+    """Read the source until everything is compared, or until most of it cannot be read."""
     watch, reasons, n_done = SourceWatch(""), Counter[str](), audit.n_done
     for compared in processes.map(check_originals, parts):
         audit.n_compared += compared.n_compared
@@ -280,7 +280,7 @@ def _compare_originals(parts: Iterable[Originals], audit: Audit, processes: _Pro
 
 
 def _choose(rows: dict[str, Array], n: int, seed: int | None) -> Iterator[tuple[str, int]]:
-    """Group and row of some rows, at random."""
+    """Group and row of ``n`` rows, chosen at random."""
     total = sum(map(len, rows.values()))
     chosen = np.array(sorted(random.Random(seed).sample(range(total), min(n, total))), int)  # noqa: S311 (which rows, not a secret)
     for group, members in rows.items():
@@ -289,13 +289,13 @@ def _choose(rows: dict[str, Array], n: int, seed: int | None) -> Iterator[tuple[
 
 
 class _Processes:
-    """Processes for all steps of an audit, because each takes seconds to import what it needs; none where there is to be one only."""
+    """Processes for all steps of an audit, because each takes seconds for its imports; without a pool, the current process."""
 
     def __init__(self, pool: ProcessPoolExecutor | None, n: int) -> None:
         self.pool, self.n = pool, n
 
     def map(self, function: Callable[[T], R], jobs: Iterable[T]) -> Iterator[R]:
-        """`map` in the processes, or in this one, with few jobs taken up ahead of what is returned."""
+        """`map` in the processes, or in this one; only few jobs run ahead of the results."""
         if self.pool is None:
             yield from map(function, jobs)
             return
@@ -314,12 +314,12 @@ def _processes(n: int) -> Iterator[_Processes]:
         yield _Processes(None, 1)
         return
     require_guard("verify_store")
-    environment = dict(os.environ)  # as it is now: the server that forks keeps that of its own start
+    environment = dict(os.environ)  # the present one: the server that forks keeps the environment of its own start
     with ProcessPoolExecutor(n, get_context("forkserver"), _take_environment, (environment,)) as pool:
         try:
             yield _Processes(pool, n)
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)  # a stop does not wait for what has not begun
+            pool.shutdown(wait=False, cancel_futures=True)  # a stop does not wait for jobs that have not begun
             raise
 
 
@@ -343,7 +343,7 @@ def _repair(store: Store, findings: Sequence[Finding], sole_writer: bool) -> int
         for group, members in rows.items():
             chosen = np.array(sorted(members))
             status = store.column(group, "status")[chosen]
-            # A run may have seen to some meanwhile. Removed ones are computed should their image come back.
+            # A run may have changed some rows meanwhile. Removed rows are computed if their image comes back.
             done, removed = (chosen[status == wanted] for wanted in (Status.DONE, Status.REMOVED))
             store.commit(group, done, {"status": np.full(len(done), Status.PENDING, np.uint8)})
             store.commit(group, removed, {"maps_digest": np.full(len(removed), "", object)})

@@ -1,4 +1,4 @@
-"""Checks of a cluster by starting it, or connecting to the one that runs, and looking at its workers."""
+"""Checks the workers of a cluster, after starting it or connecting to one that runs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pipeline.store.objects import Place, delete, nearest_folder, put
 from pipeline.text import count
 
 MAX_WAIT_S = 120.0
-"""The longest wait for workers: a queue in which they wait for longer says so, and nobody looks at a terminal for an hour."""
+"""The longest wait for workers: nobody watches a terminal for an hour, and a longer queue is reported."""
 
 
 def started(
@@ -30,13 +30,13 @@ def started(
     stop: threading.Event | None = None,
     on_wait: Callable[[str], None] = lambda _: None,
 ) -> Iterator[Finding]:
-    """Start the cluster, or connect to the one that runs, and look at its workers.
+    """Start the cluster, or connect to one that runs, and check its workers.
 
     Parameters
     ----------
     spec : ClusterSpec
     store : Place, optional
-        Where a store is or will be, which all workers have to reach.
+        Place of a store that all workers have to reach.
     stop, on_wait
         Same as for `cluster.connect`.
     """
@@ -51,7 +51,7 @@ def started(
             if store is not None:
                 yield from _worker_places(client, store)
     except FeaturemapsError as error:
-        yield Finding("FAIL", what, str(error), "mend what it says")
+        yield Finding("FAIL", what, str(error), "correct what the error names")
 
 
 def _workers(client: Client, spec: ClusterSpec) -> Iterator[Finding]:
@@ -63,7 +63,7 @@ def _workers(client: Client, spec: ClusterSpec) -> Iterator[Finding]:
         if n == wanted:
             yield Finding("ok", f"group {group}", f"all of {wanted} workers are there")
         else:
-            remedy = "" if spec.is_here else "a run starts with one, and takes the others when they come"
+            remedy = "" if spec.is_here else "a run starts with one worker, and uses the others when they come"
             yield Finding("note" if n else "FAIL", f"group {group}", f"{n} of {count(wanted, 'worker')} there yet", remedy)
 
 
@@ -99,7 +99,7 @@ def _worker_gpus(client: Client) -> Iterator[Finding]:
 
 
 def _worker_places(client: Client, store: Place) -> Iterator[Finding]:
-    """Have all workers read what the driver writes beside the store: another disk of the same name would not hold it."""
+    """Check that all workers can read a file written beside the store: a different disk with the same path would not have it."""
     token = uuid.uuid4().hex
     folder = nearest_folder(store)
     probe = folder / f"doctor.{token}.partial"
@@ -124,7 +124,7 @@ def _worker_places(client: Client, store: Place) -> Iterator[Finding]:
 
 
 def _by_answer(answers: Mapping[str, Any]) -> dict[Any, list[str]]:
-    """Addresses of workers by what they answered."""
+    """Addresses of workers, grouped by their answer."""
     found: dict[Any, list[str]] = {}
     for address, answer in answers.items():
         found.setdefault(answer, []).append(address)

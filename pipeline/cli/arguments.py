@@ -12,13 +12,13 @@ if TYPE_CHECKING:
 
 
 def as_place(store: str) -> Place:
-    """Where a store is: a folder, a bucket's address, or what a job file says."""
+    """Place of a store, given as a folder, a bucket's URL, or a job file."""
     from pipeline.store.named import named_store
 
     return named_store(store)
 
 
-store_argument = click.argument(  # which a job file may name
+store_argument = click.argument(  # a job file may name the store
     "store",
     callback=lambda _context, _parameter, store: as_place(store),
     metavar="STORE | JOB.yaml",

@@ -1,4 +1,4 @@
-"""The bar of a run on a terminal: one line, kept up to date, with all else that is said above it."""
+"""The progress bar of a run: one line at the bottom of the terminal, below all other output."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from rich.text import Text
 from pipeline.run.summary import Progress
 
 ROOM = len("^C") + 1
-"""Columns on the right that stay free: a line that a terminal's own ``^C`` breaks in two would be left behind."""
+"""Columns on the right that stay free: if a terminal's own ``^C`` broke the line in two, one part would remain on the screen."""
 
 
 class _Narrow(NamedTuple):
-    """Something a little narrower than the terminal."""
+    """Content that is a little narrower than the terminal."""
 
     content: RenderableType
 
@@ -42,10 +42,10 @@ class _NarrowBar(Bar):
 
 
 class _Stage(ProgressColumn):
-    """What the run is at; a stop shows at once, before the run has heard of it."""
+    """The stage of the run; a stop shows at once, before the run has noticed it."""
 
     def __init__(self, is_stopping: Callable[[], bool]) -> None:
-        super().__init__(table_column=Column(no_wrap=True))  # a second line would be left behind by a ^C
+        super().__init__(table_column=Column(no_wrap=True))  # a second line would remain on the screen after a ^C
         self.is_stopping = is_stopping
 
     def render(self, task: Task) -> Text:
@@ -53,7 +53,7 @@ class _Stage(ProgressColumn):
 
 
 class _Left(TimeRemainingColumn):
-    """The time left; nobody waits for all images of a run that stops."""
+    """The time left; not shown during a stop, which does not wait for all images."""
 
     def __init__(self, is_stopping: Callable[[], bool]) -> None:
         super().__init__(table_column=Column(no_wrap=True))
@@ -64,7 +64,7 @@ class _Left(TimeRemainingColumn):
 
 
 def stage_text(progress: Progress, *, is_stopping: bool) -> str:
-    """What the run is at, for a person.
+    """The stage of the run, in words.
 
     Examples
     --------
@@ -81,7 +81,7 @@ def stage_text(progress: Progress, *, is_stopping: bool) -> str:
 
 @contextmanager
 def bar(is_stopping: Callable[[], bool]) -> Iterator[Callable[[Progress], None]]:
-    """Show a bar with the time left; yields what takes the `Progress`.
+    """Show a bar with the time left; yield the callable that takes the `Progress`.
 
     Parameters
     ----------

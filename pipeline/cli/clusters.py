@@ -1,4 +1,4 @@
-"""The commands about clusters: handing a run in, looking at what would be launched, and at what stands in the way."""
+"""The commands about clusters: submit a run, show what would be launched, and check what a run needs."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def doctor(what: str | None, as_json: bool, **options: Any) -> int:
 
     is_job = what is not None and what.endswith(JOB_SUFFIXES)
     job = load_job(what, {}) if what and is_job else None
-    with stop_on_signal() if options["start"] else nullcontext() as stop:  # only what was started has to be stopped
+    with stop_on_signal() if options["start"] else nullcontext() as stop:  # only a cluster that was started has to be stopped
         diagnosis = diagnose(
             job,
             None if is_job else what,

@@ -1,4 +1,4 @@
-"""The ``featuremaps`` command: parses, calls, prints."""
+"""The ``featuremaps`` command: parses arguments, calls functions, prints results."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def cli() -> None:
 
 
 def _job_command(command: Callable[..., Any]) -> Callable[..., Any]:
-    """What ``run`` and ``plan`` take: a job, whether to print JSON, and how to log."""
+    """Add the arguments of ``run`` and ``plan``: a job, whether to print JSON, and how to log."""
     what = click.argument("what", nargs=-1, required=True, metavar="SOURCE STORE | JOB.yaml")
     as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
     verbose = click.option("-v", "--verbose", count=True, help="More log lines, one per batch; twice for Dask's own.")
@@ -58,7 +58,7 @@ def _job_command(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _make_job(what: tuple[str, ...], options: dict[str, Any]) -> Job:
-    """Turn the command line into a job; options replace what a job file says."""
+    """Make a job from the command line; options override the job file."""
     values = job_values(options)
     if len(what) == 1 and what[0].endswith(JOB_SUFFIXES):
         return load_job(what[0], values)
@@ -118,7 +118,7 @@ def plan(what: tuple[str, ...], as_json: bool, verbose: int, log_format: str, cl
 
     Shows images, classes, shards, bytes, memory and disk. Ends with the exit code that the run would have, as far as listing, headers
     and store tell: 0 complete, 1 failed (source, storage or disk), 2 refused (settings, memory, too many removed), 3 too many bad images
-    or none that is done, 75 another run has the store.
+    or no image done, 75 another run has the store.
     """
     job = _begin(what, options, verbose, log_format)
     from pipeline.checks.plan import plan_job
@@ -189,14 +189,14 @@ for _command in (show, submit, doctor, cluster, report):
 
 
 def main() -> None:
-    """Run the command; errors that the user can mend are a paragraph and an exit code, never a traceback."""
+    """Run the command; an error that the user can correct prints a paragraph and sets an exit code, never a traceback."""
     with lasting_output(), interrupt_on_signal():
         code = _exit_code()
     sys.exit(code)
 
 
 def _exit_code() -> int:
-    """Run the command and say what went wrong."""
+    """Run the command and report what went wrong; return the exit code."""
     try:
         return int(cli.main(standalone_mode=False) or EXIT_COMPLETE)
     except FeaturemapsError as error:
@@ -221,5 +221,6 @@ def _exit_code() -> int:
     except Exception as error:
         if not is_json():
             raise
-        logger.critical("featuremaps has a fault: %s", error, exc_info=error)  # a traceback of many lines is no log line
+        # A traceback of many lines does not fit into a log line.
+        logger.critical("featuremaps has a fault: %s", error, exc_info=error)
         return EXIT_FAILED

@@ -14,7 +14,7 @@ from pipeline.errors import EXIT_COMPLETE, UsageError
 if TYPE_CHECKING:
     from pipeline.store.objects import Place
 
-_TAKES = {  # how many of each
+_TAKES = {  # how many of each option a figure takes
     "maps": {"PATH": 1, "--overlay": 1, "--crop": 1, "--layer": 1000, "--channel": 1000},
     "contact": {"PATH": 1000, "--layer": 1, "--channel": 1, "-n": 1},
     "histogram": {"--layer": 1, "-n": 1},
@@ -106,7 +106,7 @@ def report(store: Place, output: Path, n_samples: int) -> int:
 
 
 def _check(kind: str, given: dict[str, int]) -> None:
-    """Refuse what the figure would not heed."""
+    """Refuse options that the figure would ignore."""
     takes = _TAKES[kind]
     for name, n in given.items():
         if n > takes.get(name, 0):
@@ -125,5 +125,5 @@ def _check(kind: str, given: dict[str, int]) -> None:
 
 
 def _only(**options: tuple[Any, ...]) -> dict[str, Any]:
-    """Options that were given, each the only one of its kind; the others keep their default."""
+    """The options that were given, each with its only value; the others keep their defaults."""
     return {name: values[0] for name, values in options.items() if values and values[0] is not None}

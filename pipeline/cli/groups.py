@@ -1,4 +1,4 @@
-"""The first page of help: commands grouped by what people want."""
+"""The first page of help, with commands grouped by purpose."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ GROUPS = {
 
 
 class GroupedCommands(click.Group):
-    """A group whose help lists its commands under headings, in the order of `GROUPS`; commands that are in none come last."""
+    """A group whose help lists its commands under headings, in the order of `GROUPS`; commands without a group come last."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 (click's signature)
         """All commands, in the order of the help."""

@@ -1,4 +1,4 @@
-"""Options made from the model of a job: a new field of `Job`, or of a model inside it, is an option at once."""
+"""Makes command-line options from the model of a job, so that a new field of `Job`, or of a model inside it, has one at once."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pydantic import BaseModel
 
 from pipeline.config import Job
 
-_METAVARS = {  # where the type alone does not say what to write
+_METAVARS = {  # where the type does not show what to write
     "background": "RED GREEN BLUE",
     "cluster": "NAME",
     "exclude": "PATTERN",
@@ -22,14 +22,14 @@ _METAVARS = {  # where the type alone does not say what to write
     "weights": "FILE.safetensors",
 }
 _UNITS = {"_bytes": ("MIB", 2**20), "_s": ("SECONDS", 1)}
-"""Suffix of a field: what its option is given in, and how many of the field's unit that is."""
+"""Suffix of a field: unit of its option, and how many of the field's own unit that is."""
 
 
 class JobField(NamedTuple):
     """A field of a job that has an option."""
 
     path: tuple[str, ...]
-    """Keys that lead to it in a job file."""
+    """Keys that lead to the field in a job file."""
     kind: Any
     """Its type, without None."""
     default: Any
@@ -37,14 +37,14 @@ class JobField(NamedTuple):
 
     @property
     def unit(self) -> tuple[str, str, int]:
-        """Suffix of its name, metavar and factor of its unit; without a unit the suffix is empty."""
+        """Suffix of its name, metavar and factor of its unit; without a unit, the suffix is empty."""
         name = self.path[-1]
         found = ((suffix, *unit) for suffix, unit in _UNITS.items() if name.endswith(suffix))
         return next(found, ("", _METAVARS.get(name, "N" if self.kind is int else ""), 1))
 
 
 def job_fields(model: type[BaseModel] = Job, path: tuple[str, ...] = ()) -> Iterator[JobField]:
-    """All fields with a default, those of models inside included; the others are arguments."""
+    """All fields with a default, including those of inner models; fields without one are arguments."""
     for name, field in model.model_fields.items():
         kind: Any = field.annotation
         if NoneType in get_args(kind):
@@ -58,7 +58,7 @@ def job_fields(model: type[BaseModel] = Job, path: tuple[str, ...] = ()) -> Iter
 
 
 def job_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a command an option for each field of a job; an option that is not given is None, or an empty tuple."""
+    """Add an option to a command for each field of a job; an option that is not given is None or an empty tuple."""
     for field in reversed(list(job_fields())):
         command = _option(field)(command)
     return command
@@ -83,7 +83,7 @@ def _option(field: JobField) -> Callable[[Callable[..., Any]], Callable[..., Any
 
 
 def _plain(kind: Any) -> Any:
-    """What click reads a value as; bounds are left to the model, and so are models that parse a text."""
+    """The type as which click parses a value; the model checks bounds, and parses texts that stand for models."""
     while hasattr(kind, "__metadata__"):
         kind = kind.__origin__
     if get_origin(kind) is Literal:
@@ -92,7 +92,7 @@ def _plain(kind: Any) -> Any:
 
 
 def job_values(options: dict[str, Any]) -> dict[str, Any]:
-    """The options that were given, with the keys of a job file."""
+    """The options that were given, under the keys of a job file."""
     values: dict[str, Any] = {}
     for field in job_fields():
         value = options[field.path[-1]]

@@ -1,4 +1,4 @@
-"""Log lines, for people or as JSON: one line per record, whatever a file's name holds."""
+"""Log lines as text or JSON: one line per record, whatever a file's name contains."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 class TextFormatter(logging.Formatter):
-    """Time, level, logger and message on one line, without what a terminal would obey; a traceback below."""
+    """Time, level, logger and message on one line, without control characters; a traceback follows below."""
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s")
@@ -30,12 +30,12 @@ class TextFormatter(logging.Formatter):
 
 
 class JsonFormatter(logging.Formatter):
-    """A JSON object per record: time (UTC), level, logger, message, run_id, store, and whatever came with the record as ``extra``."""
+    """A JSON object per record: time (UTC), level, logger, message, run_id, store, and the record's ``extra``."""
 
     def __init__(self) -> None:
         super().__init__()
         self.context: dict[str, Any] = {}
-        """The store, and of the run that was last seen at work its id: its final error comes when it no longer is."""
+        """The store, and the id of the last run in progress: a run's final error is logged when it is no longer in progress."""
 
     def format(self, record: logging.LogRecord) -> str:
         """The object, on one line, in ASCII."""
@@ -57,7 +57,7 @@ class JsonFormatter(logging.Formatter):
 
 
 class _StderrHandler(logging.StreamHandler[TextIO]):
-    """Writes to what is stderr at the moment: a progress bar puts itself there, and lines go above it."""
+    """Writes to the current stderr: a progress bar replaces stderr, and log lines go above the bar."""
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)
@@ -68,16 +68,16 @@ class _StderrHandler(logging.StreamHandler[TextIO]):
 
 
 def start(*, as_json: bool, level: int) -> None:
-    """Log to stderr: this package from ``level`` on, all others warnings and worse."""
+    """Log to stderr: this package from ``level`` on, all other packages from WARNING on."""
     handler = _StderrHandler()
     handler.setFormatter(JsonFormatter() if as_json else TextFormatter())
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
-    logging.captureWarnings(as_json)  # they would be lines of text
+    logging.captureWarnings(as_json)  # otherwise they would be lines of text
     logging.getLogger("pipeline").setLevel(level)
 
 
 def about(store: str) -> None:
-    """Have JSON lines name the store from now on, also before a run holds it."""
+    """Add the store's name to JSON lines from now on, even before a run holds it."""
     for handler in logging.getLogger().handlers:
         if isinstance(handler.formatter, JsonFormatter):
             handler.formatter.context = {"store": store}

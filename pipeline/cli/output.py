@@ -1,4 +1,4 @@
-"""stdout and stderr that never fail: a closed pipe, a full disk or a lost terminal changes nothing of what a command does."""
+"""Output that never fails: a closed pipe, a full disk or a lost terminal does not change what a command does."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from typing import Any, TextIO
 
 
 class _Outlet(io.FileIO):
-    """A file descriptor; what it does not take is lost."""
+    """A file descriptor that discards what it cannot write."""
 
     def __init__(self, fd: int) -> None:
         super().__init__(fd, "w", closefd=False)
         self.error: OSError | None = None
-        """Why output was lost, for the first time."""
+        """Why output was first lost."""
 
     def write(self, data: Any) -> int:
         """Write what can be written; count all of it as written."""
@@ -37,7 +37,7 @@ class _Outlet(io.FileIO):
 
 @contextmanager
 def lasting_output() -> Iterator[None]:
-    """Have stdout and stderr never fail; say at the end why stdout lost something, unless its reader wanted no more."""
+    """Make stdout and stderr never fail; at the end, say why output was lost, unless its reader just closed the pipe."""
     _fill_closed()
     before = sys.stdout, sys.stderr
     out, sys.stdout = _lasting(sys.stdout, 1)
@@ -56,16 +56,16 @@ def lasting_output() -> Iterator[None]:
 
 
 def _fill_closed() -> None:
-    """Open /dev/null where a standard stream is closed: else the next file would take its number, and stray output would go there."""
+    """Open /dev/null for each closed standard stream: otherwise the next file would get its number, and stray output."""
     for fd in range(3):
         try:
             os.fstat(fd)
         except OSError:
-            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # which takes the lowest number that is free
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # it gets the lowest free number
 
 
 def _lasting(stream: TextIO | None, fd: int) -> tuple[_Outlet | None, TextIO]:
-    """The same stream on an outlet; one that is in the memory of this process stays."""
+    """The stream, replaced by one on an `_Outlet`; a stream in memory stays."""
     if stream is not None:
         try:
             fd = stream.fileno()
@@ -74,9 +74,9 @@ def _lasting(stream: TextIO | None, fd: int) -> tuple[_Outlet | None, TextIO]:
         stream.flush()
     outlet = _Outlet(fd)
     lasting = io.TextIOWrapper(
-        outlet,  # without a buffer of bytes, which refuses what a signal's handler says in the middle of another line
+        outlet,  # no byte buffer: that would refuse what a signal handler writes in the middle of another line
         encoding=getattr(stream, "encoding", None) or "utf-8",
-        errors="surrogateescape",  # names that are not UTF-8 go out as they came in
+        errors="surrogateescape",  # names that are not UTF-8 are printed as they are
         line_buffering=fd == 2 or os.isatty(fd),
     )
     return outlet, lasting

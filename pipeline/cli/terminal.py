@@ -1,4 +1,4 @@
-"""The command's side of a terminal, or of a log: progress, signals, and what is said on stderr."""
+"""What the command writes to stderr, a terminal or a log: progress and messages. Also handles signals."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ LOG_LINE_S = 10.0
 
 
 def start_logging(verbose: int, *, as_json: bool) -> None:
-    """Begin; Dask's own lines are for those who ask twice."""
+    """Start logging; Dask's own lines need ``-vv``."""
     from pipeline.cli import log_format
 
     log_format.start(as_json=as_json, level=(logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)])
-    logger.setLevel(logging.INFO)  # what this module logs is what is shown without -v in text
+    logger.setLevel(logging.INFO)  # without -v, text shows exactly what this module logs
     if verbose < 2:
         import dask  # before distributed, which sets its loggers up when it is imported
 
@@ -37,21 +37,21 @@ def start_logging(verbose: int, *, as_json: bool) -> None:
 
 
 def is_json() -> bool:
-    """Whether log lines are JSON; logs are only imported where they were started."""
+    """Whether log lines are JSON; the module for logs is imported only if logging was started."""
     logs = sys.modules.get("pipeline.cli.log_format")
     return logs is not None and bool(logs.is_json())
 
 
 def say(text: str, level: int = logging.INFO, *, before: str = "", **extra: Any) -> None:
-    """Put a line on stderr whatever the verbosity."""
+    """Print a line on stderr, whatever the verbosity."""
     if is_json():
         logger.log(level, "%s", text, extra=extra)
     else:
-        click.echo(f"{before}{text}", file=sys.stderr)  # as it is now: a bar puts itself there, and lines go above it
+        click.echo(f"{before}{text}", file=sys.stderr)  # the current stderr: a bar replaces it, and lines go above the bar
 
 
 def say_end(summary: Summary) -> None:
-    """Log how a run ended, with its receipt; text has that on stdout."""
+    """Log how a run ended, with its receipt; in text mode stdout shows that already."""
     from pipeline.run.summary import receipt
     from pipeline.run.summary_text import headline
 
@@ -62,7 +62,7 @@ def say_end(summary: Summary) -> None:
 
 @contextmanager
 def serve_metrics(address: str | None) -> Iterator[None]:
-    """Serve metrics where an address is given."""
+    """Serve metrics if an address is given."""
     if address is None:
         yield
         return
@@ -74,7 +74,7 @@ def serve_metrics(address: str | None) -> Iterator[None]:
 
 
 class Stop(threading.Event):
-    """Asks for a drain; others may set it, too, so that it knows of signals by themselves."""
+    """Asks for a drain. Others may set it too; only signals also set ``signalled``."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -82,14 +82,14 @@ class Stop(threading.Event):
 
 
 def stop_signals() -> set[int]:
-    """What asks a process to end: by hand, as a session closes, from a batch system before its limits; what was ignored stays so."""
+    """Signals that ask a process to end: by hand, at the end of a session, or before a batch system's limit; ignored ones stay so."""
     asked = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
     return {number for number in asked if signal.getsignal(number) is not signal.SIG_IGN}
 
 
 @contextmanager
 def _handled(handler: Callable[[int, Any], None], numbers: set[int]) -> Iterator[None]:
-    """Have signals call a function."""
+    """Call a function on signals."""
     before = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
@@ -100,7 +100,7 @@ def _handled(handler: Callable[[int, Any], None], numbers: set[int]) -> Iterator
 
 @contextmanager
 def interrupt_on_signal() -> Iterator[None]:
-    """Have every stop signal end the command as a Ctrl-C does."""
+    """Make every stop signal end the command like Ctrl-C."""
 
     def interrupt(_number: int, _frame: Any) -> None:
         raise KeyboardInterrupt
@@ -110,34 +110,34 @@ def interrupt_on_signal() -> Iterator[None]:
 
 
 def ignore_signals() -> None:
-    """Let no further signal change how a command ends that has been interrupted: a terminal that closes sends SIGHUP twice."""
+    """Ignore further signals while an interrupted command ends: a closing terminal sends SIGHUP twice."""
     for number in stop_signals():
         signal.signal(number, signal.SIG_IGN)
 
 
 @contextmanager
 def stop_on_signal() -> Iterator[Stop]:
-    """The first stop signal asks for a drain, a second SIGINT ends at once."""
+    """Let the first stop signal ask for a drain, and a second SIGINT end the command at once."""
     stop = Stop()
 
     def ask(number: int, _frame: Any) -> None:
         if stop.is_set() and number == signal.SIGINT:
             raise KeyboardInterrupt
         if stop.signalled.is_set():
-            return  # it may have come while the first one was heard, in the middle of `set`, which waits for itself
+            return  # it may arrive while the first one is handled, inside `set`, which would wait for itself
         stop.signalled.set()
         stop.set()
         name = signal.Signals(number).name
         text = f"{name}: finishing what is in flight; nothing is lost, run again to go on"
         say(text, before="\r" if sys.stderr.isatty() else "", signal=name)  # over the ^C that the terminal shows
 
-    with _handled(ask, stop_signals() | {signal.SIGINT}):  # which a script ignores for what it starts with &
+    with _handled(ask, stop_signals() | {signal.SIGINT}):  # a shell script sets it to ignored for commands started with &
         yield stop
 
 
 @contextmanager
 def show_progress(on_terminal: bool, stop: threading.Event) -> Iterator[Callable[[Progress], None]]:
-    """A bar with the time left on a terminal, a line at intervals elsewhere."""
+    """Show a bar with the time left on a terminal, or print a line at intervals elsewhere."""
     if not on_terminal:
         yield _with_dashboard(log_lines())
         return
@@ -148,7 +148,7 @@ def show_progress(on_terminal: bool, stop: threading.Event) -> Iterator[Callable
 
 
 def _with_dashboard(show: Callable[[Progress], None]) -> Callable[[Progress], None]:
-    """Say where Dask's dashboard is, once there is one."""
+    """Print the address of Dask's dashboard, once there is one."""
     is_said = False
 
     def update(progress: Progress) -> None:
@@ -194,11 +194,11 @@ def log_lines() -> Callable[[Progress], None]:
 
 
 def complain(error: BaseException, paragraph: str, code: int) -> int:
-    """Say why the command ends; return its exit code."""
+    """Print why the command ends; return its exit code."""
     say(f"featuremaps: {paragraph}", logging.ERROR, error=type(error).__name__, exit_code=code)
     return code
 
 
 def asks_for_json(arguments: list[str]) -> bool:
-    """Whether log lines were to be JSON, of a command line that click could not make sense of."""
+    """Whether a command line that click could not parse asked for JSON log lines."""
     return "--log-format=json" in arguments or ("--log-format", "json") in pairwise(arguments)

@@ -54,7 +54,7 @@ def spec(tmp_path):
 
 def test_a_check_that_raises_is_a_finding():
     assert only(look("x", lambda: 1 / 0)) == Finding(
-        "FAIL", "x", "ZeroDivisionError: division by zero", "mend what it says, and look again"
+        "FAIL", "x", "ZeroDivisionError: division by zero", "correct what the error names, and check again"
     )
 
     def half():
