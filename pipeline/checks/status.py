@@ -64,7 +64,9 @@ class StoreStatus:
         lines += self._describe_run(self.last_run) if self.last_run else []
         if self.submission:
             known = self.submission
-            lines.append(f"handed to {known['kind']} as job {known['job_id'] or '?'} on {known['submitted']}: {known['state']}")
+            lines.append(
+                f"submitted to {known['kind']} as job {known['job_id'] or '?'} on {known['submitted']}: {known['state']}"
+            )
             lines += [f"  {QueuedJob(**job)}" for job in known["jobs"] if job["job_id"] != known["job_id"]]
         lines += describe_dropped(self.dropped)
         lines += bad_lines(self.bad)
@@ -139,12 +141,12 @@ def _not_there_yet(path: Place, submission: Submission) -> str:
     """Why a submitted run has no store yet, and what to do."""
     state, _ = submission.look()
     remedy = (
-        f"It ended before there was anything to show; {submission.job_name}-driver*, in log_folder of the cluster, says why: mend "
+        f"It ended before the store was created; {submission.job_name}-driver*, in log_folder of the cluster, says why: correct "
         "that and submit again"
         if state == GONE
         else "Wait until it has begun"
     )
     return (
-        f"store {path} does not exist yet; its run was handed to {submission.kind} as job {submission.job_id or '?'} on "
+        f"store {path} does not exist yet; its run was submitted to {submission.kind} as job {submission.job_id or '?'} on "
         f"{submission.submitted}: {state}. {remedy}"
     )

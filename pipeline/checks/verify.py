@@ -254,7 +254,7 @@ def _jobs(
 
 
 def _recompute(path: Place, samples: Sequence[SampledRow], audit: Audit, processes: _Processes) -> Iterator[Finding]:
-    """Compute some rows anew."""
+    """Compute some rows again."""
     parts = [(path, samples[start : start + 8]) for start in range(0, len(samples), 8)]
     for recomputed in processes.map(recompute, parts):
         audit.n_recomputed += recomputed.n_done

@@ -59,7 +59,7 @@ def submit(
         from pipeline.cluster.submit.hand_in import submit as hand_in
 
         submission = hand_in(order)
-        click.echo(f"job {submission.job_id} was handed in; featuremaps status {job.store} tells how far it is")
+        click.echo(f"job {submission.job_id} was submitted; featuremaps status {job.store} tells how far it is")
         return EXIT_COMPLETE
 
     from pipeline.cluster.submit.inside_job import attend as attend_run

@@ -112,7 +112,7 @@ def _check(kind: str, given: dict[str, int]) -> None:
         if n > takes.get(name, 0):
             most = {0: f"takes no {name}", 1: f"takes one {name}, and there were {n}"}[takes.get(name, 0)]
             rest = ", ".join(takes) or "nothing but STORE and -o"
-            raise UsageError(f"--figure {kind} {most}, so nothing was drawn: leave out what is too much; it takes {rest}")
+            raise UsageError(f"--figure {kind} {most}, so nothing was drawn: leave out the surplus; it takes {rest}")
     if kind == "contact" and given["PATH"] and given["-n"]:
         raise UsageError(
             f"--figure contact takes PATHs or -n, and there were both ({given['PATH']} and -n), so nothing was drawn: leave out -n to draw "

@@ -7,7 +7,7 @@ import click
 GROUPS = {
     "Run": ("run", "submit"),
     "Look": ("plan", "status", "show", "report"),
-    "Check and mend": ("verify", "vacuum", "doctor"),
+    "Check and repair": ("verify", "vacuum", "doctor"),
     "Clusters": ("cluster",),
 }
 

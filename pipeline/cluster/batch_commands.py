@@ -64,8 +64,8 @@ def require_commands(kind: str, where: str) -> None:
     system = SYSTEMS[kind]
     if not has_commands(kind):
         raise UsageError(
-            f"{where} is of kind {kind}, and there is no {system.submit} on this machine's PATH, so no job can be handed to {system.name}: "
-            f"nothing was started; run on a login node, or use another cluster"
+            f"{where} is of kind {kind}, and there is no {system.submit} on this machine's PATH, so no job can be submitted to "
+            f"{system.name}: nothing was started; run on a login node, or use another cluster"
         )
 
 

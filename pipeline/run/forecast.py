@@ -45,7 +45,7 @@ class Forecast:
     def take(self, i: int, probed: Probed) -> Probed:
         """Note what the header of image ``i`` of the listing says; return what a run would make of it."""
         if self.listing.fingerprint(i) == UNREADABLE and not probed.error and not probed.fault:
-            probed = Probed(fault=f"{self.listing.paths[i]}: could not be looked at when the source was listed")
+            probed = Probed(fault=f"{self.listing.paths[i]}: could not be accessed when the source was listed")
         old = self.found.replaces.get(i)
         if probed.error and old and old.group == REJECTED and self._ledger and self._ledger.is_rejected(old, i, probed.error):
             return probed  # the old entry stands

@@ -152,7 +152,7 @@ class Intake:
     def _doubt(self, i: int, found: fetch.Probed) -> Item:
         """Leave an image to the next run if it was unreachable when listed but can be read now: it has no fingerprint."""
         if self.listing.fingerprint(i) == UNREADABLE and not found.error and not found.fault:
-            found = fetch.Probed(fault=f"{self.listing.paths[i]}: could not be looked at when the source was listed")
+            found = fetch.Probed(fault=f"{self.listing.paths[i]}: could not be accessed when the source was listed")
         return i, found
 
     def _is_known(self, i: int, found: fetch.Probed) -> bool:

@@ -79,7 +79,7 @@ def _troubles(summary: Summary) -> list[str]:
         )
     if summary.n_unreachable:
         lines.append(
-            f"{count(summary.n_unreachable, 'image')} could not be looked at and keep what they have: check links and permissions"
+            f"{count(summary.n_unreachable, 'image')} could not be accessed and keep what they have: check links and permissions"
         )
     return lines
 

@@ -237,7 +237,7 @@ def _stat_url(root: str, path: str) -> Meta | None:
     try:
         return Url.parse(absolute_url(root, path)).stat()
     except OSError as error:
-        log.info("%s cannot be looked at: %s", path, error)
+        log.info("%s cannot be accessed: %s", path, error)
         return None
 
 

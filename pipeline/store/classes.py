@@ -30,7 +30,7 @@ def create_class(ledger: Ledger, spec: StoreSpec, layout: ClassLayout, kind: str
     group = ledger.path / class_name(layout.size)
     if exists(group / "zarr.json"):
         raise FeaturemapsError(
-            f"class {group} exists already: making it anew would lose its rows, so nothing was touched; this is an error of "
+            f"class {group} exists already: creating it again would lose its rows, so nothing was touched; this is an error of "
             "the program, please report it"
         )
     remove_unfinished(group)

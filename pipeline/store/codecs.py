@@ -63,7 +63,7 @@ def decompress_bytes(data: bytes) -> bytes:
     if len(data) <= 4 or _checksum(body) != data[-4:]:
         raise FeaturemapsError(
             f"an object of {len(data)} bytes does not fit its crc32c checksum: it was changed or cut off after it was written, "
-            "so what it holds cannot be trusted; restore it from a copy, or make the store anew"
+            "so what it holds cannot be trusted; restore it from a copy, or create the store again"
         )
     return bytes(Blosc().decode(body))
 

@@ -61,7 +61,7 @@ def check_folder(path: Place) -> None:
         ) from error
     if others:
         raise UsageError(
-            f"{path} holds {others[0]!r} and is no store, so writing there could overwrite somebody's files; give a folder that does "
+            f"{path} holds {others[0]!r} but is not a store, so writing there could overwrite somebody's files; give a folder that does "
             "not exist yet, or an existing store"
         )
 

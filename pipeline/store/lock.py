@@ -97,7 +97,7 @@ class StoreLock:
             holder = Holder.parse(content)
         except (ValueError, TypeError, AttributeError) as error:
             raise FeaturemapsError(
-                f"lock {self.folder / LOCK_NAME} cannot be understood ({error}), so nobody can tell whether another run works on the "
+                f"lock {self.folder / LOCK_NAME} cannot be parsed ({error}), so nobody can tell whether another run works on the "
                 "store; make sure that none does, delete that file and run again"
             ) from error
         if holder is None:
@@ -150,10 +150,10 @@ def last_heard(silent_s: float) -> str:
     >>> last_heard(12), last_heard(-0.5)
     ('last heard 12 s ago', 'last heard 0 s ago')
     >>> last_heard(-259200)
-    'last heard nobody knows when (its heartbeat lies 259200 s ahead: a clock is or was wrong)'
+    'last heard at an unknown time (its heartbeat is 259200 s ahead: a clock is or was wrong)'
     """
     if silent_s < -HEARTBEAT_S:
-        return f"last heard nobody knows when (its heartbeat lies {-silent_s:.0f} s ahead: a clock is or was wrong)"
+        return f"last heard at an unknown time (its heartbeat is {-silent_s:.0f} s ahead: a clock is or was wrong)"
     return f"last heard {max(0.0, silent_s):.0f} s ago"
 
 

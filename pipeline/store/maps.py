@@ -107,6 +107,6 @@ def read_maps(path: Place, layout: ClassLayout, layer: str, start: int, stop: in
             return np.asarray(open_array(folder)[start:stop])
     except (ValueError, RuntimeError) as error:
         raise FeaturemapsError(
-            f"rows {start} to {stop} of {folder} are damaged ({error}), and their shard cannot be written anew without them: nothing was "
+            f"rows {start} to {stop} of {folder} are damaged ({error}), and their shard cannot be rewritten without them: nothing was "
             f"changed; run `featuremaps verify {path} --repair`, which has them computed again, then the same command"
         ) from error

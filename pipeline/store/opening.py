@@ -20,7 +20,7 @@ def is_store(path: Place) -> bool:
     except (FileNotFoundError, NotADirectoryError):
         return False
     except OSError as error:
-        raise UsageError(f"store {path} cannot be looked at ({error}): check its permissions; nothing was started") from error
+        raise UsageError(f"store {path} cannot be accessed ({error}): check its permissions; nothing was started") from error
     return True
 
 
@@ -96,6 +96,6 @@ def understood(path: Place) -> Iterator[None]:
         yield
     except (KeyError, TypeError, IndexError, ValueError, AttributeError) as error:
         raise FeaturemapsError(
-            f"metadata of {path} does not say what a store of format {FORMAT} says ({type(error).__name__}: {error}), so nobody knows "
-            "what its maps mean; restore its zarr.json files from a copy"
+            f"metadata of {path} does not follow format {FORMAT} ({type(error).__name__}: {error}), so the meaning of its "
+            "maps is not known; restore its zarr.json files from a copy"
         ) from error

@@ -46,7 +46,7 @@ class Store:
         self.reload()
 
     def reload(self) -> None:
-        """Look at the classes anew."""
+        """Read the classes again."""
         self.classes = read_classes(self.path, self.spec)
         self.n_rejected = count_rejected(self.path)
 

@@ -44,13 +44,13 @@ class Vacuumed:
             (
                 f"{self.store}: {human_size(self.freed_bytes)} {would}freed of "
                 f"{count(self.n_dead, 'row that is', 'rows that are')} removed or superseded: "
-                f"{count(self.n_deleted, 'object')} {would}deleted, {self.n_rewritten} {would}written anew"
+                f"{count(self.n_deleted, 'object')} {would}deleted, {self.n_rewritten} {would}rewritten"
             )
         ]
         if self.n_damaged:
             lines.append(
                 f"{self.n_damaged} shards hold damaged maps that are needed and were left as they are: featuremaps verify "
-                f"{self.store} --repair has these computed again, then vacuum once more"
+                f"{self.store} --repair has these computed again, then run vacuum again"
             )
         return "\n".join(lines)
 

@@ -208,7 +208,7 @@ def test_a_store_that_somebody_works_on_and_a_folder_that_is_none(tmp_path, run)
         found = only(storage.stored(store))
         assert found.level == "note"
         assert "is held by run another, process" in found.found
-    assert only(look("store", storage.stored, source)).found.startswith(f"{source} holds 'img00000.png' and is no store")
+    assert only(look("store", storage.stored, source)).found.startswith(f"{source} holds 'img00000.png' but is not a store")
     assert only(storage.source_of_store(store)).found == f"{source} can be read"
     source.rename(tmp_path / "elsewhere")
     found = only(storage.source_of_store(store))

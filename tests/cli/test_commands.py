@@ -261,7 +261,7 @@ def test_a_summary_names_faults_and_unreadable_folders_on_one_line_each():
 def test_a_summary_says_what_was_passed_over_and_that_nothing_came_of_it():
     summary = Summary("id", outcome="complete", ignored={".heic": 20, "": 1, ".x\ny": 1}, n_bad_total=3, n_unreachable=2)
     lines = describe(summary, "b").splitlines()
-    assert lines[1] == "2 images could not be looked at and keep what they have: check links and permissions"
+    assert lines[1] == "2 images could not be accessed and keep what they have: check links and permissions"
     assert lines[2] == r"Skipped 22 files without an image suffix (.heic, none, .x\ny)."
     assert lines[3].startswith("the store holds no maps at all")
 

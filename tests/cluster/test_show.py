@@ -80,7 +80,7 @@ def test_scripts_manifests_and_secrets(tmp_path, monkeypatch):
     path.write_text(yaml.safe_dump({"clusters": clusters}))
     pods, jobs = (show_cluster.show_cluster(name, path) for name in ("pods", "jobs"))
     assert list(yaml.safe_load_all(pods.replace("HIDDEN", "hush"))) == manifests(load_cluster("pods", path), JOB_NAME)
-    assert "# group more: 3 of these are handed in with sbatch\n" in jobs
+    assert "# group more: 3 of these are submitted with sbatch\n" in jobs
     assert job_script(load_cluster("jobs", path), "all", JOB_NAME).replace("hush", "HIDDEN") in jobs
     assert "REGION=north" in jobs
     assert not (tmp_path / "featuremaps-logs").exists()
@@ -200,7 +200,7 @@ def test_without_dask_jobqueue_the_settings_of_its_script_are_shown(show, monkey
     monkeypatch.setitem(sys.modules, "dask_jobqueue.htcondor", None)
     text = show(kind="slurm", queue="long", walltime="2:00:00", groups={"all": {"workers": 3, "threads": 2, "memory": "4 GiB"}})
     assert text.startswith(
-        "# group all: 3 of these are handed in with sbatch\n# dask-jobqueue writes the script and is not installed (pip"
+        "# group all: 3 of these are submitted with sbatch\n# dask-jobqueue writes the script and is not installed (pip"
     )
     lines = text.splitlines()
     assert {"cores: 2", "queue: long", "walltime: 02:00:00", f"memory: {4 * 2**30} B"} <= set(lines)

@@ -139,7 +139,7 @@ def test_slurm_that_does_not_answer_at_all_ends_it_with_a_message(commands, orde
     commands.fail(command, 10_000)
     tried = attempt(order())
     assert tried.come_back() == EXIT_FAILED
-    assert "Slurm was asked for another attempt in vain" in tried.said[-1]
+    assert "Slurm did not start another attempt" in tried.said[-1]
     assert "cannot contact controller" in tried.said[-1]
     assert "submit again to go on" in tried.said[-1]
 
@@ -287,7 +287,7 @@ def test_of_many_who_submit_at_once_one_hands_in(commands, order, cluster):
     for thread in threads:
         thread.join()
     assert len(commands.lines("submitted")) == 1
-    assert sum("nothing was handed in" in text for text in results) == 7
+    assert sum("nothing was submitted" in text for text in results) == 7
     assert not list((Path(made.job.store) / "runs").glob("*.partial"))
 
 
@@ -297,7 +297,7 @@ def test_a_job_whose_number_was_not_written_down_is_found_by_its_name(commands, 
     store = Path(made.job.store)
     (store / "runs" / "submitted.json").unlink()
     with pytest.raises(
-        StoreBusyError, match=r"job \d+ \(featuremaps-\w+-driver\) PENDING was handed in for store .* already: two runs"
+        StoreBusyError, match=r"job \d+ \(featuremaps-\w+-driver\) PENDING was already submitted for store .*: two runs"
     ):
         submit(made)
 
@@ -310,7 +310,7 @@ def test_a_claim_stands_until_it_is_old_and_the_job_itself_says_its_number(comma
     path = store / "runs" / "submitted.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"job_id": ""}))
     with pytest.raises(
-        StoreBusyError, match=r"is being handed in on .* since .*, or that broke off.*submit again when 10 minutes"
+        StoreBusyError, match=r"is being submitted on .* since .*, or that was interrupted.*submit again when 10 minutes"
     ):
         submit(made)
     assert "its number is not known" in last_submission(store).look()[0]
@@ -327,7 +327,7 @@ def test_somebody_who_was_faster_is_not_overwritten(commands, order):
     store = Path(made.job.store)
     claim = record.Claim(store)
     second = submit(made)
-    with pytest.raises(StoreBusyError, match=r"was handed in by somebody else just now.*nothing was handed in"):
+    with pytest.raises(StoreBusyError, match=r"was just submitted by somebody else.*nothing was submitted"):
         claim.take(second)
     assert last_submission(store) == second
 

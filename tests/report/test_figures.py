@@ -450,7 +450,7 @@ def test_each_figure_has_its_command(command, folder, tmp_path, arguments):
     ("arguments", "message"),
     [
         ([], r"an image is missing, and nothing was drawn: name one .* with --figure contact, histogram, filters or stages"),
-        (["a.png", "b.png"], r"--figure maps takes one PATH, and there were 2, so nothing was drawn: leave out what is too much"),
+        (["a.png", "b.png"], r"--figure maps takes one PATH, and there were 2, so nothing was drawn: leave out the surplus"),
         (["--figure", "maps"], r"--figure maps needs the PATH of one image"),
         (["--figure", "filters", "a.png"], r"--figure filters takes no PATH, so nothing was drawn: .*; it takes --layer"),
         (["--figure", "stages", "--overlay"], r"--figure stages takes no --overlay, .*; it takes nothing but STORE and -o"),

@@ -460,7 +460,7 @@ def test_plan_refuses_the_folder_and_the_cluster_that_run_refuses(twelve_sizes, 
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("x")
     for start in (plan_job, run_job):
-        with pytest.raises(UsageError, match=r"holds 'thesis\.tex' and is no store"):
+        with pytest.raises(UsageError, match=r"holds 'thesis\.tex' but is not a store"):
             start(make_job({"source": str(twelve_sizes), "store": str(tmp_path / "mine")}))
         job = make_job({"source": str(twelve_sizes), "store": str(tmp_path / "f.zarr"), "cluster": "big"})
         with pytest.raises(UsageError, match=r"cluster 'big' is looked up in"):

@@ -102,7 +102,7 @@ def test_a_lock_that_this_process_could_not_remove_does_not_keep_it_from_the_nex
 
 def test_a_lock_that_cannot_be_understood_is_refused(runs):
     (runs / "lock.json").write_text("{")
-    with pytest.raises(FeaturemapsError, match=r"lock .* cannot be understood .* delete that file"):
+    with pytest.raises(FeaturemapsError, match=r"lock .* cannot be parsed .* delete that file"):
         StoreLock(runs, "mine")
     assert current_holder(runs.parent) is None
 

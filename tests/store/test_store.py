@@ -448,7 +448,7 @@ def test_a_class_notes_that_it_holds_smaller_images(tmp_path):
 def test_a_class_that_exists_is_never_made_anew(tmp_path):
     store = fill_store(tmp_path / "s")
     before = tree(tmp_path / "s")
-    with pytest.raises(FeaturemapsError, match=r"class .*12x14 exists already: making it anew would lose its rows"):
+    with pytest.raises(FeaturemapsError, match=r"class .*12x14 exists already: creating it again would lose its rows"):
         store.create_class(layout_of(), "exact", listed(0, 1))
     assert tree(tmp_path / "s") == before
 
@@ -1000,7 +1000,7 @@ def test_damaged_metadata_is_refused_by_name(tmp_path, name):
 def test_a_store_that_does_not_say_what_it_should_is_refused(tmp_path, change, said):
     fill_store(tmp_path / "s")
     edit(tmp_path / "s" / "zarr.json", lambda content: change(content["attributes"]["featuremaps"]))
-    with pytest.raises(FeaturemapsError, match=rf"metadata of .* does not say what a store of format 1 says \(.*{said}"):
+    with pytest.raises(FeaturemapsError, match=rf"metadata of .* does not follow format 1 \(.*{said}"):
         Store(tmp_path / "s")
 
 
@@ -1024,7 +1024,7 @@ def test_a_folder_that_holds_something_else_is_not_written_to(tmp_path):
         path = tmp_path / f"with {name}"
         (path / name).mkdir(parents=True)
         with pytest.raises(
-            UsageError, match=rf"holds '{name}' and is no store, so writing there could overwrite somebody's files"
+            UsageError, match=rf"holds '{name}' but is not a store, so writing there could overwrite somebody's files"
         ):
             prepare_folder(path)
         assert [p.name for p in path.rglob("*")] == [name]
@@ -1051,7 +1051,7 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
         ):
             prepare_folder(path)
     for look in (is_store, Store):
-        with pytest.raises(UsageError, match=r"store .* cannot be looked at \(.*File name too long.*check its permissions"):
+        with pytest.raises(UsageError, match=r"store .* cannot be accessed \(.*File name too long.*check its permissions"):
             look(tmp_path / ("x" * 300))
 
 
@@ -1087,7 +1087,7 @@ def test_a_folder_without_permission_is_refused():
             r"UsageError: store .*/new cannot be written \(Permission denied\): nothing was started",
             said_by_nobody(lambda: prepare_folder(path / "new")),
         )
-        message = r"UsageError: store .*/closed cannot be looked at \(.*Permission denied.*\): check its permissions"
+        message = r"UsageError: store .*/closed cannot be accessed \(.*Permission denied.*\): check its permissions"
         assert re.match(message, said_by_nobody(lambda: Store(path / "closed")))
         assert re.match(message, said_by_nobody(lambda: prepare_folder(path / "closed")))
         path.chmod(0o755)
@@ -1169,9 +1169,7 @@ def test_the_documentation_names_every_array_status_and_constant():
 def test_metadata_that_says_something_else_is_refused(tmp_path, name, change):
     fill_store(tmp_path / "s")
     edit(tmp_path / "s" / name, change)
-    with pytest.raises(
-        FeaturemapsError, match=r"metadata of .* does not say what a store of format 1 says .* restore its zarr\.json"
-    ):
+    with pytest.raises(FeaturemapsError, match=r"metadata of .* does not follow format 1 .* restore its zarr\.json"):
         Store(tmp_path / "s")
 
 

@@ -277,7 +277,7 @@ def test_nobody_vacuums_a_store_that_a_run_holds(mine, command):
 def test_the_command_says_what_was_freed(command, mine):
     code, out, _ = command("vacuum", mine.store, "--dry-run")
     assert code == 0
-    assert re.search(r"[kM]B would be freed of 6 rows .* superseded: 1 object would be deleted, 3 would be written anew", out)
+    assert re.search(r"[kM]B would be freed of 6 rows .* superseded: 1 object would be deleted, 3 would be rewritten", out)
     code, out, _ = command("vacuum", mine.store, "--json")
     assert (code, json.loads(out)["n_rewritten"]) == (0, 3)
     code, _, err = command("vacuum", Path(mine.store).parent / "none.zarr")

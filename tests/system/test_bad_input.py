@@ -295,8 +295,8 @@ def test_what_may_not_be_read_is_said_and_costs_itself_only(public):
         messages,
         (
             "check its permissions; nothing was started",
-            "cannot be looked at",
-            "cannot be looked at",
+            "cannot be accessed",
+            "cannot be accessed",
             "cannot be written (Permission denied): nothing was started; check its permissions",
             "cannot be read (Permission denied), so nothing was listed and nothing was marked as removed",
             "'secret.png' has no maps in",
@@ -379,7 +379,7 @@ def made(client, tmp_path_factory):
         ("run source file.zarr", 2, "store .*file.zarr cannot be written"),
         ("run source source", 2, "store .*source lies inside the source .*nothing was started; put the store beside the source"),
         ("run source source/deep/f.zarr", 2, "store .*f.zarr lies inside the source"),
-        ("run source texts", 2, "texts holds 'notes.md' and is no store.*give a folder that does not exist yet"),
+        ("run source texts", 2, "texts holds 'notes.md' but is not a store.*give a folder that does not exist yet"),
         (
             "run job.yaml",
             2,

@@ -1,13 +1,13 @@
 #!/bin/sh
 # Hands a whole run to Slurm, and says how to follow it: sh submit.sh [JOB.yaml], a file beside this one, with featuremaps on the PATH.
-# For the first run, a resumed one and tonight's new images; a job in the queue for the same store is said, and nothing is handed in twice.
+# For the first run, a resumed one and tonight's new images; a job in the queue for the same store is said, and nothing is submitted twice.
 set -eu
 cd "$(dirname "$0")"    # where cluster.yaml is looked up
 job=${1:-job.yaml}
 
 # Looks at the installation, Slurm, the cluster's entry and the store's place, and reads the headers of all images, as `plan` does. SKIP_CHECKS=1 leaves it out.
 if [ -z "${SKIP_CHECKS:-}" ] && ! featuremaps doctor "$job"; then
-    echo "submit.sh: what is marked FAIL has to be mended first: nothing was handed in" >&2
+    echo "submit.sh: what is marked FAIL has to be corrected first: nothing was submitted" >&2
     exit 1
 fi
 said=$(featuremaps submit "$job")

@@ -94,7 +94,9 @@ class BatchSpec(RemoteSpec):
     @model_validator(mode="after")
     def _names_apart(self) -> BatchSpec:
         if "driver" in self.groups:
-            raise ValueError("a group cannot be called 'driver', as the job that submit hands in is: give it another name")
+            raise ValueError(
+                "a group cannot be called 'driver', because the job that submit starts has this name: give it another name"
+            )
         return self
 
     @model_validator(mode="after")
@@ -129,7 +131,7 @@ class BatchSpec(RemoteSpec):
         if find_spec("dask_jobqueue") is None:
             write = job_settings
         scripts = (
-            f"# group {name}: {group.workers} of these are handed in with {command}\n{write(self, name, job_name)}"
+            f"# group {name}: {group.workers} of these are submitted with {command}\n{write(self, name, job_name)}"
             for name, group in self.groups.items()
         )
         return "\n".join(scripts).rstrip()

@@ -44,8 +44,8 @@ def submit(order: Order) -> Submission:
         known = claim.known
         when = f" ({known.submitted}, on {known.host})" if known is not None and known.job_id == queued.job_id else ""
         raise StoreBusyError(
-            f"{queued} was handed in for store {store} already{when}: two runs on one store never "
-            f"mix, so nothing was handed in; wait for it, or take it back with {batch_commands.SYSTEMS[spec.kind].cancel} {queued.job_id}"
+            f"{queued} was already submitted for store {store}{when}: two runs on one store never "
+            f"mix, so nothing was submitted; wait for it, or cancel it with {batch_commands.SYSTEMS[spec.kind].cancel} {queued.job_id}"
         )
     claim.require_no_other()
     new = replace(new_submission(order), n_settled=_n_settled_before(store))
@@ -95,7 +95,7 @@ def hand_in(order: Order, new: Submission, claim: Claim | None = None) -> Submis
         submission.write(store)
     except (OSError, FeaturemapsError) as error:
         logger.warning(
-            "job %s was handed in, and its number could not be written down (%s); it does so when it begins", job_id, error
+            "job %s was submitted, but its number could not be recorded (%s); the job records it when it begins", job_id, error
         )
     return submission
 
@@ -113,7 +113,7 @@ def _queued(order: Order, known: Submission | None) -> batch_commands.QueuedJob 
         raise FeaturemapsError(
             f"{batch_commands.SYSTEMS[kind].name} does not answer ({batch_commands.said(error)}), "
             "so nobody can tell whether a job still works for "
-            f"store {order.job.store}: nothing was handed in; try again later"
+            f"store {order.job.store}: nothing was submitted; try again later"
         ) from error
 
 

@@ -55,7 +55,7 @@ class NextAttempt:
                     self._code = self._on_slurm() if self.kind == "slurm" else self._elsewhere()
                 except (FeaturemapsError, OSError, subprocess.SubprocessError) as error:
                     self.report(
-                        f"{batch_commands.SYSTEMS[self.kind].name} was asked for another attempt in vain "
+                        f"{batch_commands.SYSTEMS[self.kind].name} did not start another attempt "
                         f"({batch_commands.said(error)}), so there is none: "
                         "nothing is lost; submit again to go on"
                     )
@@ -101,7 +101,7 @@ class NextAttempt:
         job_id = self.clock.patiently(self._hand_in, unless=_is_unsure)
         if not job_id:
             return self._is_taken_back()
-        self.report(f"another attempt was handed in as job {job_id}")
+        self.report(f"another attempt was submitted as job {job_id}")
         return EXIT_RUN_AGAIN
 
     def _hand_in(self) -> str:

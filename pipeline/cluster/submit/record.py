@@ -34,7 +34,7 @@ class Submission:
     """Empty from just before the job is submitted until its number is known."""
     job_name: str
     host: str
-    """Where it was handed in."""
+    """Host on which it was submitted."""
     submitted: str
     """When, UTC."""
     since: str
@@ -56,7 +56,7 @@ class Submission:
         """The state of the job in words, and all jobs that work for the store, as far as visible from here."""
         if not self.job_id:
             return (
-                "its number is not known: it is being handed in just now, or that broke off; the job itself says it when it begins",
+                "its number is not known: it is being submitted now, or that was interrupted; the job records its number when it begins",
                 [],
             )
         if not batch_commands.has_commands(self.kind):
@@ -111,8 +111,8 @@ class Claim:
             return
         if abs(self._age_s()) < CLAIM_S:  # a claim further in the future was written while a clock was wrong
             raise StoreBusyError(
-                f"a job for store {self._store} is being handed in on {known.host} since {known.submitted}, or that broke off: two runs on "
-                f"one store never mix, so nothing was handed in; look at `featuremaps status {self._store}`, and submit again when "
+                f"a job for store {self._store} is being submitted on {known.host} since {known.submitted}, or that was interrupted: two "
+                f"runs on one store never mix, so nothing was submitted; look at `featuremaps status {self._store}`, and submit again when "
                 f"{CLAIM_S / 60:.0f} minutes are over"
             )
 
@@ -143,8 +143,8 @@ class Claim:
                 self._replace(self._path, content)
         except (StaleWriterError, FileExistsError, FileNotFoundError):
             raise StoreBusyError(
-                f"a job for store {self._store} was handed in by somebody else just now: two runs on one store never mix, so nothing was "
-                f"handed in; featuremaps status {self._store} tells how it stands"
+                f"a job for store {self._store} was just submitted by somebody else: two runs on one store never mix, so nothing was "
+                f"submitted; featuremaps status {self._store} tells its state"
             ) from None
 
     def _replace(self, path: Path, content: bytes) -> None:

@@ -258,7 +258,7 @@ def _decide(changes: Changes, i: int, entry: Entry | None, same: bool, status: i
         changes.returned.setdefault(entry.group, []).append((entry.row, i))
     elif status == Status.PENDING or (status == Status.QUARANTINED and retry):
         if status == Status.QUARANTINED:
-            changes.mark(entry, Status.PENDING)  # before its columns are written anew
+            changes.mark(entry, Status.PENDING)  # before its columns are rewritten
             changes.retried.add(entry)
         changes.pending.setdefault(entry.group, []).append((entry.row, i))
     else:

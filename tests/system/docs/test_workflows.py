@@ -152,7 +152,7 @@ def test_the_example_for_slurm_is_run_as_the_page_says_until_it_is_complete(serv
     assert "ok    source: 5 images listed, 5 to compute" in handed_in.stdout
     again = sh(f"SKIP_CHECKS=1 {submit}", folder, service.env)
     assert again.returncode == 75
-    assert "two runs on one store never mix, so nothing was handed in" in again.stderr
+    assert "two runs on one store never mix, so nothing was submitted" in again.stderr
 
     followed = dict(re.findall(r"^(\w[^:\n]+): +(.+)$", handed_in.stdout.rpartition("\n\n")[2], re.MULTILINE))
     log_file = shlex.split(followed["what the driver says"])[-1]
@@ -175,7 +175,7 @@ def test_what_doctor_finds_wrong_is_not_handed_in(service, tmp_path, photographs
     done = sh("sh submit.sh", tmp_path / "maps", service.env)
     assert done.returncode == 1
     assert "FAIL  queue: Slurm has no partition gpu -> set queue to one of debug, preempting" in done.stdout
-    assert "what is marked FAIL has to be mended first: nothing was handed in" in done.stderr
+    assert "what is marked FAIL has to be corrected first: nothing was submitted" in done.stderr
     assert not service.squeue()
 
 

@@ -613,7 +613,7 @@ def test_where_a_store_cannot_be(server):
 
 def test_a_folder_of_a_bucket_that_holds_something_else_is_left_alone(workers, pictures, bucket):
     (bucket / "features.zarr" / "thesis.pdf").put(b"x")
-    with pytest.raises(UsageError, match=r"holds 'thesis\.pdf' and is no store"):
+    with pytest.raises(UsageError, match=r"holds 'thesis\.pdf' but is not a store"):
         work(workers, pictures, bucket / "features.zarr")
     with pytest.raises(UsageError, match="lies inside the source"):
         work(workers, upload(pictures, bucket / "photos"), bucket / "photos" / "features.zarr")
@@ -641,7 +641,7 @@ def test_of_two_who_submit_for_a_bucket_in_the_same_second_one_may(bucket):
     for _ in range(2):  # without and with a submission of before
         first, second = Claim(bucket), Claim(bucket)
         first.take(new)
-        with pytest.raises(StoreBusyError, match="was handed in by somebody else just now"):
+        with pytest.raises(StoreBusyError, match="was just submitted by somebody else"):
             second.take(new)
         new.write(bucket)
     first = Claim(bucket)

@@ -177,7 +177,9 @@ def test_where_there_is_no_sbatch_nothing_is_started(tmp_path, pictures, monkeyp
         tried = [attempt(tmp_path, pictures), featuremaps(tmp_path, "submit", job_file)]
     for done in tried:
         assert done.returncode == 2
-        assert "there is no sbatch on this machine's PATH, so no job can be handed to Slurm: nothing was started" in done.stderr
+        assert (
+            "there is no sbatch on this machine's PATH, so no job can be submitted to Slurm: nothing was started" in done.stderr
+        )
 
 
 def test_a_worker_that_was_to_have_a_gpu_and_sees_none_is_refused(tmp_path, pictures):
@@ -283,7 +285,7 @@ def test_a_driver_that_its_user_cancels_does_not_come_back_and_the_next_one_goes
     again = featuremaps(tmp_path, "submit", "job.yaml")
     assert again.returncode == 75
     assert f"job {number} (featuremaps-" in again.stderr
-    assert "two runs on one store never mix, so nothing was handed in" in again.stderr
+    assert "two runs on one store never mix, so nothing was submitted" in again.stderr
     wait_for("workers", lambda: len(workers(queue)) == 4, log=lambda: log_of(tmp_path))
     queue.cancel(number)
     wait_for("end of the driver", lambda: queue.job(number) is None)
@@ -318,7 +320,7 @@ def test_of_a_run_that_has_no_store_yet_it_is_said_whether_it_waits_or_is_over(t
     over = featuremaps(tmp_path, "status", "f.zarr")
     assert over.returncode == 2
     assert f"as job {number} on " in over.stderr
-    assert "not in the queue any more. It ended before there was anything to show; featuremaps-" in over.stderr
+    assert "not in the queue any more. It ended before the store was created; featuremaps-" in over.stderr
     assert "is empty (no files at any depth)" in log_of(tmp_path)
     queue.submit("--cpus-per-task=8", "--mem=1G", script="sleep 300")
     number = hand_in(tmp_path, source=str(tmp_path / "none"))
