@@ -117,8 +117,8 @@ def plan(what: tuple[str, ...], as_json: bool, verbose: int, log_format: str, cl
     """Show what run would do. Changes nothing.
 
     Shows images, classes, shards, bytes, memory and disk. Ends with the exit code that the run would have, as far as listing, headers
-    and store tell: 0 complete, 1 failed (source, storage or disk), 2 refused (settings, memory, too many removed), 3 too many bad images
-    or no image done, 75 another run has the store.
+    and store tell. 0: complete. 1: failed (source, storage or disk). 2: refused (settings, memory, too many removed). 3: too many bad
+    images, or no image done. 75: another run has the store.
     """
     job = _begin(what, options, verbose, log_format)
     from pipeline.checks.plan import plan_job

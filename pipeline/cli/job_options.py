@@ -1,4 +1,4 @@
-"""Makes command-line options from the model of a job, so that a new field of `Job`, or of a model inside it, has one at once."""
+"""Makes command-line options from the model of a job: each field of `Job`, or of a model inside it, has one."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ def cluster_of(job: Job, cluster_file: Path) -> ClusterSpec:
     Raises
     ------
     UsageError
-        As raised by `load_cluster`, or when both give the number of workers.
+        As raised by `load_cluster`, or when the job has settings that the cluster does not accept.
     """
     return load_cluster(job.cluster, cluster_file).for_job(job)
 

@@ -1,4 +1,4 @@
-"""Runs what may hang or take too much in a process of its own, with limits on threads and memory, and never waits for its end."""
+"""Runs what may hang or take too much in its own process, with limits on threads and memory; never waits long for its end."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ class NextAttempt:
         return EXIT_RUN_AGAIN
 
     def _requeue(self) -> bool:
-        """Ask first whether it is queued: a lost answer may have been a yes."""
+        """Check first that the job still runs: an earlier request may have worked although its answer was lost."""
         if not self._is_running():
             return False
         self.clock.signalled.clear()  # a preemption may have set it; the next signal is the end

@@ -155,7 +155,7 @@ def compare(
     retry_quarantined : bool
         Compute quarantined rows and probe rejected images again.
     may_retry : callable
-        Takes an error; whether an image with this error is tried again anyway, because it was out of reach or may be readable now.
+        Takes an error; returns whether its image is tried again anyway: it was out of reach, or may be readable now.
     check_digests : bool
         Have the digest of every done row compared, also if the image's fingerprint differs from the ledger's.
     complete : bool
