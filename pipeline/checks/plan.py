@@ -133,7 +133,7 @@ class Preview:
         if self.excluded:
             lines.append(left_out(self.excluded))
         if self.n_faults:
-            lines.append(f"{count(self.n_faults, 'image')} could not be reached just now; a run would try them again")
+            lines.append(f"{count(self.n_faults, 'image')} could not be reached now; a run would try them again")
         lines.append(f"a run would end with exit code {self.exit_code}: {self.verdict}")
         return "\n".join(lines)
 

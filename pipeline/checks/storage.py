@@ -145,9 +145,11 @@ def planned(preview: Preview) -> Iterator[Finding]:
     text = f"{count(preview.n_listed, 'image')} listed, {preview.n_to_compute} to compute, {preview.n_to_reject} to reject"
     if preview.n_faults:
         remedy = "check links, permissions and the file server"
-        yield Finding("note", "source", f"{text}; {preview.n_faults} could not be reached just now", remedy)
+        yield Finding("note", "source", f"{text}; {preview.n_faults} could not be reached now", remedy)
     elif not preview.n_listed:
-        yield Finding("FAIL", "source", "no images were found", "check the path; of a folder, files with an image's suffix count")
+        yield Finding(
+            "FAIL", "source", "no images were found", "check the path; in a folder, only files with an image suffix count"
+        )
     else:
         yield Finding("ok", "source", text)
     limit, wanted = preview.worker_limit_bytes, preview.worker_memory_bytes
@@ -176,6 +178,6 @@ def source_of_store(store: Place) -> Iterator[Finding]:
         )
         return
     if is_empty:
-        yield Finding("FAIL", "source", f"{source} is empty", "mount it: a run would take its images for deleted, or refuse")
+        yield Finding("FAIL", "source", f"{source} is empty", "mount it: a run would treat its images as deleted, or refuse")
     else:
         yield Finding("ok", "source", f"{source} can be read")

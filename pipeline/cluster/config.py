@@ -47,7 +47,7 @@ def load_cluster(name: str | None, path: Path = Path("cluster.yaml")) -> Cluster
     except ValueError as error:
         raise UsageError(
             f"cluster {name!r} is looked up in {path}, which cannot be read ({error}): nothing was started; run from the folder that "
-            "holds cluster.yaml, or leave --cluster away for this machine"
+            "holds cluster.yaml, or leave out --cluster to use this machine"
         ) from error
     entries = values.get("clusters") if isinstance(values, dict) else None
     if isinstance(entries, dict):

@@ -173,7 +173,7 @@ class ClusterSpec(StrictModel):
         if given := given_by(job):
             raise UsageError(
                 f"{', '.join(given)} were given for the run, and cluster {job.cluster!r} of kind {self.kind} has workers of its own: "
-                "nothing was started; leave them away, or change the cluster's entry in cluster.yaml"
+                "nothing was started; leave them out, or change the cluster's entry in cluster.yaml"
             )
         return self
 
@@ -321,5 +321,5 @@ def _look_at_interface(name: str) -> Finding:
     if found:
         return Finding("ok", "interface", f"{name} has {found[0]} here")
     reason = "has no IPv4 address" if name in addresses else "does not exist"
-    remedy = f"set interface to one of {', '.join(sorted(addresses))}, or leave it away"
+    remedy = f"set interface to one of {', '.join(sorted(addresses))}, or leave it out"
     return Finding("FAIL", "interface", f"{name} {reason} on this machine, where the scheduler would be", remedy)

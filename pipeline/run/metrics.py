@@ -143,7 +143,7 @@ def served(address: str) -> Iterator[str]:
     UsageError
         When prometheus-client is not installed, the address is malformed, or the port cannot be opened.
     """
-    with needs_extra("metrics", f"--metrics {address}", "leave --metrics away"):
+    with needs_extra("metrics", f"--metrics {address}", "leave out --metrics"):
         from prometheus_client import CollectorRegistry, ProcessCollector, start_http_server  # noqa: PLC0415 (the extra metrics)
     host, port = _split(address)
     registry = CollectorRegistry()

@@ -50,5 +50,5 @@ def decoded(stored: Array, layer: StoredLayer) -> Array:
     """
     maps = dequantise(stored, layer)
     if np.isnan(maps).any():
-        raise ValueError("the ledger says done, and there are no values: an object is missing")
+        raise ValueError("the ledger says done, but there are no values: an object is missing")
     return maps

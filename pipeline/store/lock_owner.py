@@ -76,7 +76,7 @@ def holds(folder: Path | Url, run_id: str) -> bool:
 
 def taken(lock: Path | Url) -> StoreBusyError:
     """The error for a lock that another run took at the same moment."""
-    return StoreBusyError(f"store {lock.parent.parent} was taken by another run just now; run again later")
+    return StoreBusyError(f"store {lock.parent.parent} was just taken by another run; run again later")
 
 
 def _start_ticks(pid: int) -> int:

@@ -150,7 +150,7 @@ def test_damaged_and_missing_maps_are_named(folder, tmp_path, threads, client):
     for chunk in (tmp_path / "f.zarr" / "50x60" / "conv1").glob("c.*"):
         chunk.unlink()
     with pytest.raises(
-        FeaturemapsError, match=r"cannot be read \(the ledger says done, and there are no values: an object is missing"
+        FeaturemapsError, match=r"cannot be read \(the ledger says done, but there are no values: an object is missing"
     ):
         open_store(tmp_path / "f.zarr").map_images(np.mean)
 

@@ -251,7 +251,7 @@ def test_images_that_cannot_be_reached_just_now_are_said(source, tmp_path, monke
     monkeypatch.setattr(plan, "probe_block", lambda *args: [faulty, *real(*args)[1:]])
     planned = plan_job(job_of(source, tmp_path / "f.zarr"))
     assert planned.n_faults == 1
-    assert "1 image could not be reached just now; a run would try them again" in planned.describe()
+    assert "1 image could not be reached now; a run would try them again" in planned.describe()
 
 
 def test_a_plan_says_what_does_not_fit(source, tmp_path, monkeypatch):

@@ -413,7 +413,7 @@ def test_bad_maps_of_a_removed_image_are_computed_when_it_returns(client, tmp_pa
 
 def test_a_missing_object_is_an_error_for_who_looks_at_the_image(copy):
     shard(copy).unlink()
-    with pytest.raises(FeaturemapsError, match=r"the ledger says done, and there are no values: an object is missing"):
+    with pytest.raises(FeaturemapsError, match=r"the ledger says done, but there are no values: an object is missing"):
         open_store(copy).image("img00000.png")
 
 

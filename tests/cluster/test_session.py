@@ -61,7 +61,7 @@ def test_without_a_name_it_is_this_machine_and_no_file_is_read(tmp_path):
             "clusters: {a: {kind: local}, b: {kind: local}}",
             r"cluster\.yaml has no cluster 'x': nothing was started; it has a, b$",
         ),
-        ("clusters: [", r"(?s)cluster 'x' is looked up in .*cluster\.yaml, which cannot be read \(.*leave --cluster away"),
+        ("clusters: [", r"(?s)cluster 'x' is looked up in .*cluster\.yaml, which cannot be read \(.*leave out --cluster"),
         ("", r"cluster\.yaml is not usable.*the whole: Input should be a valid dictionary"),
         ("cluster: {}", r"unknown key 'cluster': did you mean 'clusters'\?"),
         ("clusters: {x: {kind: local, worker: 2}}", r"unknown key 'clusters\.x\.worker': did you mean 'workers'\?"),
@@ -96,7 +96,7 @@ def test_without_a_name_it_is_this_machine_and_no_file_is_read(tmp_path):
         ),
         (
             "clusters: {x: {kind: local, workers: 2, groups: {a: {}}}}",
-            r"clusters\.x: workers, gpus and memory are those of each group where there are groups: move them there",
+            r"clusters\.x: workers, gpus and memory belong to each group when there are groups: move them there",
         ),
         (
             "clusters: {x: {kind: local, groups: {a: {role: [read]}}}}",

@@ -103,7 +103,7 @@ def test_without_prometheus_client_a_run_works_and_only_its_metrics_are_refused(
     code, out, err = command("run", source, tmp_path / "other.zarr", "--metrics", "127.0.0.1:0")
     assert (code, out) == (2, "")
     assert err.startswith("featuremaps: --metrics 127.0.0.1:0 needs prometheus-client, which is not installed (")
-    assert err.endswith("nothing was done; pip install 'featuremaps[metrics]', or leave --metrics away\n")
+    assert err.endswith("nothing was done; pip install 'featuremaps[metrics]', or leave out --metrics\n")
     assert not (tmp_path / "other.zarr").exists()
 
 

@@ -109,7 +109,7 @@ class BatchSpec(RemoteSpec):
             )
         for line in (*self.driver.options, *(line for group in self.groups.values() for line in group.options)):
             if not re.fullmatch(r"\s*[+\w.]+\s*=.*", line):
-                raise ValueError(f"option {line!r} is no line of a submit file of HTCondor: write it as 'key = value'")
+                raise ValueError(f"option {line!r} is not a line of an HTCondor submit file: write it as 'key = value'")
         return self
 
     def launches(self, name: str) -> dict[str, Launch]:

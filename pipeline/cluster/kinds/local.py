@@ -100,7 +100,7 @@ class LocalSpec(ThisMachine, GroupsSpec):
     @model_validator(mode="after")
     def _one_way(self) -> LocalSpec:
         if self.groups and (self.workers or self.gpus is not None or self.memory):
-            raise ValueError("workers, gpus and memory are those of each group where there are groups: move them there")
+            raise ValueError("workers, gpus and memory belong to each group when there are groups: move them there")
         return self
 
     def worker_groups(self) -> Mapping[str, GroupSpec]:
@@ -120,7 +120,7 @@ class LocalSpec(ThisMachine, GroupsSpec):
         if self.groups and given:
             raise UsageError(
                 f"cluster {job.cluster!r} has groups with workers, memory and GPUs of their own, and {', '.join(given)} were given for "
-                "the run: nothing was started; leave them away, or write them into the groups"
+                "the run: nothing was started; leave them out, or write them into the groups"
             )
         return super().for_job(job)
 

@@ -63,7 +63,7 @@ def _n_settled_before(store: Place) -> int:
     try:
         return n_settled(store)
     except (OSError, FeaturemapsError) as error:
-        logger.info("the store's ledger cannot be read, which the driver will say: %s", error)
+        logger.info("the store's ledger cannot be read, and the driver will report it: %s", error)
         return 0
 
 

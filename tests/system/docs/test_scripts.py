@@ -138,7 +138,7 @@ def test_a_queue_whose_name_has_gpu_or_mem_in_it_asks_for_neither():
     [
         (
             {"options": ["requirements"]},
-            r"option 'requirements' is no line of a submit file of HTCondor: write it as 'key = value'",
+            r"option 'requirements' is not a line of an HTCondor submit file: write it as 'key = value'",
         ),
         ({"queue": "long"}, r"HTCondor has no queues, and queue is 'long': say which machines in options"),
     ],
