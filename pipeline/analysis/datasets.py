@@ -10,7 +10,7 @@ import dask.array as da
 import numpy as np
 import xarray as xr
 
-from pipeline.errors import FeaturemapsError, ImageError, UsageError
+from pipeline.errors import ImageError, UsageError
 from pipeline.extract.layers import Array, receptive_field
 from pipeline.extract.quantise import dequantise
 from pipeline.source.decoding import decode
@@ -66,17 +66,6 @@ def _row(store: Store, group: str, layer: StoredLayer, row: int, size: Size) -> 
     for statistic in STATISTICS:
         name = f"{layer.name}_{statistic}"
         yield name, (dims[:1], store.cell(group, name, row))
-
-
-def read_weights(store: Store) -> dict[str, Array]:
-    """See `FeatureStore.weights`."""
-    try:
-        return store.weights()
-    except (OSError, ValueError, RuntimeError) as error:
-        raise FeaturemapsError(
-            f"the weights in {store.path} cannot be read ({error}): an object under extractor/ is damaged or out of reach; restore it "
-            "from a copy, or make the store anew"
-        ) from error
 
 
 def _maps(store: Store, shape_class: ShapeClass, layer: StoredLayer) -> da.Array:

@@ -11,7 +11,7 @@ import pandas as pd
 import xarray as xr
 
 from pipeline.analysis import map_images, selection, tables
-from pipeline.analysis.datasets import read_weights, source_pixels
+from pipeline.analysis.datasets import source_pixels
 from pipeline.analysis.images import Images
 from pipeline.analysis.neighbours import Neighbours
 from pipeline.config import ExtractorSpec
@@ -103,7 +103,7 @@ class FeatureStore:
         FeaturemapsError
             When they are damaged.
         """
-        return read_weights(self._store)
+        return self._store.weights()
 
     @property
     def receipts(self) -> list[dict[str, Any]]:

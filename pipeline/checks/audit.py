@@ -77,8 +77,8 @@ def check_root(store: Store) -> Iterator[Finding]:
         yield Finding("metadata", "", -1, "zarr.json", "it has keys that format 1 does not have, or lacks some")
     try:
         weights = store.weights()
-    except Exception as error:  # noqa: BLE001 (Zarr raises all kinds of errors for metadata that it does not understand)
-        yield Finding("weights", EXTRACTOR, -1, EXTRACTOR, f"the weights cannot be read: {error}")
+    except FeaturemapsError as error:
+        yield Finding("weights", EXTRACTOR, -1, EXTRACTOR, str(error))
         return
     for text in check_spec(store.spec, weights):
         is_weights = "weights" in text

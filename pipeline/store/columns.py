@@ -90,25 +90,19 @@ def _unfenced() -> None:
 
 
 def read_array(folder: Place, dtype: str) -> Array:
-    """An array that is a single object.
+    """An array that is a single object, in the shape that its metadata say.
 
     Raises
     ------
-    FeaturemapsError
-        When its object is missing or damaged, or its metadata do not fit it.
+    FeaturemapsError, KeyError, TypeError, ValueError
+        When the object is missing or damaged, or its metadata do not fit it.
     """
-    path = folder
-    try:
-        shape = tuple(read_json(folder / "zarr.json")["shape"])
-        path = folder / object_key(0, len(shape))
-        data, _ = fetch(path)
-        if data is not None:
-            return _decode_chunk(path, data, dtype, shape)
-    except (KeyError, TypeError, ValueError) as error:
-        raise FeaturemapsError(
-            f"{folder} cannot be read, its zarr.json does not fit it ({error}): restore it from a copy"
-        ) from error
-    raise FeaturemapsError(f"{path} is missing: restore it from a copy, or make the store anew")
+    shape = tuple(read_json(folder / "zarr.json")["shape"])
+    path = folder / object_key(0, len(shape))
+    data, _ = fetch(path)
+    if data is None:
+        raise FeaturemapsError(f"{path} is missing")
+    return _decode_chunk(path, data, dtype, shape)
 
 
 def _decode_chunk(path: Place, data: bytes | None, dtype: str, chunk: tuple[int, ...]) -> Array:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.errors import FeaturemapsError
 from pipeline.extract.layers import Array
 from pipeline.store.classes import create_class, mark_padded
 from pipeline.store.columns import Ledger, read_array
@@ -69,9 +70,21 @@ class Store:
         return open_array(self.path / group / name)
 
     def weights(self) -> dict[str, Array]:
-        """The weights as used: cross-correlation orientation, float32."""
-        names = [name for name in children(self.path / EXTRACTOR) if name != "zarr.json"]
-        return {name: read_array(self.path / EXTRACTOR / name, "float32") for name in names}
+        """The weights as used: cross-correlation orientation, float32.
+
+        Raises
+        ------
+        FeaturemapsError
+            When they are damaged.
+        """
+        try:
+            names = [name for name in children(self.path / EXTRACTOR) if name != "zarr.json"]
+            return {name: read_array(self.path / EXTRACTOR / name, "float32") for name in names}
+        except (FeaturemapsError, OSError, KeyError, TypeError, ValueError) as error:
+            raise FeaturemapsError(
+                f"the weights in {self.path} cannot be read ({error}): an object under extractor/ is damaged or out of reach; restore it "
+                "from a copy, or make the store anew"
+            ) from error
 
     def receipts(self, n: int | None = None) -> list[dict[str, Any]]:
         """The receipts of the last ``n`` runs, or of all, newest first; skips receipts that a power cut left empty."""
