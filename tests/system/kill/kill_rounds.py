@@ -43,6 +43,15 @@ RUN_LIMIT_S = 900.0
 LOST_LIMIT_S = 400.0  # a run whose scheduler is gone has ended by itself
 ORPHAN_LIMIT_S = 100.0  # workers whose driver is gone have ended by themselves
 _MARK = "FEATUREMAPS_KILL_ROUND"
+COMMAND = """
+import dask
+dask.config.set({"logging": {"distributed": "critical", "distributed.client": "critical"}})  # as the command does, before this:
+import pipeline.run.driver
+from pipeline.cli.commands import main
+pipeline.run.driver.COMMIT_S = 0.1
+main()
+"""
+"""The command, with ten times as many commits, so that kills come between two of them."""
 
 
 # -- processes -------------------------------------------------------------------------------------------------------------------
@@ -245,18 +254,9 @@ class Place:
         return store
 
     def command(self, store: Path, *options: str) -> Process:
-        arguments = [
-            script("featuremaps"),
-            "run",
-            str(self.source),
-            str(store),
-            "--dtype",
-            "float16",
-            "--layers",
-            "2x21x21",  # so that a round is long enough for kills to come in time
-            *options,
-        ]
-        return Process(arguments, store.parent, "run")
+        """A run whose workers do without torch, which takes seconds to import."""
+        work = ["--dtype", "uint8", "--layers", "4x21x21"]  # enough of it for kills to come in time
+        return Process([sys.executable, "-c", COMMAND, "run", str(self.source), str(store), *work, *options], store.parent, "run")
 
 
 def prepare(folder: Path, n_images: int) -> Place:
@@ -321,8 +321,8 @@ class Round:
 class _Round:
     """One round in the making."""
 
-    def __init__(self, place: Place, victim: str, seed: int, folder: Path, number: int = 0) -> None:
-        self.place, self.victim, self.folder = place, victim, folder
+    def __init__(self, place: Place, victim: str, seed: int, folder: Path, number: int = 0, *, at_commit: bool = False) -> None:
+        self.place, self.victim, self.folder, self.at_commit = place, victim, folder, at_commit
         self.random = random.Random(seed)
         self.store = folder / "features.zarr"
         self.result = Round(number, victim, self.random.choice(["fresh", "fresh", "half"]))
@@ -412,7 +412,11 @@ class _Round:
         return True
 
     def _wait_for_the_moment(self, command: Process, share: float) -> None:
-        """Mostly between the first row and the last object; now and then as early as the lock."""
+        """Mostly between the first row and the last object, now and then as early as the lock; or as soon as a commit is seen."""
+        if self.at_commit:
+            n_before = self._n_done()
+            wait_until(lambda: self._n_done() > n_before or not command.is_running, RUN_LIMIT_S)
+            return
         is_early = self.random.random() < 0.15
         duration_s = share * (self.place.whole_s if is_early else self.place.work_s)
 
@@ -454,9 +458,12 @@ class _Round:
             self._fault(f"{len(wrong)} rows were called done at the kill and are wrong, first {wrong[0]}")
         return done
 
+    def _n_done(self) -> int:
+        return len(done_rows(self.store)) if (self.store / "zarr.json").exists() else 0
+
     def _open_share(self) -> float:
         """Share of the good images that the ledger does not call done."""
-        return 1 - len(done_rows(self.store)) / self.place.n_good if (self.store / "zarr.json").exists() else 1.0
+        return 1 - self._n_done() / self.place.n_good
 
     # -- afterwards ------------------------------------------------------------------------------------------------------------
 
@@ -492,10 +499,10 @@ def _tail(command: Process) -> str:
     return repr(command.output()[-1500:])
 
 
-def run_round(place: Place, victim: str, seed: int, folder: Path, number: int = 0) -> Round:
-    """Kill ``victim`` in a run in ``folder``, run again until complete, compare."""
+def run_round(place: Place, victim: str, seed: int, folder: Path, number: int = 0, *, at_commit: bool = False) -> Round:
+    """Kill ``victim`` in a run in ``folder``, at random or ``at_commit``, run again until complete, compare."""
     folder.mkdir()
-    return _Round(place, victim, seed, folder, number).run()
+    return _Round(place, victim, seed, folder, number, at_commit=at_commit).run()
 
 
 # -- the command -----------------------------------------------------------------------------------------------------------------
