@@ -22,12 +22,12 @@ from pipeline.errors import FeaturemapsError
 from tests.conftest import content, make_images
 from tests.support.batch_services import sshd, wait_for
 from tests.support.services import free_port
-from tests.system.kill.kill_rounds import hashed_content, wait_until
+from tests.system.kill.kill_rounds import COMMAND, hashed_content, wait_until
 
-LONG = {"extractor": {"layers": [{"filters": 16, "kernel": 15}]}}
+LONG = {"extractor": {"layers": [{"filters": 8, "kernel": 15}]}}
 """Work enough to be disturbed at it."""
 
-N_PICTURES = 240
+N_PICTURES = 120
 
 pytestmark = [pytest.mark.cluster, pytest.mark.kill]
 
@@ -198,8 +198,8 @@ def test_a_run_whose_scheduler_is_restarted_ends_with_a_message_and_the_next_one
     scheduler = Scheduler(tmp_path)
     address = f"tcp://127.0.0.1:{scheduler.port}"
     (tmp_path / "cluster.yaml").write_text(f"clusters: {{ours: {{kind: address, address: '{address}'}}}}")
-    command = [sys.executable, "-m", "pipeline", "run", str(pictures), "f.zarr", "--cluster", "ours", "--dtype", "uint8"]
-    command += ["--layers", "16x15x15"]
+    command = [sys.executable, "-c", COMMAND, "run", str(pictures), "f.zarr", "--cluster", "ours", "--dtype", "uint8"]
+    command += ["--layers", "8x15x15"]
     scheduler.start()
     try:
         first = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
