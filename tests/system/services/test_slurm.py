@@ -151,10 +151,10 @@ def test_a_partition_that_does_not_exist_is_refused_in_slurms_words(tmp_path, pi
 
 def test_no_workers_in_time_is_said_with_the_state_of_the_queue(tmp_path, pictures, queue):
     queue.submit("--cpus-per-task=8", "--mem=1G", script="sleep 300")
-    cluster_file(tmp_path, start_timeout_s=30)
+    cluster_file(tmp_path, start_timeout_s=12)
     done = attempt(tmp_path, pictures)
     assert done.returncode == 1
-    assert "came within 30 s (read: 0 of 2 workers; extract: 0 of 2 workers; extract-0: job" in done.stderr
+    assert "came within 12 s (read: 0 of 2 workers; extract: 0 of 2 workers; extract-0: job" in done.stderr
     assert "PENDING: Resources" in done.stderr
     assert "\nwaiting for workers (read: 0 of 2 workers" in done.stderr
     assert [job.name for job in queue.squeue() if job.state == "RUNNING"] == ["wrap"]
