@@ -37,7 +37,9 @@ def pytest_collection_modifyitems(config, items) -> None:
         if "client" in item.fixturenames:
             item.add_marker("cluster")
     if getattr(config, "workerinput", None):
-        long = {item.path for item in items if item.get_closest_marker("kill") or item.get_closest_marker("long")}
+        system = Path(__file__).parent / "system"
+        marked = {item.path for item in items if item.get_closest_marker("kill") or item.get_closest_marker("long")}
+        long = marked | {item.path for item in items if system in item.path.parents}
         items.sort(key=lambda item: item.path not in long)
 
 

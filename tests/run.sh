@@ -39,4 +39,6 @@ fi
 # One process more than cores, as a third of the time a test waits for others' processes; at most 8, for the memory of their clusters.
 workers=$(nproc 2>/dev/null || echo 1)
 [ "$workers" -lt 8 ] && workers=$((workers + 1)) || workers=8
+# One thread of torch and BLAS in each process: threads that wait for each other on busy cores take twice as long.
+export OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1
 exec "$python" -m pytest -n "$workers" --dist loadfile --no-loadscope-reorder "$@"
