@@ -194,7 +194,9 @@ class Job(StrictModel):
     memory_limit_bytes: Annotated[int, BYTES, Field(gt=0)] | None = Field(None, description="Memory of one worker.")
     """Memory of one worker, bytes or text such as ``4 GiB``; None shares the machine's among them."""
     gpus: Annotated[int, Field(ge=0)] | None = Field(None, description="GPUs to use, 0 for none (default: all).")
-    """GPUs that the embedded cluster uses, one worker process each; None is all that there are."""
+    """GPUs that the embedded cluster uses; None is all that there are."""
+    processes_per_gpu: Positive | None = Field(None, description="Worker processes that share a GPU (default: by its cores).")
+    """Worker processes of the embedded cluster that share a GPU; None is one for every four of its cores, and at most eight."""
     cluster: str | None = Field(None, description="A cluster of cluster.yaml (default: all local cores).")
     """A name from cluster.yaml; None is the embedded local cluster."""
     check: Literal["fingerprint", "digest"] = Field(

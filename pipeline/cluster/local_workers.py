@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from distributed import Nanny
 
 from pipeline.cluster.groups import Launch
-from pipeline.cluster.spec import GroupSpec
+
+if TYPE_CHECKING:
+    from pipeline.cluster.kinds.local import LocalGroupSpec
 
 
 class LocalWorker(Nanny):  # type: ignore[misc]
@@ -26,18 +28,21 @@ class LocalWorker(Nanny):  # type: ignore[misc]
         return f"{error}: {error.__cause__}"
 
 
-def local_launches(groups: Mapping[str, GroupSpec], *, security: Any) -> dict[str, Launch]:
-    """The wanted processes of this machine, of groups whose memory is known; each sees its own GPUs only."""
-    gpus = visible_gpus(sum(group.workers * group.gpus for group in groups.values()))
+def local_launches(groups: Mapping[str, LocalGroupSpec], *, security: Any) -> dict[str, Launch]:
+    """The wanted processes of this machine, of groups whose memory is known; each sees its own GPUs only.
+
+    Processes that share GPUs are dealt out in turn, so that a run of few images, which starts the first of them, uses all GPUs.
+    """
+    gpus = visible_gpus(sum(group.n_gpus for group in groups.values()))
     launches: dict[str, Launch] = {}
     for group_name, group in groups.items():
+        owned = [[next(gpus) for _ in range(group.gpus)] for _ in range(group.n_sharing)]
         for i in range(group.workers):
-            own = [next(gpus) for _ in range(group.gpus)]
             options = {
                 "nthreads": group.threads,
                 "memory_limit": int(group.memory or 0),
                 "resources": group.resources,
-                "env": {"CUDA_VISIBLE_DEVICES": ",".join(own), **group.environment},
+                "env": {"CUDA_VISIBLE_DEVICES": ",".join(owned[i % len(owned)]), **group.environment},
                 "host": "127.0.0.1",
                 "dashboard": False,
                 "protocol": "tls://" if security else "tcp://",

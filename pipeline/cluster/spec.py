@@ -74,16 +74,16 @@ class GroupSpec(StrictModel):
     """Variables of each worker."""
 
     @property
-    def resources(self) -> dict[str, int]:
+    def resources(self) -> dict[str, float]:
         """Resources for the scheduler to assign tasks by. A worker that extracts also writes, so that no maps are sent around."""
         roles = {*self.roles, *(["write"] if "extract" in self.roles else [])}
-        counts = {role: self.threads for role in ("read", "extract", "write") if role in roles}
+        counts: dict[str, float] = {role: self.threads for role in ("read", "extract", "write") if role in roles}
         return counts | ({"gpu": 1} if self.gpus else {})
 
     @property
     def resources_text(self) -> str:
         """Resources of each worker, in the form of ``dask worker --resources``."""
-        return " ".join(f"{name}={n}" for name, n in self.resources.items())
+        return " ".join(f"{name}={n:.4g}" for name, n in self.resources.items())
 
     @property
     def n_workers(self) -> int:
@@ -189,7 +189,8 @@ class ClusterSpec(StrictModel):
 
 def given_by(job: Job) -> dict[str, int]:
     """A job's settings for workers, by the keys of a cluster of this machine."""
-    wanted = {"workers": job.workers, "memory": job.memory_limit_bytes, "gpus": job.gpus}
+    sharing = job.processes_per_gpu
+    wanted = {"workers": job.workers, "memory": job.memory_limit_bytes, "gpus": job.gpus, "processes_per_gpu": sharing}
     return {key: value for key, value in wanted.items() if value is not None}
 
 

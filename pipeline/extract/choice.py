@@ -27,9 +27,17 @@ class MapExtractor(Protocol):
     def version(self, size: tuple[int, int]) -> str:
         """What computes the layers of images of a size, for the receipt."""
 
+    def block(self, shape: tuple[int, ...], dtype: str) -> Array:
+        """Memory for maps, contents undefined, that this extractor writes to fastest."""
+
 
 def best_extractor(
-    spec: ExtractorSpec, weights: Mapping[str, Array], stored: Iterable[StoredOutput], worker: int, threads: int
+    spec: ExtractorSpec,
+    weights: Mapping[str, Array],
+    stored: Iterable[StoredOutput],
+    worker: int,
+    threads: int,
+    gpu_share: float = 1.0,
 ) -> MapExtractor:
     """The extractor of a worker: on one of the GPUs that it sees, else on the CPU, by compiled code alone where that is enough.
 
@@ -43,6 +51,8 @@ def best_extractor(
         Number of the worker on its machine, or any other: workers that see several GPUs share them by it.
     threads : int
         Threads that extract at once.
+    gpu_share : float
+        Part of the GPU that is this worker's, where several processes share it.
     """
     stored, n = tuple(stored), devices.n_gpus()
     compiled = CompiledExtractor(spec, weights, stored)
@@ -55,4 +65,4 @@ def best_extractor(
         return Extractor(spec, weights, stored)
     from pipeline.extract.gpu import DeviceExtractor  # noqa: PLC0415 (as above)
 
-    return DeviceExtractor(spec, weights, stored, device=f"cuda:{worker % n}", threads=threads)
+    return DeviceExtractor(spec, weights, stored, device=devices.device_of(worker), threads=threads, share=gpu_share)

@@ -21,3 +21,8 @@ def n_gpus() -> int:
     from pipeline.extract.gpu import n_cuda_gpus  # noqa: PLC0415 (torch only where there may be a GPU)
 
     return n_cuda_gpus()
+
+
+def device_of(worker: int) -> str:
+    """The GPU of a worker, in torch's words: workers that see several share them by their numbers."""
+    return f"cuda:{worker % n_gpus()}"

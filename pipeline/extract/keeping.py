@@ -61,3 +61,30 @@ def pool(maps: Tensor) -> Tensor:
     centred = torch.sub(maps, mean[..., None, None], out=_work(maps))
     std = (torch.linalg.vector_norm(centred, dim=-1).double().square().sum(-1) / n).sqrt().float()
     return torch.stack([mean, std, maps.amin((-2, -1)), maps.amax((-2, -1))])
+
+
+def pool_batch(maps: Tensor, heights: Tensor, widths: Tensor, *, is_whole: bool) -> Tensor:
+    """`pool` of the first rows and columns of each of float32 maps (n, channel, y, x): (n, 4, channel).
+
+    What lies beyond them counts as zero, in sums of the same order: statistics of an image do not depend on the others of its batch.
+
+    Parameters
+    ----------
+    maps : (n, channel, y, x) float32
+    heights, widths : (n,) int64
+        How many rows and columns count, on the same device.
+    is_whole : bool
+        Whether all of them do.
+    """
+    n = (heights * widths)[:, None].double()
+    rows, columns = (torch.arange(size, device=maps.device) for size in maps.shape[-2:])
+    within = ((rows < heights[:, None])[:, :, None] & (columns < widths[:, None])[:, None, :])[:, None]
+
+    def only(values: Tensor, beyond: float) -> Tensor:
+        return values if is_whole else torch.where(within, values, beyond)
+
+    mean = (only(maps, 0.0).sum(-1).double().sum(-1) / n).float()
+    centred = only(maps - mean[..., None, None], 0.0)
+    std = (torch.linalg.vector_norm(centred, dim=-1).double().square().sum(-1) / n).sqrt().float()
+    lowest, highest = only(maps, math.inf).amin((-2, -1)), only(maps, -math.inf).amax((-2, -1))
+    return torch.stack([mean, std, lowest, highest], 1)

@@ -93,6 +93,10 @@ class ImageByImage:
         self.extract_into(image, out)
         return out
 
+    def block(self, shape: tuple[int, ...], dtype: str) -> Array:
+        """Memory for maps, contents undefined."""
+        return np.empty(shape, dtype)
+
     def extract_each(
         self,
         size: tuple[int, int],  # noqa: ARG002 (as of `DeviceExtractor`)

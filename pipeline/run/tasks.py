@@ -163,7 +163,8 @@ class ExtractorPlugin(WorkerPlugin):  # type: ignore[misc]
         if n_threads:
             last = str(worker.name).rpartition("-")[2]
             number = int(last) if last.isdecimal() else os.getpid()
-            self.extractor = best_extractor(self.spec, self.weights, self.layers, number, n_threads)
+            gpus = worker.state.total_resources.get("gpu") or 1
+            self.extractor = best_extractor(self.spec, self.weights, self.layers, number, n_threads, min(1, gpus))
 
 
 def _plugin(target: Target) -> ExtractorPlugin:
@@ -289,7 +290,7 @@ def _extract_piece(
     blocks: dict[str, Array] = {}
     for layer, stored in zip(layout.layers, plugin.map_layers, strict=True):
         shape = (outcome.stop - outcome.start, layer.channels, layer.height, layer.width)
-        blocks[layer.name] = np.empty(shape, stored.dtype)
+        blocks[layer.name] = plugin.extractor.block(shape, stored.dtype)
     for stored in plugin.layers:
         outcome.pooled[stored.name] = np.full((n, len(STATISTICS), stored.channels), np.nan, np.float32)
     missing = np.ones(outcome.stop - outcome.start, bool)
@@ -376,9 +377,8 @@ def _keep_others(target: Target, outcome: PieceResult, layer: LayerLayout, block
     others = np.ones(len(block), bool)
     others[np.asarray(outcome.rows) - outcome.start] = False
     indices = np.flatnonzero(others)
-    at_once = layer.chunk_rows * max(
-        1, KEPT_BYTES // (layer.chunk_rows * layer.row_bytes)
-    )  # so that a shard is not in memory once more
+    n_chunks = max(1, KEPT_BYTES // (layer.chunk_rows * layer.row_bytes))  # so that a shard is not in memory once more
+    at_once = layer.chunk_rows * n_chunks
     cuts = (np.diff(indices) > 1) | (indices[1:] % at_once == 0)
     for run in np.split(indices, np.flatnonzero(cuts) + 1) if len(indices) else []:
         first, stop = int(run[0]) + outcome.start, int(run[-1]) + 1 + outcome.start

@@ -96,7 +96,7 @@ def test_without_a_name_it_is_this_machine_and_no_file_is_read(tmp_path):
         ),
         (
             "clusters: {x: {kind: local, workers: 2, groups: {a: {}}}}",
-            r"clusters\.x: workers, gpus and memory belong to each group when there are groups: move them there",
+            r"clusters\.x: workers, gpus, processes_per_gpu and memory belong to each group when there are groups: move them there",
         ),
         (
             "clusters: {x: {kind: local, groups: {a: {role: [read]}}}}",
@@ -571,23 +571,36 @@ def test_gpus_that_are_not_there_are_refused_with_what_to_check(monkeypatch):
     with pytest.raises(
         UsageError, match=r"2 GPUs were asked for, and this installation of torch sees 0: nothing was started; .*nvidia-smi"
     ):
-        LocalSpec(gpus=2).processes()
-    assert LocalSpec(workers=3, gpus=0).processes() == (3, 1, 0)
+        LocalSpec(gpus=2).group()
+    assert shape(LocalSpec(workers=3, gpus=0)) == (3, 1, 0)
 
 
-def test_with_gpus_the_cores_are_the_threads_of_one_process_for_each(monkeypatch):
+def shape(spec):
+    """Processes, threads of each, and GPUs in all."""
+    group = spec.group()
+    return group.workers, group.threads, group.n_gpus
+
+
+def test_with_gpus_the_cores_are_the_threads_of_some_processes_for_each(monkeypatch):
     monkeypatch.setattr("pipeline.cluster.local.local_gpus", lambda wanted: 2 if wanted is None else wanted)
-    assert LocalSpec(workers=9).processes() == (2, 4, 2)
-    assert LocalSpec(workers=1).processes() == (2, 1, 2)
-    assert LocalSpec(workers=9, gpus=0).processes() == (9, 1, 0)
+    assert shape(LocalSpec(workers=9)) == (2, 4, 2)
+    assert shape(LocalSpec(workers=1)) == (2, 1, 2)
+    assert shape(LocalSpec(workers=16, gpus=1)) == (4, 4, 1)
+    assert shape(LocalSpec(workers=32)) == (8, 4, 2)
+    assert shape(LocalSpec(workers=128, gpus=1)) == (8, 16, 1)
+    assert shape(LocalSpec(workers=16, gpus=1, processes_per_gpu=1)) == (1, 16, 1)
+    assert shape(LocalSpec(workers=2, gpus=1, processes_per_gpu=3)) == (3, 1, 1)
+    assert shape(LocalSpec(workers=9, gpus=0)) == (9, 1, 0)
+    assert LocalSpec(workers=16, gpus=1).group().resources["gpu"] == 1 / 4
 
 
 def test_what_a_job_says_of_workers_counts_for_every_kind_of_this_machine():
     values = {"source": "a", "store": "b", "cluster": "gpus"}
-    job = Job(**values, workers=3, gpus=1, memory_limit_bytes=2**30)
+    job = Job(**values, workers=3, gpus=1, memory_limit_bytes=2**30, processes_per_gpu=2)
     for spec in (LocalSpec(workers=9), CudaSpec(kind="cuda", workers=9)):
         found = spec.for_job(job)
         assert (type(found), found.workers, found.gpus, found.memory) == (type(spec), 3, 1, 2**30)
+        assert found.processes_per_gpu == 2
         assert spec.for_job(Job(**values)) == spec
     with pytest.raises(
         UsageError, match=r"cluster 'gpus' with {'gpus': 0} is not usable, .*: gpus: Input should be greater than 0"
@@ -605,7 +618,7 @@ def test_a_machine_with_a_driver_asks_torch_how_many_gpus_there_are(monkeypatch)
     """Stands for torch on a machine with two GPUs."""
     monkeypatch.setattr("pipeline.extract.devices.may_have_gpus", lambda: True)
     monkeypatch.setattr("pipeline.extract.gpu.n_cuda_gpus", lambda: 2)
-    assert LocalSpec(workers=8).processes() == (2, 4, 2)
+    assert shape(LocalSpec(workers=8)) == (2, 4, 2)
 
 
 def test_the_workers_are_those_that_the_scheduler_names_just_now_whatever_the_client_asks_for_itself(client):

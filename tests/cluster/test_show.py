@@ -48,7 +48,7 @@ def test_processes_of_this_machine_are_listed_with_what_they_offer(show):
     ]
 
 
-def test_each_gpu_has_a_process_of_its_own(show, monkeypatch):
+def test_each_gpu_has_processes_of_its_own(show, monkeypatch):
     """Stands for a machine with two GPUs."""
     monkeypatch.setattr("pipeline.cluster.local.local_gpus", lambda wanted: 2 if wanted is None else wanted)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -56,6 +56,10 @@ def test_each_gpu_has_a_process_of_its_own(show, monkeypatch):
     assert show(kind="cuda", workers=6).splitlines()[1:] == [
         f"local-{i}: 3 threads, {share:.1f} GiB of memory, GPU {i}, resources read=3 extract=3 write=3 gpu=1" for i in range(2)
     ]
+    groups = {"a": {"workers": 3, "gpus": 1, "processes_per_gpu": 2, "memory": "1 GiB"}}
+    shared = [show(kind="cuda", workers=6, processes_per_gpu=3, memory="1 GiB"), show(kind="local", groups=groups)]
+    found = [re.findall(r"GPU (\d), .* gpu=(\S+)", text) for text in shared]
+    assert found == [[(str(i % 2), "0.3333") for i in range(6)], [("0", "0.5"), ("1", "0.5"), ("0", "0.5")]]
 
 
 def test_gpus_that_are_not_there_are_refused_as_a_run_would(show, monkeypatch):

@@ -14,15 +14,16 @@ from pipeline.errors import FeaturemapsError
 from pipeline.extract import gpu
 from pipeline.extract.choice import best_extractor
 from pipeline.extract.cpu import Extractor
-from pipeline.extract.devices import n_gpus
-from pipeline.extract.gpu import DeviceExtractor
+from pipeline.extract.gpu import DeviceExtractor, n_cuda_gpus
+from pipeline.extract.gpu_memory import Room, adjoining
 from pipeline.extract.gpu_sizes import GPU_STAGES
 from pipeline.extract.layers import layer_names, output_bounds, output_sizes
 from pipeline.extract.quantise import dequantise, quantisation
 from pipeline.extract.weights import seeded_weights
 from pipeline.store.schema import StoredLayer
 
-DEVICES = ["cpu", *(f"cuda:{i}" for i in range(n_gpus()))]
+DEVICES = ["cpu", *(f"cuda:{i}" for i in range(n_cuda_gpus()))]
+needs_gpu = pytest.mark.skipif(not n_cuda_gpus(), reason="no GPU")
 ONE = ExtractorSpec()
 TWO = ExtractorSpec(
     layers=(LayerSpec(filters=3, kernel=(5, 3), pool=(2, 2), activation="tanh"), LayerSpec(filters=2, kernel=(3, 3))),
@@ -94,11 +95,42 @@ def test_a_result_does_not_depend_on_the_rest_of_its_batch(where):
     together, _, _ = make(where=where)
     alone, _, _ = make(where=where)
     together._batch[SIZE] = alone._batch[SIZE] = 4
-    list(together.extract_each(SIZE, items))
+    found = list(together.extract_each(SIZE, items))
     for image, out in items:
         (pooled,) = alone.extract_each(SIZE, [(image, other := {"conv1": np.empty_like(out["conv1"])})])
         assert np.array_equal(other["conv1"], out["conv1"])
-        assert np.isfinite(pooled["conv1"].mean).all()
+        np.testing.assert_array_equal(pooled["conv1"], found.pop(0)["conv1"])
+
+
+@pytest.mark.parametrize("where", DEVICES)
+@pytest.mark.parametrize("dtype", ["float32", "uint16"])
+def test_maps_of_a_block_of_rows_go_straight_there_and_others_by_a_detour(where, dtype):
+    batched, single, (layer,) = make(ONE, dtype, where)
+    batched._batch[SIZE] = 4
+    sizes = [SIZE, SIZE, SIZE, (33, 52), SIZE, SIZE, SIZE]
+    rows = [0, 1, 3, 4, 5, 6, 2]  # a gap, an order of its own, and a row that has less
+    block = batched.block((8, *single.stack.shapes(*SIZE, 3)["conv1"]), dtype)
+    block[:] = 7
+    images = [image for image, _ in work(ONE, sizes)]
+    places = [block[row, :, : height - 8, : width - 8] for row, (height, width) in zip(rows, sizes, strict=True)]
+    list(batched.extract_each(SIZE, [(image, {"conv1": place}) for image, place in zip(images, places, strict=True)]))
+    for image, place in zip(images, places, strict=True):
+        expected = dequantise(single.extract(image)["conv1"], layer)
+        np.testing.assert_allclose(dequantise(place, layer), expected, rtol=0, atol=2 * layer.error_bound + 1e-5)
+    assert (block[7] == 7).all()
+    assert (block[4, :, 25:] == 7).all()
+    assert [len(run) for _, run in adjoining([block[row] for row in rows])] == [2, 4, 1]
+
+
+@pytest.mark.parametrize("where", DEVICES)
+def test_a_caller_that_leaves_gives_back_what_its_batches_took(where):
+    batched, _, _ = make(where=where)
+    batched._batch[SIZE] = 2
+    results = batched.extract_each(SIZE, work(ONE, [SIZE] * 6))
+    next(results)
+    assert batched.room._taken
+    results.close()
+    assert not batched.room._taken
 
 
 @pytest.mark.parametrize("where", DEVICES)
@@ -138,11 +170,11 @@ def test_memory_that_runs_out_halves_the_batch_and_loses_nothing(monkeypatch):
     batched._batch[SIZE] = 8
     start, sizes = gpu._Stage.start, []
 
-    def start_or_fail(self, items):
+    def start_or_fail(self, items, n_bytes):
         sizes.append(len(self.pixels))
         if len(self.pixels) > 2 or len(sizes) == 6:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        start(self, items)
+        start(self, items, n_bytes)
 
     monkeypatch.setattr(gpu._Stage, "start", start_or_fail)
     items = work(ONE, [SIZE] * 13)
@@ -159,11 +191,11 @@ def test_threads_that_run_out_of_memory_together_halve_the_batch_once(monkeypatc
     batched._batch[SIZE] = 8
     together, start = threading.Barrier(6), gpu._Stage.start
 
-    def start_or_fail(self, items):
+    def start_or_fail(self, items, n_bytes):
         if len(self.pixels) > 4:
             together.wait(900)
             raise RuntimeError("GET was unable to find an engine to execute this computation")
-        start(self, items)
+        start(self, items, n_bytes)
 
     monkeypatch.setattr(gpu._Stage, "start", start_or_fail)
     batches = [work(ONE, [SIZE] * 9, seed=i) for i in range(6)]
@@ -197,6 +229,42 @@ def test_other_errors_of_the_device_are_not_taken_for_a_lack_of_memory(monkeypat
         list(batched.extract_each(SIZE, work(ONE, [SIZE])))
 
 
+def test_an_image_that_does_not_fit_beside_others_is_tried_alone(monkeypatch):
+    """As above."""
+    batched, single, _ = make(threads=4)
+    batched._batch[SIZE] = 1
+    start, alone = gpu._Stage.start, []
+
+    def start_or_fail(self, items, n_bytes):
+        if len(batched.room._taken) > 1 or n_bytes < batched.room.n_bytes:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        alone.append(n_bytes)
+        start(self, items, n_bytes)
+
+    monkeypatch.setattr(gpu._Stage, "start", start_or_fail)
+    batches = [work(ONE, [SIZE] * 3, seed=i) for i in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        assert [len(found) for found in pool.map(lambda items: list(batched.extract_each(SIZE, items)), batches)] == [3] * 4
+    assert len(alone) == 12
+    for image, out in batches[3]:
+        np.testing.assert_allclose(out["conv1"], single.extract(image)["conv1"], rtol=0, atol=1e-5)
+
+
+def test_batches_wait_for_room_and_one_that_is_larger_than_all_goes_alone():
+    room = Room(10)
+    assert room.take(6, wait=True)
+    assert not room.take(6, wait=False)
+    assert room.take(4, wait=False)
+    taken = threading.Thread(target=room.take, args=(20,), kwargs={"wait": True})
+    taken.start()
+    room.give(6)
+    room.give(4)
+    taken.join()
+    assert not room.take(1, wait=False)
+    room.give(20)
+    assert room.take(1, wait=False)
+
+
 def test_one_image_beyond_the_memory_is_an_error_that_says_what_to_do(monkeypatch):
     """As above."""
     batched, _, _ = make()
@@ -218,21 +286,54 @@ def test_the_batch_follows_from_the_size_the_layers_and_the_memory():
     assert wide.batch_size(516, 639) == 1
     crowded, _, _ = make(threads=32)
     assert crowded.batch_size(516, 639) < 16
+    quarter, _, _ = make(share=0.25)
+    assert quarter.room.n_bytes == batched.room.n_bytes // 4
     full, _, _ = make()
-    full.free_bytes = 0
+    full.room.n_bytes = 0
     assert full.batch_size(516, 639) == 1
 
 
-@pytest.mark.skipif(not n_gpus(), reason="no GPU")
+@needs_gpu
 def test_workers_share_the_gpus():
     weights = seeded_weights(ONE, 3)
-    found = best_extractor(ONE, weights, stored_layers(ONE, weights, "uint8"), n_gpus() + 1, 2)
-    assert found.device == torch.device("cuda", 1 % n_gpus())
+    found = best_extractor(ONE, weights, stored_layers(ONE, weights, "uint8"), n_cuda_gpus() + 1, 2)
+    assert found.device == torch.device("cuda", 1 % n_cuda_gpus())
     assert found.extractor.layers[0].weight.is_cuda
     assert torch.cuda.get_device_name() in found.version((516, 639))
 
 
-@pytest.mark.skipif(not n_gpus(), reason="no GPU")
+@needs_gpu
+def test_threads_on_a_full_gpu_halve_their_batches_and_lose_nothing():
+    size = (516, 639)
+    batched, single, _ = make(where="cuda", threads=4)
+    list(batched.extract_each(SIZE, work(ONE, [SIZE])))  # loads cuDNN, which takes memory of its own
+    batched._batch[size] = 64
+    taken = torch.empty(torch.cuda.mem_get_info()[0] - (300 << 20), dtype=torch.uint8, device="cuda")
+    batches = [work(ONE, [size] * 9, seed=i) for i in range(4)]
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            assert [len(found) for found in pool.map(lambda items: list(batched.extract_each(size, items)), batches)] == [9] * 4
+    finally:
+        del taken
+        torch.cuda.empty_cache()
+    assert batched.batch_size(*size) < 64
+    for items in batches:
+        for image, out in items:
+            np.testing.assert_allclose(out["conv1"], single.extract(image)["conv1"], rtol=0, atol=1e-5)
+
+
+@needs_gpu
+def test_the_same_images_give_the_same_bits_again():
+    for spec in (ONE, TWO):
+        batched, _, _ = make(spec, where="cuda", threads=2)
+        first, second = (work(spec, [SIZE] * 40, seed=1) for _ in range(2))
+        pooled = [list(batched.extract_each(SIZE, items)) for items in (first, second)]
+        for (_, a), (_, b), p, q in zip(first, second, *pooled, strict=True):
+            assert all(np.array_equal(a[name], b[name]) for name in a)
+            assert all(np.array_equal(p[name], q[name]) for name in p)
+
+
+@needs_gpu
 def test_tf32_is_off_unless_asked_for():
     image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
     differences = {}

@@ -21,6 +21,28 @@ if TYPE_CHECKING:
 PATIENCE_S = 120.0
 
 
+class LocalGroupSpec(GroupSpec):
+    """Worker processes of this machine."""
+
+    processes_per_gpu: Positive = 1
+    """Of the workers, how many share their GPUs; each takes its part of the memory there."""
+
+    @property
+    def resources(self) -> dict[str, float]:
+        """Same as `GroupSpec.resources`, with a worker's share of a GPU."""
+        return super().resources | ({"gpu": 1 / self.processes_per_gpu} if self.gpus else {})
+
+    @property
+    def n_sharing(self) -> int:
+        """Sets of workers that share GPUs."""
+        return -(-self.workers // self.processes_per_gpu)
+
+    @property
+    def n_gpus(self) -> int:
+        """GPUs of all workers together."""
+        return self.n_sharing * self.gpus
+
+
 class ThisMachine(StartedSpec):
     """Processes of this machine."""
 
@@ -31,6 +53,8 @@ class ThisMachine(StartedSpec):
     """Batches at work at once: worker processes, or with GPUs the threads of their processes. None means one per core."""
     gpus: Annotated[int, Field(ge=0)] | None = None
     """Number of GPUs. None means all that this process may use."""
+    processes_per_gpu: Positive | None = None
+    """Worker processes that share a GPU. None means one for every four of its cores, and at most eight."""
     memory: Memory | None = None
     """Memory of one worker. None shares the machine's memory among the workers."""
 
@@ -39,17 +63,20 @@ class ThisMachine(StartedSpec):
         """Processes of this machine arrive soon, or never."""
         return PATIENCE_S
 
-    def processes(self) -> tuple[int, int, int]:
-        """Worker processes, threads of each, and GPUs."""
+    def group(self) -> LocalGroupSpec:
+        """The worker processes: with GPUs as many for each, and the cores as their threads."""
         cores, gpus = local.local_workers(self.workers), local.local_gpus(self.gpus)
         if not gpus and self.needs_gpu:
             local.local_gpus(1)  # it raises the error that there is no GPU
-        return (gpus, max(1, cores // gpus), gpus) if gpus else (cores, 1, 0)
+        if not gpus:
+            return LocalGroupSpec(workers=cores, memory=self.memory)
+        n = local.processes_per_gpu(self.processes_per_gpu, cores // gpus)
+        threads = max(1, cores // (gpus * n))
+        return LocalGroupSpec(workers=gpus * n, threads=threads, gpus=1, processes_per_gpu=n, memory=self.memory)
 
-    def worker_groups(self) -> Mapping[str, GroupSpec]:
+    def worker_groups(self) -> Mapping[str, LocalGroupSpec]:
         """One group that does everything, with its memory."""
-        processes, threads, gpus = self.processes()
-        return _with_memory({"local": GroupSpec(workers=processes, threads=threads, gpus=1 if gpus else 0, memory=self.memory)})
+        return _with_memory({"local": self.group()})
 
     def launches(self, name: str) -> dict[str, Launch]:  # noqa: ARG002 (for batch systems)
         """The wanted processes."""
@@ -91,23 +118,26 @@ class ThisMachine(StartedSpec):
 
 
 class LocalSpec(ThisMachine, GroupsSpec):
-    """Worker processes on this machine: one per core with one thread each, or one per GPU with the cores shared among them."""
+    """Worker processes on this machine: one per core with one thread each, or some for each GPU with the cores as their threads."""
 
     kind: Literal["local"] = "local"
-    groups: dict[Name, GroupSpec] = {}
-    """Worker groups by name. Without groups, the keys workers, gpus and memory define one group that reads and extracts."""
+    groups: dict[Name, LocalGroupSpec] = {}
+    """Worker groups by name. Without groups, the keys workers, gpus, processes_per_gpu and memory define one group that reads and
+    extracts."""
 
     @model_validator(mode="after")
     def _one_way(self) -> LocalSpec:
-        if self.groups and (self.workers or self.gpus is not None or self.memory):
-            raise ValueError("workers, gpus and memory belong to each group when there are groups: move them there")
+        if self.groups and (self.workers or self.gpus is not None or self.processes_per_gpu or self.memory):
+            raise ValueError(
+                "workers, gpus, processes_per_gpu and memory belong to each group when there are groups: move them there"
+            )
         return self
 
-    def worker_groups(self) -> Mapping[str, GroupSpec]:
+    def worker_groups(self) -> Mapping[str, LocalGroupSpec]:
         """The groups of the file, each with its memory; without any, one group that does everything."""
         if not self.groups:
             return super().worker_groups()
-        local.local_gpus(sum(group.workers * group.gpus for group in self.groups.values()))
+        local.local_gpus(sum(group.n_gpus for group in self.groups.values()))
         return _with_memory(self.groups)
 
     def n_connections(self, job: Job | None) -> int:
@@ -126,7 +156,7 @@ class LocalSpec(ThisMachine, GroupsSpec):
 
 
 class CudaSpec(ThisMachine):
-    """One worker process for each GPU of this machine, with the cores shared among them; without a GPU nothing is started."""
+    """Worker processes for each GPU of this machine, with the cores as their threads; without a GPU nothing is started."""
 
     needs_gpu: ClassVar[bool] = True
 
@@ -137,7 +167,7 @@ class CudaSpec(ThisMachine):
     """Number of GPUs. None means all that this process may use."""
 
 
-def _with_memory(groups: Mapping[str, GroupSpec]) -> dict[str, GroupSpec]:
+def _with_memory(groups: Mapping[str, LocalGroupSpec]) -> dict[str, LocalGroupSpec]:
     """Each group with the memory of its workers; workers without a limit share the machine's memory."""
     n_workers = sum(group.workers for group in groups.values())
     memory = {name: ByteSize(local.local_memory_bytes(n_workers, group.memory)) for name, group in groups.items()}

@@ -19,6 +19,7 @@ from pipeline.store.objects import Place, free_bytes, is_remote
 # torch's build for processors; the CUDA builds need more, even without a GPU.
 COMPILED_BASE_BYTES = 110 * 1024**2
 TORCH_BASE_BYTES = 300 * 1024**2 if version("torch").endswith("+cpu") else 450 * 1024**2
+GPU_BASE_BYTES = 1536 * 1024**2  # with CUDA's context and libraries: an assumption, because no GPU has been measured
 # Scratch memory of the convolution for images of any size: on a GPU or with torch; and with compiled code, which has no layers' scratch.
 BAND_BYTES = 32 * 1024**2
 COMPILED_BYTES = 8 * 1024**2
@@ -53,7 +54,7 @@ def worker_memory_bytes(
     - the decoded images of all batches in flight, if separate tasks read and extract;
     - per thread, the maps of one batch (of one shard, if one task does all stages) and the scratch memory of one image;
     - per thread, the larger of two phases: an image is decoded beside the previous one, or the objects of a shard are compressed;
-    - with a GPU, per thread, the pinned pixels and maps of two batches, and the images of three.
+    - with a GPU, per thread, the pinned pixels and maps of two batches, as torch rounds them, and the images of three.
 
     Parameters
     ----------
@@ -68,7 +69,8 @@ def worker_memory_bytes(
     """
     known = scratch_bytes or {}
     needed = (_class_memory_bytes(layout, channels, worker, decode_bytes, known.get(layout.size, 0)) for layout in layouts)
-    return base_bytes(has_torch=worker.has_gpu or any(known.values())) + max(needed, default=0)
+    base = GPU_BASE_BYTES if worker.has_gpu else base_bytes(has_torch=any(known.values()))
+    return base + max(needed, default=0)
 
 
 def base_bytes(*, has_torch: bool) -> int:
@@ -95,7 +97,9 @@ def _class_memory_bytes(layout: ClassLayout, channels: int, worker: WorkerKind, 
         n = gpu_batch(*layout.size)
         maps = 4 * sum(layer.channels * layer.height * layer.width for layer in layout.layers)
         scratch = 2 * maps + scratch_bytes + BAND_BYTES
-        scratch += GPU_STAGES * n * (image + layout.row_bytes) + (GPU_STAGES + 1) * n * image
+        pinned = GPU_STAGES * n * (image + layout.row_bytes)
+        scratch += 2 * pinned + n_images * layout.row_bytes  # torch rounds pinned memory up to powers of two, that of a shard too
+        scratch += (GPU_STAGES + 1) * n * image
     decoding = decode_bytes + (image if layout.shard_rows > 1 else 0)
     scratch += worker.bucket_bytes
     per_thread = (
