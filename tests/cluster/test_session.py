@@ -609,7 +609,8 @@ def test_what_a_job_says_of_workers_counts_for_every_kind_of_this_machine():
     shared = AddressSpec(kind="address", address="tcp://there:8786")
     assert shared.for_job(Job(**values)) == shared
     with pytest.raises(
-        UsageError, match=r"^workers, memory, gpus were given for the run, and cluster 'gpus' of kind address has"
+        UsageError,
+        match=r"^workers, memory, gpus, processes_per_gpu were given for the run, and cluster 'gpus' of kind address has",
     ):
         shared.for_job(job)
 

@@ -7,7 +7,8 @@ import os
 from contextlib import suppress
 
 with suppress(ImportError):  # of another Python, without featuremaps
-    from pipeline.extract import devices
+    from pipeline.extract import devices, gpu_sizes
 
     devices.n_gpus = lambda: int(os.environ.get("CUDA_VISIBLE_DEVICES") != "")
     devices.device_of = lambda _: "cpu"
+    gpu_sizes.MAX_GPU_BATCH = 16  # a batch is computed whole, however few images it has
