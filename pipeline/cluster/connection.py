@@ -5,11 +5,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from pipeline.config import Job
-from pipeline.errors import UsageError
+from pipeline.errors import UsageError, needs_extra
 from pipeline.run.plan.memory import base_bytes, wanted_limit_bytes
 from pipeline.store.objects import place
 from pipeline.store.settings import is_compiled
@@ -32,10 +33,14 @@ def connector(
     Raises
     ------
     UsageError
-        As raised by `check_cluster`.
+        As raised by `check_cluster`, and for a new store by `require_startable`.
     """
     if client is None:
         check_cluster(job, cluster_file)
+        if job.cluster is not None and not is_store(
+            place(job.store).absolute()
+        ):  # else a run that cannot start leaves a store behind
+            require_startable(job.cluster, cluster_file)
 
     @contextmanager
     def connect(stop: threading.Event, on_wait: Callable[[str], None], n_images: int) -> Iterator[Any]:
@@ -45,6 +50,24 @@ def connector(
             yield connected
 
     return connect
+
+
+def require_startable(name: str, cluster_file: Path) -> None:
+    """Check that this machine has what starts a cluster of ``cluster_file``.
+
+    Raises
+    ------
+    UsageError
+        When a package, a command or a GPU is missing.
+    """
+    from pipeline.cluster.config import load_cluster  # noqa: PLC0415 (no Dask when there is nothing to do)
+
+    spec = load_cluster(name, cluster_file)
+    if spec.extra is not None:
+        package, extra = spec.extra
+        with needs_extra(extra, f"a cluster of kind {spec.kind}"):
+            import_module(package)
+    spec.require_usable()
 
 
 def check_cluster(job: Job, cluster_file: Path) -> None:

@@ -62,11 +62,11 @@ def run_job(
     summary = Summary("", started=_now(), config=job.model_dump(mode="json"), versions=_versions())
     try:
         listing = list_job(job)
+        spec, weights = check_job(job, listing)
     except Exception as error:
         summary.elapsed_s, summary.ended = time.monotonic() - progress.began_s, _now()
         _leave_refusal(path, summary, error, sole_writer=job.sole_writer)
         raise
-    spec, weights = check_job(job, listing)
     durable = job.durability == "machine"
     prepare_folder(path, durable=durable)
     summary.n_listed = len(listing)
@@ -102,7 +102,7 @@ def _note_failure(summary: Summary, error: BaseException) -> None:
 
 
 def _leave_refusal(path: Place, summary: Summary, error: Exception, *, sole_writer: bool) -> None:
-    """Leave a receipt of a run whose source cannot be listed, if the store is there, free, and can be written."""
+    """Leave a receipt of a run whose source cannot be listed or whose settings do not fit, if the store exists, is free and writable."""
     _note_failure(summary, error)
     with contextlib.suppress(FeaturemapsError, OSError):
         if not is_store(path):

@@ -5,6 +5,7 @@ import ipaddress
 import os
 import re
 import socket
+import sys
 import threading
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -648,3 +649,20 @@ def test_workers_that_would_get_no_image_are_not_started():
     assert found[3] == ["read-0", "read-1", "all-0", "all-1", "all-2"]
     with connect(LocalSpec(workers=2), n_images=1) as client:
         assert len(client.scheduler_info()["workers"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("entry", "text"),
+    [
+        ("{kind: slurm, walltime: 1h, groups: {all: {workers: 1, memory: 1GB}}}", "needs dask-jobqueue, which is not installed"),
+        ("{kind: cuda, gpus: 1}", "GPU"),
+    ],
+)
+def test_a_run_that_cannot_start_its_cluster_creates_no_store(tmp_path, monkeypatch, entry, text):
+    monkeypatch.setitem(sys.modules, "dask_jobqueue", None)
+    (tmp_path / "cluster.yaml").write_text(f"clusters: {{x: {entry}}}\n")
+    source = make_images(tmp_path / "in", 1, [(30, 40)])
+    job = make_job({"source": str(source), "store": str(tmp_path / "f.zarr"), "cluster": "x"})
+    with pytest.raises(UsageError, match=text):
+        run_job(job, cluster_file=tmp_path / "cluster.yaml")
+    assert not (tmp_path / "f.zarr").exists()

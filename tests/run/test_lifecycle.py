@@ -295,6 +295,9 @@ def test_other_settings_are_refused_with_their_difference(run, twelve_sizes, tmp
     with pytest.raises(UsageError, match=r"source_root: the store has .*twelve.* this run asks for .*other"):
         run(other)
     assert objects(tmp_path / "features.zarr") == before
+    summaries = [as_summary(receipt) for receipt in read_receipts(tmp_path / "features.zarr")]
+    assert [summary.exit_code for summary in summaries] == [2, 2, 2, 2, 0]
+    assert "source_root" in summaries[0].message
 
 
 def test_a_store_inside_its_source_is_refused(run, tmp_path):
