@@ -48,6 +48,7 @@ from pipeline.source.jpeg import check_scans, load_jpeg, without_filling
 from pipeline.source.other_formats import LOOK_BYTES, check_jpeg_frame, explain_other
 from pipeline.source.pixels import BAND_ROWS, flatten, mend_colour_key, orientation_of, raw_mode, to_array, turn_of
 from pipeline.source.png import load_png, open_png
+from pipeline.source.small_png import decode_small, open_small
 from pipeline.source.tiff import check_tiff
 from pipeline.source.tiff_data import unpack
 from pipeline.source.tiff_fax import check_fax
@@ -127,6 +128,8 @@ def probe(data: BinaryIO | bytes, spec: DecodeSpec) -> ImageSize:
     stream = HeaderStream(io.BytesIO(data) if isinstance(data, bytes) else data)
     try:
         with _blaming_the_image():
+            if small := open_small(stream, spec):
+                return _measure(small, 1, spec, stream.size_bytes)
             image, orientation = _open(stream, spec)
             size = _measure(image, orientation, spec, stream.size_bytes)
             found = dropped(image, stream, is_far=is_far(data))
@@ -169,6 +172,8 @@ def decode(data: bytes, spec: DecodeSpec, *, partial: bool = False) -> np.ndarra
         Only `MemoryError` passes as it is.
     """
     with _blaming_the_image():
+        if not partial and (small := decode_small(data, spec, Image.core)) is not None:
+            return small
         stream = HeaderStream(io.BytesIO(data))
         image, orientation = _open(stream, spec)
         _measure(image, orientation, spec, len(data))
@@ -371,7 +376,7 @@ def _explain_unidentified(head: bytes, stream: HeaderStream, spec: DecodeSpec) -
     return ImageError("corrupt", text)
 
 
-def _measure(image: Image.Image, orientation: int, spec: DecodeSpec, file_bytes: int) -> ImageSize:
+def _measure(image: Any, orientation: int, spec: DecodeSpec, file_bytes: int) -> ImageSize:
     """Sizes before and after ``resize``, which has a limit too, and the memory that decoding takes."""
     width, height = image.size
     tile_pixels = 0

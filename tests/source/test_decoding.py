@@ -602,7 +602,7 @@ def test_memory_error_passes(monkeypatch):
     monkeypatch.setattr(decode_module.Image, "open", open_without_memory)
     for function in (probe, decode):
         with pytest.raises(MemoryError):
-            function(FILES["png"], RGB)
+            function(FILES["bmp"], RGB)
 
 
 def test_memory_error_in_exif_passes(monkeypatch):
