@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
 
 from pipeline.extract import devices
 from pipeline.extract.compiled import CompiledExtractor
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from pipeline.config import ExtractorSpec
     from pipeline.extract.layers import Array
@@ -29,6 +31,41 @@ class MapExtractor(Protocol):
 
     def block(self, shape: tuple[int, ...], dtype: str) -> Array:
         """Memory for maps, contents undefined, that this extractor writes to fastest."""
+
+
+class CompiledFirst:
+    """Compiled code where images are small; else another extractor, which is made when it is first needed: torch takes seconds.
+
+    Parameters
+    ----------
+    compiled : CompiledExtractor
+    make_other : callable
+    """
+
+    def __init__(self, compiled: CompiledExtractor, make_other: Callable[[], MapExtractor]) -> None:
+        self.compiled, self._make_other = compiled, make_other
+        self._making = threading.Lock()
+
+    @cached_property
+    def other(self) -> MapExtractor:
+        """The other extractor."""
+        return self._make_other()
+
+    def _of(self, size: tuple[int, int]) -> MapExtractor:
+        if self.compiled.takes(size):
+            return self.compiled
+        with self._making:
+            return self.other
+
+    def extract_each(
+        self, size: tuple[int, int], items: Iterable[tuple[Array, Mapping[str, Array]]]
+    ) -> Iterator[dict[str, Pooled]]:
+        """As of either, by the size that no image exceeds."""
+        return self._of(size).extract_each(size, items)
+
+    def version(self, size: tuple[int, int]) -> str:
+        """As of either."""
+        return self._of(size).version(size)
 
 
 def best_extractor(
@@ -56,13 +93,17 @@ def best_extractor(
     """
     stored, n = tuple(stored), devices.n_gpus()
     compiled = CompiledExtractor(spec, weights, stored)
+
+    def by_torch() -> MapExtractor:
+        from pipeline.extract.cpu import Extractor, use_one_thread  # noqa: PLC0415 (torch only where it computes)
+
+        use_one_thread()
+        return Extractor(spec, weights, stored)
+
     if not n and compiled.is_enough:
         return compiled
-    from pipeline.extract.cpu import Extractor, use_one_thread  # noqa: PLC0415 (torch only where it computes)
-
-    use_one_thread()
     if not n:
-        return Extractor(spec, weights, stored)
+        return CompiledFirst(compiled, by_torch) if compiled.small.can_store() else by_torch()
     from pipeline.extract.gpu import DeviceExtractor  # noqa: PLC0415 (as above)
 
     return DeviceExtractor(spec, weights, stored, device=devices.device_of(worker), threads=threads, share=gpu_share)

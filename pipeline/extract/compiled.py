@@ -1,4 +1,8 @@
-"""Extraction by compiled code alone: one layer without a pool. It needs no torch, which takes a worker seconds to import."""
+"""Extraction by compiled code alone: one layer without a pool, or any stack on small images.
+
+It needs no torch, which takes a worker seconds to import. Small images of one size are computed together, because a call takes
+longer than such an image.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +12,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pipeline.extract import kernel
+from pipeline.extract.small import SmallStack
 from pipeline.extract.stack import ImageByImage, Pooled, Stack, check_range
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from pipeline.config import ExtractorSpec
     from pipeline.extract.layers import Array
     from pipeline.extract.quantise import StoredAs, StoredOutput
 
+MOST_AT_ONCE, BYTES_AT_ONCE = 48, 1 << 18
+"""Images that are computed in one call, and their bytes."""
 _scratch = threading.local()
 
 
@@ -41,9 +48,12 @@ class FirstLayer:
 
     def compute(self, image: Array, stored: StoredAs, out: Array) -> Pooled:
         """Store the maps of an image (y, x, channel) uint8 in ``out`` (filters, y, x), which is contiguous along x."""
-        pixels = np.ascontiguousarray(image)
-        found = kernel.first_layer(pixels, self.weight, self.bias, self.spec.activation, stored, out)
-        return Pooled(*found.astype(np.float32))
+        return self.compute_all([np.ascontiguousarray(image)], stored, [out])[0]
+
+    def compute_all(self, images: Sequence[Array], stored: StoredAs, out: Sequence[Array]) -> list[Pooled]:
+        """`compute` for contiguous images of one size, and maps of the same strides."""
+        found = kernel.first_layers(images, self.weight, self.bias, self.spec.activation, stored, out)
+        return [Pooled(*each) for each in found.astype(np.float32)]
 
     def version(self) -> str:
         """What computes it, for the receipt; see `kernel.version`."""
@@ -51,7 +61,7 @@ class FirstLayer:
 
 
 class CompiledExtractor(ImageByImage):
-    """Extractor of a stack that `is_enough` for: thread-safe, and a function of the image alone.
+    """Extractor of what compiled code `takes`: thread-safe, and a function of the image alone.
 
     Parameters
     ----------
@@ -62,29 +72,71 @@ class CompiledExtractor(ImageByImage):
     def __init__(self, spec: ExtractorSpec, weights: Mapping[str, Array], stored: Iterable[StoredOutput] = ()) -> None:
         self.stack = Stack(spec, weights, stored)
         self.layer = FirstLayer(self.stack, weights)
+        self.small = SmallStack(self.stack, weights)
 
     @property
     def is_enough(self) -> bool:
-        """Whether compiled code computes all of the stack."""
+        """Whether compiled code computes all of the stack, whatever the size of an image."""
         return len(self.stack.layers) == 1 and self.layer.can_store(self.stack.stored["conv1"])
+
+    def takes(self, size: tuple[int, int]) -> bool:
+        """Whether compiled code computes all of the stack for images of a size, and for smaller ones."""
+        return self.is_enough or (self.small.takes(*size) and self.small.can_store())
 
     def extract_into(self, image: Array, out: Mapping[str, Array]) -> dict[str, Pooled]:
         """Compute the maps of one image and store them; as `cpu.Extractor.extract_into`."""
-        shape, stored = self.stack.check(image, out)["conv1"], self.stack.stored["conv1"]
-        wanted = out.get("conv1")
-        direct = wanted if wanted is not None and wanted.strides[2] == wanted.itemsize else scratch(shape, stored.dtype)
-        pooled = self.layer.compute(image, stored, direct)
-        check_range("conv1", pooled, stored)
-        if wanted is not None and wanted is not direct:
-            wanted[...] = direct
-        return {"conv1": pooled}
+        return self._extract_all([(image, out)])[0]
 
-    def version(self, size: tuple[int, int]) -> str:  # noqa: ARG002 (as of `DeviceExtractor`)
-        """What computes the layer, for the receipt."""
+    def extract_each(
+        self,
+        size: tuple[int, int],  # noqa: ARG002 (as of `DeviceExtractor`)
+        items: Iterable[tuple[Array, Mapping[str, Array]]],
+    ) -> Iterator[dict[str, Pooled]]:
+        """`extract_into` of several images in one call where they are small and alike; else of one after another."""
+        group: list[tuple[Array, Mapping[str, Array]]] = []
+        kind = None
+        for item in items:
+            kind, before = _kind(*item), kind
+            if group and kind != before:
+                yield from self._extract_all(group)
+                group = []
+            group.append(item)
+            if len(group) >= min(MOST_AT_ONCE, BYTES_AT_ONCE // max(1, item[0].nbytes)):
+                yield from self._extract_all(group)
+                group = []
+        if group:
+            yield from self._extract_all(group)
+
+    def _extract_all(self, items: Sequence[tuple[Array, Mapping[str, Array]]]) -> list[dict[str, Pooled]]:
+        """Of images that are alike."""
+        shapes = self.stack.check(*items[0])
+        images, out = [np.ascontiguousarray(image) for image, _ in items], [wanted for _, wanted in items]
+        if not self.is_enough:
+            return self.small.compute(images, out)
+        stored, wanted = self.stack.stored["conv1"], [maps["conv1"] for maps in out if "conv1" in maps]
+        is_direct = bool(wanted) and wanted[0].strides[2] == wanted[0].itemsize
+        direct = wanted if is_direct else [*scratch((len(images), *shapes["conv1"]), stored.dtype)]
+        pooled = self.layer.compute_all(images, stored, direct)
+        for found in pooled:
+            check_range("conv1", found, stored)
+        for to, maps in zip(wanted, direct, strict=False):
+            if to is not maps:
+                to[...] = maps
+        return [{"conv1": found} for found in pooled]
+
+    def version(self, size: tuple[int, int]) -> str:
+        """What computes the first layer of images of a size, for the receipt."""
+        if not self.is_enough and self.takes(size):
+            return kernel.name_of(kernel.lanes())
         return self.layer.version()
 
 
-def scratch(shape: tuple[int, int, int], dtype: str) -> Array:
+def _kind(image: Array, out: Mapping[str, Array]) -> tuple[object, ...]:
+    """What images must have in common to be computed together."""
+    return image.shape, image.dtype, [(name, maps.shape, maps.dtype, maps.strides) for name, maps in out.items()]
+
+
+def scratch(shape: tuple[int, ...], dtype: str) -> Array:
     """Scratch of this thread, contents undefined: one buffer, which grows to the largest request."""
     n_bytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
     if n_bytes > len(getattr(_scratch, "buffer", b"")):

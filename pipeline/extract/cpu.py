@@ -200,9 +200,9 @@ class Extractor(ImageByImage, nn.Module):
         maps = self._plain(pixels(image), torch.float64)
         return {name: values.cpu().numpy() for name, values in maps if name in self.stack.stored}
 
-    def version(self, size: tuple[int, int]) -> str:  # noqa: ARG002 (as of `DeviceExtractor`)
+    def version(self, size: tuple[int, int]) -> str:
         """What computes the first layer of images of a size, for the receipt; see `kernel.version`."""
-        return self.compiled.layer.version()
+        return self.compiled.version(size)
 
     def set_precision(self) -> None:
         """Set cuDNN's switches, which are those of the process: full float32 unless TF32 was asked for, and no choice by timing."""
@@ -232,7 +232,7 @@ class Extractor(ImageByImage, nn.Module):
         FeaturemapsError
             When a map holds NaN, infinity or values beyond what its dtype was chosen for.
         """
-        if self.is_plain and self.compiled.is_enough:
+        if self.is_plain and self.compiled.takes(image.shape[:2]):
             return self.compiled.extract_into(image, out)
         self.stack.check(image, out)
         stored_as = self.stack.stored

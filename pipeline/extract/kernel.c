@@ -8,7 +8,8 @@
 #endif
 
 enum activation { NONE, SIGMOID, TANH, RELU };
-enum { ABI = 3, BLOCK = 1024, POINTS = 25 };
+enum { ABI = 4, BLOCK = 1024, POINTS = 25 };
+enum { PATCHES = 6, SUM = 128 }; /* outputs of a tile of a small image; products, or outputs, of one float32 sum */
 enum kind { FLOAT32, UINT8, UINT16 };
 
 struct layer {
@@ -46,6 +47,17 @@ struct stored { /* integers are value * levels + constant, cut off */
     float levels, constant;
 };
 
+struct patches { /* a kernel over parts of images, channels last */
+    int kh;
+    size_t row, run, size, stride; /* floats: of an image's row, of a kernel's row, of a kernel, between outputs */
+};
+
+struct settled { /* outputs of a convolution, and what is made of them */
+    int groups, filters, window; /* vectors of filters; outputs that a pool takes together */
+    const float *in;             /* (y and x, window, group, lane) */
+    float *about, *low, *high, *sum, *squares; /* (group, lane) each */
+};
+
 struct version {
     int lanes, tile;
     void (*convolve)(const struct pair *, int width, float *out[2][2]);
@@ -57,6 +69,15 @@ struct version {
     void (*join)(const float *maps, int n, float *row);
     struct sums (*activate)(float *, int n, int activation);
     void (*store)(const float *, int n, const struct stored *, char *out);
+    void (*patches)(const struct patches *, int groups, const float *const *at, const float *weight, const float *bias, float *out);
+    void (*settle)(const struct settled *, int activation, int first, int n, float *out);
+};
+
+struct batch { /* images of one size, and where their maps go */
+    int n;
+    const uint8_t *const *images;
+    char *const *out;
+    struct moments *all; /* (n, filters) */
 };
 
 struct sink { /* where maps go, and what is noted of them */
@@ -156,6 +177,11 @@ static void merge(struct moments *all, int count, struct sums s) /* Chan, Golub 
     all->n = n;
 }
 
+static void note(const struct moments *m, double *statistics)
+{
+    statistics[0] = m->mean, statistics[1] = m->squares, statistics[2] = m->low, statistics[3] = m->high;
+}
+
 /* Take n outputs of one filter, from (y, x) on, convolution and bias done; they are changed, and up to a whole vector beyond. */
 static void finish(const struct sink *s, int filter, int y, int x, float *row, int n)
 {
@@ -176,6 +202,11 @@ static int amx_runs(void) { return 0; }
 static int amx_fits(const struct layer *l) { return (void)l, 0; }
 static int amx_layer(const struct layer *l, const struct sink *s) { return (void)l, (void)s, -1; }
 #endif
+
+static void take(struct layer *l, struct sink *s, const struct batch *b, int i)
+{
+    l->image = b->images[i], s->out = b->out[i], s->all = b->all + (size_t)i * l->filters;
+}
 
 static int direct_layer(const struct layer *l, const struct sink *sink)
 {
@@ -217,7 +248,18 @@ static int direct_layer(const struct layer *l, const struct sink *sink)
     return 0;
 }
 
+static int direct_layers(struct layer *l, struct sink *sink, const struct batch *b)
+{
+    int failed = 0;
+    for (int i = 0; i < b->n && !failed; i++) {
+        take(l, sink, b, i);
+        failed = direct_layer(l, sink);
+    }
+    return failed;
+}
+
 #include "kernel_blocks.h"
+#include "kernel_stack.h"
 
 /* Changes with the arguments of what is called from outside. */
 int featuremaps_abi(void) { return ABI; }
@@ -232,28 +274,43 @@ int featuremaps_version(int lanes, int channels, int filters, int kh, int kw)
 }
 
 /*
- * image: (height, width, channel), contiguous. weight: (filters, channel, kh, kw); bias: (filters). out: (filters, y, x) with
- * strides in bytes, contiguous along x. statistics: (filters, 4): mean, sum of squares about it, low, high. Returns 0, or -1
- * where there is no memory.
+ * Images of one size: n pointers to (height, width, channel), contiguous. weight: (filters, channel, kh, kw); bias: (filters). out: n
+ * pointers to (filters, y, x) with strides in bytes, contiguous along x. statistics: (n, filters, 4): mean, sum of squares about it,
+ * low, high. What becomes of an image does not depend on the others. Returns 0, or -1 where there is no memory.
  */
-int featuremaps_layer(const uint8_t *image, int height, int width, int channels, const float *weight, const float *bias,
-                      int filters, int kh, int kw, int activation, int kind, float levels, float constant, char *out,
-                      int64_t filter_stride, int64_t row_stride, double *statistics, int lanes)
+int featuremaps_layer(const uint8_t *const *images, int n, int height, int width, int channels, const float *weight,
+                      const float *bias, int filters, int kh, int kw, int activation, int kind, float levels, float constant,
+                      char *const *out, int64_t filter_stride, int64_t row_stride, double *statistics, int lanes)
 {
-    struct layer layer = {image, height, width, channels, weight, bias, filters, kh, kw};
-    struct moments *all = calloc((size_t)filters, sizeof *all);
+    struct layer layer = {NULL, height, width, channels, weight, bias, filters, kh, kw};
+    struct moments *all = calloc((size_t)n * filters, sizeof *all);
     if (!all)
         return -1;
-    struct sink sink = {choose(lanes), activation, width - kw + 1, {kind, levels, constant}, out, filter_stride, row_stride, all};
-    int failed;
+    struct sink sink = {choose(lanes), activation, width - kw + 1, {kind, levels, constant}, NULL, filter_stride, row_stride, NULL};
+    struct batch batch = {n, images, out, all};
+    int failed = 0;
     if (lanes >= AMX_LANES && amx_fits(&layer) && amx_runs())
-        failed = amx_layer(&layer, &sink);
+        for (int i = 0; i < n && !failed; i++) {
+            take(&layer, &sink, &batch, i);
+            failed = amx_layer(&layer, &sink);
+        }
     else
-        failed = blocks_pay(&layer) ? blocks_layer(&layer, &sink) : direct_layer(&layer, &sink);
-    for (int f = 0; f < filters; f++) {
-        double *s = statistics + 4 * f;
-        s[0] = all[f].mean, s[1] = all[f].squares, s[2] = all[f].low, s[3] = all[f].high;
-    }
+        failed = blocks_pay(&layer) ? blocks_layers(&layer, &sink, &batch) : direct_layers(&layer, &sink, &batch);
+    for (size_t i = 0; i < (size_t)n * filters; i++)
+        note(all + i, statistics + 4 * i);
     free(all);
     return failed;
 }
+
+/*
+ * A stack of layers on small images of one size, each with its own weights as `struct small_layer` says. What becomes of an image does
+ * not depend on the others. Returns 0, or -1 where there is no memory.
+ */
+int featuremaps_stack(const uint8_t *const *images, int n, int height, int width, int channels, const struct small_layer *layers,
+                      int n_layers, int lanes)
+{
+    return small_stack(choose(lanes), images, n, height, width, channels, layers, n_layers);
+}
+
+/* Lanes of the vectors that `featuremaps_stack` uses, at most so many. */
+int featuremaps_lanes(int lanes) { return choose(lanes)->lanes; }

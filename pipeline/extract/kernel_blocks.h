@@ -131,7 +131,7 @@ static void blocks_strip(const struct layer *l, const struct blocks *k, const st
     }
 }
 
-static int blocks_layer(const struct layer *l, const struct sink *sink)
+static int blocks_layers(struct layer *l, struct sink *sink, const struct batch *b)
 {
     const struct version *v = sink->version;
     int n_blocks = (sink->width + 2) / 3, strips = (n_blocks + STRIP - 1) / STRIP, lanes = v->lanes;
@@ -147,10 +147,13 @@ static int blocks_layer(const struct layer *l, const struct sink *sink)
     int failed = allocate(&s, l, &k, v, n_bytes);
     if (!failed && weights_at_points(l, &k, s.weights) < LARGEST_WEIGHT) {
         memcpy(s.bias, l->bias, (size_t)l->filters * sizeof *s.bias);
-        for (int x = 0; x < sink->width; x += 3 * k.groups * lanes)
-            blocks_strip(l, &k, sink, &s, n_bytes, x);
+        for (int i = 0; i < b->n; i++) {
+            take(l, sink, b, i);
+            for (int x = 0; x < sink->width; x += 3 * k.groups * lanes)
+                blocks_strip(l, &k, sink, &s, n_bytes, x);
+        }
     } else if (!failed)
-        failed = direct_layer(l, sink);
+        failed = direct_layers(l, sink, b);
     free(s.ring), free(s.points);
     return failed;
 }

@@ -167,9 +167,11 @@ static void NAME(store)(const float *row, int n, const struct stored *s, char *o
 }
 
 #include "kernel_points.h"
+#include "kernel_patches.h"
 
 static const struct version NAME(version) = {LANES,          TILE,           NAME(convolve), NAME(widen),    NAME(read),
-                                             NAME(transform), NAME(multiply), NAME(join),     NAME(activate), NAME(store)};
+                                             NAME(transform), NAME(multiply), NAME(join),     NAME(activate), NAME(store),
+                                             NAME(patches),   NAME(settle)};
 
 #undef vec
 #undef ivec

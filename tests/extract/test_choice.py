@@ -9,7 +9,7 @@ import pytest
 from pipeline.config import ExtractorSpec, LayerSpec
 from pipeline.extract import devices, kernel
 from pipeline.extract.activations import ACTIVATIONS
-from pipeline.extract.choice import best_extractor
+from pipeline.extract.choice import CompiledFirst, best_extractor
 from pipeline.extract.compiled import CompiledExtractor
 from pipeline.extract.cpu import Extractor
 from pipeline.extract.weights import seeded_weights
@@ -33,8 +33,8 @@ def _no_gpus(monkeypatch):
 def test_compiled_code_is_used_alone_where_it_computes_all(monkeypatch):
     for spec, stored, expected in (
         (ONE, (), CompiledExtractor),
-        (TWO, (), Extractor),
-        (POOLED, (), Extractor),
+        (TWO, (), CompiledFirst),
+        (POOLED, (), CompiledFirst),
         (ONE, (Float16,), Extractor),
     ):
         assert isinstance(best_extractor(spec, seeded_weights(spec, 3), stored, 0, 1), expected)
@@ -48,15 +48,17 @@ def test_compiled_code_is_used_alone_where_it_computes_all(monkeypatch):
 
 
 @needs_kernel
-def test_a_worker_of_one_compiled_layer_never_imports_torch():
+def test_a_worker_of_one_compiled_layer_or_of_small_images_never_imports_torch():
     code = """
 import sys
 import numpy as np
-from pipeline.config import ExtractorSpec
+from pipeline.config import ExtractorSpec, LayerSpec
 from pipeline.extract.choice import best_extractor
 from pipeline.extract.weights import load_weights
 import pipeline.run.tasks
 best_extractor(ExtractorSpec(), load_weights(ExtractorSpec(), 3), (), 0, 1).extract(np.zeros((20, 20, 3), np.uint8))
+pooled = ExtractorSpec(layers=(LayerSpec(pool=(2, 2)), LayerSpec(kernel=(3, 3))))
+list(best_extractor(pooled, load_weights(pooled, 3), (), 0, 1).extract_each((20, 20), [(np.zeros((20, 20, 3), np.uint8), {})]))
 sys.exit("torch" in sys.modules)
 """
     environment = {"CUDA_VISIBLE_DEVICES": "", "PATH": ""}
@@ -86,3 +88,26 @@ def test_a_gpu_is_looked_for_where_there_is_a_device_file(tmp_path, monkeypatch,
     assert devices.may_have_gpus(tmp_path)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert not devices.may_have_gpus(tmp_path)
+
+
+@needs_kernel
+def test_torch_is_made_once_and_for_large_images_only():
+    made = []
+
+    def by_torch():
+        made.append(1)
+        return Extractor(POOLED, weights)
+
+    weights = seeded_weights(POOLED, 3)
+    extractor = CompiledFirst(CompiledExtractor(POOLED, weights), by_torch)
+    small, large = (np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8) for side in (28, 700))
+    assert extractor.version((28, 28)) != "torch"
+    (pooled,) = extractor.extract_each((28, 28), [(small, {})])
+    assert not made
+    assert extractor.version((700, 700)) == "torch"
+    of_small, of_large = extractor.extract_each((700, 700), [(small, {}), (large, {})])
+    assert made == [1]
+    np.testing.assert_array_equal(of_small["conv1"], pooled["conv1"])  # whatever the class that it lies in
+    np.testing.assert_allclose(
+        of_large["conv1"].mean, Extractor(POOLED, weights).reference(large)["conv1"].mean((1, 2)), atol=1e-6
+    )

@@ -176,10 +176,10 @@ def test_the_statistics_of_a_wide_constant_image_are_exact(monkeypatch, lanes):
 @needs_kernel
 def test_a_library_of_other_sources_is_not_used(monkeypatch):
     monkeypatch.setattr(kernel, "_ABI", 0)
-    kernel._library.cache_clear()
+    kernel.library.cache_clear()
     assert kernel.version() == "torch"
     monkeypatch.undo()
-    kernel._library.cache_clear()
+    kernel.library.cache_clear()
     assert kernel.version() != "torch"
 
 
@@ -192,7 +192,7 @@ def test_a_layer_without_memory_for_its_rows_says_so(monkeypatch):
         def featuremaps_layer(*_: object) -> int:
             return -1
 
-    monkeypatch.setattr(kernel, "_library", Library)
+    monkeypatch.setattr(kernel, "library", Library)
     stored = quantisation((0, 1), "float32")
     image, weight, bias = np.zeros((9, 9, 3), np.uint8), np.zeros((2, 3, 9, 9), np.float32), np.zeros(2, np.float32)
     with pytest.raises(MemoryError, match="found no memory for its rows"):
