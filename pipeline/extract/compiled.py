@@ -48,12 +48,12 @@ class FirstLayer:
 
     def compute(self, image: Array, stored: StoredAs, out: Array) -> Pooled:
         """Store the maps of an image (y, x, channel) uint8 in ``out`` (filters, y, x), which is contiguous along x."""
-        return self.compute_all([np.ascontiguousarray(image)], stored, [out])[0]
+        return Pooled(*self.compute_all([np.ascontiguousarray(image)], stored, [out])[0])
 
-    def compute_all(self, images: Sequence[Array], stored: StoredAs, out: Sequence[Array]) -> list[Pooled]:
-        """`compute` for contiguous images of one size, and maps of the same strides."""
+    def compute_all(self, images: Sequence[Array], stored: StoredAs, out: Sequence[Array]) -> Array:
+        """`compute` for contiguous images of one size, and maps of the same strides: (image, 4, filters) float32."""
         found = kernel.first_layers(images, self.weight, self.bias, self.spec.activation, stored, out)
-        return [Pooled(*each) for each in found.astype(np.float32)]
+        return found.astype(np.float32)
 
     def version(self) -> str:
         """What computes it, for the receipt; see `kernel.version`."""
@@ -117,12 +117,11 @@ class CompiledExtractor(ImageByImage):
         is_direct = bool(wanted) and wanted[0].strides[2] == wanted[0].itemsize
         direct = wanted if is_direct else [*scratch((len(images), *shapes["conv1"]), stored.dtype)]
         pooled = self.layer.compute_all(images, stored, direct)
-        for found in pooled:
-            check_range("conv1", found, stored)
+        check_range("conv1", Pooled(*pooled.transpose(1, 0, 2)), stored)
         for to, maps in zip(wanted, direct, strict=False):
             if to is not maps:
                 to[...] = maps
-        return [{"conv1": found} for found in pooled]
+        return [{"conv1": Pooled(*found)} for found in pooled]
 
     def version(self, size: tuple[int, int]) -> str:
         """What computes the first layer of images of a size, for the receipt."""

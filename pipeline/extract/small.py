@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import math
-from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -48,23 +47,27 @@ class SmallStack:
 
     def __init__(self, stack: Stack, weights: Mapping[str, Array]) -> None:
         self.stack, self.weights = stack, weights
-        self.takes = lru_cache(64)(self._takes)
-        self.packed = lru_cache(4)(self._pack)
+        self._packed: dict[int, list[tuple[Array, Array]]] = {}
 
     def can_store(self) -> bool:
         """Whether compiled code has these layers, and knows how their maps are stored."""
         is_known = all(ACTIVATIONS[layer.activation].compiled is not None for layer in self.stack.layers)
         return is_known and all(kernel.is_available(stored) for stored in self.stack.stored.values())
 
-    def _takes(self, height: int, width: int) -> bool:
+    def takes(self, height: int, width: int) -> bool:
         """Whether an image of a size, or of a smaller one, is small."""
         sizes = output_sizes(self.stack.layers, height, width)
         layers = zip(self.stack.layers, sizes, strict=True)
         values = (layer.filters * math.prod(layer.pool) * math.prod(size) for layer, size in layers)
         return max(values) <= LARGEST_LAYER and height * width * self.stack.channels <= LARGEST_LAYER
 
-    def _pack(self, lanes: int) -> list[tuple[Array, Array]]:
+    def packed(self, lanes: int) -> list[tuple[Array, Array]]:
         """Weights and biases of the layers in vectors of filters, the last one filled with zeros."""
+        if lanes not in self._packed:
+            self._packed[lanes] = self._pack(lanes)
+        return self._packed[lanes]
+
+    def _pack(self, lanes: int) -> list[tuple[Array, Array]]:
         found = []
         for name, layer in zip(self.stack.names, self.stack.layers, strict=True):
             weight, bias = (np.asarray(self.weights[f"{name}_{part}"], np.float32) for part in ("weight", "bias"))

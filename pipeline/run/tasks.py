@@ -300,7 +300,9 @@ def _extract_piece(
         for i, (row, image) in enumerate(zip(outcome.rows, images, strict=True)):
             if image is not None:
                 missing[row - outcome.start] = False
-                valid = _valid_views(plugin, image, {name: block[row - outcome.start] for name, block in blocks.items()}, fills)
+                valid = {name: block[row - outcome.start] for name, block in blocks.items()}
+                if image.shape[:2] != layout.size:
+                    valid = _valid_views(plugin, image, valid, fills)
                 sent.append((i, valid))
                 yield image, valid
 

@@ -145,12 +145,18 @@ def _url(root: str, path: str) -> Url:
 
 
 def _open(root: str, path: str) -> Any:
+    """Open a regular file for reading."""
+    return os.fdopen(_descriptor(root, path)[0], "rb")
+
+
+def _descriptor(root: str, path: str) -> tuple[int, os.stat_result]:
     """Open a regular file for reading; other files could block or never end."""
     descriptor = os.open(absolute_path(root, path), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
         os.close(descriptor)
         raise ImageError("not_a_file", "a folder, pipe, socket or device")
-    return os.fdopen(descriptor, "rb")
+    return descriptor, status
 
 
 def _retry(action: Callable[[], T], root: str, path: str, patience: Patience) -> T:
@@ -200,10 +206,15 @@ def _read_file(root: str, path: str, fingerprint: str, patience: Patience) -> by
         content, meta = _url(root, path).fetch(patient=patience.is_left)
         _check_unchanged(fingerprint, fingerprint_of(meta))
         return content
-    with _open(root, path) as file:
-        _require_fingerprint(file, fingerprint)
-        data: bytes = file.read()
-        return data
+    descriptor, status = _descriptor(root, path)
+    try:  # without a file object, which takes as long as a small file
+        _check_unchanged(fingerprint, fingerprint_of(status))
+        parts = []
+        while part := os.read(descriptor, min(status.st_size, READ_AHEAD_BYTES) + 1):
+            parts.append(part)
+    finally:
+        os.close(descriptor)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 def read_ahead(

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 import pickle
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch.nn.functional import conv2d, max_pool2d
 
 from pipeline.config import Activation, ExtractorSpec, LayerSpec
 from pipeline.errors import FeaturemapsError, ImageError, UsageError
-from pipeline.extract import cpu, keeping
+from pipeline.extract import cpu, keeping, small
 from pipeline.extract.cpu import Extractor, Layer
 from pipeline.extract.keeping import pool, quantise_into
 from pipeline.extract.layers import output_bounds, output_sizes
@@ -59,8 +60,12 @@ def random_image(height: int, width: int, channels: int = 3, seed: int = 0) -> n
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> None:
+def _by_torch_alone() -> Iterator[None]:
+    """In one thread; `test_small` tests what compiled code does of small images."""
     cpu.use_one_thread()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(small, "LARGEST_LAYER", 0)
+        yield
 
 
 # -- golden ------------------------------------------------------------------------------------------------------------------
@@ -128,14 +133,19 @@ LENET = ExtractorSpec(
 )
 
 
-@pytest.mark.parametrize(("precision", "tolerance"), [("float64", 1e-12), ("float32", 5e-7)])
-def test_golden_lenet(precision: cpu.Precision, tolerance: float) -> None:
+def golden_lenet() -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Weights, and images with their maps."""
     with np.load(GOLDEN / "lenet_tanh_28x28.npz") as file:
         golden = dict(file)
     flipped = {f"conv{i + 1}_weight": golden[f"layer{i}_W"][:, :, ::-1, ::-1] for i in (0, 1)}
     # the hidden layer flattens (channel, y, x) and multiplies: a convolution over the whole map, not flipped
     weights = flipped | {"conv3_weight": golden["layer2_W"].T.reshape(500, 50, 4, 4)}
-    weights |= {f"conv{i + 1}_bias": golden[f"layer{i}_b"] for i in range(3)}
+    return weights | {f"conv{i + 1}_bias": golden[f"layer{i}_b"] for i in range(3)}, golden
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("float64", 1e-12), ("float32", 5e-7)])
+def test_golden_lenet(precision: cpu.Precision, tolerance: float) -> None:
+    weights, golden = golden_lenet()
     lenet = Extractor(LENET, weights, precision=precision)
     for i, image in enumerate(golden["images"]):
         maps = lenet(torch.from_numpy(image.transpose(1, 2, 0) * 256))

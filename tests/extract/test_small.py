@@ -14,17 +14,10 @@ from pipeline.extract.cpu import Extractor
 from pipeline.extract.layers import output_bounds, output_sizes, receptive_field
 from pipeline.extract.quantise import dequantise, quantisation
 from pipeline.extract.weights import seeded_weights
+from tests.extract.test_cpu import LENET, golden_lenet
 from tests.extract.test_kernel import COMPILED, needs_kernel
 
 pytestmark = needs_kernel
-LENET = ExtractorSpec(
-    layers=(
-        LayerSpec(filters=20, kernel=(5, 5), pool=(2, 2), activation="tanh"),
-        LayerSpec(filters=50, kernel=(5, 5), pool=(2, 2), activation="tanh"),
-        LayerSpec(filters=500, kernel=(4, 4), activation="tanh"),
-    ),
-    outputs=("conv1", "conv2", "conv3"),
-)
 LANES = [4, 8, 16, 32]
 
 
@@ -113,6 +106,20 @@ def test_lenet_is_as_exact_as_torch():
     exact = Extractor(LENET, weights).reference(image)
     for name, maps in CompiledExtractor(LENET, weights).extract(image).items():
         assert np.abs(maps - exact[name]).max() <= 5e-7
+
+
+@pytest.mark.parametrize("lanes", LANES)
+def test_golden_lenet(monkeypatch, lanes):
+    """Weights and maps of a LeNet in NumPy, as `test_cpu` has them for torch."""
+    monkeypatch.setattr(kernel, "MAX_LANES", lanes)
+    weights, golden = golden_lenet()
+    pixels = golden["images"].transpose(0, 2, 3, 1) * 256
+    images = list(np.ascontiguousarray(pixels.astype(np.uint8)))
+    np.testing.assert_array_equal(pixels, images)
+    out, _ = together(CompiledExtractor(LENET, weights), images)
+    for i, maps in enumerate(out):
+        for name, layer in (("conv1", "layer0"), ("conv2", "layer1"), ("conv3", "layer2")):
+            np.testing.assert_allclose(maps[name].reshape(golden[layer][i].shape), golden[layer][i], rtol=0, atol=5e-7)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "uint8", "uint16"])
