@@ -172,7 +172,7 @@ def decode(data: bytes, spec: DecodeSpec, *, partial: bool = False) -> np.ndarra
         Only `MemoryError` passes as it is.
     """
     with _blaming_the_image():
-        if not partial and (small := decode_small(data, spec, Image.core)) is not None:
+        if not partial and (small := decode_small(data, spec, Image)) is not None:
             return small
         stream = HeaderStream(io.BytesIO(data))
         image, orientation = _open(stream, spec)

@@ -10,16 +10,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from pipeline.source.header_limits import check_bytes, check_pixels
+from pipeline.source.header_limits import HeaderStream, check_bytes, check_pixels
 from pipeline.source.png import SIGNATURE
 
 if TYPE_CHECKING:
     from pipeline.config import DecodeSpec
-    from pipeline.source.png import Header
 
 _HEAD_BYTES = 256  # of a file, in which the header is looked for
 _MAX_BYTES = 1 << 16  # of unpacked pixels: they are unpacked twice, which costs more than it spares in larger ones
-_MODES = {(8, 0, 0, 0, 0): "L", (8, 2, 0, 0, 0): "RGB"}  # depth, colour, compression, filter, interlace
+_MODES = {bytes((8, 0, 0, 0, 0)): "L", bytes((8, 2, 0, 0, 0)): "RGB"}  # depth, colour, compression, filter, interlace
 _WITHOUT_EFFECT = {b"gAMA": 4, b"cHRM": 32, b"sRGB": 1, b"pHYs": 9, b"tIME": 7}
 """Chunks that change no pixel, and their lengths."""
 
@@ -37,7 +36,7 @@ class SmallPng(NamedTuple):
     has_transparency_data: bool = False
 
 
-def open_small(stream: Header, spec: DecodeSpec) -> SmallPng | None:
+def open_small(stream: HeaderStream, spec: DecodeSpec) -> SmallPng | None:
     """Read the header of a file; None if it is unusual, and the stream is at its beginning again.
 
     Raises
@@ -57,7 +56,7 @@ def _read_header(data: bytes) -> SmallPng | None:
     """What a file, or its beginning, says."""
     if data[:8] != SIGNATURE or data[8:16] != b"\0\0\0\x0dIHDR":
         return None
-    size, mode = (int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")), _MODES.get(tuple(data[24:29]))
+    size, mode = (int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")), _MODES.get(data[24:29])
     if mode is None or not 0 < size[0] * size[1] * len(mode) <= _MAX_BYTES or not _is_sound(data, 8, 13):
         return None
     place = 33
@@ -75,7 +74,7 @@ def _is_sound(data: bytes, place: int, n_bytes: int) -> bool:
     return end + 4 <= len(data) and zlib.crc32(data[place + 4 : end]) == int.from_bytes(data[end : end + 4], "big")
 
 
-def decode_small(data: bytes, spec: DecodeSpec, core: Any) -> np.ndarray | None:
+def decode_small(data: bytes, spec: DecodeSpec, pillow: Any) -> np.ndarray | None:
     """Pixels (height, width, channel) uint8 of a file, by Pillow's decoder without what surrounds it; None if it is unusual.
 
     Parameters
@@ -83,8 +82,8 @@ def decode_small(data: bytes, spec: DecodeSpec, core: Any) -> np.ndarray | None:
     data : bytes
         The whole file.
     spec : DecodeSpec
-    core : module
-        ``PIL.Image.core``.
+    pillow : module
+        ``PIL.Image``.
     """
     header = _read_header(data) if "PNG" in spec.formats and len(data) <= 2 * _MAX_BYTES else None
     if header is None or (header.mode == "RGB" and spec.color == "grey"):
@@ -96,7 +95,7 @@ def decode_small(data: bytes, spec: DecodeSpec, core: Any) -> np.ndarray | None:
     if packed is None or not _is_whole(packed, height * (1 + width * len(mode))):
         return None
     try:
-        pixels = np.frombuffer(_unpack(core, packed, mode, header.size), np.uint8).reshape(height, width, len(mode))
+        pixels = np.frombuffer(_unpack(pillow.core, packed, mode, header.size), np.uint8).reshape(height, width, len(mode))
     except MemoryError:
         raise
     except Exception:  # noqa: BLE001 (a filter that there is not, or another Pillow: the long way tells)

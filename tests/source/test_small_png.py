@@ -28,7 +28,7 @@ PLAIN = write(SAMPLES, 8, 2)
 
 
 def small(data: bytes, spec: DecodeSpec = RGB) -> np.ndarray | None:
-    return decode_small(data, spec, Image.core)
+    return decode_small(data, spec, Image)
 
 
 def the_long_way(monkeypatch, function, data: bytes, spec: DecodeSpec):
@@ -138,7 +138,7 @@ def test_a_decoder_that_finds_no_end_is_not_believed():
             return len(data), 0
 
     core = SimpleNamespace(new=Image.core.new, zip_decoder=lambda *_: Decoder(), raw_encoder=Image.core.raw_encoder)
-    assert decode_small(PLAIN, RGB, core) is None
+    assert decode_small(PLAIN, RGB, SimpleNamespace(core=core)) is None
 
 
 def test_a_memory_error_passes():
@@ -146,4 +146,4 @@ def test_a_memory_error_passes():
         raise MemoryError
 
     with pytest.raises(MemoryError):
-        decode_small(PLAIN, RGB, SimpleNamespace(new=new))
+        decode_small(PLAIN, RGB, SimpleNamespace(core=SimpleNamespace(new=new)))
