@@ -301,8 +301,7 @@ def _extract_piece(
             if image is not None:
                 missing[row - outcome.start] = False
                 valid = {name: block[row - outcome.start] for name, block in blocks.items()}
-                if image.shape[:2] != layout.size:
-                    valid = _valid_views(plugin, image, valid, fills)
+                valid = valid if image.shape[:2] == layout.size else _valid_views(plugin, image, valid, fills)
                 sent.append((i, valid))
                 yield image, valid
 

@@ -132,8 +132,7 @@ def probe(data: BinaryIO | bytes, spec: DecodeSpec) -> ImageSize:
                 return _measure(small, 1, spec, stream.size_bytes)
             image, orientation = _open(stream, spec)
             size = _measure(image, orientation, spec, stream.size_bytes)
-            found = dropped(image, stream, is_far=is_far(data))
-            return replace(size, dropped=found) if found else size
+            return replace(size, dropped=dropped(image, stream, is_far=is_far(data)))
     except StorageFault as fault:
         raise fault.error from None
 
@@ -346,16 +345,15 @@ def _open(stream: HeaderStream, spec: DecodeSpec) -> tuple[Image.Image, int]:
 def _check_cost(image: Image.Image, data: bytes) -> None:
     """Refuse an image that would take minutes, whatever the size of its file."""
     text = ""
-    if isinstance(image, JpegImagePlugin.JpegImageFile) and _n_scans(image, data) > _JPEG_SCANS:
+    if (
+        isinstance(image, JpegImagePlugin.JpegImageFile)
+        and n_scans(data, 0 if "progressive" in image.info else image.layers) > _JPEG_SCANS
+    ):
         text = f"it has more than {_JPEG_SCANS} scans, and some ten are usual"
     elif image.format == "PPM" and cast("Any", image).tile[0].codec_name == "ppm_plain" and data.count(b"#") > _PLAIN_COMMENTS:
         text = f"it has more than {_PLAIN_COMMENTS} comments"
     if text:
         raise ImageError("corrupt", f"the image cannot be decoded ({text})")
-
-
-def _n_scans(image: JpegImagePlugin.JpegImageFile, data: bytes) -> int:
-    return n_scans(data, 0 if "progressive" in image.info else image.layers)
 
 
 def _explain_unidentified(head: bytes, stream: HeaderStream, spec: DecodeSpec) -> ImageError:
