@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from pipeline.extract.layers import Array
     from pipeline.extract.quantise import StoredAs, StoredOutput
 
-MOST_AT_ONCE, BYTES_AT_ONCE = 48, 1 << 18
-"""Images that are computed in one call, and their bytes."""
+MOST_AT_ONCE = 48
+"""Images that are computed in one call."""
+_PIXELS_AT_ONCE, _VALUES_AT_ONCE = 1 << 18, 1 << 20  # of these images, where there is one layer; of all layers' maps, in a stack
 _scratch = threading.local()
 
 
@@ -94,18 +95,25 @@ class CompiledExtractor(ImageByImage):
     ) -> Iterator[dict[str, Pooled]]:
         """`extract_into` of several images in one call where they are small and alike; else of one after another."""
         group: list[tuple[Array, Mapping[str, Array]]] = []
-        kind = None
+        kind, n_at_once = None, 1
         for item in items:
             kind, before = _kind(*item), kind
             if group and kind != before:
                 yield from self._extract_all(group)
                 group = []
             group.append(item)
-            if len(group) >= min(MOST_AT_ONCE, BYTES_AT_ONCE // max(1, item[0].nbytes)):
+            if kind != before:
+                n_at_once = self._n_at_once(item[0])
+            if len(group) >= n_at_once:
                 yield from self._extract_all(group)
                 group = []
         if group:
             yield from self._extract_all(group)
+
+    def _n_at_once(self, image: Array) -> int:
+        if self.is_enough:
+            return min(MOST_AT_ONCE, _PIXELS_AT_ONCE // max(1, image.size))
+        return min(MOST_AT_ONCE, _VALUES_AT_ONCE // max(1, self.small.n_values(*image.shape[:2])))
 
     def _extract_all(self, items: Sequence[tuple[Array, Mapping[str, Array]]]) -> list[dict[str, Pooled]]:
         """Of images that are alike."""

@@ -19,8 +19,11 @@ if TYPE_CHECKING:
     from pipeline.config import LayerSpec
     from pipeline.extract.layers import Array
 
-LARGEST_LAYER = 1 << 19
-"""Values of a layer before its pool, up to which an image is small."""
+LARGEST_IMAGE, LARGEST_LAYER = 96 * 96, 1 << 19
+"""Pixels of an image, and values of a layer before its pool, up to which an image is small.
+
+For layers of two filters of 9 x 9, torch is as fast at some 100 x 100 pixels; for others it needs more.
+"""
 
 
 class SmallLayer(ctypes.Structure):
@@ -59,7 +62,12 @@ class SmallStack:
         sizes = output_sizes(self.stack.layers, height, width)
         layers = zip(self.stack.layers, sizes, strict=True)
         values = (layer.filters * math.prod(layer.pool) * math.prod(size) for layer, size in layers)
-        return max(values) <= LARGEST_LAYER and height * width * self.stack.channels <= LARGEST_LAYER
+        return height * width <= LARGEST_IMAGE and max(values) <= LARGEST_LAYER
+
+    def n_values(self, height: int, width: int) -> int:
+        """Values of all layers' maps of an image."""
+        sizes = output_sizes(self.stack.layers, height, width)
+        return sum(layer.filters * math.prod(size) for layer, size in zip(self.stack.layers, sizes, strict=True))
 
     def packed(self, lanes: int) -> list[tuple[Array, Array]]:
         """Weights and biases of the layers in vectors of filters, the last one filled with zeros."""

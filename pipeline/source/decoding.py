@@ -170,9 +170,9 @@ def decode(data: bytes, spec: DecodeSpec, *, partial: bool = False) -> np.ndarra
         read, such as floats), ``too_many_pixels``, ``too_large`` (the file), ``truncated`` or ``corrupt`` (anything else).
         Only `MemoryError` passes as it is.
     """
+    if not partial and (small := decode_small(data, spec, Image)) is not None:
+        return small
     with _blaming_the_image():
-        if not partial and (small := decode_small(data, spec, Image)) is not None:
-            return small
         stream = HeaderStream(io.BytesIO(data))
         image, orientation = _open(stream, spec)
         _measure(image, orientation, spec, len(data))

@@ -173,10 +173,19 @@ def test_only_small_images_are_taken():
     spec = ExtractorSpec(layers=(LayerSpec(filters=2, pool=(2, 2)),))
     extractor = CompiledExtractor(spec, seeded_weights(spec, 3))
     assert extractor.takes((28, 28))
-    assert not extractor.takes((600, 600))
+    assert not extractor.takes((97, 96))
     assert extractor.version((28, 28)) != "torch"
     assert extractor.version((600, 600)) == "torch"
     assert not CompiledExtractor(spec, seeded_weights(spec, 3), [Stored("conv1", (0, 1), "float16")]).takes((28, 28))
+
+
+def test_a_call_takes_so_many_images_as_memory_allows(monkeypatch):
+    spec, called = ExtractorSpec(layers=(LayerSpec(filters=500, kernel=(3, 3), activation="relu"), LayerSpec(kernel=(3, 3)))), []
+    extractor = CompiledExtractor(spec, seeded_weights(spec, 1))
+    compute = extractor.small.compute
+    monkeypatch.setattr(extractor.small, "compute", lambda images, out: called.append(len(images)) or compute(images, out))
+    together(extractor, noise(7, 28, 28, 1))
+    assert called == [3, 3, 1]
 
 
 def test_a_small_image_is_the_same_by_the_extractor_of_torch():
