@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from functools import reduce
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -23,8 +25,11 @@ if TYPE_CHECKING:
 
 Precision = Literal["float32", "float64"]
 
-BAND_OUTPUTS = 1 << 19  # convolve about half a million outputs at a time: as fast, and scratch does not grow with the image
-BAND_VALUES = 1 << 18  # un-shuffle about 1 MiB at a time, which stays in a core's cache
+BAND_OUTPUTS = 1 << 20  # convolve about a million outputs, of as many inputs, at a time: scratch does not grow with the image
+BAND_VALUES = 1 << 16  # un-shuffle about 256 KiB at a time, which stay in a core's cache
+LARGE_KERNEL = (
+    49  # weights of one channel of a kernel: from so many on, compiled code is faster, though the maps are turned after it
+)
 UNFOLDED_VALUES = 1 << 24  # 128 MiB in float64
 
 
@@ -56,14 +61,14 @@ class Layer(nn.Module):
         super().__init__()
         self.spec, self.block = spec, block_shape(spec.filters, spec.kernel)
         (kh, kw), (sy, sx) = spec.kernel, self.block
-        blocks = weight.new_zeros(spec.filters, sy, sx, weight.shape[1], kh + sy - 1, kw + sx - 1)
+        blocks = weight.new_zeros(sy, sx, spec.filters, weight.shape[1], kh + sy - 1, kw + sx - 1)
         for dy in range(sy):
             for dx in range(sx):
-                blocks[:, dy, dx, :, dy : dy + kh, dx : dx + kw] = weight * unit  # exact: the unit is a power of two
+                blocks[dy, dx, :, :, dy : dy + kh, dx : dx + kw] = weight * unit  # exact: the unit is a power of two
         self.register_buffer("weight", weight)
         self.register_buffer("bias", bias)
         self.register_buffer("block_weight", blocks.flatten(0, 2).contiguous(memory_format=torch.channels_last))
-        self.register_buffer("block_bias", bias.repeat_interleave(sy * sx))
+        self.register_buffer("block_bias", bias.repeat(sy * sx))
 
     def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """Compute (channel, y, x) -> (filters, y, x), or ``out``, which is float32; any strides will do."""
@@ -78,18 +83,24 @@ class Layer(nn.Module):
         (kh, kw), (sy, sx), (py, _) = self.spec.kernel, self.block, self.spec.pool
         height, width = x.shape[1] - kh + 1, x.shape[2] - kw + 1
         columns = padded_extent(width, sx)
-        band = max(1, BAND_OUTPUTS // (self.spec.filters * columns * sy * py)) * sy * py
+        band = max(1, BAND_OUTPUTS // (max(self.spec.filters, x.shape[0]) * columns * sy * py)) * sy * py
         for top in range(0, out.shape[1] * py, band):
             rows = min(band, height - top)
             padded = _channels_last(x[:, top : top + rows + kh - 1], padded_extent(rows, sy) + kh - 1, columns + kw - 1)
-            y = conv2d(padded, self.block_weight, self.block_bias, stride=self.block)  # (1, filters*sy*sx, rows/sy, columns/sx)
+            y = conv2d(padded, self.block_weight, self.block_bias, stride=self.block)  # (1, sy*sx*filters, rows/sy, columns/sx)
             part = out[:, top // py : (top + rows) // py]
             if self.spec.pool == (1, 1):
                 _unshuffle(_activate(y, self.spec.activation), self.block, part)
             else:
-                maps = _unshuffle(y, self.block, buffer("unpooled", self.spec.filters, rows, width))
-                part.copy_(_activate(max_pool2d(maps, self.spec.pool), self.spec.activation))  # max(x) + bias = max(x + bias)
+                maps = _max_pool(_join(y, self.block), self.spec.pool, (part.shape[1], part.shape[2]))
+                part.copy_(_activate(maps, self.spec.activation).permute(2, 0, 1))  # max(x) + bias = max(x + bias)
         return out
+
+
+def _maps_buffer(role: str, shape: tuple[int, int, int], *, is_planar: bool) -> Tensor:
+    """Scratch for maps (filters, y, x), stored in this order or else channels last."""
+    filters, height, width = shape
+    return buffer(role, *shape) if is_planar else buffer(role, height, width, filters).permute(2, 0, 1)
 
 
 def _convolve(x: Tensor, weight: Tensor) -> Tensor:
@@ -111,10 +122,27 @@ def _channels_last(x: Tensor, height: int, width: int) -> Tensor:
     return padded.permute(2, 0, 1)[None]
 
 
+def _join(y: Tensor, block: tuple[int, int]) -> Tensor:
+    """Put blocks (1, sy*sx*filters, rows, columns) together: (y, x, filters), a view of ``y`` where sy is 1."""
+    (sy, sx), (rows, columns) = block, y.shape[2:]
+    y = y[0].permute(1, 2, 0).unflatten(2, (sy, sx, -1))  # (rows, columns, sy, sx, filters)
+    return y.transpose(1, 2).reshape(rows * sy, columns * sx, -1)
+
+
+def _max_pool(y: Tensor, pool: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """Max-pool (y, x, filters) to ``size``; torch's own takes ten times as long unless it is told of the layout."""
+    for axis, (step, extent) in enumerate(zip(pool, size, strict=True)):
+        parts = [y.narrow(axis, 0, extent * step).unflatten(axis, (extent, step)).select(axis + 1, i) for i in range(step)]
+        y = reduce(torch.maximum, parts)
+    return y
+
+
 def _unshuffle(y: Tensor, block: tuple[int, int], out: Tensor) -> Tensor:
-    """Spread (1, filters*sy*sx, rows, columns) over ``out`` (filters, y, x); what lies beyond ``out`` is dropped."""
+    """Spread (1, sy*sx*filters, rows, columns) over ``out`` (filters, y, x); what lies beyond ``out`` is dropped."""
     (sy, sx), (filters, height, width) = block, out.shape
-    y = y.view(filters, sy, sx, *y.shape[2:]).permute(0, 3, 1, 4, 2)  # (filters, rows, sy, columns, sx)
+    if out.stride(0) == 1 and sy == 1:  # channels last, as y is
+        return out.copy_(_join(y, block)[:height, :width].permute(2, 0, 1))
+    y = y.view(sy, sx, filters, *y.shape[2:]).permute(2, 3, 0, 4, 1)  # (filters, rows, sy, columns, sx)
     (rows, rest_y), (columns, rest_x) = divmod(height, sy), divmod(width, sx)
     band = max(1, BAND_VALUES // (filters * sy * sx * y.shape[3]))
     for top in range(0, rows, band):
@@ -202,7 +230,13 @@ class Extractor(ImageByImage, nn.Module):
 
     def version(self, size: tuple[int, int]) -> str:  # noqa: ARG002 (as of `DeviceExtractor`)
         """What computes the first layer of images of a size, for the receipt; see `kernel.version`."""
-        return self.compiled.layer.version()
+        return self.compiled.layer.version() if self._is_first_compiled else "torch"
+
+    @property
+    def _is_first_compiled(self) -> bool:
+        """Whether compiled code computes the first layer, where it can and is faster: a function of the layers alone."""
+        is_large = math.prod(self.stack.layers[0].kernel) >= LARGE_KERNEL
+        return (is_large or len(self.layers) == 1) and self.compiled.layer.can_store(AS_FLOAT32)
 
     def set_precision(self) -> None:
         """Set cuDNN's switches, which are those of the process: full float32 unless TF32 was asked for, and no choice by timing."""
@@ -254,8 +288,12 @@ class Extractor(ImageByImage, nn.Module):
             return
         x = image.permute(2, 0, 1)  # (channel, y, x); 1/256 is in the weights
         for i, (layer, (name, shape)) in enumerate(zip(self.layers, self.stack.shapes(*image.shape).items(), strict=True)):
-            maps = out[name] if name in out else buffer(f"maps{i % 2}", *shape)  # the other one still holds its input
-            if i == 0 and image.dtype == torch.uint8 and maps.stride(2) == 1 and self.compiled.layer.can_store(AS_FLOAT32):
+            is_compiled = i == 0 and image.dtype == torch.uint8 and self._is_first_compiled
+            is_planar = is_compiled or name in self.stack.stored  # else as the next layer takes it
+            maps = (
+                out[name] if name in out else _maps_buffer(f"maps{i % 2}", shape, is_planar=is_planar)
+            )  # the other is its input
+            if is_compiled and maps.stride(2) == 1:
                 self.compiled.layer.compute(image.numpy(), AS_FLOAT32, maps.numpy())
                 x = maps
             else:
