@@ -27,9 +27,8 @@ Precision = Literal["float32", "float64"]
 
 BAND_OUTPUTS = 1 << 20  # convolve about a million outputs, of as many inputs, at a time: scratch does not grow with the image
 BAND_VALUES = 1 << 16  # un-shuffle about 256 KiB at a time, which stay in a core's cache
-LARGE_KERNEL = (
-    49  # weights of one channel of a kernel: from so many on, compiled code is faster, though the maps are turned after it
-)
+PLANAR_CHANNELS = 8  # with fewer, or with pools, channels last are faster even if they have to be turned
+LARGE_KERNEL = 49  # weights of a kernel: from so many on, compiled code is faster than torch and turning its maps together
 UNFOLDED_VALUES = 1 << 24  # 128 MiB in float64
 
 
@@ -84,17 +83,25 @@ class Layer(nn.Module):
         height, width = x.shape[1] - kh + 1, x.shape[2] - kw + 1
         columns = padded_extent(width, sx)
         band = max(1, BAND_OUTPUTS // (max(self.spec.filters, x.shape[0]) * columns * sy * py)) * sy * py
+        is_planar = self._stays_planar(x, out)
+        weight = self.weight if is_planar else self.block_weight
         for top in range(0, out.shape[1] * py, band):
             rows = min(band, height - top)
-            padded = _channels_last(x[:, top : top + rows + kh - 1], padded_extent(rows, sy) + kh - 1, columns + kw - 1)
-            y = conv2d(padded, self.block_weight, self.block_bias, stride=self.block)  # (1, sy*sx*filters, rows/sy, columns/sx)
+            shape = (x.shape[0], padded_extent(rows, sy) + kh - 1, columns + kw - 1)
+            padded = _padded(x[:, top : top + rows + kh - 1], shape, is_planar=is_planar)
+            y = conv2d(padded, weight, self.block_bias, stride=self.block)  # (1, sy*sx*filters, rows/sy, columns/sx)
             part = out[:, top // py : (top + rows) // py]
             if self.spec.pool == (1, 1):
                 _unshuffle(_activate(y, self.spec.activation), self.block, part)
             else:
-                maps = _max_pool(_join(y, self.block), self.spec.pool, (part.shape[1], part.shape[2]))
-                part.copy_(_activate(maps, self.spec.activation).permute(2, 0, 1))  # max(x) + bias = max(x + bias)
+                _max_pool(_join(y, self.block), self.spec.pool, part.permute(1, 2, 0))  # max(x) + bias = max(x + bias)
+                _activate(part, self.spec.activation)
         return out
+
+    def _stays_planar(self, x: Tensor, out: Tensor) -> bool:
+        """Whether channels need not be last: both ends have them first, and turning them costs more than it gains."""
+        is_simple = self.block == (1, 1) == self.spec.pool and x.shape[0] >= PLANAR_CHANNELS
+        return is_simple and x.stride(2) == 1 == out.stride(2)
 
 
 def _maps_buffer(role: str, shape: tuple[int, int, int], *, is_planar: bool) -> Tensor:
@@ -113,13 +120,13 @@ def _convolve(x: Tensor, weight: Tensor) -> Tensor:
     return torch.cat([conv2d(part, weight) for part in bands], dim=-2)
 
 
-def _channels_last(x: Tensor, height: int, width: int) -> Tensor:
-    """Copy (channel, y, x) to a float32 (1, channel, height, width) that is stored channels last, with zeros below and right."""
-    padded = buffer("input", height, width, x.shape[0])
-    padded[: x.shape[1], : x.shape[2]].copy_(x.permute(1, 2, 0))
-    padded[: x.shape[1], x.shape[2] :].zero_()
-    padded[x.shape[1] :].zero_()
-    return padded.permute(2, 0, 1)[None]
+def _padded(x: Tensor, shape: tuple[int, int, int], *, is_planar: bool) -> Tensor:
+    """Copy (channel, y, x) to float32 scratch (1, *shape), with zeros below and right."""
+    padded = _maps_buffer("input", shape, is_planar=is_planar)
+    padded[:, : x.shape[1], : x.shape[2]].copy_(x)
+    padded[:, : x.shape[1], x.shape[2] :].zero_()
+    padded[:, x.shape[1] :].zero_()
+    return padded[None]
 
 
 def _join(y: Tensor, block: tuple[int, int]) -> Tensor:
@@ -129,12 +136,12 @@ def _join(y: Tensor, block: tuple[int, int]) -> Tensor:
     return y.transpose(1, 2).reshape(rows * sy, columns * sx, -1)
 
 
-def _max_pool(y: Tensor, pool: tuple[int, int], size: tuple[int, int]) -> Tensor:
-    """Max-pool (y, x, filters) to ``size``; torch's own takes ten times as long unless it is told of the layout."""
-    for axis, (step, extent) in enumerate(zip(pool, size, strict=True)):
-        parts = [y.narrow(axis, 0, extent * step).unflatten(axis, (extent, step)).select(axis + 1, i) for i in range(step)]
-        y = reduce(torch.maximum, parts)
-    return y
+def _max_pool(y: Tensor, pool: tuple[int, int], out: Tensor) -> None:
+    """Max-pool (y, x, filters) into ``out``; torch's own takes ten times as long where it misses that filters are last."""
+    (py, px), (height, width, _) = pool, out.shape
+    y = reduce(torch.maximum, [y[i : height * py : py] for i in range(py)])
+    columns = [y[:, i : width * px : px] for i in range(px)]
+    torch.maximum(reduce(torch.maximum, columns[:-1] or columns), columns[-1], out=out)
 
 
 def _unshuffle(y: Tensor, block: tuple[int, int], out: Tensor) -> Tensor:
