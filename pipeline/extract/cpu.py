@@ -27,7 +27,7 @@ Precision = Literal["float32", "float64"]
 
 BAND_OUTPUTS = 1 << 20  # convolve about a million outputs, of as many inputs, at a time: scratch does not grow with the image
 BAND_VALUES = 1 << 16  # un-shuffle about 256 KiB at a time, which stay in a core's cache
-PLANAR_CHANNELS = 8  # with fewer, or with pools, channels last are faster even if they have to be turned
+IMAGE_CHANNELS = 4  # at most so many are turned fast
 LARGE_KERNEL = 49  # weights of a kernel: from so many on, compiled code is faster than torch and turning its maps together
 UNFOLDED_VALUES = 1 << 24  # 128 MiB in float64
 
@@ -68,6 +68,7 @@ class Layer(nn.Module):
         self.register_buffer("bias", bias)
         self.register_buffer("block_weight", blocks.flatten(0, 2).contiguous(memory_format=torch.channels_last))
         self.register_buffer("block_bias", bias.repeat(sy * sx))
+        self.planar_weight = weight if unit == 1 else weight * unit
 
     def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """Compute (channel, y, x) -> (filters, y, x), or ``out``, which is float32; any strides will do."""
@@ -84,7 +85,7 @@ class Layer(nn.Module):
         columns = padded_extent(width, sx)
         band = max(1, BAND_OUTPUTS // (max(self.spec.filters, x.shape[0]) * columns * sy * py)) * sy * py
         is_planar = self._stays_planar(x, out)
-        weight = self.weight if is_planar else self.block_weight
+        weight = self.planar_weight if is_planar else self.block_weight
         for top in range(0, out.shape[1] * py, band):
             rows = min(band, height - top)
             shape = (x.shape[0], padded_extent(rows, sy) + kh - 1, columns + kw - 1)
@@ -100,8 +101,8 @@ class Layer(nn.Module):
 
     def _stays_planar(self, x: Tensor, out: Tensor) -> bool:
         """Whether channels need not be last: both ends have them first, and turning them costs more than it gains."""
-        is_simple = self.block == (1, 1) == self.spec.pool and x.shape[0] >= PLANAR_CHANNELS
-        return is_simple and x.stride(2) == 1 == out.stride(2)
+        is_simple = self.block == (1, 1) == self.spec.pool
+        return is_simple and out.stride(2) == 1 and (x.stride(2) == 1 or x.shape[0] <= IMAGE_CHANNELS)
 
 
 def _maps_buffer(role: str, shape: tuple[int, int, int], *, is_planar: bool) -> Tensor:
