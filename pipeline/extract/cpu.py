@@ -27,7 +27,7 @@ Precision = Literal["float32", "float64"]
 
 BAND_OUTPUTS = 1 << 20  # convolve about a million outputs, of as many inputs, at a time: scratch does not grow with the image
 BAND_VALUES = 1 << 16  # un-shuffle about 256 KiB at a time, which stay in a core's cache
-IMAGE_CHANNELS = 4  # at most so many are turned fast
+IMAGE_CHANNELS = 4  # to turn so few takes little time
 LARGE_KERNEL = 49  # weights of a kernel: from so many on, compiled code is faster than torch and turning its maps together
 UNFOLDED_VALUES = 1 << 24  # 128 MiB in float64
 
@@ -46,9 +46,10 @@ def _activate(values: Tensor, activation: Activation) -> Tensor:
 class Layer(nn.Module):
     """Valid convolution, max-pool, bias, activation.
 
-    Without a destination, ``forward`` says it in torch's words. With one it computes the same on a CPU, some five times faster for
-    the default layer: a block of sy x sx neighbouring outputs is sy*sx*filters output channels of one convolution of stride
-    (sy, sx), whose kernels are the layer's, moved by (dy, dx) within (kh + sy - 1, kw + sx - 1) zeros.
+    Without a destination, ``forward`` says it in torch's words. With one it computes the same on a CPU, faster where filters are few:
+    a block of sy x sx neighbouring outputs is sy*sx*filters output channels of one convolution of stride (sy, sx), whose kernels are
+    the layer's, moved by (dy, dx) within (kh + sy - 1, kw + sx - 1) zeros. Channels are last, as torch's convolution is faster so,
+    unless input and destination have them first: turning the maps would then take longer than that saves.
     """
 
     weight: Tensor
@@ -100,7 +101,7 @@ class Layer(nn.Module):
         return out
 
     def _stays_planar(self, x: Tensor, out: Tensor) -> bool:
-        """Whether channels need not be last: both ends have them first, and turning them costs more than it gains."""
+        """Whether channels are first throughout: the destination has them so, and so does the input, or it is an image."""
         is_simple = self.block == (1, 1) == self.spec.pool
         return is_simple and out.stride(2) == 1 and (x.stride(2) == 1 or x.shape[0] <= IMAGE_CHANNELS)
 
