@@ -1,12 +1,14 @@
 """Deep stacks on photographs: the extractor, one image at a time in a process per core, against PyTorch with batches on all cores.
 
     python -m benchmarks.deep_stacks [--stack 16x3x3:relu:pool2,32x3x3:relu:pool2] [--images 32] [--repeats 5] [--no-kernel]
+        [--keep-memory]
 
 PyTorch runs the same stack as nn.Sequential, channels last, in inference mode, on one batch of all images. It keeps nothing. The
 extractor stores the last layer's maps as float32 and computes their statistics. Both start from uint8 pixels of 639 x 516. They take
 turns; prints medians in ms an image, of the clock and of the processors, both ratios of medians, and how much memory each took beyond
 what it held after a small image.
-``--no-kernel`` leaves the first layer to PyTorch, as where there is no compiler.
+``--no-kernel`` leaves the first layer to PyTorch, as where there is no compiler. ``--keep-memory`` lets PyTorch's process keep the
+memory that it frees, as workers do.
 """
 
 from __future__ import annotations
@@ -86,7 +88,7 @@ def serve(commands: Connection, stack: str, n: int, work_of: Callable[[Extractor
 
 
 def by_torch(spec: ExtractorSpec, weights: Weights, n: int) -> Callable[[], None]:
-    model, batch = sequential(spec, weights), torch.from_numpy(np.stack(pictures(n)))
+    model, batch = sequential(spec, weights), torch.from_numpy(np.stack(pictures(n)))  # (n, y, x, channel)
     assert torch.get_num_threads() == len(os.sched_getaffinity(0))
 
     def work() -> None:
@@ -99,7 +101,12 @@ def by_torch(spec: ExtractorSpec, weights: Weights, n: int) -> Callable[[], None
     return work
 
 
-def by_torch_without_kernel(spec: ExtractorSpec, weights: Weights, n: int) -> Callable[[], None]:
+def by_torch_that_keeps_memory(spec: ExtractorSpec, weights: Weights, n: int) -> Callable[[], None]:
+    keep_memory()
+    return by_torch(spec, weights, n)
+
+
+def by_extractor_without_kernel(spec: ExtractorSpec, weights: Weights, n: int) -> Callable[[], None]:
     kernel.MAX_LANES = 0
     return by_extractor(spec, weights, n)
 
@@ -163,10 +170,10 @@ class Side:
         return "{:.1f} ms ({:.1f} of processors) {:.0f} MiB".format(*self.medians, self.memory_mib)
 
 
-def compare(stack: str, n: int, repeats: int, *, has_kernel: bool) -> None:
+def compare(stack: str, n: int, repeats: int, *, has_kernel: bool, keeps_memory: bool) -> None:
     cores = len(os.sched_getaffinity(0))
-    ours = Side(stack, n, cores, by_extractor if has_kernel else by_torch_without_kernel)
-    torchs = Side(stack, n, 1, by_torch)
+    ours = Side(stack, n, cores, by_extractor if has_kernel else by_extractor_without_kernel)
+    torchs = Side(stack, n, 1, by_torch_that_keeps_memory if keeps_memory else by_torch)
     for i in range(repeats + 1):
         for side in (torchs, ours):
             side.time(keep=i > 0)  # the first warms up
@@ -182,11 +189,12 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--no-kernel", action="store_true")
+    parser.add_argument("--keep-memory", action="store_true")
     given = parser.parse_args()
     first = "PyTorch" if given.no_kernel else kernel.version()
     print(f"{machine()}; batches of {given.images}; first layer by {first}")
     for stack in given.stack:
-        compare(stack, given.images, given.repeats, has_kernel=not given.no_kernel)
+        compare(stack, given.images, given.repeats, has_kernel=not given.no_kernel, keeps_memory=given.keep_memory)
 
 
 if __name__ == "__main__":

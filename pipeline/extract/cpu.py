@@ -134,7 +134,7 @@ def _padded(x: Tensor, shape: tuple[int, int, int], *, is_planar: bool) -> Tenso
 def _join(y: Tensor, block: tuple[int, int]) -> Tensor:
     """Put blocks (1, sy*sx*filters, rows, columns) together: (y, x, filters), a view of ``y`` where sy is 1."""
     (sy, sx), (rows, columns) = block, y.shape[2:]
-    y = y[0].permute(1, 2, 0).unflatten(2, (sy, sx, -1))  # (rows, columns, sy, sx, filters)
+    y = torch.unflatten(y[0].permute(1, 2, 0), 2, (sy, sx, -1))  # (rows, columns, sy, sx, filters)
     return y.transpose(1, 2).reshape(rows * sy, columns * sx, -1)
 
 

@@ -41,7 +41,7 @@ def quantise(maps: Tensor, q: StoredAs) -> Tensor:
 def quantise_into(maps: Tensor, q: StoredAs, out: Array) -> None:
     """`quantise` float32 maps (channel, y, x) into ``out``, of any strides."""
     n = _channels_at_once(maps)
-    for part, to in zip(maps.split(n), torch.from_numpy(out).split(n), strict=True):
+    for part, to in zip(torch.split(maps, n), torch.split(torch.from_numpy(out), n), strict=True):
         to.copy_(_levels(part, q) if q.dtype in INTEGER_MAX else part)
 
 
@@ -63,7 +63,7 @@ def _work(maps: Tensor) -> Tensor | None:
 
 def pool(maps: Tensor) -> Tensor:
     """Statistics of float32 maps (..., channel, y, x) over y and x: (4, ..., channel), in the order of `stack.Pooled`."""
-    parts = maps.split(_channels_at_once(maps), dim=-3)
+    parts = torch.split(maps, _channels_at_once(maps), dim=-3)
     if len(parts) > 1:
         return torch.cat([pool(part) for part in parts], dim=-1)
     n = maps.shape[-2] * maps.shape[-1]
