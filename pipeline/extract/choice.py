@@ -67,6 +67,10 @@ class CompiledFirst:
         """As of either."""
         return self._of(size).version(size)
 
+    def block(self, shape: tuple[int, ...], dtype: str) -> Array:
+        """As of both, which compute on the processor."""
+        return self.compiled.block(shape, dtype)
+
 
 def best_extractor(
     spec: ExtractorSpec,

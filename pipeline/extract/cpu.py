@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from functools import reduce
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -23,8 +25,10 @@ if TYPE_CHECKING:
 
 Precision = Literal["float32", "float64"]
 
-BAND_OUTPUTS = 1 << 19  # convolve about half a million outputs at a time: as fast, and scratch does not grow with the image
-BAND_VALUES = 1 << 18  # un-shuffle about 1 MiB at a time, which stays in a core's cache
+BAND_OUTPUTS = 1 << 20  # convolve about a million outputs, of as many inputs, at a time: scratch does not grow with the image
+BAND_VALUES = 1 << 16  # un-shuffle about 256 KiB at a time, which stay in a core's cache
+IMAGE_CHANNELS = 4  # to turn so few takes little time
+LARGE_KERNEL = 49  # weights of a kernel: from so many on, compiled code is faster than torch and turning its maps together
 UNFOLDED_VALUES = 1 << 24  # 128 MiB in float64
 
 
@@ -42,9 +46,10 @@ def _activate(values: Tensor, activation: Activation) -> Tensor:
 class Layer(nn.Module):
     """Valid convolution, max-pool, bias, activation.
 
-    Without a destination, ``forward`` says it in torch's words. With one it computes the same on a CPU, some five times faster for
-    the default layer: a block of sy x sx neighbouring outputs is sy*sx*filters output channels of one convolution of stride
-    (sy, sx), whose kernels are the layer's, moved by (dy, dx) within (kh + sy - 1, kw + sx - 1) zeros.
+    Without a destination, ``forward`` says it in torch's words. With one it computes the same on a CPU, faster where filters are few:
+    a block of sy x sx neighbouring outputs is sy*sx*filters output channels of one convolution of stride (sy, sx), whose kernels are
+    the layer's, moved by (dy, dx) within (kh + sy - 1, kw + sx - 1) zeros. Channels are last, as torch's convolution is faster so,
+    unless input and destination have them first: turning the maps would then take longer than that saves.
     """
 
     weight: Tensor
@@ -56,14 +61,15 @@ class Layer(nn.Module):
         super().__init__()
         self.spec, self.block = spec, block_shape(spec.filters, spec.kernel)
         (kh, kw), (sy, sx) = spec.kernel, self.block
-        blocks = weight.new_zeros(spec.filters, sy, sx, weight.shape[1], kh + sy - 1, kw + sx - 1)
+        blocks = weight.new_zeros(sy, sx, spec.filters, weight.shape[1], kh + sy - 1, kw + sx - 1)
         for dy in range(sy):
             for dx in range(sx):
-                blocks[:, dy, dx, :, dy : dy + kh, dx : dx + kw] = weight * unit  # exact: the unit is a power of two
+                blocks[dy, dx, :, :, dy : dy + kh, dx : dx + kw] = weight * unit  # exact: the unit is a power of two
         self.register_buffer("weight", weight)
         self.register_buffer("bias", bias)
         self.register_buffer("block_weight", blocks.flatten(0, 2).contiguous(memory_format=torch.channels_last))
-        self.register_buffer("block_bias", bias.repeat_interleave(sy * sx))
+        self.register_buffer("block_bias", bias.repeat(sy * sx))
+        self.planar_weight = weight if unit == 1 else weight * unit
 
     def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """Compute (channel, y, x) -> (filters, y, x), or ``out``, which is float32; any strides will do."""
@@ -78,18 +84,32 @@ class Layer(nn.Module):
         (kh, kw), (sy, sx), (py, _) = self.spec.kernel, self.block, self.spec.pool
         height, width = x.shape[1] - kh + 1, x.shape[2] - kw + 1
         columns = padded_extent(width, sx)
-        band = max(1, BAND_OUTPUTS // (self.spec.filters * columns * sy * py)) * sy * py
+        band = max(1, BAND_OUTPUTS // (max(self.spec.filters, x.shape[0]) * columns * sy * py)) * sy * py
+        is_planar = self._stays_planar(x, out)
+        weight = self.planar_weight if is_planar else self.block_weight
         for top in range(0, out.shape[1] * py, band):
             rows = min(band, height - top)
-            padded = _channels_last(x[:, top : top + rows + kh - 1], padded_extent(rows, sy) + kh - 1, columns + kw - 1)
-            y = conv2d(padded, self.block_weight, self.block_bias, stride=self.block)  # (1, filters*sy*sx, rows/sy, columns/sx)
+            shape = (x.shape[0], padded_extent(rows, sy) + kh - 1, columns + kw - 1)
+            padded = _padded(x[:, top : top + rows + kh - 1], shape, is_planar=is_planar)
+            y = conv2d(padded, weight, self.block_bias, stride=self.block)  # (1, sy*sx*filters, rows/sy, columns/sx)
             part = out[:, top // py : (top + rows) // py]
             if self.spec.pool == (1, 1):
                 _unshuffle(_activate(y, self.spec.activation), self.block, part)
             else:
-                maps = _unshuffle(y, self.block, buffer("unpooled", self.spec.filters, rows, width))
-                part.copy_(_activate(max_pool2d(maps, self.spec.pool), self.spec.activation))  # max(x) + bias = max(x + bias)
+                _max_pool(_join(y, self.block), self.spec.pool, part.permute(1, 2, 0))  # max(x) + bias = max(x + bias)
+                _activate(part, self.spec.activation)
         return out
+
+    def _stays_planar(self, x: Tensor, out: Tensor) -> bool:
+        """Whether channels are first throughout: the destination has them so, and so does the input, or it is an image."""
+        is_simple = self.block == (1, 1) == self.spec.pool
+        return is_simple and out.stride(2) == 1 and (x.stride(2) == 1 or x.shape[0] <= IMAGE_CHANNELS)
+
+
+def _maps_buffer(role: str, shape: tuple[int, int, int], *, is_planar: bool) -> Tensor:
+    """Scratch for maps (filters, y, x), stored in this order or else channels last."""
+    filters, height, width = shape
+    return buffer(role, *shape) if is_planar else buffer(role, height, width, filters).permute(2, 0, 1)
 
 
 def _convolve(x: Tensor, weight: Tensor) -> Tensor:
@@ -102,19 +122,36 @@ def _convolve(x: Tensor, weight: Tensor) -> Tensor:
     return torch.cat([conv2d(part, weight) for part in bands], dim=-2)
 
 
-def _channels_last(x: Tensor, height: int, width: int) -> Tensor:
-    """Copy (channel, y, x) to a float32 (1, channel, height, width) that is stored channels last, with zeros below and right."""
-    padded = buffer("input", height, width, x.shape[0])
-    padded[: x.shape[1], : x.shape[2]].copy_(x.permute(1, 2, 0))
-    padded[: x.shape[1], x.shape[2] :].zero_()
-    padded[x.shape[1] :].zero_()
-    return padded.permute(2, 0, 1)[None]
+def _padded(x: Tensor, shape: tuple[int, int, int], *, is_planar: bool) -> Tensor:
+    """Copy (channel, y, x) to float32 scratch (1, *shape), with zeros below and right."""
+    padded = _maps_buffer("input", shape, is_planar=is_planar)
+    padded[:, : x.shape[1], : x.shape[2]].copy_(x)
+    padded[:, : x.shape[1], x.shape[2] :].zero_()
+    padded[:, x.shape[1] :].zero_()
+    return padded[None]
+
+
+def _join(y: Tensor, block: tuple[int, int]) -> Tensor:
+    """Put blocks (1, sy*sx*filters, rows, columns) together: (y, x, filters), a view of ``y`` where sy is 1."""
+    (sy, sx), (rows, columns) = block, y.shape[2:]
+    y = torch.unflatten(y[0].permute(1, 2, 0), 2, (sy, sx, -1))  # (rows, columns, sy, sx, filters)
+    return y.transpose(1, 2).reshape(rows * sy, columns * sx, -1)
+
+
+def _max_pool(y: Tensor, pool: tuple[int, int], out: Tensor) -> None:
+    """Max-pool (y, x, filters) into ``out``; torch's own takes ten times as long where it misses that filters are last."""
+    (py, px), (height, width, _) = pool, out.shape
+    y = reduce(torch.maximum, [y[i : height * py : py] for i in range(py)])
+    columns = [y[:, i : width * px : px] for i in range(px)]
+    torch.maximum(reduce(torch.maximum, columns[:-1] or columns), columns[-1], out=out)
 
 
 def _unshuffle(y: Tensor, block: tuple[int, int], out: Tensor) -> Tensor:
-    """Spread (1, filters*sy*sx, rows, columns) over ``out`` (filters, y, x); what lies beyond ``out`` is dropped."""
+    """Spread (1, sy*sx*filters, rows, columns) over ``out`` (filters, y, x); what lies beyond ``out`` is dropped."""
     (sy, sx), (filters, height, width) = block, out.shape
-    y = y.view(filters, sy, sx, *y.shape[2:]).permute(0, 3, 1, 4, 2)  # (filters, rows, sy, columns, sx)
+    if out.stride(0) == 1 and sy == 1:  # channels last, as y is
+        return out.copy_(_join(y, block)[:height, :width].permute(2, 0, 1))
+    y = y.view(sy, sx, filters, *y.shape[2:]).permute(2, 3, 0, 4, 1)  # (filters, rows, sy, columns, sx)
     (rows, rest_y), (columns, rest_x) = divmod(height, sy), divmod(width, sx)
     band = max(1, BAND_VALUES // (filters * sy * sx * y.shape[3]))
     for top in range(0, rows, band):
@@ -202,7 +239,13 @@ class Extractor(ImageByImage, nn.Module):
 
     def version(self, size: tuple[int, int]) -> str:
         """What computes the first layer of images of a size, for the receipt; see `kernel.version`."""
-        return self.compiled.version(size)
+        return self.compiled.version(size) if self.compiled.takes(size) or self._is_first_compiled else "torch"
+
+    @property
+    def _is_first_compiled(self) -> bool:
+        """Whether compiled code computes the first layer, where it can and is faster: a function of the layers alone."""
+        is_large = math.prod(self.stack.layers[0].kernel) >= LARGE_KERNEL
+        return (is_large or len(self.layers) == 1) and self.compiled.layer.can_store(AS_FLOAT32)
 
     def set_precision(self) -> None:
         """Set cuDNN's switches, which are those of the process: full float32 unless TF32 was asked for, and no choice by timing."""
@@ -254,8 +297,11 @@ class Extractor(ImageByImage, nn.Module):
             return
         x = image.permute(2, 0, 1)  # (channel, y, x); 1/256 is in the weights
         for i, (layer, (name, shape)) in enumerate(zip(self.layers, self.stack.shapes(*image.shape).items(), strict=True)):
-            maps = out[name] if name in out else buffer(f"maps{i % 2}", *shape)  # the other one still holds its input
-            if i == 0 and image.dtype == torch.uint8 and maps.stride(2) == 1 and self.compiled.layer.can_store(AS_FLOAT32):
+            is_compiled = i == 0 and image.dtype == torch.uint8 and self._is_first_compiled
+            is_planar = is_compiled or name in self.stack.stored  # else as the next layer takes it
+            # The other buffer holds the layer's input.
+            maps = out[name] if name in out else _maps_buffer(f"maps{i % 2}", shape, is_planar=is_planar)
+            if is_compiled and maps.stride(2) == 1:
                 self.compiled.layer.compute(image.numpy(), AS_FLOAT32, maps.numpy())
                 x = maps
             else:

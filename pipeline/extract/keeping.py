@@ -11,6 +11,7 @@ from torch import Tensor
 from pipeline.extract.layers import Array
 from pipeline.extract.quantise import INTEGER_MAX, StoredAs
 
+CACHED_VALUES = 1 << 18
 _scratch = threading.local()
 
 
@@ -39,7 +40,14 @@ def quantise(maps: Tensor, q: StoredAs) -> Tensor:
 
 def quantise_into(maps: Tensor, q: StoredAs, out: Array) -> None:
     """`quantise` float32 maps (channel, y, x) into ``out``, of any strides."""
-    torch.from_numpy(out).copy_(_levels(maps, q) if q.dtype in INTEGER_MAX else maps)
+    n = _channels_at_once(maps)
+    for part, to in zip(torch.split(maps, n), torch.split(torch.from_numpy(out), n), strict=True):
+        to.copy_(_levels(part, q) if q.dtype in INTEGER_MAX else part)
+
+
+def _channels_at_once(maps: Tensor) -> int:
+    """Channels (..., channel, y, x) whose values stay in a core's cache while several operations read them; on a GPU all."""
+    return max(1, CACHED_VALUES // (maps.shape[-2] * maps.shape[-1])) if maps.device.type == "cpu" else maps.shape[-3]
 
 
 def _levels(maps: Tensor, q: StoredAs) -> Tensor:
@@ -55,6 +63,9 @@ def _work(maps: Tensor) -> Tensor | None:
 
 def pool(maps: Tensor) -> Tensor:
     """Statistics of float32 maps (..., channel, y, x) over y and x: (4, ..., channel), in the order of `stack.Pooled`."""
+    parts = torch.split(maps, _channels_at_once(maps), dim=-3)
+    if len(parts) > 1:
+        return torch.cat([pool(part) for part in parts], dim=-1)
     n = maps.shape[-2] * maps.shape[-1]
     # Rows are summed in float32 and then in float64; two passes, because E[x^2] - E[x]^2 cancels in float32.
     mean = (maps.sum(-1).double().sum(-1) / n).float()

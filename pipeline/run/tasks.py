@@ -378,8 +378,7 @@ def _keep_others(target: Target, outcome: PieceResult, layer: LayerLayout, block
     others = np.ones(len(block), bool)
     others[np.asarray(outcome.rows) - outcome.start] = False
     indices = np.flatnonzero(others)
-    n_chunks = max(1, KEPT_BYTES // (layer.chunk_rows * layer.row_bytes))  # so that a shard is not in memory once more
-    at_once = layer.chunk_rows * n_chunks
+    at_once = layer.chunk_rows * max(1, KEPT_BYTES // (layer.chunk_rows * layer.row_bytes))  # not a whole shard once more
     cuts = (np.diff(indices) > 1) | (indices[1:] % at_once == 0)
     for run in np.split(indices, np.flatnonzero(cuts) + 1) if len(indices) else []:
         first, stop = int(run[0]) + outcome.start, int(run[-1]) + 1 + outcome.start

@@ -122,7 +122,7 @@ def cost_s(spec: ExtractorSpec, layout: ClassLayout, channels: int) -> float:
 
 
 def scratch_bytes(spec: ExtractorSpec, dtype: str, size: Size, channels: int, *, has_kernel: bool = True) -> int:
-    """Bytes of one image's float32 maps that are not stored: two neighbouring layers, and a copy of a stored one.
+    """Bytes of one image's float32 maps that are not stored: two neighbouring layers.
 
     Compiled code that computes the only layer writes its maps to where they are stored. ``has_kernel`` says whether workers have it.
     """
@@ -130,8 +130,7 @@ def scratch_bytes(spec: ExtractorSpec, dtype: str, size: Size, channels: int, *,
         return 0
     sizes = output_sizes(spec.layers, *size)
     maps = [4 * layer.filters * math.prod(out) for layer, out in zip(spec.layers, sizes, strict=True)]
-    stored = [maps[layer_names(spec.layers).index(name)] for name in spec.map_names]
-    return max(a + b for a, b in pairwise([0, *maps])) + max(stored, default=0)
+    return max(a + b for a, b in pairwise([0, *maps]))
 
 
 def is_compiled(spec: ExtractorSpec, dtype: str, channels: int) -> bool:

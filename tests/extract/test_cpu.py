@@ -331,7 +331,24 @@ def test_pooled_statistics_of_a_large_map_are_accurate() -> None:
     np.testing.assert_allclose(found.std, exact.std((1, 2)), rtol=1e-6)
 
 
+def test_statistics_and_stored_values_are_the_same_in_parts(monkeypatch) -> None:
+    maps = torch.from_numpy(np.random.default_rng(0).random((7, 30, 41), np.float32))
+    q, stored = quantisation((0.0, 1.0), "uint8"), [np.empty(maps.shape, np.uint8) for _ in range(2)]
+    whole = pool(maps)
+    quantise_into(maps, q, stored[0])
+    monkeypatch.setattr(keeping, "CACHED_VALUES", 3 * 30 * 41)
+    assert torch.equal(pool(maps), whole)
+    assert torch.equal(pool(torch.stack([maps, maps])), torch.stack([whole, whole], 1))
+    quantise_into(maps, q, stored[1])
+    np.testing.assert_array_equal(*stored)
+
+
 # -- the stack ---------------------------------------------------------------------------------------------------------------
+
+
+def in_order(maps: torch.Tensor, *, last: bool) -> torch.Tensor:
+    """The same (channel, y, x), stored in this order or channels last."""
+    return maps.permute(1, 2, 0).contiguous().permute(2, 0, 1) if last else maps
 
 
 @settings(deadline=None, max_examples=150)
@@ -343,6 +360,7 @@ def test_pooled_statistics_of_a_large_map_are_accurate() -> None:
     pooling=st.sampled_from([(1, 1), (2, 2), (3, 1)]),
     more=st.tuples(st.integers(3, 40), st.integers(3, 40)),
     band=st.sampled_from([1, 300, cpu.BAND_OUTPUTS]),
+    channels_last=st.tuples(st.booleans(), st.booleans()),
     seed=st.integers(0, 2**32 - 1),
 )
 def test_blocked_equals_plain_convolution(
@@ -353,6 +371,7 @@ def test_blocked_equals_plain_convolution(
     pooling: tuple[int, int],
     more: tuple[int, int],
     band: int,
+    channels_last: tuple[bool, bool],
     seed: int,
 ) -> None:
     rng = np.random.default_rng(seed)
@@ -368,7 +387,8 @@ def test_blocked_equals_plain_convolution(
         layer = Layer(spec, weight, bias, 1.0)
         image = torch.from_numpy(rng.random((channels, kernel[0] + more[0], kernel[1] + more[1]), np.float32))
         ((height, width),) = output_sizes([spec], *image.shape[1:])
-        blocked = layer(image, torch.full((filters, height, width), torch.nan))
+        out = torch.full((filters, height, width), torch.nan)
+        blocked = layer(*(in_order(maps, last=last) for maps, last in zip((image, out), channels_last, strict=True)))
     plain = max_pool2d(conv2d(image, weight, bias), pooling)
     torch.testing.assert_close(blocked, plain, rtol=0, atol=1e-5)
 
@@ -401,6 +421,29 @@ def test_float32_agrees_with_the_reference(spec: ExtractorSpec, size: tuple[int,
     reference = extract.reference(image)
     for name, maps in extract.extract(image).items():
         np.testing.assert_allclose(maps, reference[name], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("outputs", [("conv3",), ("conv1", "conv2", "conv3")])
+@pytest.mark.parametrize(("kernel", "pooling"), [((9, 9), (1, 1)), ((9, 9), (2, 2)), ((3, 3), (1, 1)), ((3, 3), (2, 3))])
+def test_stacks_of_many_filters_equal_the_reference(monkeypatch, outputs, kernel, pooling) -> None:
+    """Between layers their maps are stored in another order than few filters' are."""
+    monkeypatch.setattr(cpu, "BAND_OUTPUTS", 5000)
+    shapes = ((18, kernel, pooling), (20, (3, 3), (1, 1)), (17, (3, 3), pooling))
+    layers = tuple(LayerSpec(filters=n, kernel=size, pool=pools, activation="tanh") for n, size, pools in shapes)
+    spec = ExtractorSpec(layers=layers, outputs=outputs)
+    made, image = Extractor(spec, seeded_weights(spec, 3)), random_image(61, 43)
+    reference = made.reference(image)
+    for name, maps in made.extract(image).items():
+        np.testing.assert_allclose(maps, reference[name], rtol=0, atol=1e-6)
+
+
+def test_the_version_is_what_computes_the_first_layer() -> None:
+    small, large = (
+        Extractor(spec, seeded_weights(spec, 3))
+        for spec in (ExtractorSpec(layers=(LayerSpec(kernel=(size, size)), LayerSpec(kernel=(3, 3)))) for size in (3, 9))
+    )
+    assert small.version((20, 20)) == "torch"
+    assert large.version((20, 20)) == large.compiled.layer.version()
 
 
 @pytest.mark.parametrize("activation", get_args(Activation))
