@@ -85,7 +85,7 @@ def test_an_unknown_key_is_refused_with_the_nearest_known_one(values, expected):
         ({"decode": {"formats": ["PSD"]}}, "decode.formats.0: Input should be 'AVIF', 'BMP'"),
         ({"decode": {"resize_filter": "box3"}}, "decode.resize_filter: Input should be 'nearest'"),
         ({"decode": {"pixel_limit": 0}}, "decode.pixel_limit: Input should be greater than 0, not 0"),
-        ({"decode": None}, "decode: Input should be a valid dictionary or instance of DecodeSpec, not None"),
+        ({"decode": None}, "decode: Input should be keys and values, not None"),
         ({"extractor": {"seed": 2**32}}, "extractor.seed: Input should be less than 4294967296"),
         ({"extractor": {"layers": []}}, "extractor.layers: Tuple should have at least 1 item after validation, not 0"),
         (
