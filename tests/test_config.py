@@ -291,7 +291,23 @@ def test_overrides_replace_single_values_of_a_job_file(tmp_path):
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        (b"source: [", r"job file .*job\.yaml cannot be read \(.*\), so nothing was started"),
+        (
+            b"source: a\nstore: 'b\nlimit: 3",
+            r"cannot be read \(line 3: .*end of stream, while scanning a quoted scalar that begins on line 2\), so nothing was started",
+        ),
+        (
+            b"source: [",
+            r"cannot be read \(line 1: expected the node content, but found the end of the file, .*\), so nothing was started",
+        ),
+        (b"dtype:\tuint8\n", r"cannot be read \(line 1 has a tab between words: YAML wants spaces\), so nothing"),
+        (
+            b"source: a\nstore: b: c\n",
+            r"job\.yaml cannot be read \(line 2: mapping values are not allowed here\), so nothing was",
+        ),
+        (
+            b"decode:\n  \tcolor: grey\n",
+            r"job\.yaml cannot be read \(line 2 is indented with a tab: YAML wants spaces\), so nothing",
+        ),
         (b"\xff\xfe", r"job file .*job\.yaml cannot be read"),
         (b"- a\n- b\n", r"job file .*job\.yaml holds list, not keys and values"),
         (b"", r"job file .*job\.yaml holds NoneType, not keys and values"),

@@ -62,7 +62,14 @@ def test_without_a_name_it_is_this_machine_and_no_file_is_read(tmp_path):
             "clusters: {a: {kind: local}, b: {kind: local}}",
             r"cluster\.yaml has no cluster 'x': nothing was started; it has a, b$",
         ),
-        ("clusters: [", r"(?s)cluster 'x' is looked up in .*cluster\.yaml, which cannot be read \(.*leave out --cluster"),
+        (
+            "clusters: [",
+            r"cluster 'x' is looked up in .*cluster\.yaml, which cannot be read \(line 1: .*\): nothing was started; correct the file, or",
+        ),
+        (
+            "clusters:\n  x:\n\tkind: slurm",
+            r"cannot be read \(line 3 is indented with a tab: YAML wants spaces\): nothing was started; correct the file, or leave out --c",
+        ),
         ("", r"cluster\.yaml is not usable.*the whole: Input should be a valid dictionary"),
         ("cluster: {}", r"unknown key 'cluster': did you mean 'clusters'\?"),
         ("clusters: {x: {kind: local, worker: 2}}", r"unknown key 'clusters\.x\.worker': did you mean 'workers'\?"),
