@@ -25,7 +25,7 @@ from pipeline.checks.plan import Preview
 from pipeline.cli import commands as cli
 from pipeline.cluster.config import load_cluster
 from pipeline.cluster.kinds.address import AddressSpec
-from pipeline.errors import UsageError
+from pipeline.errors import FeaturemapsError, UsageError
 from pipeline.extract import kernel
 from pipeline.run import admission
 from pipeline.run.worker_versions import own_versions
@@ -342,6 +342,10 @@ def test_a_batch_system_is_asked_for_its_queue(spec, commands):
     assert (found.level, found.found) == ("FAIL", "squeue: slurm_load_jobs error: Unable to contact slurm controller")
     commands(squeue="for said in 'error: no host' 'error: no host' 'fatal: no file'; do echo squeue: $said >&2; done; exit 1")
     assert only(jobs.look_there()).found == "squeue: no host; no file"
+    with pytest.raises(
+        FeaturemapsError, match=r"\(no host; no file\): nothing was started; check that this machine is a login node, or"
+    ):
+        jobs.take_back("name")
     commands(squeue="exit 0", sinfo="echo short; echo long")
     answers, queue = check_cluster.can_be_reached(jobs)
     assert (answers.level, answers.found) == ("ok", "squeue answers")
