@@ -240,9 +240,8 @@ def load_job(path: str | Path, overrides: dict[str, Any] | None = None) -> Job:
     try:
         data = read_yaml(path)
     except ValueError as error:
-        raise UsageError(
-            f"job file {path} cannot be read ({error}), so nothing was started; give a YAML file with at least source and store"
-        ) from error
+        remedy = "give a YAML file with at least source and store" if isinstance(error.__cause__, OSError) else "correct the file"
+        raise UsageError(f"job file {path} cannot be read ({error}), so nothing was started; {remedy}") from error
     if not isinstance(data, dict):
         raise UsageError(f"job file {path} holds {type(data).__name__}, not keys and values; it needs at least source and store")
     for key in ("source", "store"):

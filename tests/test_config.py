@@ -299,7 +299,10 @@ def test_overrides_replace_single_values_of_a_job_file(tmp_path):
             b"source: [",
             r"cannot be read \(line 1: expected the node content, but found the end of the file, .*\), so nothing was started",
         ),
-        (b"dtype:\tuint8\n", r"cannot be read \(line 1 has a tab between words: YAML wants spaces\), so nothing"),
+        (
+            b"dtype:\tuint8\n",
+            r"cannot be read \(line 1 has a tab between words: YAML wants spaces\), so nothing was started; correct the file$",
+        ),
         (
             b"source: a\nstore: b: c\n",
             r"job\.yaml cannot be read \(line 2: mapping values are not allowed here\), so nothing was",
