@@ -240,9 +240,8 @@ def load_job(path: str | Path, overrides: dict[str, Any] | None = None) -> Job:
     try:
         data = read_yaml(path)
     except ValueError as error:
-        raise UsageError(
-            f"job file {path} cannot be read ({error}), so nothing was started; give a YAML file with at least source and store"
-        ) from error
+        remedy = "give a YAML file with at least source and store" if isinstance(error.__cause__, OSError) else "correct the file"
+        raise UsageError(f"job file {path} cannot be read ({error}), so nothing was started; {remedy}") from error
     if not isinstance(data, dict):
         raise UsageError(f"job file {path} holds {type(data).__name__}, not keys and values; it needs at least source and store")
     for key in ("source", "store"):
@@ -275,8 +274,11 @@ def read_yaml(path: Path) -> Any:
         When it cannot be read, or has keys that are no text or numbers above 64 bits.
     """
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506 (a safe one)
+        text = path.read_text(encoding="utf-8")
+        content = yaml.load(text, _Loader)  # noqa: S506 (a safe one)
         _check_values(content, set())
+    except yaml.MarkedYAMLError as error:
+        raise ValueError(_explain_syntax(error, text)) from error
     except (
         OSError,
         ValueError,
@@ -288,8 +290,21 @@ def read_yaml(path: Path) -> Any:
         TypeError,
     ) as error:
         # The last four are what PyYAML raises over a tag that does not fit its value, such as "!!bool maybe".
-        raise ValueError(" ".join(str(error).split())) from error  # YAML's errors draw the place over several lines
+        raise ValueError(" ".join(str(error).split())) from error
     return content
+
+
+def _explain_syntax(error: yaml.MarkedYAMLError, text: str) -> str:
+    """Say on one line what YAML draws over several: the line, and what is wrong there."""
+    mark = error.problem_mark or error.context_mark
+    n = mark.line if mark is not None else 0
+    if "'\\t'" in str(error.problem):
+        before = "".join(text.splitlines()[n : n + 1])[: mark.column if mark is not None else 0]
+        return f"line {n + 1} {'has a tab between words' if before.strip() else 'is indented with a tab'}: YAML wants spaces"
+    found = str(error.problem).replace("'<stream end>'", "the end of the file")
+    if error.context is None or error.context_mark is None:
+        return f"line {n + 1}: {found}"
+    return f"line {n + 1}: {found}, {error.context} that begins on line {error.context_mark.line + 1}"
 
 
 def _check_values(content: Any, seen: set[int]) -> None:

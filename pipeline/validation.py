@@ -89,19 +89,44 @@ def validate_model(model: type[M], values: Any, where: str, context: dict[str, A
         found = error.errors()
         deeper = {problem["loc"][:n] for problem in found for n in range(1, len(problem["loc"]))}
         # A tuple whose items were refused is also "too short", which would only distract.
-        first = [problem for problem in found if problem["loc"] not in deeper]
+        first = _without_repeats(model, [problem for problem in found if problem["loc"] not in deeper])
         problems = "; ".join(_explain(model, problem) for problem in first[:10])
         problems += f"; and {len(first) - 10} more" if len(first) > 10 else ""
         raise UsageError(f"{where} is not usable, so nothing was started: {problems}") from error
 
 
+def _without_repeats(model: type[BaseModel], problems: list[Any]) -> list[Any]:
+    """Leave out the missing keys that the remedy of an unknown key names; give an entry one level too high its remedy, ``below``."""
+    missing = {problem["loc"]: _locate(model, problem["loc"])[1] for problem in problems if problem["type"] == "missing"}
+    named: set[str] = set()
+    for problem in problems:
+        if problem["type"] != "extra_forbidden":
+            continue
+        *above, key = problem["loc"]
+        meant = _meant(model, tuple(above), str(key))
+        mappings = [loc[-1] for loc in missing if [*loc[:-1]] == above and get_origin(_locate(model, loc)[0]) is dict]
+        if mappings and meant in ([], mappings) and _is_entry(problem["input"]):
+            problem["below"], meant = mappings[0], mappings
+        if len(meant) == 1:
+            named |= {meant[0], ".".join(filter(None, (_locate(model, tuple(above))[1], meant[0])))}
+    patterns = [re.escape(name).replace("NAME", r"[^.]+") for name in named]
+    repeated = {loc for loc, where in missing.items() if any(re.fullmatch(pattern, where) for pattern in patterns)}
+    return [problem for problem in problems if problem["type"] != "missing" or problem["loc"] not in repeated]
+
+
+def _is_entry(value: Any) -> bool:
+    """Whether a value is an entry of a mapping, not a mapping of entries: it has values that are not mappings."""
+    return isinstance(value, dict) and not all(isinstance(inner, dict) for inner in value.values())
+
+
 def _explain(model: type[BaseModel], problem: Any) -> str:
     """One problem of pydantic's, as value, expectation and remedy."""
+    location = "" if problem["type"] == "extra_forbidden" else _locate(model, problem["loc"])[1]
     if problem["type"] == "extra_forbidden":
         *above, key = problem["loc"]
-        where = _locate(model, tuple(above))[1]
-        return f"unknown key {'.'.join(filter(None, (where, str(key))))!r}: {_hint_of_key(model, tuple(above), str(key))}"
-    location = _locate(model, problem["loc"])[1]
+        location = ".".join(filter(None, (_locate(model, tuple(above))[1], str(key))))
+        hint = f"put it below '{problem['below']}:'" if "below" in problem else _hint_of_key(model, tuple(above), str(key))
+        return f"unknown key {location!r}: {hint}"
     if problem["type"] == "missing":
         return f"key {location!r} is missing: add it"
     if problem["type"] == "union_tag_not_found":
@@ -112,19 +137,40 @@ def _explain(model: type[BaseModel], problem: Any) -> str:
         return f"{location}: kind {problem['ctx']['tag']!r} is none of {tags}{_hint_of_value(problem)}"
     if problem["type"] == "value_error":
         return f"{location}: {problem['ctx']['error']}"
+    if problem["type"] == "model_type" and problem["loc"]:
+        return _explain_no_mapping(model, problem, location)
     return f"{location or 'the whole'}: {problem['msg']}, not {reprlib.repr(problem['input'])}{_hint_of_value(problem)}"
+
+
+def _explain_no_mapping(model: type[BaseModel], problem: Any, location: str) -> str:
+    """A plain value where keys and values belong: often a key that is one level too high, as ``groups: {workers: 2}``."""
+    *above, key = problem["loc"]
+    found = []
+    if get_origin(_locate(model, tuple(above))[0]) is dict:
+        found = _elsewhere(model, tuple(above), {str(key), _synonym(str(key))})
+    if found:
+        return f"unknown key {location!r}: did you mean {' or '.join(map(repr, found))}?"
+    return f"{location}: Input should be keys and values, not {reprlib.repr(problem['input'])}"
 
 
 def _hint_of_key(model: type[BaseModel], above: Location, key: str) -> str:
     """The known key that was meant: beside the unknown one, or at another level."""
-    known = sorted(_locate(model, above)[0].model_fields)
-    meant = SYNONYMS.get(key.lower().replace("_", "-"), key)
-    found = [meant] if meant in known else _elsewhere(model, above, {key, meant})
-    found = found or difflib.get_close_matches(key.lower(), known, n=1)
+    found = _meant(model, above, key)
     if not found:
-        return f"known keys are {', '.join(known)}"
-    line = f"a line of {found[0]!r}, --{key}=..." if meant == "options" != key else " or ".join(map(repr, found))
+        return f"known keys are {', '.join(sorted(_locate(model, above)[0].model_fields))}"
+    line = f"a line of {found[0]!r}, --{key}=..." if _synonym(key) == "options" != key else " or ".join(map(repr, found))
     return f"did you mean {line}?"
+
+
+def _meant(model: type[BaseModel], above: Location, key: str) -> list[str]:
+    """Names of keys beside an unknown one, or full paths of keys at another level, that it may stand for."""
+    known, meant = sorted(_locate(model, above)[0].model_fields), _synonym(key)
+    found = [meant] if meant in known else _elsewhere(model, above, {key, meant})
+    return found or difflib.get_close_matches(key.lower(), known, n=1)
+
+
+def _synonym(key: str) -> str:
+    return SYNONYMS.get(key.lower().replace("_", "-"), key)
 
 
 def _elsewhere(model: type[BaseModel], above: Location, names: set[str]) -> list[str]:
@@ -252,7 +298,9 @@ def _seconds(value: Any, info: ValidationInfo) -> Any:
     if _is_plain(value):
         text = f"{value} has no unit, and batch systems disagree on it: write {value}s, {value}min, {value}h or HH:MM:SS"
     elif isinstance(value, str) and re.fullmatch(r"\d+:\d+", value):
-        text = f"{value!r} may be hours or minutes: write {value}:00, or for instance 8min"
+        minutes, seconds = map(int, value.split(":"))
+        as_minutes = f"{minutes}min {seconds}s" if seconds else f"{minutes}min"
+        text = f"{value!r} may be hours or minutes: write {value}:00 or {as_minutes}"
     else:
         text = f"{value!r} is no time: write for instance 8h, 90min, 08:00:00 or 1-00:00:00"
     raise ValueError(text)

@@ -85,7 +85,7 @@ def test_an_unknown_key_is_refused_with_the_nearest_known_one(values, expected):
         ({"decode": {"formats": ["PSD"]}}, "decode.formats.0: Input should be 'AVIF', 'BMP'"),
         ({"decode": {"resize_filter": "box3"}}, "decode.resize_filter: Input should be 'nearest'"),
         ({"decode": {"pixel_limit": 0}}, "decode.pixel_limit: Input should be greater than 0, not 0"),
-        ({"decode": None}, "decode: Input should be a valid dictionary or instance of DecodeSpec, not None"),
+        ({"decode": None}, "decode: Input should be keys and values, not None"),
         ({"extractor": {"seed": 2**32}}, "extractor.seed: Input should be less than 4294967296"),
         ({"extractor": {"layers": []}}, "extractor.layers: Tuple should have at least 1 item after validation, not 0"),
         (
@@ -291,7 +291,26 @@ def test_overrides_replace_single_values_of_a_job_file(tmp_path):
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        (b"source: [", r"job file .*job\.yaml cannot be read \(.*\), so nothing was started"),
+        (
+            b"source: a\nstore: 'b\nlimit: 3",
+            r"cannot be read \(line 3: .*end of stream, while scanning a quoted scalar that begins on line 2\), so nothing was started",
+        ),
+        (
+            b"source: [",
+            r"cannot be read \(line 1: expected the node content, but found the end of the file, .*\), so nothing was started",
+        ),
+        (
+            b"dtype:\tuint8\n",
+            r"cannot be read \(line 1 has a tab between words: YAML wants spaces\), so nothing was started; correct the file$",
+        ),
+        (
+            b"source: a\nstore: b: c\n",
+            r"job\.yaml cannot be read \(line 2: mapping values are not allowed here\), so nothing was",
+        ),
+        (
+            b"decode:\n  \tcolor: grey\n",
+            r"job\.yaml cannot be read \(line 2 is indented with a tab: YAML wants spaces\), so nothing",
+        ),
         (b"\xff\xfe", r"job file .*job\.yaml cannot be read"),
         (b"- a\n- b\n", r"job file .*job\.yaml holds list, not keys and values"),
         (b"", r"job file .*job\.yaml holds NoneType, not keys and values"),

@@ -23,6 +23,8 @@ from pipeline.text import count, human_size
 MAX_SKEW_S = 3 * HEARTBEAT_S
 """Clocks that are further apart cannot tell whether a run is alive."""
 NOTED_SKEW_S = 3.0
+EQUAL_SKEW_S = 0.5
+"""Clocks that are no further apart agree, as nearly as can be measured."""
 
 
 def stored(store: Place) -> Iterator[Finding]:
@@ -105,6 +107,8 @@ def _bucket(url: Url) -> Iterator[Finding]:
 
 
 def _skew(what: str, skew_s: float) -> Finding:
+    if abs(skew_s) <= EQUAL_SKEW_S:
+        return Finding("ok", what, "agrees with this machine's")
     found = f"{abs(skew_s):.1f} s {'ahead of' if skew_s > 0 else 'behind'} this machine's"
     if abs(skew_s) <= NOTED_SKEW_S:
         return Finding("ok", what, found)

@@ -16,6 +16,7 @@ logger = logging.getLogger(__name__)
 COMMAND_TIMEOUT_S = 60.0
 _ENDING = {"COMPLETING", "COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"}
 _PBS_GONE = re.compile(r"Unknown Job Id|has finished", re.IGNORECASE)
+_COMMAND_SAYS = re.compile(r"(?:^|(?<=\s))[\w-]+: (?:error|fatal): ")
 _PBS_GONE_CODES = {35, 153}  # 35 is of PBS Professional; 153 of both PBS Professional and Torque
 _HTCONDOR = {"1": "idle", "2": "running", "3": "removed", "4": "completed", "5": "held"}
 
@@ -209,8 +210,13 @@ def requeue(job_id: str) -> None:
 
 def said(error: BaseException) -> str:
     """The output of a failed command, on one line."""
-    text = getattr(error, "stderr", "") or str(error)
-    return " ".join(str(text).split())
+    return on_one_line(str(getattr(error, "stderr", "") or error))
+
+
+def on_one_line(text: str) -> str:
+    """The output of a command without ``squeue: error:`` before each of its lines, and each line once."""
+    parts = (part.strip() for part in _COMMAND_SAYS.split(" ".join(text.split())))
+    return "; ".join(dict.fromkeys(filter(None, parts)))
 
 
 def _call(command: list[str], stdin: str | None = None) -> str:

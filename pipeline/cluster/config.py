@@ -45,9 +45,10 @@ def load_cluster(name: str | None, path: Path = Path("cluster.yaml")) -> Cluster
     try:
         values = read_yaml(path)
     except ValueError as error:
+        remedy = "run from the folder that holds cluster.yaml" if isinstance(error.__cause__, OSError) else "correct the file"
         raise UsageError(
-            f"cluster {name!r} is looked up in {path}, which cannot be read ({error}): nothing was started; run from the folder that "
-            "holds cluster.yaml, or leave out --cluster to use this machine"
+            f"cluster {name!r} is looked up in {path}, which cannot be read ({error}): nothing was started; {remedy}, or leave out "
+            "--cluster to use this machine"
         ) from error
     entries = values.get("clusters") if isinstance(values, dict) else None
     if isinstance(entries, dict):

@@ -25,7 +25,7 @@ from pipeline.checks.plan import Preview
 from pipeline.cli import commands as cli
 from pipeline.cluster.config import load_cluster
 from pipeline.cluster.kinds.address import AddressSpec
-from pipeline.errors import UsageError
+from pipeline.errors import FeaturemapsError, UsageError
 from pipeline.extract import kernel
 from pipeline.run import admission
 from pipeline.run.worker_versions import own_versions
@@ -50,6 +50,21 @@ def spec(tmp_path):
         return load_cluster("x", tmp_path / "cluster.yaml")
 
     return make
+
+
+@pytest.mark.parametrize(
+    ("message", "found"),
+    [
+        ("a.yaml is not usable, so nothing was started: unknown key 'b'", "a.yaml is not usable: unknown key 'b'"),
+        ("a.yaml has no cluster 'b': nothing was started; it has c", "a.yaml has no cluster 'b'; it has c"),
+        ("no store can be accessed: check it; nothing was started", "no store can be accessed: check it"),
+    ],
+)
+def test_a_check_does_not_say_that_nothing_was_started(message, found):
+    def check():
+        raise UsageError(message)
+
+    assert only(look("x", check)) == Finding("FAIL", "x", found)
 
 
 def test_a_check_that_raises_is_a_finding():
@@ -199,6 +214,15 @@ def test_clocks_that_are_apart_are_noted(tmp_path, monkeypatch, skew_s, level):
         assert clock.found.split(" s ")[1] == f"{direction} this machine's"
 
 
+@pytest.mark.parametrize(("skew_s", "found"), [(-0.4, "agrees with this machine's"), (0.6, "0.6 s ahead of this machine's")])
+def test_clocks_less_than_half_a_second_apart_agree(tmp_path, monkeypatch, skew_s, found):
+    """Both clocks stand still here: a disk cannot be made to say when it wrote."""
+    monkeypatch.setattr(storage, "time", SimpleNamespace(time=lambda: 1000.0))
+    monkeypatch.setattr(storage, "modified_s", lambda _: 1000.0 + skew_s)
+    _, clock = storage.writing(tmp_path)
+    assert clock.found == found
+
+
 def test_a_store_that_somebody_works_on_and_a_folder_that_is_none(tmp_path, run):
     source = make_images(tmp_path / "source", 4, [(40, 50)])
     store = tmp_path / "f.zarr"
@@ -316,6 +340,12 @@ def test_a_batch_system_is_asked_for_its_queue(spec, commands):
     commands(squeue="echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1")
     found = only(jobs.look_there())
     assert (found.level, found.found) == ("FAIL", "squeue: slurm_load_jobs error: Unable to contact slurm controller")
+    commands(squeue="for said in 'error: no host' 'error: no host' 'fatal: no file'; do echo squeue: $said >&2; done; exit 1")
+    assert only(jobs.look_there()).found == "squeue: no host; no file"
+    with pytest.raises(
+        FeaturemapsError, match=r"\(no host; no file\): nothing was started; check that this machine is a login node, or"
+    ):
+        jobs.take_back("name")
     commands(squeue="exit 0", sinfo="echo short; echo long")
     answers, queue = check_cluster.can_be_reached(jobs)
     assert (answers.level, answers.found) == ("ok", "squeue answers")

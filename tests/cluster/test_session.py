@@ -62,7 +62,14 @@ def test_without_a_name_it_is_this_machine_and_no_file_is_read(tmp_path):
             "clusters: {a: {kind: local}, b: {kind: local}}",
             r"cluster\.yaml has no cluster 'x': nothing was started; it has a, b$",
         ),
-        ("clusters: [", r"(?s)cluster 'x' is looked up in .*cluster\.yaml, which cannot be read \(.*leave out --cluster"),
+        (
+            "clusters: [",
+            r"cluster 'x' is looked up in .*cluster\.yaml, which cannot be read \(line 1: .*\): nothing was started; correct the file, or",
+        ),
+        (
+            "clusters:\n  x:\n\tkind: slurm",
+            r"cannot be read \(line 3 is indented with a tab: YAML wants spaces\): nothing was started; correct the file, or leave out --c",
+        ),
         ("", r"cluster\.yaml is not usable.*the whole: Input should be a valid dictionary"),
         ("cluster: {}", r"unknown key 'cluster': did you mean 'clusters'\?"),
         ("clusters: {x: {kind: local, worker: 2}}", r"unknown key 'clusters\.x\.worker': did you mean 'workers'\?"),
@@ -114,7 +121,32 @@ def test_without_a_name_it_is_this_machine_and_no_file_is_read(tmp_path):
         ),
         (
             "clusters: {x: {kind: slurm, walltime: 8:00, groups: {a: {memory: 1GB}}}}",
-            r"clusters\.x\.walltime: '8:00' may be hours or minutes: write 8:00:00, or for instance 8min",
+            r"clusters\.x\.walltime: '8:00' may be hours or minutes: write 8:00:00 or 8min",
+        ),
+        (
+            "clusters: {x: {kind: slurm, walltime: '90:30', groups: {a: {memory: 1GB}}}}",
+            r"clusters\.x\.walltime: '90:30' may be hours or minutes: write 90:30:00 or 90min 30s",
+        ),
+        (
+            "clusters: {x: {kind: slurm, groups: {workers: 2, mem: 4 GiB}}}",
+            r"key 'clusters\.x\.groups\.workers': did you mean '.*\.groups\.NAME\.workers'\?; .*\.mem': did .*\.NAME\.memory'\?$",
+        ),
+        (
+            "clusters: {x: {kind: slurm, groups: {cpu: 2}}}",
+            r"nothing was started: clusters\.x\.groups\.cpu: Input should be keys and values, not 2$",
+        ),
+        (
+            "clusters: {x: {kind: slurm, groups: {all: {mem: 4 GiB}}}}",
+            r"nothing was started: unknown key 'clusters\.x\.groups\.all\.mem': did you mean 'memory'\?$",
+        ),
+        ("cluster: {x: {kind: local}}", r"nothing was started: unknown key 'cluster': did you mean 'clusters'\?$"),
+        (
+            "x: {kind: local}\nmy-cluster: {kind: local}",
+            r"nothing was started: unknown key 'x': put it below 'clusters:'; unknown key 'my-cluster': put it below 'clusters:'$",
+        ),
+        (
+            "clusters: {x: {kind: slurm, cpu: {memory: 4 GiB}}}",
+            r"nothing was started: unknown key 'clusters\.x\.cpu': put it below 'groups:'$",
         ),
         (
             "clusters: {x: {kind: slurm, groups: {a: {memory: 4096}}}}",

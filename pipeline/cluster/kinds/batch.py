@@ -172,7 +172,8 @@ def _take_back(kind: str, names: set[str]) -> None:
         left = [job.job_id for name in names for job in batch_commands.jobs_named(kind, name) if job.name == name]
     except (OSError, subprocess.SubprocessError) as error:
         raise FeaturemapsError(
-            f"{batch_commands.SYSTEMS[kind].name} does not answer ({batch_commands.said(error)}): nothing was started; try again later"
+            f"{batch_commands.SYSTEMS[kind].name} does not answer ({batch_commands.said(error)}): nothing was started; check that this "
+            "machine is a login node, or try again later"
         ) from error
     if left:
         logger.warning("taking back jobs that a run left in the queue: %s", ", ".join(left))
@@ -202,7 +203,9 @@ def _said(command: list[str]) -> str | None:
         done = _run(command)
     except (OSError, subprocess.SubprocessError) as error:
         return str(error)
-    return None if done.returncode == 0 else " ".join((done.stderr or done.stdout).split()) or f"exit code {done.returncode}"
+    return (
+        None if done.returncode == 0 else batch_commands.on_one_line(done.stderr or done.stdout) or f"exit code {done.returncode}"
+    )
 
 
 def _run(command: list[str]) -> subprocess.CompletedProcess[str]:

@@ -113,7 +113,7 @@ def _queued(order: Order, known: Submission | None) -> batch_commands.QueuedJob 
         raise FeaturemapsError(
             f"{batch_commands.SYSTEMS[kind].name} does not answer ({batch_commands.said(error)}), "
             "so nobody can tell whether a job still works for "
-            f"store {order.job.store}: nothing was submitted; try again later"
+            f"store {order.job.store}: nothing was submitted; check that this machine is a login node, or try again later"
         ) from error
 
 
