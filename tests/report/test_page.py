@@ -107,6 +107,18 @@ def test_an_empty_store(empty):
     assert "No run has left a receipt." in text
 
 
+def test_a_small_number_is_not_said_to_be_zero_and_the_hosts_are_those_of_one_run(empty):
+    stages = {"read": 0.0001, "decode": 1.0, "extract": 1.0, "write": 1.0}
+    leave_receipt(
+        empty, outcome="complete", n_done=2, pixels=1568, compute_s=200.0, elapsed_s=0.01, stage_s=stages, hosts={"vm": 2}
+    )
+    text = text_of(empty)
+    assert "0.01 images/s, 7.84e-06 megapixels/s" in text
+    assert "read < 0.1 %" in text
+    assert "0 0 0 0.01 < 0.1 s" in text
+    assert "Hosts vm (2 images); in the last run that computed maps" in text
+
+
 def test_a_store_of_pooled_values_says_why_there_are_no_maps(run, tmp_path):
     make_images(tmp_path / "source", 6, SIZES)
     assert run(tmp_path / "source", extractor={"outputs": ["pooled"]}).outcome == "complete"
@@ -134,13 +146,13 @@ def test_the_runs_say_what_they_did_and_which_were_refused(empty):
     leave_receipt(empty, outcome="failed", message="UsageError: gone", n_quarantined=2, n_rejected=1, n_changed=4, n_removed=5)
     run = next(run_facts(facts_of(empty).receipts, None))
     assert (run.state, run.exit_code, run.n_bad) == ("refused", 2, 3)
-    assert "Done Bad Changed Removed Images/s Took not said refused 2 0 3 4 5 – 0.0 s gone" in text_of(empty)
+    assert "Done Bad Changed Removed Images/s Took not said refused 2 0 3 4 5 \u2013 0.0 s gone" in text_of(empty)
 
 
 def test_a_run_without_a_reason_takes_one_row(empty):
     leave_receipt(empty, outcome="complete", n_removed=2)
     found = page.render(open_store(empty))
-    assert "complete 0 0 0 0 2 – 0.0 s Done, bad, changed" in text_of(empty)
+    assert "complete 0 0 0 0 2 \u2013 0.0 s Done, bad, changed" in text_of(empty)
     assert '<tr class="reason">' not in found
     leave_receipt(empty, outcome="failed", message="KeyError: 3")
     assert '<tr class="reason"><td colspan="9"><bdi>KeyError: 3</bdi>' in page.render(open_store(empty))
