@@ -303,7 +303,9 @@ def verdict_of(facts: Facts) -> Verdict:
     if run and run.exit_code == EXIT_QUARANTINED:
         limit, n_bad = run.config.get("max_quarantined"), count(facts.n_bad, "bad image", commas=True)
         text = f"Complete, but with {n_bad} ({reasons}), more than the {limit:,} that the run allows."
-        return Verdict("warning", text, "Look at the reasons below, mend the images, and run with --retry-quarantined.")
+        return Verdict(
+            "warning", text, "Look at the reasons below, replace or repair the images, and run with --retry-quarantined."
+        )
     if facts.n_bad:
         return Verdict("good", f"Complete: {_are(n_done)} done, and {facts.n_bad:,} cannot be ({reasons}).")
     return Verdict("good", f"Complete: {f'all {n_done:,} images are' if n_done > 1 else '1 image is'} done.")
