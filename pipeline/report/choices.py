@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -93,6 +93,15 @@ def crop_maps(maps: xr.Dataset, layers: Sequence[str], crop: Sequence[int]) -> x
                 )
             maps = maps.isel({f"{name}_{axis}": inside})
     return maps
+
+
+def check_one_path(path: object) -> None:
+    """Raise `UsageError` if several paths were given."""
+    if isinstance(path, Iterable) and not isinstance(path, str):
+        raise UsageError(
+            f"show draws one image, and several were given ({type(path).__name__}): nothing was drawn; give one path, or draw "
+            "several images with figures.contact_sheet(store, paths)"
+        )
 
 
 def photograph(store: FeatureStore, path: str) -> Picture | None:

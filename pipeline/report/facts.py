@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from pipeline import errors
 from pipeline.errors import EXIT_QUARANTINED, EXIT_USAGE
 from pipeline.run.summary import Summary
 from pipeline.store.contents import BadImage, bad_images, count_class, count_rejected
@@ -64,8 +65,13 @@ class RunFacts:
     n_done: int
     n_bad: int
     """Images that this run quarantined or rejected."""
+    n_changed: int
+    """Images with an entry that this run computed again, or tried again."""
+    n_removed: int
+    """Images that this run no longer found in the source."""
     images_per_s: float
     message: str
+    """Why it ended early; empty where it did not."""
 
 
 @dataclass(slots=True)
@@ -199,8 +205,32 @@ def run_facts(receipts: Sequence[Mapping[str, Any]], holder: Mapping[str, Any] |
     for receipt in receipts:
         run = as_summary(receipt)
         state, exit_code = _state(run, holder)
-        n_bad = run.n_quarantined + run.n_rejected
-        yield RunFacts(run.run_id, run.started, run.elapsed_s, state, exit_code, run.n_done, n_bad, run.images_per_s, run.message)
+        yield RunFacts(
+            run_id=run.run_id,
+            started=run.started,
+            elapsed_s=run.elapsed_s,
+            state=state,
+            exit_code=exit_code,
+            n_done=run.n_done,
+            n_bad=run.n_quarantined + run.n_rejected,
+            n_changed=run.n_changed,
+            n_removed=run.n_removed,
+            images_per_s=run.images_per_s,
+            message=_reason(run.message),
+        )
+
+
+def _reason(message: str) -> str:
+    """A receipt's message without the name of an error of ours; that of any other error says what happened, and stays.
+
+    Examples
+    --------
+    >>> _reason("UsageError: folder 'a' is empty"), _reason("KeyError: 3"), _reason("disk full")
+    ("folder 'a' is empty", 'KeyError: 3', 'disk full')
+    """
+    name, _, reason = message.partition(": ")
+    kind = getattr(errors, name, None)
+    return reason if isinstance(kind, type) and issubclass(kind, errors.FeaturemapsError) else message
 
 
 def _state(run: Summary, holder: Mapping[str, Any] | None) -> tuple[str, int | None]:
@@ -255,7 +285,7 @@ def verdict_of(facts: Facts) -> Verdict:
     n_missing = n_listed - n_done - facts.n_bad
     missing = f"{n_missing:,} of {_images(n_listed)} {'is' if n_missing == 1 else 'are'} missing" if n_missing else ""
     if run and state in {"failed", "refused", "died"}:
-        why = f": {printable(run.message)}" if run.message else ""
+        why = f": {printable(_reason(run.message))}" if run.message else ""
         text = "The last run " + {"died": "died before its end", "refused": "was refused"}.get(state, "failed")
         return Verdict(
             "bad",
@@ -273,7 +303,9 @@ def verdict_of(facts: Facts) -> Verdict:
     if run and run.exit_code == EXIT_QUARANTINED:
         limit, n_bad = run.config.get("max_quarantined"), count(facts.n_bad, "bad image", commas=True)
         text = f"Complete, but with {n_bad} ({reasons}), more than the {limit:,} that the run allows."
-        return Verdict("warning", text, "Look at the reasons below, mend the images, and run with --retry-quarantined.")
+        return Verdict(
+            "warning", text, "Look at the reasons below, replace or repair the images, and run with --retry-quarantined."
+        )
     if facts.n_bad:
         return Verdict("good", f"Complete: {_are(n_done)} done, and {facts.n_bad:,} cannot be ({reasons}).")
     return Verdict("good", f"Complete: {f'all {n_done:,} images are' if n_done > 1 else '1 image is'} done.")

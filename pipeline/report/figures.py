@@ -70,8 +70,10 @@ def show(
     Raises
     ------
     UsageError
-        When the path has no maps, when there is no such layer or channel, when the image has changed since, or without matplotlib.
+        When the path is not one path or has no maps, when there is no such layer or channel, when the image has changed since, or
+        without matplotlib.
     """
+    choices.check_one_path(path)
     with needs_extra("figures", "a figure"):
         from pipeline.report import draw_maps
     names = choices.map_layers(store, layers)

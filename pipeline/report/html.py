@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from pipeline.run.summary import receipt
 from pipeline.run.summary_text import describe_bottleneck
-from pipeline.text import count, human_duration, human_moment, human_size, printable
+from pipeline.text import count, human_duration, human_moment, human_size, printable, rounded
 
 
 def asset(name: str) -> str:
@@ -46,11 +46,24 @@ def _environment() -> jinja2.Environment:
         "number": lambda value: f"{value:,}",
         "images": lambda n, noun="image": count(n, noun, commas=True),
         "size": lambda value: human_size(value).replace(" ", "\u00a0"),
-        "duration": human_duration,
+        "duration": lambda seconds: _tenths(seconds, "s") if seconds < 1 else human_duration(seconds),
+        "percent": lambda share: _tenths(100 * share, "%"),
+        "rounded": rounded,
         "moment": human_moment,
         "small": lambda value: f"{value:.3g}" if value else "0",
-        "value": lambda value: f"{value:.3f}" if abs(value) < 100 else f"{value:.4g}",
+        "value": lambda value: f"{value:.3f}" if 0.001 <= abs(value) < 100 or not value else f"{value:.4g}",
         "shorten": lambda text, n: text if len(text) <= n else f"{text[: n - 1]}…",
         "bottleneck": lambda summary: describe_bottleneck(receipt(summary)),
     }
     return environment
+
+
+def _tenths(value: float, unit: str) -> str:
+    """A number to one decimal; a small one that would read as zero is said to be less than the smallest that does not.
+
+    Examples
+    --------
+    >>> _tenths(0, "%"), _tenths(0.04, "%"), _tenths(33.33, "%")
+    ('0.0 %', '< 0.1 %', '33.3 %')
+    """
+    return f"< 0.1 {unit}" if 0 < value < 0.05 else f"{value:.1f} {unit}"

@@ -3,8 +3,10 @@
 
 for (const table of document.querySelectorAll("table[data-sorts]")) {
   const body = table.tBodies[0];
+  const rows = [...body.rows].filter((row) => !row.classList.contains("reason"));
+  const withReason = (row) => (row.classList.contains("explained") ? [row, row.nextElementSibling] : [row]);
   [...table.tHead.rows[0].cells].forEach((head, column) => {
-    if (head.hasAttribute("data-plain") || head.querySelector(".unseen") || body.rows.length < 2) return;
+    if (head.hasAttribute("data-plain") || head.querySelector(".unseen") || rows.length < 2) return;
     const button = document.createElement("button");
     button.type = "button";
     button.append(...head.childNodes);
@@ -16,8 +18,9 @@ for (const table of document.querySelectorAll("table[data-sorts]")) {
       const key = (row) => row.cells[column].dataset.value ?? row.cells[column].textContent;
       const compare = (a, b) => key(a).localeCompare(key(b), "en", { numeric: true });
       const number = (row) => Number(row.cells[column].dataset.value);
-      const order = body.rows[0].cells[column].dataset.value === undefined ? compare : (a, b) => number(a) - number(b);
-      body.append(...[...body.rows].sort((a, b) => (up ? order(a, b) : order(b, a))));
+      const order = rows[0].cells[column].dataset.value === undefined ? compare : (a, b) => number(a) - number(b);
+      rows.sort((a, b) => (up ? order(a, b) : order(b, a)));
+      body.append(...rows.flatMap(withReason));
     });
   });
 }

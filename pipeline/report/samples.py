@@ -115,7 +115,7 @@ def histograms(store: Store, chosen: Sequence[Chosen]) -> list[Histogram]:
 
 
 def samples(store: Store, chosen: Sequence[Chosen], counted: Sequence[Histogram], n_shown: int) -> Iterator[Sample]:
-    """Read the chosen images one after another, count their values, and draw and compute anew the first ``n_shown``.
+    """Read the chosen images one after another, count their values, and draw and recompute the first ``n_shown``.
 
     A sample whose maps cannot be read, or whose photograph is gone, has changed or does not come, says so. Photographs are read and decoded
     in a process of its own, as a source may hang, or be large where the store's images are resized.

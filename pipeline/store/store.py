@@ -83,7 +83,7 @@ class Store:
         except (FeaturemapsError, OSError, KeyError, TypeError, ValueError) as error:
             raise FeaturemapsError(
                 f"the weights in {self.path} cannot be read ({error}): an object under extractor/ is damaged or out of reach; restore it "
-                "from a copy, or make the store anew"
+                "from a copy, or create a new store"
             ) from error
 
     def receipts(self, n: int | None = None) -> list[dict[str, Any]]:

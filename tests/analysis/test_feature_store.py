@@ -455,7 +455,7 @@ def test_damaged_weights_are_said_to_be_so(folder, tmp_path):
     (chunk,) = (tmp_path / "f.zarr" / "extractor" / "conv1_weight").glob("c.*")
     chunk.write_bytes(chunk.read_bytes()[:-7])
     with pytest.raises(
-        FeaturemapsError, match=r"the weights in .*f.zarr cannot be read .* restore it from a copy, or make the store anew"
+        FeaturemapsError, match=r"the weights in .*f.zarr cannot be read .* restore it from a copy, or create a new store"
     ):
         open_store(tmp_path / "f.zarr").weights  # noqa: B018 (a property that reads)
 

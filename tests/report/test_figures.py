@@ -87,6 +87,12 @@ def test_an_image_is_drawn_above_its_maps(folder, opened, tmp_path):
     assert maps[0].get_window_extent().y1 < above.get_window_extent().y0
 
 
+@pytest.mark.parametrize("paths", [["img00000.png", "row.png"], ("row.png",), np.array(["row.png"])])
+def test_show_draws_one_image_and_names_what_draws_several(paths):
+    with pytest.raises(UsageError, match=r"show draws one image, and several were given \(.*give one path, or .*contact_sheet\("):
+        figures.show(None, paths)
+
+
 def test_a_map_lies_where_the_centres_of_its_receptive_fields_are(opened):
     figure = figures.show(opened(), "img00000.png")
     image, first, _ = panels(figure)

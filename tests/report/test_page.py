@@ -47,6 +47,16 @@ def store(run, tmp_path) -> Path:
     return tmp_path / "features.zarr"
 
 
+@pytest.fixture
+def empty(tmp_path) -> Path:
+    """A store without images, made without a run."""
+    job = make_job({"source": str(tmp_path), "store": str(tmp_path / "f.zarr")})
+    weights = load_weights(job.extractor, 3)
+    prepare_folder(tmp_path / "f.zarr")
+    create_store(tmp_path / "f.zarr", store_spec(job, str(tmp_path), weights), weights)
+    return tmp_path / "f.zarr"
+
+
 def text_of(store: Place, **options) -> str:
     """The page's words, on one line."""
     found = page.render(open_store(store), **options)
@@ -90,15 +100,23 @@ def test_a_complete_store(store):
     assert "None: every image that was looked at could be used." in text
 
 
-def test_an_empty_store(tmp_path):
-    job = make_job({"source": str(tmp_path), "store": str(tmp_path / "f.zarr")})
-    weights = load_weights(job.extractor, 3)
-    prepare_folder(tmp_path / "f.zarr")
-    create_store(tmp_path / "f.zarr", store_spec(job, str(tmp_path), weights), weights)
-    text = text_of(tmp_path / "f.zarr")
+def test_an_empty_store(empty):
+    text = text_of(empty)
     assert "The store is empty: no image was entered yet." in text
     assert "There are none: no image is done." in text
     assert "No run has left a receipt." in text
+
+
+def test_a_small_number_is_not_said_to_be_zero_and_the_hosts_are_those_of_one_run(empty):
+    stages = {"read": 0.0001, "decode": 1.0, "extract": 1.0, "write": 1.0}
+    leave_receipt(
+        empty, outcome="complete", n_done=2, pixels=1568, compute_s=200.0, elapsed_s=0.01, stage_s=stages, hosts={"vm": 2}
+    )
+    text = text_of(empty)
+    assert "0.01 images/s, 7.84e-06 megapixels/s" in text
+    assert "read < 0.1 %" in text
+    assert "0 0 0 0.01 < 0.1 s" in text
+    assert "Hosts vm (2 images); in the last run that computed maps" in text
 
 
 def test_a_store_of_pooled_values_says_why_there_are_no_maps(run, tmp_path):
@@ -124,11 +142,20 @@ def test_all_images_rejected(run, tmp_path):
     assert "All 3 bad images" in text
 
 
-def test_the_runs_have_a_column_for_bad_images_and_say_which_were_refused(store):
-    leave_receipt(store, outcome="failed", message="UsageError: gone", n_done=0, n_quarantined=2, n_rejected=1)
-    run = next(run_facts(facts_of(store).receipts, None))
+def test_the_runs_say_what_they_did_and_which_were_refused(empty):
+    leave_receipt(empty, outcome="failed", message="UsageError: gone", n_quarantined=2, n_rejected=1, n_changed=4, n_removed=5)
+    run = next(run_facts(facts_of(empty).receipts, None))
     assert (run.state, run.exit_code, run.n_bad) == ("refused", 2, 3)
-    assert "Images done Bad images Images/s" in text_of(store)
+    assert "Done Bad Changed Removed Images/s Took not said refused 2 0 3 4 5 \u2013 0.0 s gone" in text_of(empty)
+
+
+def test_a_run_without_a_reason_takes_one_row(empty):
+    leave_receipt(empty, outcome="complete", n_removed=2)
+    found = page.render(open_store(empty))
+    assert "complete 0 0 0 0 2 \u2013 0.0 s Done, bad, changed" in text_of(empty)
+    assert '<tr class="reason">' not in found
+    leave_receipt(empty, outcome="failed", message="KeyError: 3")
+    assert '<tr class="reason"><td colspan="9"><bdi>KeyError: 3</bdi>' in page.render(open_store(empty))
 
 
 @pytest.mark.parametrize(
@@ -143,7 +170,7 @@ def test_the_runs_have_a_column_for_bad_images_and_say_which_were_refused(store)
         ({"outcome": "failed", "message": "disk full"}, "The last run failed; 2 of 6 images are missing: disk full."),
         (
             {"outcome": "failed", "message": "UsageError: gone"},
-            "The last run was refused; 2 of 6 images are missing: UsageError: gone.",
+            "The last run was refused; 2 of 6 images are missing: gone.",
         ),
         ({"outcome": "running"}, "The last run died before its end; 2 of 6 images are missing."),
         ({"outcome": "stopped", "n_listed": 100}, "96 of 100 images are missing: the last run was stopped"),

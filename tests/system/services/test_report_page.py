@@ -155,6 +155,19 @@ def test_enter_skips_sorts_enlarges_and_copies(browser, page_file):
     assert not troubles
 
 
+def test_a_reason_has_the_whole_width_and_moves_with_its_run(browser, page_file):
+    page, troubles = opened(browser, page_file, 1200)
+    table = page.locator("table:has(#t-runs)")
+    assert table.evaluate("e => e.scrollWidth <= e.parentElement.clientWidth")
+    assert table.locator(".reason td").bounding_box()["width"] == table.bounding_box()["width"]
+    rows = "e => [...e.tBodies[0].rows].map(row => row.className)"
+    assert table.evaluate(rows) == ["explained", "reason", ""]
+    table.locator("button", has_text="Began").click()
+    table.locator("button", has_text="State").click()
+    assert table.evaluate(rows) == ["", "explained", "reason"], "complete, failed"
+    assert not troubles
+
+
 def test_the_mouse_enlarges_a_picture_and_closes_it_beside_it(browser, page_file):
     page, troubles = opened(browser, page_file)
     page.locator("img.zoom").nth(3).click()
