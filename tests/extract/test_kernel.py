@@ -55,9 +55,11 @@ def test_every_version_equals_the_reference(filters, channels, kernel_size, more
         statistics = kernel.first_layer(image, weight, bias, activation, stored, view)
     x = torch.from_numpy(image).permute(2, 0, 1)[None].double()
     exact = ACTIVATIONS[activation](conv2d(x, torch.from_numpy(weight).double(), torch.from_numpy(bias).double()))[0].numpy()
-    assert np.abs(dequantise(view, stored) - exact).max() <= stored.error_bound + 3e-6
+    # Rounding in float32 grows with the sum of the products' sizes, which the activation `none` does not bound.
+    rounding = max(3e-6, 4e-7 * np.abs(weights["conv1_weight"]).sum((1, 2, 3)).max())
+    assert np.abs(dequantise(view, stored) - exact).max() <= stored.error_bound + rounding
     expected = exact.mean((1, 2)), exact.std((1, 2)), exact.min((1, 2)), exact.max((1, 2))
-    np.testing.assert_allclose(statistics, expected, rtol=0, atol=3e-6)
+    np.testing.assert_allclose(statistics, expected, rtol=0, atol=rounding)
     assert (out[:, :, :2] == 77).all()
     assert (out[:, :, more[1] + 3 :] == 77).all()
 
