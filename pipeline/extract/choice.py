@@ -68,7 +68,7 @@ class CompiledFirst:
         return self._of(size).version(size)
 
     def block(self, shape: tuple[int, ...], dtype: str) -> Array:
-        """As of both, which compute on the processor."""
+        """Memory of this process, for either."""
         return self.compiled.block(shape, dtype)
 
 
@@ -108,6 +108,8 @@ def best_extractor(
         return compiled
     if not n:
         return CompiledFirst(compiled, by_torch) if compiled.small.can_store() else by_torch()
+    from pipeline.extract.cpu import use_one_thread  # noqa: PLC0415 (as above)
     from pipeline.extract.gpu import DeviceExtractor  # noqa: PLC0415 (as above)
 
+    use_one_thread()
     return DeviceExtractor(spec, weights, stored, device=devices.device_of(worker), threads=threads, share=gpu_share)

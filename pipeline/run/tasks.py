@@ -274,10 +274,8 @@ def _timed(result: BatchResult, stage: str) -> Iterator[None]:
 def extract(target: Target, decoded: Decoded) -> Extracted:
     """Compute the maps of a batch straight into the blocks that are written."""
     plugin, result = _plugin(target), decoded.result
-    blocks = [
-        _extract_piece(plugin, images, outcome, result) for images, outcome in zip(decoded.images, result.pieces, strict=True)
-    ]
-    return Extracted(blocks, result)
+    each = zip(decoded.images, result.pieces, strict=True)
+    return Extracted([_extract_piece(plugin, images, outcome, result) for images, outcome in each], result)
 
 
 def _extract_piece(
@@ -300,8 +298,8 @@ def _extract_piece(
         for i, (row, image) in enumerate(zip(outcome.rows, images, strict=True)):
             if image is not None:
                 missing[row - outcome.start] = False
-                valid = {name: block[row - outcome.start] for name, block in blocks.items()}
-                valid = valid if image.shape[:2] == layout.size else _valid_views(plugin, image, valid, fills)
+                whole = {name: block[row - outcome.start] for name, block in blocks.items()}
+                valid = whole if image.shape[:2] == layout.size else _valid_views(plugin, image, whole, fills)
                 sent.append((i, valid))
                 yield image, valid
 
