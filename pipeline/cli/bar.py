@@ -29,6 +29,9 @@ ROOM = len("^C") + 1
 REST = len("x  ---------- / 0:00:00 ")
 """Columns that the rest of a line takes beside the stage and the digits of the count; the time left shrinks the bar."""
 
+NARROW = 80
+"""On fewer columns, a stage that does not fit leaves out what is in brackets."""
+
 
 class _Narrow(NamedTuple):
     """Content that is a little narrower than the terminal."""
@@ -54,8 +57,9 @@ class _Stage(ProgressColumn):
     def render(self, task: Task) -> Text:
         progress, is_stopping = task.fields["progress"], self.is_stopping()
         columns = self.columns() - ROOM - REST - 2 * len(str(progress.n_total))
-        whole = stage_text(progress, is_stopping=is_stopping)
-        text = Text(whole if len(whole) <= columns else stage_text(progress, is_stopping=is_stopping, short=True))
+        text = Text(stage_text(progress, is_stopping=is_stopping))
+        if len(text) > columns and self.columns() < NARROW:
+            text = Text(stage_text(progress, is_stopping=is_stopping, short=True))
         text.truncate(max(1, columns), overflow="ellipsis")
         return text
 
