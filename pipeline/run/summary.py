@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -63,6 +64,10 @@ class Summary:
     n_new: int = 0
     n_changed: int = 0
     """Of these, images that had an entry before: their content changed, or they are tried again."""
+    n_retried: int = 0
+    """Of those, images that are as they were: only the verdict on them may change."""
+    n_left: int = 0
+    """Of the new images, those that an earlier run had listed but left, because it ended early."""
     n_removed: int = 0
     n_returned: int = 0
     n_unreachable: int = 0
@@ -174,11 +179,24 @@ class Summary:
         if self.outcome == "stopped":
             return EXIT_RUN_AGAIN
         if self.outcome != "complete":
-            error = getattr(errors, self.message.partition(":")[0], None)  # a refusal is a UsageError
-            return int(getattr(error, "exit_code", EXIT_FAILED))
+            return failure(self.message)[0]
         limit = self.config.get("max_quarantined")
         too_many = limit is not None and self.n_bad_total > limit
         return EXIT_QUARANTINED if too_many or (self.n_bad_total and not self.n_done_total) else EXIT_COMPLETE
+
+
+def failure(message: str) -> tuple[int, str]:
+    """Exit code of a failed run, by its message, and the reason without the name of an error that is no fault of the program.
+
+    Examples
+    --------
+    >>> failure("UsageError: no source"), failure("OSError: disk full"), failure("KeyError: 1"), failure("")
+    ((2, 'no source'), (1, 'disk full'), (1, 'KeyError: 1'), (1, ''))
+    """
+    name, _, reason = message.partition(": ")
+    kind = getattr(errors, name, getattr(builtins, name, None))
+    is_known = isinstance(kind, type) and issubclass(kind, errors.FeaturemapsError | OSError)
+    return int(getattr(kind, "exit_code", EXIT_FAILED)), reason if is_known else message  # a refusal is a UsageError
 
 
 class Run(NamedTuple):

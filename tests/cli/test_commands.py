@@ -240,7 +240,7 @@ def test_a_run_ends_with_a_summary_and_logs_to_stderr_only(command, folder, tmp_
     assert empty == "  bad.png  empty: the file has 0 bytes"
     assert not_image.startswith("  worse.jpg  not_an_image: ")
     rate = r"[\d.]+ images/s, [\d.]+ megapixels/s on 2 slots( once the workers had started)?"
-    assert re.fullmatch(rf"{rate}; read [\d.]+ MB, wrote [\d.]+ MB", speed)
+    assert re.fullmatch(rf"{rate}; read [\d.]+ kB, wrote [\d.]+ [kM]B", speed)
     assert re.fullmatch(
         r"time of the workers: .*; (most of the workers' time went into \w+ing \(\d+%\)|the workers were idle \d+% of the time: .*)",
         shares,
