@@ -12,12 +12,16 @@ from typing import Any, NamedTuple
 
 from pipeline import errors
 from pipeline.errors import EXIT_COMPLETE, EXIT_FAILED, EXIT_QUARANTINED, EXIT_RUN_AGAIN
+from pipeline.text import count
 
 STAGES = ("read", "decode", "extract", "write")
 MAX_BAD = 20
 """Bad images that a summary lists."""
 WAITING = "waiting"
 """Time in which a slot had no batch. Waiting for storage counts in its stage, except for headers, which are read before batches exist."""
+
+SAID_S = 1.0
+"""Shorter starts are not mentioned."""
 
 
 @dataclass(slots=True)
@@ -40,7 +44,7 @@ class Progress:
     """On the monotonic clock, which changes of the wall clock do not affect."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, repr=False)
 class Summary:
     """What a run did; its receipt in ``runs/`` holds the same."""
 
@@ -119,6 +123,19 @@ class Summary:
     unreadable_folders: list[str] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
     """The first faults that may pass."""
+
+    def __str__(self) -> str:
+        """How the run ended, in one line."""
+        start = f", of which {self.start_s:.1f} s to start workers" if self.start_s >= SAID_S else ""
+        return (
+            f"{self.outcome}: {count(self.n_done, 'image')} done, {self.n_unchanged} unchanged, {self.n_quarantined} quarantined, "
+            f"{self.n_rejected} rejected, {self.n_pending} pending, {self.n_removed} removed of {self.n_listed} listed, "
+            f"in {self.elapsed_s:.1f} s{start}"
+        )
+
+    def __repr__(self) -> str:
+        """Short, because a notebook shows it; `receipt` has all values."""
+        return f"<Summary of run {self.run_id}: {self}>"
 
     @property
     def images_per_s(self) -> float:

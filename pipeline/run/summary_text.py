@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline.errors import EXIT_QUARANTINED
-from pipeline.run.summary import WAITING, Summary, receipt
+from pipeline.run.summary import SAID_S, WAITING, Summary, receipt
 from pipeline.source.dropped import describe_dropped
 from pipeline.text import bad_lines, count, human_size, left_out, printable, rounded, skipped
 
@@ -14,18 +14,12 @@ FEW_PER_SLOT = 100
 """With fewer images per slot, a run is too short to keep its workers busy."""
 SHORT_S = 5.0
 """A complete run is too short if fewer seconds pass between its first task and its last, whatever the number of images."""
-SAID_S = 1.0
-"""Shorter starts are not mentioned."""
 _DOING = {"read": "reading", "decode": "decoding", "extract": "extracting", "write": "writing"}
 
 
 def headline(summary: Summary) -> str:
     """How a run ended, in one line."""
-    return (
-        f"{summary.outcome}: {count(summary.n_done, 'image')} done, {summary.n_unchanged} unchanged, {summary.n_quarantined} quarantined, "
-        f"{summary.n_rejected} rejected, {summary.n_pending} pending, {summary.n_removed} removed of {summary.n_listed} listed, "
-        f"in {summary.elapsed_s:.1f} s{f', of which {summary.start_s:.1f} s to start workers' if summary.start_s >= SAID_S else ''}"
-    )
+    return str(summary)
 
 
 def describe(summary: Summary, store: str) -> str:

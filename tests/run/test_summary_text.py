@@ -62,6 +62,8 @@ def test_idle_workers_had_too_little_work_only_where_the_run_says_so(values, why
 def test_a_summary_says_how_long_the_workers_took_to_start():
     summary = Summary("r", outcome="complete", n_done=1, slots=1, compute_s=2.0, slot_s=2.0, elapsed_s=27.04, start_s=15.04)
     lines = describe(summary, "s.zarr").splitlines()
+    assert str(summary) == lines[0]
+    assert repr(summary) == f"<Summary of run r: {lines[0]}>"
     assert lines[0].endswith(" in 27.0 s, of which 15.0 s to start workers")
     assert " on 1 slot once the workers had started; read" in lines[1]
     summary.start_s = 0.02  # on a client that is there
