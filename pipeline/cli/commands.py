@@ -16,7 +16,7 @@ from pipeline.cli.clusters import cluster, doctor, submit
 from pipeline.cli.figures import report, show
 from pipeline.cli.groups import GroupedCommands
 from pipeline.cli.job_options import job_options, job_values
-from pipeline.cli.output import lasting_output
+from pipeline.cli.output import is_output_lost, lasting_output
 from pipeline.cli.terminal import (
     asks_for_json,
     complain,
@@ -43,10 +43,23 @@ if TYPE_CHECKING:
     from pipeline.store.objects import Place
 
 
+_WORKING = {"run", "submit", "vacuum"}
+"""Commands that change more than they print; they keep their exit code if output is lost."""
+
+
 @click.group(cls=GroupedCommands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="featuremaps")
 def cli() -> None:
     """Turn image collections of any size into feature maps in a Zarr store."""
+
+
+@cli.result_callback()
+@click.pass_context
+def _code_of_output(context: click.Context, code: int | None) -> int:
+    """The command's exit code; lost output is a failure of a command that does little but print."""
+    if not code and context.invoked_subcommand not in _WORKING and is_output_lost():
+        return EXIT_FAILED
+    return int(code or EXIT_COMPLETE)
 
 
 def _job_command(command: Callable[..., Any]) -> Callable[..., Any]:

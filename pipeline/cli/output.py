@@ -1,4 +1,4 @@
-"""Output that never fails: a closed pipe, a full disk or a lost terminal does not change what a command does."""
+"""Output that never fails: a closed pipe, a full disk or a lost terminal does not interrupt what a command does."""
 
 from __future__ import annotations
 
@@ -20,6 +20,11 @@ class _Outlet(io.FileIO):
         self.error: OSError | None = None
         """Why output was first lost."""
 
+    @property
+    def is_lost(self) -> bool:
+        """Whether output was lost, other than to a reader that closed its pipe."""
+        return self.error is not None and self.error.errno != errno.EPIPE
+
     def write(self, data: Any) -> int:
         """Write what can be written; count all of it as written."""
         rest = memoryview(data).cast("B")
@@ -35,6 +40,13 @@ class _Outlet(io.FileIO):
         return n_bytes
 
 
+def is_output_lost() -> bool:
+    """Whether something written to stdout inside `lasting_output` was lost, other than to a reader that closed its pipe."""
+    sys.stdout.flush()
+    outlet = getattr(sys.stdout, "buffer", None)
+    return isinstance(outlet, _Outlet) and outlet.is_lost
+
+
 @contextmanager
 def lasting_output() -> Iterator[None]:
     """Make stdout and stderr never fail; at the end, say why output was lost, unless its reader just closed the pipe."""
@@ -46,9 +58,9 @@ def lasting_output() -> Iterator[None]:
         yield
     finally:
         sys.stdout.flush()
-        if out is not None and out.error is not None and out.error.errno != errno.EPIPE:
+        if out is not None and out.error is not None and out.is_lost:
             print(
-                f"featuremaps: output was lost, as it could not be written ({out.error.strerror}); the work itself was not affected",
+                f"featuremaps: output was lost, as it could not be written ({out.error.strerror}); nothing else was affected",
                 file=sys.stderr,
             )
         sys.stderr.flush()

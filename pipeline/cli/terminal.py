@@ -177,7 +177,11 @@ def log_lines() -> Callable[[Progress], None]:
         if not last or now - last >= LOG_LINE_S or is_news:
             last = now
             finished = progress.n_finished - progress.n_start
-            left_s = (now - began) / finished * (progress.n_total - progress.n_finished) if began and finished else 0.0
+            left_s = (
+                (now - began) / finished * (progress.n_total - progress.n_finished)
+                if began and finished and progress.stage == "running"
+                else 0.0
+            )
             left = f", about {left_s:.0f} s left" if left_s else ""
             counts = f": {progress.n_finished} of {count(progress.n_total, 'image')}" if progress.n_total else ""
             bad = f", {progress.n_quarantined} bad" if progress.n_quarantined else ""

@@ -141,14 +141,14 @@ class Driver:
             self._send_batches()
 
     def _drain(self) -> None:
-        """Take back tasks that have not begun, and say how many images are still in flight."""
+        """Take back tasks that have not begun, and say how many images may still come: workers give back those that they have not begun."""
         if not self.ending.draining:
             return
         if not self.is_taken_back:
             self.is_taken_back = True
             self.flight.take_back()
         n = self.flight.n_images
-        self.context.progress.stage = f"stopping ({count(n, 'image')} in flight)" if n else "stopping"
+        self.context.progress.stage = f"stopping (up to {count(n, 'image')} in flight)" if n else "stopping"
 
     def _send_probes(self) -> None:
         slots = max(1, self.fleet.slots)  # at least one: lost workers come back

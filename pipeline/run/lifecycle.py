@@ -7,7 +7,7 @@ import logging
 import platform
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from functools import partial
@@ -19,7 +19,7 @@ from pipeline.errors import FeaturemapsError, StoppedError
 from pipeline.extract import kernel
 from pipeline.run.comparison import apply, compare_with_store
 from pipeline.run.context import Context
-from pipeline.run.plan.changes import check_removals
+from pipeline.run.plan.changes import Changes, check_removals
 from pipeline.run.summary import Progress, Summary, receipt, working
 from pipeline.source.decoding import decode_versions
 from pipeline.store.contents import count_statuses
@@ -82,6 +82,7 @@ def run_job(
             store.repair()
         try:
             found = compare_with_store(job, store, listing)
+            summary.n_left = _n_left(previous, found)
             _work(Context(job, store, listing, found, summary, progress, notify, stop or threading.Event()), spec, connect)
         except KeyboardInterrupt:
             summary.outcome = "stopped"
@@ -95,6 +96,13 @@ def run_job(
             with contextlib.suppress(*([OSError] if summary.outcome == "failed" else [])):
                 store.write_receipt(summary.run_id, receipt(summary))
     return summary
+
+
+def _n_left(previous: Mapping[str, Any], found: Changes) -> int:
+    """New images that the previous run had listed, but did not enter into the store, because it ended early."""
+    if previous.get("outcome", "complete") == "complete":
+        return 0
+    return max(0, min(len(found.new) - len(found.replaces), int(previous.get("n_listed") or 0) - found.n_live))
 
 
 def _note_failure(summary: Summary, error: BaseException) -> None:

@@ -45,6 +45,7 @@ class Intake:
         self.store, self.summary, self.progress = context.store, context.summary, context.progress
         self.ledger, self.watch = ledger, watch
         self.summary.n_changed = len(self.found.replaces)
+        self.summary.n_retried = len(self.found.retried & set(self.found.replaces.values()))
         self.spec = extractor_spec(self.store.spec)
         self._next_probe = self._next_append = 0  # blocks
         self._n_appended = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -11,12 +12,16 @@ from typing import Any, NamedTuple
 
 from pipeline import errors
 from pipeline.errors import EXIT_COMPLETE, EXIT_FAILED, EXIT_QUARANTINED, EXIT_RUN_AGAIN
+from pipeline.text import count
 
 STAGES = ("read", "decode", "extract", "write")
 MAX_BAD = 20
 """Bad images that a summary lists."""
 WAITING = "waiting"
 """Time in which a slot had no batch. Waiting for storage counts in its stage, except for headers, which are read before batches exist."""
+
+SAID_S = 1.0
+"""Shorter starts are not mentioned."""
 
 
 @dataclass(slots=True)
@@ -39,7 +44,7 @@ class Progress:
     """On the monotonic clock, which changes of the wall clock do not affect."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, repr=False)
 class Summary:
     """What a run did; its receipt in ``runs/`` holds the same."""
 
@@ -63,6 +68,10 @@ class Summary:
     n_new: int = 0
     n_changed: int = 0
     """Of these, images that had an entry before: their content changed, or they are tried again."""
+    n_retried: int = 0
+    """Of those, images that are as they were: only the verdict on them may change."""
+    n_left: int = 0
+    """Of the new images, those that an earlier run had listed but left, because it ended early."""
     n_removed: int = 0
     n_returned: int = 0
     n_unreachable: int = 0
@@ -114,6 +123,19 @@ class Summary:
     unreadable_folders: list[str] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
     """The first faults that may pass."""
+
+    def __str__(self) -> str:
+        """How the run ended, in one line."""
+        start = f", of which {self.start_s:.1f} s to start workers" if self.start_s >= SAID_S else ""
+        return (
+            f"{self.outcome}: {count(self.n_done, 'image')} done, {self.n_unchanged} unchanged, {self.n_quarantined} quarantined, "
+            f"{self.n_rejected} rejected, {self.n_pending} pending, {self.n_removed} removed of {self.n_listed} listed, "
+            f"in {self.elapsed_s:.1f} s{start}"
+        )
+
+    def __repr__(self) -> str:
+        """Short, because a notebook shows it; `receipt` has all values."""
+        return f"<Summary of run {self.run_id}: {self}>"
 
     @property
     def images_per_s(self) -> float:
@@ -174,11 +196,24 @@ class Summary:
         if self.outcome == "stopped":
             return EXIT_RUN_AGAIN
         if self.outcome != "complete":
-            error = getattr(errors, self.message.partition(":")[0], None)  # a refusal is a UsageError
-            return int(getattr(error, "exit_code", EXIT_FAILED))
+            return failure(self.message)[0]
         limit = self.config.get("max_quarantined")
         too_many = limit is not None and self.n_bad_total > limit
         return EXIT_QUARANTINED if too_many or (self.n_bad_total and not self.n_done_total) else EXIT_COMPLETE
+
+
+def failure(message: str) -> tuple[int, str]:
+    """Exit code of a failed run, by its message, and the reason without the name of an error that is no fault of the program.
+
+    Examples
+    --------
+    >>> failure("UsageError: no source"), failure("OSError: disk full"), failure("KeyError: 1"), failure("")
+    ((2, 'no source'), (1, 'disk full'), (1, 'KeyError: 1'), (1, ''))
+    """
+    name, _, reason = message.partition(": ")
+    kind = getattr(errors, name, getattr(builtins, name, None))
+    is_known = isinstance(kind, type) and issubclass(kind, errors.FeaturemapsError | OSError)
+    return int(getattr(kind, "exit_code", EXIT_FAILED)), reason if is_known else message  # a refusal is a UsageError
 
 
 class Run(NamedTuple):

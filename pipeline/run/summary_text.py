@@ -6,26 +6,20 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline.errors import EXIT_QUARANTINED
-from pipeline.run.summary import WAITING, Summary, receipt
+from pipeline.run.summary import SAID_S, WAITING, Summary, receipt
 from pipeline.source.dropped import describe_dropped
-from pipeline.text import bad_lines, count, left_out, printable, skipped
+from pipeline.text import bad_lines, count, human_size, left_out, printable, rounded, skipped
 
 FEW_PER_SLOT = 100
 """With fewer images per slot, a run is too short to keep its workers busy."""
 SHORT_S = 5.0
 """A complete run is too short if fewer seconds pass between its first task and its last, whatever the number of images."""
-SAID_S = 1.0
-"""Shorter starts are not mentioned."""
 _DOING = {"read": "reading", "decode": "decoding", "extract": "extracting", "write": "writing"}
 
 
 def headline(summary: Summary) -> str:
     """How a run ended, in one line."""
-    return (
-        f"{summary.outcome}: {count(summary.n_done, 'image')} done, {summary.n_unchanged} unchanged, {summary.n_quarantined} quarantined, "
-        f"{summary.n_rejected} rejected, {summary.n_pending} pending, {summary.n_removed} removed of {summary.n_listed} listed, "
-        f"in {summary.elapsed_s:.1f} s{f', of which {summary.start_s:.1f} s to start workers' if summary.start_s >= SAID_S else ''}"
-    )
+    return str(summary)
 
 
 def describe(summary: Summary, store: str) -> str:
@@ -50,9 +44,10 @@ def _work(summary: Summary) -> list[str]:
         shares = ", ".join(f"{stage} {share:.0%}" for stage, share in summary.shares().items() if share >= 0.005)
         lines += [
             (
-                f"{summary.images_per_s:.1f} images/s, {summary.megapixels_per_s:.1f} megapixels/s on {count(summary.slots, 'slot')}"
+                f"{rounded(summary.images_per_s)} images/s, {rounded(summary.megapixels_per_s)} megapixels/s "
+                f"on {count(summary.slots, 'slot')}"
                 f"{' once the workers had started' if summary.start_s >= SAID_S else ''}; "
-                f"read {summary.bytes_read / 1e6:.1f} MB, wrote {summary.bytes_written / 1e6:.1f} MB"
+                f"read {human_size(summary.bytes_read)}, wrote {human_size(summary.bytes_written)}"
             ),
             f"time of the workers: {shares}; {describe_bottleneck(receipt(summary))}",
         ]
@@ -103,18 +98,20 @@ def describe_news(summary: Summary) -> list[str]:
 
     Examples
     --------
-    >>> summary = Summary("r", n_new=7, n_changed=2, n_removed=1)
+    >>> summary = Summary("r", n_new=7, n_changed=2, n_retried=1, n_left=3, n_removed=1)
     >>> for path in ("a.png", "b.png"):
     ...     summary.note_bad(path, "empty: the file has 0 bytes")
     >>> print("\n".join(describe_news(summary)))
-    since the last run: 5 new, 2 changed or tried again, 1 removed
+    since the last run: 2 new, 3 that it had not begun, 1 changed, 1 tried again, 1 removed
     found bad by this run: 2 empty
       a.png  empty: the file has 0 bytes
       b.png  empty: the file has 0 bytes
     """
     n_of = {
-        "new": summary.n_new - summary.n_changed,
-        "changed or tried again": summary.n_changed,
+        "new": summary.n_new - summary.n_changed - summary.n_left,
+        "that it had not begun": summary.n_left,
+        "changed": summary.n_changed - summary.n_retried,
+        "tried again": summary.n_retried,
         "back": summary.n_returned,
         "removed": summary.n_removed,
     }

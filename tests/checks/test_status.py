@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from pipeline.api import run_job
-from pipeline.checks.status import store_status
+from pipeline.checks.status import StoreStatus, store_status
 from pipeline.errors import UsageError
+from pipeline.run.summary import Summary, receipt
 from pipeline.store.lock import StoreLock
 from pipeline.store.schema import REJECTED, RUNS, Status
 from pipeline.store.store import Store
@@ -97,7 +98,25 @@ def test_a_run_that_failed_says_why_and_one_that_did_nothing_claims_no_pace(fini
         Store(finished), "20990101T000000Z-999999-ee", outcome="failed", n_done=0, bottleneck="waiting", message="OSError: no"
     )
     described = store_status(finished).describe()
-    assert "last run 20990101T000000Z-999999-ee: failed, 0 done -- OSError: no" in described
+    assert "last run 20990101T000000Z-999999-ee: failed, 0 done, 4 found bad -- no" in described
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"outcome": "complete", "n_removed": 2}, "complete, 2 removed"),
+        ({"outcome": "complete", "n_new": 2, "n_rejected": 2}, "complete, 2 found bad"),
+        ({"outcome": "complete"}, "complete, there was nothing to do"),
+        ({"outcome": "stopped", "n_new": 9}, "stopped, 0 done"),
+        ({"outcome": "complete", "n_done": 1, "compute_s": 50.0, "slots": 1}, "complete, 1 done at 0.02 images/s on 1 slot"),
+        ({"outcome": "failed", "message": "UsageError: source /a is not there"}, "refused -- source /a is not there"),
+        ({"outcome": "failed", "message": "RunFailedError: gone"}, "failed, 0 done -- RunFailedError: gone"),
+    ],
+)
+def test_the_last_run_is_described_by_what_it_did(values, said):
+    run = receipt(Summary("r", **values))
+    described = StoreStatus("s", "a", "float32", True, 1, {"done": 1, "quarantined": 0, "rejected": 0}, [], None, run).describe()
+    assert described.splitlines()[2] == f"last run r: {said}"
 
 
 def test_a_store_without_a_run_has_a_status(finished):

@@ -240,7 +240,7 @@ def test_a_run_ends_with_a_summary_and_logs_to_stderr_only(command, folder, tmp_
     assert empty == "  bad.png  empty: the file has 0 bytes"
     assert not_image.startswith("  worse.jpg  not_an_image: ")
     rate = r"[\d.]+ images/s, [\d.]+ megapixels/s on 2 slots( once the workers had started)?"
-    assert re.fullmatch(rf"{rate}; read [\d.]+ MB, wrote [\d.]+ MB", speed)
+    assert re.fullmatch(rf"{rate}; read [\d.]+ kB, wrote [\d.]+ [kM]B", speed)
     assert re.fullmatch(
         r"time of the workers: .*; (most of the workers' time went into \w+ing \(\d+%\)|the workers were idle \d+% of the time: .*)",
         shares,
@@ -370,11 +370,13 @@ def test_without_a_terminal_a_line_at_intervals_says_how_far_it_is_and_how_long_
     for n_finished, after_s in ((100, 1), (100, 14), (150, 5), (200, 5), (1000, 10)):
         clock[0] += after_s
         update(Progress(1100, n_finished, 100, n_quarantined=3 if n_finished > 100 else 0, stage="running"))
+    update(Progress(1100, 1010, 100, stage="stopping (up to 20 images in flight)"))
     assert capsys.readouterr().err.splitlines() == [
         "listing",
         "running: 100 of 1100 images",
         "running: 200 of 1100 images, 3 bad, about 216 s left",
         "running: 1000 of 1100 images, 3 bad, about 4 s left",
+        "stopping (up to 20 images in flight): 1010 of 1100 images",
     ]
 
 

@@ -1,6 +1,7 @@
 # ruff: noqa: T201 (print is what is tested)
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -8,7 +9,10 @@ import sys
 
 import pytest
 
+from pipeline.cli.commands import main
 from pipeline.cli.output import lasting_output
+from pipeline.store.schema import RUNS
+from tests.store.test_store import make_store
 
 COMMAND = [sys.executable, "-m", "pipeline"]
 
@@ -24,9 +28,7 @@ def full_device() -> int:
     return os.open("/dev/full", os.O_WRONLY)
 
 
-@pytest.mark.parametrize(
-    ("opened", "why"), [(closed_pipe, ""), (full_device, "(No space left on device); the work itself was not")]
-)
+@pytest.mark.parametrize(("opened", "why"), [(closed_pipe, ""), (full_device, "(No space left on device); nothing else was")])
 def test_what_cannot_be_written_is_lost_without_an_error_and_said_where_it_can_be(monkeypatch, capfd, opened, why):
     with os.fdopen(opened(), "w") as broken:
         monkeypatch.setattr(sys, "stdout", broken)
@@ -111,3 +113,19 @@ def test_a_signal_may_speak_in_the_middle_of_a_line(monkeypatch):
         signal.signal(signal.SIGUSR1, before)
     with os.fdopen(reader) as shown:
         assert sorted(shown.read().split()) == ["line", "signalled"]
+
+
+@pytest.mark.parametrize(
+    ("command", "opened", "code"),
+    [("status", full_device, 1), ("status", closed_pipe, 0), ("vacuum", full_device, 0), ("status", None, 0)],
+)
+def test_lost_output_is_a_failure_of_a_command_that_only_prints(monkeypatch, tmp_path, capfd, command, opened, code):
+    make_store(tmp_path)
+    (tmp_path / RUNS / "lock.json").unlink()
+    monkeypatch.setattr(sys, "argv", ["featuremaps", command, str(tmp_path)])
+    with open(opened(), "w") if opened else contextlib.nullcontext(sys.stdout) as out:  # noqa: PTH123 (a descriptor)
+        monkeypatch.setattr(sys, "stdout", out)
+        with pytest.raises(SystemExit) as ended:
+            main()
+        monkeypatch.undo()
+    assert ended.value.code == code

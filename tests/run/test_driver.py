@@ -35,7 +35,7 @@ def test_a_drain_takes_back_once_and_counts_what_it_waits_for():
         stages.append((driver.context.progress.stage, len(taken)))
     assert stages == [
         ("running", 0),
-        ("stopping (24 images in flight)", 1),
-        ("stopping (1 image in flight)", 1),
+        ("stopping (up to 24 images in flight)", 1),
+        ("stopping (up to 1 image in flight)", 1),
         ("stopping", 1),
     ]

@@ -156,7 +156,7 @@ def test_changed_vanished_and_returning_images(run, tmp_path):
     shutil.copy(tmp_path / "other" / "img00000.png", source / "img00005.png")
     summary = run(source)
     assert (summary.n_removed, summary.n_done, summary.n_unchanged) == (1, 1, 28)
-    assert describe_news(summary) == ["since the last run: 1 changed or tried again, 1 removed"]
+    assert describe_news(summary) == ["since the last run: 1 changed, 1 removed"]
     assert gone.name not in content(tmp_path / "features.zarr")
     run(source, tmp_path / "whole.zarr")
     assert content(tmp_path / "features.zarr") == content(tmp_path / "whole.zarr")
@@ -236,6 +236,9 @@ def test_a_run_that_was_asked_to_stop_before_it_had_workers_starts_none(tmp_path
     job = make_job({"source": str(source), "store": str(tmp_path / "f.zarr")})
     summary = run_job(job, stop=stop, on_progress=lambda progress: progress.stage == "starting workers" and stop.set())
     assert (summary.outcome, summary.n_pending, summary.exit_code) == ("stopped", 2, 75)
+    assert describe_news(summary) == ["since the last run: 2 new"]
+    make_images(source / "more", 1, [(50, 60)])
+    assert describe_news(run_job(job, stop=stop)) == ["since the last run: 1 new, 2 that it had not begun"]
 
 
 def test_a_progress_that_cannot_be_shown_ends_no_run(client, tmp_path, caplog):

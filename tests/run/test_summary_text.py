@@ -15,10 +15,22 @@ def test_one_image_is_singular_and_a_run_that_did_nothing_says_so():
     assert lines[1] == "there was nothing to do: the store has every image as it is listed"
     assert lines[2] == "1 bad image in all: featuremaps status s.zarr lists them with their reasons"
     lines = describe(
-        Summary("r", outcome="complete", n_done=1, slots=1, workers=1, compute_s=2.0, slot_s=2.0, n_checked=1), "s.zarr"
+        Summary(
+            "r",
+            outcome="complete",
+            n_done=1,
+            slots=1,
+            workers=1,
+            compute_s=2.0,
+            slot_s=2.0,
+            n_checked=1,
+            pixels=5400,
+            bytes_read=1234,
+        ),
+        "s.zarr",
     ).splitlines()
     assert lines[0].startswith("complete: 1 image done, ")
-    assert "0.5 images/s, 0.0 megapixels/s on 1 slot; read" in lines[1]
+    assert "0.5 images/s, 0.0027 megapixels/s on 1 slot; read 1.2 kB, wrote 0 bytes" in lines[1]
     assert lines[2].endswith("; the workers were idle 100% of the time: too little work (1 image) to keep 1 worker busy")
     assert lines[3].startswith("1 image was read and compared with their digests, 0 could not be")
     assert "nothing to do" not in "".join(lines)
@@ -50,6 +62,8 @@ def test_idle_workers_had_too_little_work_only_where_the_run_says_so(values, why
 def test_a_summary_says_how_long_the_workers_took_to_start():
     summary = Summary("r", outcome="complete", n_done=1, slots=1, compute_s=2.0, slot_s=2.0, elapsed_s=27.04, start_s=15.04)
     lines = describe(summary, "s.zarr").splitlines()
+    assert str(summary) == lines[0]
+    assert repr(summary) == f"<Summary of run r: {lines[0]}>"
     assert lines[0].endswith(" in 27.0 s, of which 15.0 s to start workers")
     assert " on 1 slot once the workers had started; read" in lines[1]
     summary.start_s = 0.02  # on a client that is there

@@ -60,7 +60,7 @@ class Changes:
     set_status: dict[str, dict[int, int]] = field(default_factory=dict)
     """Per group: row -> status to set first."""
     retried: set[Entry] = field(default_factory=set)
-    """The pending rows that were quarantined."""
+    """Entries of unchanged images that are tried again: pending rows that were quarantined, and rejected images."""
     to_check: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
     """Per class: (row, image) of done rows whose digest must be compared with the image's bytes, if digests are checked."""
     retry_quarantined: bool = False
@@ -252,6 +252,8 @@ def _decide(changes: Changes, i: int, entry: Entry | None, same: bool, status: i
         changes.new.append(i)
         if status != Status.REMOVED:
             changes.replaces[i] = entry
+            if same:
+                changes.retried.add(entry)
         if status == Status.DONE:
             changes.check(entry, i)
     elif status == Status.REMOVED:
