@@ -23,8 +23,7 @@ from pipeline.run.comparison import compare_with_store, settle_returned
 from pipeline.run.forecast import Forecast, end_of_run
 from pipeline.run.plan.changes import Changes, check_removals
 from pipeline.run.plan.memory import WorkerKind, bucket_bytes, guess_decode_bytes, usable_bytes, worker_memory_bytes
-from pipeline.run.summary import MAX_BAD
-from pipeline.run.summary_text import SAID_S
+from pipeline.run.summary import MAX_BAD, SAID_S
 from pipeline.run.workers import judge
 from pipeline.source.dropped import describe_dropped
 from pipeline.source.fetch import Probed, Source, probe_block

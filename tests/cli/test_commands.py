@@ -438,7 +438,7 @@ def test_on_a_terminal_a_bar_shows_the_images_and_the_time_left(many, tmp_path):
     assert "starting workers" in text
     steps = {int(n) for n in re.findall(r"running\s+\S*[\u2501\u2578\u257a\s]+(\d+)/240", text)}
     assert len(steps) >= 2, text[-2000:]
-    assert re.search(r"left\s+\d:\d\d:\d\d", text), text[-2000:]
+    assert re.search(r"\d:\d\d:\d\d left", text), text[-2000:]
     assert re.search(r"complete: 240 images done", text)
     assert "Traceback" not in text
 
