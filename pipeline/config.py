@@ -300,7 +300,9 @@ def _explain_syntax(error: yaml.MarkedYAMLError, text: str) -> str:
     n = mark.line if mark is not None else 0
     if "'\\t'" in str(error.problem):
         before = "".join(text.splitlines()[n : n + 1])[: mark.column if mark is not None else 0]
-        return f"line {n + 1} {'has a tab between words' if before.strip() else 'is indented with a tab'}: YAML wants spaces"
+        return f"line {n + 1} {'has a tab outside quotes' if before.strip() else 'is indented with a tab'}: YAML wants spaces"
+    if error.problem == "but found another document":
+        return f"line {n + 1}: a second document begins here, and a file has one"
     found = str(error.problem).replace("'<stream end>'", "the end of the file")
     if error.context is None or error.context_mark is None:
         return f"line {n + 1}: {found}"

@@ -301,7 +301,7 @@ def test_overrides_replace_single_values_of_a_job_file(tmp_path):
         ),
         (
             b"dtype:\tuint8\n",
-            r"cannot be read \(line 1 has a tab between words: YAML wants spaces\), so nothing was started; correct the file$",
+            r"cannot be read \(line 1 has a tab outside quotes: YAML wants spaces\), so nothing was started; correct the file$",
         ),
         (
             b"source: a\nstore: b: c\n",

@@ -93,7 +93,7 @@ class StoreStatus:
             line += "died before its end; the same command goes on"
             line += f", {_what_it_did(run)}" if run["n_done"] else ""
         else:
-            line += "refused" if is_refused else f"{run['outcome']}, {_what_it_did(run)}"
+            line += "refused" if is_refused and not run["n_done"] else f"{run['outcome']}, {_what_it_did(run)}"
         if run["bottleneck"] and (run["n_done"] or run["n_checked"]):
             line += f", {describe_bottleneck(run)}"
         lines = [line + (f" -- {reason}" if reason else "")]

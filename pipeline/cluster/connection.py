@@ -37,10 +37,9 @@ def connector(
     """
     if client is None:
         check_cluster(job, cluster_file)
-        if job.cluster is not None and not is_store(
-            place(job.store).absolute()
-        ):  # else a run that cannot start leaves a store behind
-            require_startable(job.cluster, cluster_file)
+        # A run that cannot start must leave no new store behind.
+        if job.cluster is not None and not is_store(place(job.store).absolute()):
+            require_startable(job, cluster_file)
 
     @contextmanager
     def connect(stop: threading.Event, on_wait: Callable[[str], None], n_images: int) -> Iterator[Any]:
@@ -52,8 +51,8 @@ def connector(
     return connect
 
 
-def require_startable(name: str, cluster_file: Path) -> None:
-    """Check that this machine has what starts a cluster of ``cluster_file``.
+def require_startable(job: Job, cluster_file: Path) -> None:
+    """Check that this machine has what starts the cluster that a job names.
 
     Raises
     ------
@@ -62,7 +61,7 @@ def require_startable(name: str, cluster_file: Path) -> None:
     """
     from pipeline.cluster.config import load_cluster  # noqa: PLC0415 (no Dask when there is nothing to do)
 
-    spec = load_cluster(name, cluster_file)
+    spec = load_cluster(job.cluster, cluster_file).for_job(job)
     if spec.extra is not None:
         package, extra = spec.extra
         with needs_extra(extra, f"a cluster of kind {spec.kind}"):

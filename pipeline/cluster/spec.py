@@ -173,7 +173,7 @@ class ClusterSpec(StrictModel):
         if given := given_by(job):
             raise UsageError(
                 f"{', '.join(given)} were given for the run, and cluster {job.cluster!r} of kind {self.kind} has workers of its own: "
-                "nothing was started; leave them out, or change the cluster's entry in cluster.yaml"
+                "nothing was started; leave them out of the job file or command, or change the cluster's entry in cluster.yaml"
             )
         return self
 

@@ -141,7 +141,7 @@ class Driver:
             self._send_batches()
 
     def _drain(self) -> None:
-        """Take back tasks that have not begun, and say how many images may still come: workers give back those that they have not begun."""
+        """Take back tasks that have not begun, and show how many images may still be finished."""
         if not self.ending.draining:
             return
         if not self.is_taken_back:

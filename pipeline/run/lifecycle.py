@@ -15,7 +15,7 @@ from importlib.metadata import version
 from typing import Any
 
 from pipeline.config import Job
-from pipeline.errors import FeaturemapsError, StoppedError
+from pipeline.errors import StoppedError
 from pipeline.extract import kernel
 from pipeline.run.comparison import apply, compare_with_store
 from pipeline.run.context import Context
@@ -25,9 +25,10 @@ from pipeline.source.decoding import decode_versions
 from pipeline.store.contents import count_statuses
 from pipeline.store.create import check_job, create_store, list_job, open_for, prepare_folder
 from pipeline.store.lock import StoreLock, last_holder, require_lock
-from pipeline.store.objects import Place, place
-from pipeline.store.opening import is_store
-from pipeline.store.receipts import read_receipts, receipt_ids, write_receipt
+from pipeline.store.lock_owner import LOCK_NAME, Holder
+from pipeline.store.objects import Place, fetch, place
+from pipeline.store.opening import read_spec
+from pipeline.store.receipts import last_work, receipt_ids, write_receipt
 from pipeline.store.run_ids import new_run_id, next_number
 from pipeline.store.schema import RUNS, StoreSpec, narrowed
 from pipeline.store.settings import VERSION
@@ -65,7 +66,7 @@ def run_job(
         spec, weights = check_job(job, listing)
     except Exception as error:
         summary.elapsed_s, summary.ended = time.monotonic() - progress.began_s, _now()
-        _leave_refusal(path, summary, error, sole_writer=job.sole_writer)
+        _leave_refusal(path, summary, error, job)
         raise
     durable = job.durability == "machine"
     prepare_folder(path, durable=durable)
@@ -76,7 +77,7 @@ def run_job(
         store = open_for(path, spec) or create_store(path, spec, weights, durable=durable)
         store.durable = durable
         store.fence = partial(require_lock, path / RUNS, summary.run_id)
-        previous = store.last_receipt() or {}
+        previous = last_work(path)
         summary.dropped_total = dict(previous.get("dropped_total") or {})
         if took_over or previous.get("outcome") != "complete":
             store.repair()
@@ -109,16 +110,20 @@ def _note_failure(summary: Summary, error: BaseException) -> None:
     summary.outcome, summary.message = "failed", f"{type(error).__name__}: {error}"
 
 
-def _leave_refusal(path: Place, summary: Summary, error: Exception, *, sole_writer: bool) -> None:
-    """Leave a receipt of a run whose source cannot be listed or whose settings do not fit, if the store exists, is free and writable."""
+def _leave_refusal(path: Place, summary: Summary, error: Exception, job: Job) -> None:
+    """Leave a receipt of a run whose source cannot be listed or whose settings do not fit, if the store is of this format and free."""
     _note_failure(summary, error)
-    with contextlib.suppress(FeaturemapsError, OSError):
-        if not is_store(path):
-            return
-        for last in read_receipts(path, 1):
-            summary.dropped_total = dict(last.get("dropped_total") or {})
-        with _numbered(path, summary, sole_writer=sole_writer):
-            write_receipt(path, summary.run_id, receipt(summary), durable=False)
+    summary.is_refusal = True
+    with contextlib.suppress(Exception):  # whatever else is wrong: the user is told why the run was refused
+        read_spec(path)  # raises if there is no store, or one of another format
+        content, _ = fetch(path / RUNS / LOCK_NAME)
+        holder = None if content is None else Holder.parse(content)
+        if holder is not None and not holder.is_dead():
+            return  # a refusal neither waits for a lock nor takes one over
+        with _numbered(path, summary, sole_writer=job.sole_writer):
+            last = last_work(path)
+            summary.dropped_total, summary.n_listed = dict(last.get("dropped_total") or {}), int(last.get("n_listed") or 0)
+            write_receipt(path, summary.run_id, receipt(summary), durable=job.durability == "machine")
 
 
 def _unfailing(on_progress: Callable[[Progress], None]) -> Callable[[Progress], None]:

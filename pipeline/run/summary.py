@@ -59,6 +59,8 @@ class Summary:
     """When the receipt of a run in progress was written."""
     elapsed_s: float = 0.0
     message: str = ""
+    is_refusal: bool = False
+    """Whether the run was refused before it took the store; ``n_listed`` and ``dropped_total`` are then the previous run's."""
     config: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     hosts: dict[str, int] = field(default_factory=dict)
@@ -67,11 +69,11 @@ class Summary:
     n_unchanged: int = 0
     n_new: int = 0
     n_changed: int = 0
-    """Of these, images that had an entry before: their content changed, or they are tried again."""
+    """Of ``n_new``, images that had an entry before: their content changed, or they were rejected and are tried again."""
     n_retried: int = 0
-    """Of those, images that are as they were: only the verdict on them may change."""
+    """Of ``n_changed``, images whose content is unchanged: they were rejected, and are tried again."""
     n_left: int = 0
-    """Of the new images, those that an earlier run had listed but left, because it ended early."""
+    """Of ``n_new``, images that the previous run had listed but not entered, because it ended early."""
     n_removed: int = 0
     n_returned: int = 0
     n_unreachable: int = 0

@@ -102,7 +102,7 @@ def describe_news(summary: Summary) -> list[str]:
     >>> for path in ("a.png", "b.png"):
     ...     summary.note_bad(path, "empty: the file has 0 bytes")
     >>> print("\n".join(describe_news(summary)))
-    since the last run: 2 new, 3 that it had not begun, 1 changed, 1 tried again, 1 removed
+    since the last run: 2 new, 3 that it had not begun, 1 changed, 1 rejected and tried again, 1 removed
     found bad by this run: 2 empty
       a.png  empty: the file has 0 bytes
       b.png  empty: the file has 0 bytes
@@ -111,7 +111,7 @@ def describe_news(summary: Summary) -> list[str]:
         "new": summary.n_new - summary.n_changed - summary.n_left,
         "that it had not begun": summary.n_left,
         "changed": summary.n_changed - summary.n_retried,
-        "tried again": summary.n_retried,
+        "rejected and tried again": summary.n_retried,
         "back": summary.n_returned,
         "removed": summary.n_removed,
     }

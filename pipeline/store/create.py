@@ -184,7 +184,7 @@ def open_for(path: Place, spec: StoreSpec) -> Store | None:
     if lines:
         has_maps = any((store.column(c.name, "maps_digest") != "").any() for c in store.classes.values())
         raise UsageError(
-            f"store {path} was made with other settings, and one store never mixes two: nothing was touched. What differs: "
+            f"store {path} was made with other settings, and one store never mixes two: no image was touched. What differs: "
             f"{'; '.join(lines)}. Run with the store's settings, or give another store"
             + ("" if has_maps else "; this one holds no maps, so it may as well be deleted")
         )

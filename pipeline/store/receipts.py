@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from fnmatch import fnmatch
+from itertools import islice
 from typing import Any
 
 from pipeline.errors import FeaturemapsError
@@ -21,13 +22,21 @@ def receipt_ids(store: Place) -> list[str]:
     return sorted((name.removesuffix(".json") for name in names if fnmatch(name, "*Z-*.json")), key=run_order)
 
 
-def read_receipts(store: Place, n: int | None = None) -> list[dict[str, Any]]:
-    """The receipts of the last ``n`` runs, or of all, newest first; skips receipts that a power cut left empty."""
-    found = []
-    for run_id in receipt_ids(store)[::-1][:n]:
+def each_receipt(store: Place) -> Iterator[dict[str, Any]]:
+    """Receipts, newest first, each read when it is asked for; skips those that a power cut left empty."""
+    for run_id in reversed(receipt_ids(store)):
         with contextlib.suppress(FeaturemapsError):
-            found.append(read_json(store / RUNS / f"{run_id}.json"))
-    return found
+            yield read_json(store / RUNS / f"{run_id}.json")
+
+
+def read_receipts(store: Place, n: int | None = None) -> list[dict[str, Any]]:
+    """The newest ``n`` receipts, or all, newest first."""
+    return list(islice(each_receipt(store), n))
+
+
+def last_work(store: Place) -> dict[str, Any]:
+    """The newest receipt of a run that was not refused before it began; empty if there is none."""
+    return next((receipt for receipt in each_receipt(store) if not receipt.get("is_refusal")), {})
 
 
 def write_receipt(store: Place, run_id: str, receipt: Mapping[str, Any], *, durable: bool) -> None:

@@ -692,6 +692,7 @@ def test_workers_that_would_get_no_image_are_not_started():
 )
 def test_a_run_that_cannot_start_its_cluster_creates_no_store(tmp_path, monkeypatch, entry, text):
     monkeypatch.setitem(sys.modules, "dask_jobqueue", None)
+    monkeypatch.setattr("pipeline.extract.devices.n_gpus", lambda: 0)
     (tmp_path / "cluster.yaml").write_text(f"clusters: {{x: {entry}}}\n")
     source = make_images(tmp_path / "in", 1, [(30, 40)])
     job = make_job({"source": str(source), "store": str(tmp_path / "f.zarr"), "cluster": "x"})

@@ -359,7 +359,7 @@ def made(client, tmp_path_factory):
         (
             "run other f.zarr",
             2,
-            'made with other settings.*nothing was touched.*source_root: the store has ".*source", this run asks for',
+            'made with other settings.*no image was touched.*source_root: the store has ".*source", this run asks for',
         ),
         (
             "run source f.zarr --seed 7",

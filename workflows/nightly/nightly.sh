@@ -44,7 +44,7 @@ verdict() {
     case $1 in
     0) echo "complete" ;;
     1) echo "FAILED: what was committed stands, and the next night goes on from there; the reason is below" ;;
-    2) echo "REFUSED, nothing was changed: the source, the store or the job file is not as expected; what to do is below" ;;
+    2) echo "REFUSED, no image was changed: the source, the store or the job file is not as expected; what to do is below" ;;
     3) echo "complete, but TOO MANY BAD IMAGES (see max_quarantined in the job file): look at the reasons below" ;;
     75) echo "NOT FINISHED, and nothing is lost: another run has the store, or this one was told to stop; the next night goes on" ;;
     *) echo "ENDED with $1 (above 128: killed by signal $1 - 128): what was committed stands, and the next night goes on" ;;

@@ -27,6 +27,12 @@ class LocalGroupSpec(GroupSpec):
     processes_per_gpu: Positive = 1
     """Of the workers, how many share their GPUs; each takes its part of the memory there."""
 
+    @model_validator(mode="after")
+    def _has_gpus(self) -> LocalGroupSpec:
+        if self.processes_per_gpu > 1 and not self.gpus:
+            raise ValueError("processes_per_gpu is for workers with GPUs, and gpus is 0: set gpus, or leave it out")
+        return self
+
     @property
     def resources(self) -> dict[str, float]:
         """Same as `GroupSpec.resources`, with a worker's share of a GPU."""

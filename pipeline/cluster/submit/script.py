@@ -43,9 +43,9 @@ class Order:
         Raises
         ------
         UsageError
-            When its kind is no batch system.
+            When its kind is no batch system, or the job has settings for workers.
         """
-        spec = load_cluster(self.job.cluster, self.cluster_file)
+        spec = load_cluster(self.job.cluster, self.cluster_file).for_job(self.job)
         if not isinstance(spec, BatchSpec):
             raise UsageError(
                 f"cluster {self.job.cluster or 'local'!r} is of kind {spec.kind}, and only a batch system "

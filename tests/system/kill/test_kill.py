@@ -50,6 +50,7 @@ def cluster(tmp_path):
 def test_a_killed_process_costs_no_committed_row_and_the_next_run_finishes(place, tmp_path, victim, seed):
     result = run_round(place, victim, seed, tmp_path / "round", at_commit=True)
     assert not result.faults, result.describe()
+    assert any(kill.is_live for kill in result.kills), result.describe()
     assert result.codes[-1] == 0
 
 

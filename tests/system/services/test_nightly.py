@@ -122,7 +122,7 @@ def test_the_mail_says_what_happened_and_what_to_do(site):
         path.unlink()
     code, said = site.night(QUIET="1")  # as when one of the disks below is not mounted
     assert code == 2
-    assert "REFUSED, nothing was changed" in said
+    assert "REFUSED, no image was changed" in said
     assert "featuremaps: " in said
     assert "--max-removed" in said
 
