@@ -23,6 +23,8 @@ from tests.support import needs
 from tests.support.kubernetes_stand_in import kubernetes_api
 from tests.support.needs import pytest_runtest_makereport, pytest_terminal_summary  # noqa: F401 (pytest finds them here)
 
+collect_ignore = ["support/gpu_stand_in"]  # whoever imports it takes the processor for a GPU
+
 
 def pytest_configure() -> None:
     """Heed the signals of a terminal, also where a script started the tests with ``&`` or ``nohup``, which have them ignored."""

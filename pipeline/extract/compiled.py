@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 MOST_AT_ONCE = 48
 """Images that are computed in one call."""
-_PIXELS_AT_ONCE, _VALUES_AT_ONCE = 1 << 18, 1 << 20  # of these images, where there is one layer; of all layers' maps, in a stack
+_PIXELS_AT_ONCE, _VALUES_AT_ONCE = 1 << 18, 1 << 20  # values of these images, and of all their layers' maps
 _scratch = threading.local()
 
 
@@ -111,9 +111,8 @@ class CompiledExtractor(ImageByImage):
             yield from self._extract_all(group)
 
     def _n_at_once(self, image: Array) -> int:
-        if self.is_enough:
-            return min(MOST_AT_ONCE, _PIXELS_AT_ONCE // max(1, image.size))
-        return min(MOST_AT_ONCE, _VALUES_AT_ONCE // max(1, self.small.n_values(*image.shape[:2])))
+        n_values = self.small.n_values(*image.shape[:2])
+        return min(MOST_AT_ONCE, _PIXELS_AT_ONCE // max(1, image.size), _VALUES_AT_ONCE // max(1, n_values))
 
     def _extract_all(self, items: Sequence[tuple[Array, Mapping[str, Array]]]) -> list[dict[str, Pooled]]:
         """Of images that are alike."""

@@ -96,8 +96,10 @@ class Layer(nn.Module):
             if self.spec.pool == (1, 1):
                 _unshuffle(_activate(y, self.spec.activation), self.block, part)
             else:
-                _max_pool(_join(y, self.block), self.spec.pool, part.permute(1, 2, 0))  # max(x) + bias = max(x + bias)
-                _activate(part, self.spec.activation)
+                pooled = _max_pool(
+                    _join(y, self.block), self.spec.pool, (part.shape[1], part.shape[2])
+                )  # max(x) + bias = max(x + bias)
+                part.copy_(_activate(pooled, self.spec.activation).permute(2, 0, 1))
         return out
 
     def _stays_planar(self, x: Tensor, out: Tensor) -> bool:
@@ -138,12 +140,12 @@ def _join(y: Tensor, block: tuple[int, int]) -> Tensor:
     return y.transpose(1, 2).reshape(rows * sy, columns * sx, -1)
 
 
-def _max_pool(y: Tensor, pool: tuple[int, int], out: Tensor) -> None:
-    """Max-pool (y, x, filters) into ``out``; torch's own takes ten times as long where it misses that filters are last."""
-    (py, px), (height, width, _) = pool, out.shape
+def _max_pool(y: Tensor, pool: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """Max-pool (y, x, filters); torch's own takes ten times as long where it misses that filters are last."""
+    (py, px), (height, width) = pool, size
     y = reduce(torch.maximum, [y[i : height * py : py] for i in range(py)])
     columns = [y[:, i : width * px : px] for i in range(px)]
-    torch.maximum(reduce(torch.maximum, columns[:-1] or columns), columns[-1], out=out)
+    return torch.maximum(reduce(torch.maximum, columns[:-1] or columns), columns[-1])
 
 
 def _unshuffle(y: Tensor, block: tuple[int, int], out: Tensor) -> Tensor:
@@ -279,7 +281,8 @@ class Extractor(ImageByImage, nn.Module):
             return self.compiled.extract_into(image, out)
         self.stack.check(image, out)
         stored_as = self.stack.stored
-        direct = {name: torch.from_numpy(values) for name, values in out.items() if stored_as[name].dtype == "float32"}
+        is_direct = {name: stored_as[name].dtype == "float32" and to.strides[2] == to.itemsize for name, to in out.items()}
+        direct = {name: torch.from_numpy(to) for name, to in out.items() if is_direct[name]}
         pooled = {}
         for name, values in self._maps(pixels(image), direct):
             if name in stored_as:

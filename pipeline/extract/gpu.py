@@ -6,7 +6,7 @@ import math
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import chain, islice
 from typing import TYPE_CHECKING
 
@@ -154,9 +154,10 @@ class DeviceExtractor:
             while flying:
                 yield from self._land(flying)
         finally:  # also where nobody wants the rest: the device still writes to where their maps go
-            for stage in flying:
-                stage.wait()
-                self.room.give(stage.n_bytes)
+            with ExitStack() as ends:  # of all of them, also where waiting for one fails
+                for stage in flying:
+                    ends.callback(self.room.give, stage.n_bytes)
+                    ends.callback(stage.wait)
 
     def _start(
         self, size: tuple[int, int], n: int, n_bytes: int, chunk: list[Item], flying: deque[_Stage]
@@ -238,7 +239,6 @@ class _Stage:
         self.filters = {name: spec.filters for name, spec in zip(stack.names, stack.layers, strict=True)}
         self.pixels = torch.zeros((n, *size, stack.channels), dtype=torch.uint8, pin_memory=self.is_gpu)
         self.extents = torch.empty((len(stack.names), 2, n), dtype=torch.int64, pin_memory=self.is_gpu)
-        self.extents[:] = torch.tensor(list(self.layer_sizes.values()))[:, :, None]
         self.statistics = {name: torch.empty((n, 4, self.filters[name]), pin_memory=self.is_gpu) for name in stack.stored}
         self.staged: dict[str, Tensor] = {}
         self.detours: dict[str, list[int]] = {}
@@ -262,17 +262,16 @@ class _Stage:
     def _fill(self) -> None:
         """Place the images; a smaller one among zeros, because some algorithms let what lies beside it touch its last bits."""
         pixels, extents = self.pixels.numpy(), self.extents.numpy()
-        was_whole, self.is_whole = self.is_whole, True
+        extents[...] = np.array(list(self.layer_sizes.values()))[:, :, None]
+        self.is_whole = True
         for i, (image, out) in enumerate(self.items):
             self.extractor.stack.check(image, out)
             height, width = image.shape[:2]
             pixels[i, :height, :width] = image
-            is_full = (height, width) == self.size
-            if not is_full:
+            if (height, width) != self.size:
                 pixels[i, height:] = 0
                 pixels[i, :height, width:] = 0
                 self.is_whole = False
-            if not is_full or not was_whole:
                 extents[:, :, i] = output_sizes(self.extractor.stack.layers, height, width)
 
     @torch.inference_mode()

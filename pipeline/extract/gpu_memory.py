@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -22,14 +23,15 @@ class Room:
     def __init__(self, n_bytes: int) -> None:
         self.n_bytes = n_bytes
         self._taken: list[int] = []
+        self._waiting: deque[object] = deque()
         self._change = threading.Condition()
 
     def take(self, n_bytes: int, *, wait: bool) -> bool:
         """Take some, or say that there is no room now; whoever holds some must not wait."""
         with self._change:
             if wait:
-                self._change.wait_for(lambda: self._fits(n_bytes))
-            elif not self._fits(n_bytes):
+                self._wait_in_turn(n_bytes)
+            elif self._waiting or not self._fits(n_bytes):
                 return False
             self._taken.append(n_bytes)
             return True
@@ -39,6 +41,15 @@ class Room:
         with self._change:
             self._taken.remove(n_bytes)
             self._change.notify_all()
+
+    def _wait_in_turn(self, n_bytes: int) -> None:
+        """First come, first served: else small batches would overtake a large one for ever."""
+        self._waiting.append(turn := object())
+        try:
+            self._change.wait_for(lambda: self._waiting[0] is turn and self._fits(n_bytes))
+        finally:
+            self._waiting.remove(turn)
+            self._change.notify_all()  # the next one may fit, too
 
     def _fits(self, n_bytes: int) -> bool:
         return not self._taken or sum(self._taken) + n_bytes <= self.n_bytes

@@ -72,7 +72,7 @@ class SmallStack:
     def packed(self, lanes: int) -> list[tuple[Array, Array]]:
         """Weights and biases of the layers in vectors of filters, the last one filled with zeros."""
         if lanes not in self._packed:
-            self._packed[lanes] = self._pack(lanes)
+            self._packed.setdefault(lanes, self._pack(lanes))  # never replaced: another thread's call may point to it
         return self._packed[lanes]
 
     def _pack(self, lanes: int) -> list[tuple[Array, Array]]:

@@ -210,7 +210,8 @@ def _read_file(root: str, path: str, fingerprint: str, patience: Patience) -> by
     try:  # without a file object, which takes as long as a small file
         _check_unchanged(fingerprint, fingerprint_of(status))
         parts = []
-        while part := os.read(descriptor, min(status.st_size, READ_AHEAD_BYTES) + 1):
+        at_once = min(status.st_size or 1 << 16, READ_AHEAD_BYTES) + 1  # some file systems give 0 as the size of any file
+        while part := os.read(descriptor, at_once):
             parts.append(part)
     finally:
         os.close(descriptor)

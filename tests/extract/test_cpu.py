@@ -437,6 +437,26 @@ def test_stacks_of_many_filters_equal_the_reference(monkeypatch, outputs, kernel
         np.testing.assert_allclose(maps, reference[name], rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("activation", get_args(Activation))
+@pytest.mark.parametrize("pooling", [(1, 1), (2, 2), (3, 1)])
+def test_maps_do_not_depend_on_where_they_go(activation: Activation, pooling: tuple[int, int]) -> None:
+    """In a class of their own size, beside the margin of a padded class, with channels last, or nowhere."""
+    layers = tuple(LayerSpec(filters=n, kernel=(3, 3), pool=pooling, activation=activation) for n in (8, 16))
+    spec = ExtractorSpec(layers=layers, outputs=("conv1", "conv2"))
+    extractor = Extractor(spec, seeded_weights(spec, 3))
+    image = np.random.default_rng(0).integers(0, 256, (150, 171, 3), np.uint8)
+    shapes = extractor.stack.shapes(*image.shape).items()
+    own = {name: np.empty(shape, np.float32) for name, shape in shapes}
+    beside = {name: np.empty((c, y + 3, x + 5), np.float32)[:, :y, :x] for name, (c, y, x) in shapes}
+    last = {name: np.empty((y, x, c), np.float32).transpose(2, 0, 1) for name, (c, y, x) in shapes}
+    pooled = [extractor.extract_into(image, out) for out in (own, beside, last, {})]
+    for name, maps in own.items():
+        np.testing.assert_array_equal(maps, beside[name])
+        np.testing.assert_array_equal(maps, last[name])
+        for found in pooled:
+            np.testing.assert_array_equal(found[name], pooled[0][name])
+
+
 def test_the_version_is_what_computes_the_first_layer() -> None:
     small, large = (
         Extractor(spec, seeded_weights(spec, 3))

@@ -103,6 +103,30 @@ def test_a_result_does_not_depend_on_the_rest_of_its_batch(where):
 
 
 @pytest.mark.parametrize("where", DEVICES)
+def test_buffers_that_are_used_again_remember_no_smaller_image(where):
+    device, _, _ = make(where=where)
+    device._batch[SIZE] = 4
+    whole = [(image, {}) for image, _ in work(ONE, [SIZE] * 4)]
+    ((small, _),) = work(ONE, [(20, 30)])
+    first = list(device.extract_each(SIZE, whole))
+    list(device.extract_each(SIZE, [*whole[:3], (small, {})]))
+    list(device.extract_each(SIZE, whole[:1]))
+    for before, again in zip(first, device.extract_each(SIZE, whole), strict=True):
+        np.testing.assert_array_equal(before["conv1"], again["conv1"])
+
+
+@pytest.mark.parametrize("where", DEVICES)
+def test_a_batch_that_cannot_be_waited_for_is_an_error_and_gives_its_memory_back(where, monkeypatch):
+    device, _, _ = make(where=where)
+    device._batch[SIZE] = 1
+    with monkeypatch.context() as patched:
+        patched.setattr(gpu._Stage, "wait", lambda _: (_ for _ in ()).throw(RuntimeError("device lost")))
+        with pytest.raises(RuntimeError, match="device lost"):
+            list(device.extract_each(SIZE, work(ONE, [SIZE] * 3)))
+    assert device.room._taken == []
+
+
+@pytest.mark.parametrize("where", DEVICES)
 @pytest.mark.parametrize("dtype", ["float32", "uint16"])
 def test_maps_of_a_block_of_rows_go_straight_there_and_others_by_a_detour(where, dtype):
     batched, single, (layer,) = make(ONE, dtype, where)
@@ -347,3 +371,16 @@ def test_tf32_is_off_unless_asked_for():
     assert differences[True] < 5e-3
     if torch.cuda.get_device_capability() >= (8, 0):
         assert differences[True] > 2 * differences[False]
+
+
+def test_whoever_waits_for_much_memory_is_not_overtaken():
+    room = Room(10)
+    assert room.take(6, wait=False)
+    large = threading.Thread(target=room.take, args=(10,), kwargs={"wait": True})
+    large.start()
+    while not room._waiting:
+        pass
+    assert not room.take(4, wait=False)  # it would fit
+    room.give(6)
+    large.join()
+    assert room._taken == [10]
