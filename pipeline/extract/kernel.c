@@ -52,7 +52,7 @@ struct patches { /* a kernel over parts of images, channels last */
     size_t row, run, size, stride; /* floats: of an image's row, of a kernel's row, of a kernel, between outputs */
 };
 
-struct settled { /* outputs of a convolution, and what is made of them */
+struct epilogue { /* outputs of a convolution, and what is made of them */
     int groups, filters, window; /* vectors of filters; outputs that a pool takes together */
     const float *in;             /* (y and x, window, group, lane) */
     float *about, *low, *high, *sum, *squares; /* (group, lane) each */
@@ -70,7 +70,7 @@ struct version {
     struct sums (*activate)(float *, int n, int activation);
     void (*store)(const float *, int n, const struct stored *, char *out);
     void (*patches)(const struct patches *, int groups, const float *const *at, const float *weight, const float *bias, float *out);
-    void (*settle)(const struct settled *, int activation, int first, int n, float *out);
+    void (*epilogue)(const struct epilogue *, int activation, int first, int n, float *out);
 };
 
 struct batch { /* images of one size, and where their maps go */

@@ -52,7 +52,7 @@ static void NAME(patches)(const struct patches *p, int groups, const float *cons
 }
 
 /* Pool and activate n outputs from `first` on, to (y and x, filter), and begin or go on with sums about the first. */
-INLINE void NAME(settle_as)(const struct settled *s, int activation, int first, int n, float *out)
+INLINE void NAME(epilogue_as)(const struct epilogue *s, int activation, int first, int n, float *out)
 {
     size_t stride = (size_t)s->groups * LANES;
     const float *in = s->in + first * s->window * stride;
@@ -78,12 +78,12 @@ INLINE void NAME(settle_as)(const struct settled *s, int activation, int first, 
         }
 }
 
-static void NAME(settle)(const struct settled *s, int activation, int first, int n, float *out)
+static void NAME(epilogue)(const struct epilogue *s, int activation, int first, int n, float *out)
 {
     switch (activation) {
-    case SIGMOID: NAME(settle_as)(s, SIGMOID, first, n, out); break;
-    case TANH: NAME(settle_as)(s, TANH, first, n, out); break;
-    case RELU: NAME(settle_as)(s, RELU, first, n, out); break;
-    default: NAME(settle_as)(s, NONE, first, n, out); break;
+    case SIGMOID: NAME(epilogue_as)(s, SIGMOID, first, n, out); break;
+    case TANH: NAME(epilogue_as)(s, TANH, first, n, out); break;
+    case RELU: NAME(epilogue_as)(s, RELU, first, n, out); break;
+    default: NAME(epilogue_as)(s, NONE, first, n, out); break;
     }
 }

@@ -5,7 +5,7 @@
  * do: a row of a kernel is one run of floats. Every output is the same sum in the same order, wherever it is in a batch.
  */
 
-enum { OUTPUTS = 512 }; /* of a convolution, that are made at a time, or those of one image */
+enum { OUTPUTS = 512 }; /* convolved at a time; at least those of one image */
 
 struct small_layer {
     const float *weight; /* (filters / lanes, ky, kx, channel, lane) */
@@ -21,7 +21,7 @@ struct extent { /* of a layer's input and output */
     int height, width, channels, out_height, out_width;
 };
 
-struct workplace { /* one allocation, from `maps` on */
+struct workspace { /* one allocation from `maps` to `row` */
     float *maps[2];  /* (n, y, x, channel): input and output of a layer */
     float *outputs;  /* (image, y and x, place in the pool, group, lane) */
     float *sums;     /* (5, group, lane) */
@@ -43,7 +43,7 @@ static int n_at_once(size_t n_outputs, int n)
 
 static size_t larger(size_t a, size_t b) { return a > b ? a : b; }
 
-static int make_workplace(struct workplace *w, int n, struct extent e, const struct small_layer *layers, int n_layers, int lanes)
+static int make_workspace(struct workspace *w, int n, struct extent e, const struct small_layer *layers, int n_layers, int lanes)
 {
     size_t maps[2] = {(size_t)e.height * e.width * e.channels, 0}, outputs = 0, filters = 0, row = 0, positions = 0;
     for (int i = 0; i < n_layers; i++) {
@@ -71,7 +71,7 @@ static int make_workplace(struct workplace *w, int n, struct extent e, const str
 
 /* Convolve some images, pools not yet taken. */
 static void small_convolve(const struct version *v, const struct small_layer *l, struct extent e, const float *in, int n,
-                           const struct workplace *w)
+                           const struct workspace *w)
 {
     size_t groups = ((size_t)l->filters + v->lanes - 1) / v->lanes, row = (size_t)e.width * e.channels, count = 0;
     for (int i = 0; i < n; i++, in += e.height * row)
@@ -91,7 +91,7 @@ static void small_convolve(const struct version *v, const struct small_layer *l,
 
 /* Maps of one image as they are stored. */
 static void small_store(const struct version *v, const struct small_layer *l, struct extent e, const float *maps, char *out,
-                        const struct workplace *w)
+                        const struct workspace *w)
 {
     struct stored stored = {l->kind, l->levels, l->constant};
     int size = l->kind == FLOAT32 ? 4 : l->kind == UINT16 ? 2 : 1, area = e.out_height * e.out_width;
@@ -109,17 +109,17 @@ static void small_store(const struct version *v, const struct small_layer *l, st
 }
 
 /* Pool, activate, measure and store the maps of one image. */
-static void small_settle(const struct version *v, const struct small_layer *l, struct extent e, const float *outputs, float *maps,
-                         int image, const struct workplace *w)
+static void small_epilogue(const struct version *v, const struct small_layer *l, struct extent e, const float *outputs, float *maps,
+                         int image, const struct workspace *w)
 {
     int groups = (l->filters + v->lanes - 1) / v->lanes, area = e.out_height * e.out_width;
     float *s = w->sums;
     size_t n = (size_t)groups * v->lanes;
-    struct settled settled = {groups, l->filters, l->py * l->px, outputs, s, s + n, s + 2 * n, s + 3 * n, s + 4 * n};
+    struct epilogue epilogue = {groups, l->filters, l->py * l->px, outputs, s, s + n, s + 2 * n, s + 3 * n, s + 4 * n};
     memset(w->all, 0, l->filters * sizeof *w->all);
     for (int first = 0; first < area; first += SUM) { /* float32 sums of a few, float64 of them */
         int count = area - first < SUM ? area - first : SUM;
-        v->settle(&settled, l->activation, first, count, maps);
+        v->epilogue(&epilogue, l->activation, first, count, maps);
         for (int f = 0; f < l->filters && l->statistics; f++)
             merge(w->all + f, count, (struct sums){s[f], s[n + f], s[2 * n + f], s[3 * n + f], s[4 * n + f]});
     }
@@ -133,8 +133,8 @@ static int small_stack(const struct version *v, const uint8_t *const *images, in
                        const struct small_layer *layers, int n_layers)
 {
     struct extent e = {height, width, channels, 0, 0};
-    struct workplace w = {{NULL, NULL}, NULL, NULL, NULL, NULL, NULL};
-    int failed = make_workplace(&w, n, e, layers, n_layers, v->lanes);
+    struct workspace w = {{NULL, NULL}, NULL, NULL, NULL, NULL, NULL};
+    int failed = make_workspace(&w, n, e, layers, n_layers, v->lanes);
     size_t size = (size_t)height * width * channels;
     for (int i = 0; i < n && !failed; i++)
         for (size_t j = 0; j < size; j++)
@@ -149,7 +149,7 @@ static int small_stack(const struct version *v, const uint8_t *const *images, in
             int count = n - first < at_once ? n - first : at_once;
             small_convolve(v, l, e, w.maps[i % 2] + first * in, count, &w);
             for (int k = 0; k < count; k++)
-                small_settle(v, l, e, w.outputs + k * outputs * padded, w.maps[(i + 1) % 2] + (first + k) * out, first + k, &w);
+                small_epilogue(v, l, e, w.outputs + k * outputs * padded, w.maps[(i + 1) % 2] + (first + k) * out, first + k, &w);
         }
         e = (struct extent){e.out_height, e.out_width, l->filters, 0, 0};
     }

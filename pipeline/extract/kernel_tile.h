@@ -171,7 +171,7 @@ static void NAME(store)(const float *row, int n, const struct stored *s, char *o
 
 static const struct version NAME(version) = {LANES,          TILE,           NAME(convolve), NAME(widen),    NAME(read),
                                              NAME(transform), NAME(multiply), NAME(join),     NAME(activate), NAME(store),
-                                             NAME(patches),   NAME(settle)};
+                                             NAME(patches),   NAME(epilogue)};
 
 #undef vec
 #undef ivec

@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 LARGEST_IMAGE, LARGEST_LAYER = 96 * 96, 1 << 19
 """Pixels of an image, and values of a layer before its pool, up to which an image is small.
 
-For layers of two filters of 9 x 9, torch is as fast at some 100 x 100 pixels; for others it needs more.
+For layers of two filters of 9 x 9, torch is as fast from some 100 x 100 pixels on; for other layers only from larger images on.
 """
 
 
 class SmallLayer(ctypes.Structure):
-    """A layer as compiled code takes it; `struct small_layer` of kernel_stack.h."""
+    """A layer as compiled code takes it: `struct small_layer` of kernel_stack.h. A change here needs a new ABI number."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("weight", "bias")),

@@ -15,8 +15,9 @@ from pipeline.source.urls import is_url
 from pipeline.store.layout import BATCH_BYTES, SHARD_BYTES, ClassLayout, LayerLayout, Size
 from pipeline.store.objects import Place, free_bytes, is_remote
 
-# Memory of a worker without any image: interpreter, dask, zarr, and torch unless compiled code computes everything. Measured with
-# torch's build for processors; the CUDA builds need more, even without a GPU.
+# Memory of a worker without any image: interpreter, dask, zarr (which only a worker imports that keeps rows of an earlier run), and
+# torch unless compiled code computes everything. Measured with torch's build for processors; the CUDA builds need more, even without a
+# GPU.
 COMPILED_BASE_BYTES = 110 * 1024**2
 TORCH_BASE_BYTES = 300 * 1024**2 if version("torch").endswith("+cpu") else 450 * 1024**2
 GPU_BASE_BYTES = 1536 * 1024**2  # with CUDA's context and libraries: an assumption, because no GPU has been measured
