@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,8 @@ def require_startable(job: Job, cluster_file: Path) -> None:
     if spec.extra is not None:
         package, extra = spec.extra
         with needs_extra(extra, f"a cluster of kind {spec.kind}"):
-            import_module(package)
+            if find_spec(package) is None:  # not imported: dask_jobqueue takes the handler of SIGINT
+                raise ImportError(f"No module named {package!r}")
     spec.require_usable()
 
 

@@ -252,7 +252,10 @@ def test_the_status_of_a_run_at_work_says_where_it_stands(held):
     assert run["updated"] >= run["started"]
     text = subprocess.run([*COMMAND, "status", str(held.store)], capture_output=True, text=True, check=True).stdout
     assert re.search(rf"process {held.process.pid} on \S+ \(job 4711\), last heard \d+ s ago, about \d+ s left\n", text)
-    assert re.search(r"running, \d+ done at [\d.]+ images/s on 2 slots, (most of the workers' time|the workers were idle)", text)
+    assert re.search(
+        r"running, \d+ done at [\d.]+ images/s on 2 slots(, \d+ found bad)?, (most of the workers' time|the workers were idle)",
+        text,
+    )
 
 
 def test_a_port_that_is_taken_is_refused_before_anything_is_started(held, tmp_path):

@@ -16,7 +16,6 @@ from pipeline.api import run_job
 from pipeline.cluster.config import load_cluster
 from pipeline.cluster.kinds.local import LocalSpec
 from pipeline.cluster.session import connect
-from pipeline.cluster.spec import GroupSpec
 from pipeline.config import make_job
 from pipeline.errors import FeaturemapsError
 from tests.conftest import content, make_images
@@ -139,8 +138,8 @@ def test_a_python_that_is_not_there_is_said_with_what_the_machine_said(servers, 
 
 
 def test_between_groups_pixels_travel_and_maps_never_do(tmp_path, pictures, run):
-    groups = {"read": GroupSpec(roles=["read"], workers=1), "extract": GroupSpec(roles=["extract"], workers=2, threads=2)}
-    with connect(LocalSpec(groups=groups)) as client:
+    groups = {"read": {"roles": ["read"], "workers": 1}, "extract": {"roles": ["extract"], "workers": 2, "threads": 2}}
+    with connect(LocalSpec.model_validate({"groups": groups})) as client:
         summary = run_job(job_of(pictures, tmp_path / "f.zarr"), client)
         sent = client.run(lambda dask_worker: (str(dask_worker.name), dask_worker.transfer_outgoing_bytes_total))
     assert summary.n_done == N_PICTURES
