@@ -76,7 +76,8 @@ def test_an_image_that_never_comes_costs_itself_only(client, source, tmp_path, s
     with monkeypatch.context() as patched, connect(LocalSpec(workers=2)) as own:
         patched.setattr(Intake, "append", append)
         summary = run_job(job, own, on_progress=mount)
-        own.wait_for_workers(2, timeout=900)
+        if stage == "batch":  # of a header, the run may be over before its worker is replaced, and then nobody asks for it
+            own.wait_for_workers(2, timeout=900)
     assert (summary.outcome, summary.n_done, summary.n_pending) == ("incomplete", 40, 2)
     assert summary.n_quarantined == summary.n_rejected == 0
     assert any("slow/img00000.png: the storage did not answer" in fault for fault in summary.faults)
