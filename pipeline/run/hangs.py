@@ -8,6 +8,7 @@ import logging
 import os
 import pickle
 import signal
+from collections.abc import Awaitable, Callable
 from typing import Any, NamedTuple
 
 from distributed import Client
@@ -59,15 +60,26 @@ def replace_worker(client: Client, address: str) -> None:
 
 
 async def _replace(address: str, dask_scheduler: Any) -> None:
-    """On the scheduler: forget the worker first, because a process that cannot die keeps its connections open."""
+    """On the scheduler: forget the worker before its process ends, so that its tasks are not blamed for that."""
     worker = dask_scheduler.workers.get(address)
     if worker is None:
         return
+    # A forgotten worker that still sends a heartbeat closes, and its nanny with it, which then starts no other: so it is stopped first.
+    await _tell_nanny(dask_scheduler, worker.nanny, _stop)
     await dask_scheduler.remove_worker(address, stimulus_id="featuremaps-stalled", expected=True, close=not worker.nanny)
-    if worker.nanny:
+    await _tell_nanny(dask_scheduler, worker.nanny, _start_anew)
+
+
+async def _tell_nanny(scheduler: Any, address: str | None, function: Callable[..., Awaitable[None]]) -> None:
+    if address:
         with contextlib.suppress(OSError, asyncio.TimeoutError):  # the other workers go on without it
-            async with rpc(worker.nanny, connection_args=dask_scheduler.connection_args) as nanny:
-                await asyncio.wait_for(nanny.run(function=pickle.dumps(_start_anew)), REPLACE_S)
+            async with rpc(address, connection_args=scheduler.connection_args) as nanny:
+                await asyncio.wait_for(nanny.run(function=pickle.dumps(function)), REPLACE_S)
+
+
+async def _stop(dask_worker: Any) -> None:
+    """On the nanny: have the process send nothing more."""
+    os.kill(dask_worker.process.pid, signal.SIGSTOP)
 
 
 async def _start_anew(dask_worker: Any) -> None:

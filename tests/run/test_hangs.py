@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import subprocess
@@ -14,6 +15,8 @@ from pipeline.api import run_job
 from pipeline.cluster.config import LocalSpec
 from pipeline.cluster.session import connect
 from pipeline.config import load_job, make_job
+from pipeline.run.hangs import _start_anew as start_anew
+from pipeline.run.hangs import replace_worker
 from pipeline.run.new_images import Intake
 from tests.conftest import content, make_images
 from tests.support.stuck_disk import StuckDisk, mount_stuck
@@ -53,6 +56,23 @@ def finish(client, job, whole: Path) -> None:
     assert not [path for path in Path(job.store).rglob("*.partial") if not path.name.startswith("lock.json")]
 
 
+async def kill_late(dask_worker) -> None:
+    """On the nanny: give the worker time for heartbeats before it is killed."""
+    await asyncio.sleep(3)
+    await start_anew(dask_worker)
+
+
+def test_a_worker_is_replaced_also_where_it_is_killed_late(monkeypatch):
+    """A worker whose scheduler has forgotten it closes at its next heartbeat, and its nanny with it."""
+    with connect(LocalSpec(workers=1)) as own:
+        (before,) = own.scheduler_info()["workers"]
+        with monkeypatch.context() as patched:
+            patched.setattr("pipeline.run.hangs._start_anew", kill_late)
+            replace_worker(own, before)
+        own.wait_for_workers(1, timeout=900)
+        assert own.submit(lambda: 7, pure=False).result(timeout=900) == 7
+
+
 @pytest.mark.parametrize(
     ("stage", "options"),
     [("probe", ("--killable",)), ("batch", ())],
@@ -76,8 +96,7 @@ def test_an_image_that_never_comes_costs_itself_only(client, source, tmp_path, s
     with monkeypatch.context() as patched, connect(LocalSpec(workers=2)) as own:
         patched.setattr(Intake, "append", append)
         summary = run_job(job, own, on_progress=mount)
-        if stage == "batch":  # of a header, the run may be over before its worker is replaced, and then nobody asks for it
-            own.wait_for_workers(2, timeout=900)
+        own.wait_for_workers(2, timeout=900)
     assert (summary.outcome, summary.n_done, summary.n_pending) == ("incomplete", 40, 2)
     assert summary.n_quarantined == summary.n_rejected == 0
     assert any("slow/img00000.png: the storage did not answer" in fault for fault in summary.faults)

@@ -19,7 +19,7 @@ from pipeline.cluster.session import connect
 from pipeline.config import make_job
 from pipeline.errors import FeaturemapsError
 from tests.conftest import content, make_images
-from tests.support.batch_services import sshd, wait_for
+from tests.support.batch_services import runs, sshd, wait_for
 from tests.support.services import free_port
 from tests.system.kill.kill_rounds import COMMAND, hashed_content, wait_until
 
@@ -95,11 +95,7 @@ def test_two_groups_of_which_one_is_killed_in_the_middle_make_the_same_store(ser
     assert 0 < killed[0] < N_PICTURES
     assert hashed_content(tmp_path / "f.zarr") == whole
     for server in servers:
-        wait_for("end of the workers", lambda server=server: not dask_processes(server))
-
-
-def dask_processes(server) -> list[psutil.Process]:
-    return [process for process in server.processes() if "distributed" in " ".join(process.cmdline())]
+        wait_for("end of the workers", lambda server=server: not runs(server.processes(), "distributed"))
 
 
 @pytest.mark.parametrize(
