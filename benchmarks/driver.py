@@ -69,7 +69,7 @@ def main() -> None:
     print(machine())
     paths = [f"{i // 1000:04d}/{i:07d}.jpg" for i in range(n)]
     listing = Listing("/photos", paths, array("q", [100_000]) * n, array("q", [1]) * n)
-    lifecycle.list_collection = lambda _: listing  # type: ignore[attr-defined,assignment]
+    lifecycle.list_job = lambda _: listing  # type: ignore[attr-defined]
     create.check_apart = lambda *_: None  # type: ignore[assignment]
     batch_queue.require_space = lambda *_: None  # type: ignore[attr-defined,assignment]
     batch_queue.require_memory = lambda *_: None  # type: ignore[attr-defined,assignment]

@@ -125,6 +125,6 @@ class BatchQueue:
             piece.stop,
             piece.rows,
             tuple(self.listing.paths[i] for i in images),
-            tuple(self.listing.fingerprint(i) for i in images),
+            tuple(self.listing.fingerprints(images)),
             tuple(kept[slice(*np.searchsorted(kept, (piece.start, piece.stop)))].tolist()),
         )

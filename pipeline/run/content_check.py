@@ -68,7 +68,7 @@ def check_digests(context: Context, client: Client) -> bool:
         fleet.register(ActivityPlugin())
         while True:
             while len(in_flight) < fleet.window and not stop.is_set() and (block := next(blocks, None)):
-                images = [(listing.paths[i], listing.fingerprint(i)) for i in block.images]
+                images = list(zip((listing.paths[i] for i in block.images), listing.fingerprints(block.images), strict=True))
                 key, n_sent = f"digest-{summary.run_id}-{n_sent}", n_sent + 1
                 asked = needs("read", is_plain=fleet.is_plain)
                 future = client.submit(digest_block, listing.root, images, key=key, resources=asked, pure=False)
@@ -183,7 +183,7 @@ class _Comparison:
         """Give touched rows the current fingerprint. After a kill before this, the next run compares them again."""
         for group, pairs in self._to_commit.items():
             rows = np.array([row for row, _ in pairs])
-            self.store.commit(group, rows, {"fingerprint": stack([self.listing.fingerprint(i) for _, i in pairs])})
+            self.store.commit(group, rows, {"fingerprint": stack(self.listing.fingerprints(i for _, i in pairs))})
         self._to_commit = {}
 
 

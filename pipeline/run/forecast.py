@@ -11,7 +11,7 @@ from pipeline.run.ledger import Ledger
 from pipeline.run.plan.changes import Changes, Entry
 from pipeline.run.summary import Summary
 from pipeline.source.fetch import Probed
-from pipeline.source.fingerprints import UNREADABLE, Listing
+from pipeline.source.fingerprints import Listing
 from pipeline.source.health import SAMPLE, SourceWatch
 from pipeline.store.schema import REJECTED, Status
 from pipeline.store.store import Store
@@ -44,7 +44,7 @@ class Forecast:
 
     def take(self, i: int, probed: Probed) -> Probed:
         """Note what the header of image ``i`` of the listing says; return what a run would make of it."""
-        if self.listing.fingerprint(i) == UNREADABLE and not probed.error and not probed.fault:
+        if self.listing.is_unreadable(i) and not probed.error and not probed.fault:
             probed = Probed(fault=f"{self.listing.paths[i]}: could not be accessed when the source was listed")
         old = self.found.replaces.get(i)
         if probed.error and old and old.group == REJECTED and self._ledger and self._ledger.is_rejected(old, i, probed.error):

@@ -7,6 +7,7 @@ import queue
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 from distributed import Client, Future
@@ -115,8 +116,9 @@ class Flight:
         self.follow(Sent(task, future))
 
     def _probe(self, key: str, paths: Sequence[str]) -> Future:
-        arguments = self.source, paths, self.needed
-        return self._submit("read", fetch.probe_block, *arguments, key=key, priority=10)
+        # A partial, because Dask looks at each item of a list that it is given, for other tasks.
+        probe = partial(fetch.probe_block, self.source, paths, self.needed)
+        return self._submit("read", probe, key=key, priority=10)
 
     def _batch(self, name: str, pieces: Sequence[tasks.WorkPiece]) -> Future:
         """Submit the stages of a batch; only the last one's result, a few kB, comes back."""

@@ -41,9 +41,10 @@ class Ledger:
         Each item is an index in the listing and what the probe found.
         """
         columns = self._listed_columns([i for i, _ in items])
-        for name in ("source_height", "source_width", "input_height", "input_width"):
-            columns[name] = np.array([getattr(p, name) for _, p in items], np.int32)
-        padded = any((p.input_height, p.input_width) != size for _, p in items)
+        names = ("source_height", "source_width", "input_height", "input_width")
+        sides = np.array([p[:4] for _, p in items], np.int32)
+        columns |= zip(names, sides.T, strict=True)
+        padded = bool((sides[:, 2:] != size).any())
         if size not in self.store.classes:
             self.store.create_class(layout, "padded" if padded else "exact", columns)
             return list(range(len(items)))
@@ -55,7 +56,7 @@ class Ledger:
         return {
             "path": stack([self.listing.paths[i] for i in images]),
             "size_bytes": np.array([self.listing.size_bytes[i] for i in images], np.int64),
-            "fingerprint": stack([self.listing.fingerprint(i) for i in images]),
+            "fingerprint": stack(self.listing.fingerprints(images)),
         }
 
     def append_rejected(self, rejected: Sequence[tuple[int, Probed]]) -> None:

@@ -10,7 +10,6 @@ from pipeline.run.context import Context
 from pipeline.run.failures import warn_of_image
 from pipeline.run.ledger import Ledger
 from pipeline.source import fetch
-from pipeline.source.fingerprints import UNREADABLE
 from pipeline.source.health import SourceWatch
 from pipeline.store.layout import ClassLayout, Size, assign_classes
 from pipeline.store.lock import require_lock
@@ -108,7 +107,7 @@ class Intake:
             When the source failed, memory or disk are too small, or another run holds the store; nothing was appended.
         """
         due, self._buffer = self._buffer, []
-        probed = [self._doubt(i, p) for i, p in due if not self._is_known(i, p)]
+        probed = [self._doubt(i, p) for i, p in due if not (p.error and self._is_known(i, p))]
         self._look_for_faults(probed)
         good = [(i, p) for i, p in probed if not p.error and not p.fault]
         groups: dict[Size, list[Item]] = {}
@@ -125,16 +124,20 @@ class Intake:
             rows = self.ledger.append(size, layouts[size], items)
             appended[size] = list(zip(rows, (i for i, _ in items), strict=True))
         self._reject([(i, p) for i, p in probed if p.error])
-        self.ledger.supersede(self.found.replaces[i] for i, p in probed if not p.fault and i in self.found.replaces)
+        replaces = self.found.replaces
+        self.ledger.supersede(replaces[i] for i, p in probed if i in replaces and not p.fault)
         self._n_appended += len(good)
         return appended
 
     def _look_for_faults(self, probed: Sequence[Item]) -> None:
         """Leave images that cannot be read now to the next run; raise if the source, not the images, is at fault."""
-        for _, p in probed:
-            self.watch.note(p.error, is_fault=bool(p.fault))
-        self.watch.check()
         faults = [p.fault for _, p in probed if p.fault]
+        if faults or any(p.error for _, p in probed):
+            for _, p in probed:
+                self.watch.note(p.error, is_fault=bool(p.fault))
+        else:
+            self.watch.note_good(len(probed))
+        self.watch.check()
         self.summary.faults = (self.summary.faults + faults)[:20]
         self.summary.n_pending += len(faults)
 
@@ -152,16 +155,14 @@ class Intake:
 
     def _doubt(self, i: int, found: fetch.Probed) -> Item:
         """Leave an image to the next run if it was unreachable when listed but can be read now: it has no fingerprint."""
-        if self.listing.fingerprint(i) == UNREADABLE and not found.error and not found.fault:
+        if self.listing.is_unreadable(i) and not found.error and not found.fault:
             found = fetch.Probed(fault=f"{self.listing.paths[i]}: could not be accessed when the source was listed")
         return i, found
 
     def _is_known(self, i: int, found: fetch.Probed) -> bool:
-        """Whether an image that was tried again is rejected for the reason on record; then the entry stands."""
+        """Whether a rejected image that was tried again is rejected for the reason on record; then the entry stands."""
         entry = self.found.replaces.get(i)
-        known = (
-            entry is not None and entry.group == REJECTED and bool(found.error) and self.ledger.is_rejected(entry, i, found.error)
-        )
+        known = entry is not None and entry.group == REJECTED and self.ledger.is_rejected(entry, i, found.error)
         self.summary.n_unchanged += known
         self.progress.n_finished += known
         return known

@@ -46,6 +46,9 @@ class Outcomes:
             When the source, not the images, is at fault; the result is kept all the same.
         """
         for piece in result.pieces:
+            if (piece.status == Status.DONE).all():
+                self.watch.note_good(len(piece.rows))
+                continue
             group = class_name(piece.layout.size)
             for row, is_fault, error in zip(piece.rows, (piece.status == Status.PENDING).tolist(), piece.error, strict=True):
                 if is_fault and not error:
@@ -83,7 +86,10 @@ class Outcomes:
         summary = self.summary
         n_done = 0
         for piece in result.pieces:
-            n_done += int((piece.status == Status.DONE).sum())
+            done = piece.status == Status.DONE
+            n_done += int(done.sum())
+            if done.all():
+                continue
             bad = np.flatnonzero(piece.status == Status.QUARANTINED)
             for n_before, i in enumerate(bad, summary.n_rejected + summary.n_quarantined):
                 if not (self.watch.failed and is_inaccessible(piece.error[i])):  # the ledger records none of these

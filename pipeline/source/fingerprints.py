@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from array import array
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from pipeline.source.urls import Meta
@@ -40,9 +41,16 @@ class Listing:
 
     def fingerprint(self, i: int) -> str:
         """Fingerprint of image ``i``: size and time, or ETag, as one word; `UNREADABLE` if they could not be read."""
-        if self.size_bytes[i] < 0:
-            return UNREADABLE
-        return _fingerprint(self.size_bytes[i], self.identities[i] if self.identities else self.mtime_ns[i])
+        return self.fingerprints([i])[0]
+
+    def fingerprints(self, images: Iterable[int]) -> list[str]:
+        """Fingerprint of each of some images."""
+        sizes, versions = self.size_bytes, self.identities or self.mtime_ns
+        return [_fingerprint(sizes[i], versions[i]) if sizes[i] >= 0 else UNREADABLE for i in images]
+
+    def is_unreadable(self, i: int) -> bool:
+        """Whether the size and time of image ``i`` could not be read."""
+        return self.size_bytes[i] < 0
 
     def limit(self, n: int) -> Listing:
         """Return the first ``n`` images; if that leaves some out, the result is not ``complete``."""

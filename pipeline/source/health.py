@@ -42,6 +42,15 @@ class SourceWatch:
         self._n_lost += is_lost
         self.failed |= len(self._recent) == SAMPLE and self._n_lost > SAMPLE / 2
 
+    def note_good(self, n: int) -> None:
+        """Note ``n`` images without an error: the same as `note` of each, but with one call."""
+        if self._n_lost:
+            for _ in range(n):
+                self.note("", is_fault=False)
+        else:
+            self._n_seen += n
+            self._recent.extend([False] * min(n, SAMPLE))
+
     @property
     def is_undecided(self) -> bool:
         """Whether some images could not be reached, but too few were seen to tell why."""

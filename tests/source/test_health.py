@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pipeline.errors import FeaturemapsError
 from pipeline.source.health import SAMPLE, SourceWatch
@@ -38,3 +40,17 @@ def test_of_a_few_images_nobody_can_tell():
     assert watch.is_undecided
     note(watch, *[""] * SAMPLE)
     assert not watch.is_undecided
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.one_of(st.sampled_from(["", "missing: x", "corrupt: x"]), st.integers(0, SAMPLE)), max_size=8))
+def test_good_images_noted_together_count_as_each_alone(events):
+    together, alone = SourceWatch("/photos"), SourceWatch("/photos")
+    for event in events * 10:  # an error, or this many good images
+        if isinstance(event, str):
+            note(together, event)
+            note(alone, event)
+        else:
+            together.note_good(event)
+            note(alone, *[""] * event)
+        assert vars(together) == vars(alone)

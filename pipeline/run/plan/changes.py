@@ -192,7 +192,10 @@ def compare(
                 continue
             owners.claim(changes, i, entry, status, same=same, retry=retry_quarantined or again)
 
-    for i in range(len(paths)):
+    for i, row in enumerate(owners.row):
+        if row < 0:
+            changes.new.append(i)
+            continue
         is_unreachable = fingerprint(i) == UNREADABLE
         is_current, status, retry = bool(owners.is_current[i]), owners.status[i], bool(owners.retry[i])
         _decide(changes, i, owners.entry(i), is_current, status, retry, is_unreachable)
@@ -216,13 +219,13 @@ class _Owners:
         self.status = bytearray(n)
         self.retry = bytearray(n)
 
-    def entry(self, i: int) -> Entry | None:
-        """The entry that stands for image ``i``."""
-        return Entry(self.names[self.group[i]], self.row[i]) if self.row[i] >= 0 else None
+    def entry(self, i: int) -> Entry:
+        """The entry that stands for image ``i``; there must be one."""
+        return Entry(self.names[self.group[i]], self.row[i])
 
     def claim(self, changes: Changes, i: int, entry: Entry, status: int, *, same: bool, retry: bool) -> None:
         """Let an entry of the last group stand for image ``i``, unless the present one is better; retire the other one."""
-        old = self.entry(i)
+        old = self.entry(i) if self.row[i] >= 0 else None
         # Of two entries, one with the current fingerprint wins, then a live one over a removed one, then the last.
         if old is not None and (self.is_current[i], self.status[i] != Status.REMOVED) > (same, status != Status.REMOVED):
             _retire(changes, entry, status)
@@ -239,13 +242,11 @@ def _retire(changes: Changes, entry: Entry, status: int) -> None:
         changes.mark(entry, Status.SUPERSEDED)
 
 
-def _decide(changes: Changes, i: int, entry: Entry | None, same: bool, status: int, retry: bool, is_unreachable: bool) -> None:
-    """Put one listed image into the group of changes where it belongs."""
-    rejected = entry is not None and entry.group == REJECTED
-    if entry is None:
-        changes.new.append(i)
+def _decide(changes: Changes, i: int, entry: Entry, same: bool, status: int, retry: bool, is_unreachable: bool) -> None:
+    """Put one listed image that has an entry into the group of changes where it belongs."""
+    rejected = entry.group == REJECTED
     # That it cannot be examined says nothing about the work that was done.
-    elif is_unreachable and status != Status.PENDING:
+    if is_unreachable and status != Status.PENDING:
         changes.n_unreachable += not same
         changes.n_unchanged += 1
     elif not same or (rejected and (retry or status == Status.REMOVED)):
