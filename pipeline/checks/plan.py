@@ -40,7 +40,7 @@ from pipeline.store.layout import (
 from pipeline.store.lock import current_holder
 from pipeline.store.objects import free_bytes, place
 from pipeline.store.schema import ShapeClass
-from pipeline.store.settings import cost_s, layout_of, needed_size, scratch_bytes
+from pipeline.store.settings import cost_s, layout_of, needed_size, scratch_of
 from pipeline.store.store import Store
 from pipeline.text import bad_lines, count, human_size, left_out, skipped
 
@@ -307,5 +307,5 @@ def _fill(preview: Preview, work: _Work, job: Job, worker: WorkerKind) -> None:
     preview.n_new_classes = len(layouts.keys() - work.existing.keys())
     preview.n_shards = len(pieces)
     preview.n_batches = len(pack_batches(pieces, preview.workers))
-    scratch = {size: scratch_bytes(job.extractor, job.dtype, size, channels) for size in layouts}
+    scratch = {size: scratch_of(job.extractor, job.dtype, size, channels) for size in layouts}
     preview.worker_memory_bytes = worker_memory_bytes(layouts.values(), channels, worker, work.decode_bytes, scratch)

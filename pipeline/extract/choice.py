@@ -34,7 +34,7 @@ class MapExtractor(Protocol):
 
 
 class CompiledFirst:
-    """Compiled code where images are small; else another extractor, which is made when it is first needed: torch takes seconds.
+    """Compiled code for images that it `takes`; else another extractor, which is made when it is first needed: torch takes seconds.
 
     Parameters
     ----------
@@ -107,7 +107,7 @@ def best_extractor(
     if not n and compiled.is_enough:
         return compiled
     if not n:
-        return CompiledFirst(compiled, by_torch) if compiled.small.can_store() else by_torch()
+        return CompiledFirst(compiled, by_torch) if compiled.whole.can_store() else by_torch()
     from pipeline.extract.cpu import use_one_thread  # noqa: PLC0415 (as above)
     from pipeline.extract.gpu import DeviceExtractor  # noqa: PLC0415 (as above)
 

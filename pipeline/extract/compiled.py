@@ -1,4 +1,4 @@
-"""Extraction by compiled code alone: one layer without a pool, or any stack on small images.
+"""Extraction by compiled code alone: one layer without a pool, stacks of wide layers, or any stack on small images.
 
 It needs no torch, which takes a worker seconds to import. Small images of one size are computed together, because a call takes
 longer than such an image.
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pipeline.extract import kernel
-from pipeline.extract.small import SmallStack
+from pipeline.extract.compiled_stack import CompiledStack, is_small, pays
 from pipeline.extract.stack import ImageByImage, Pooled, Stack, check_range
 
 if TYPE_CHECKING:
@@ -73,16 +73,21 @@ class CompiledExtractor(ImageByImage):
     def __init__(self, spec: ExtractorSpec, weights: Mapping[str, Array], stored: Iterable[StoredOutput] = ()) -> None:
         self.stack = Stack(spec, weights, stored)
         self.layer = FirstLayer(self.stack, weights)
-        self.small = SmallStack(self.stack, weights)
+        self.whole = CompiledStack(self.stack, weights)
+
+    @property
+    def _is_layer(self) -> bool:
+        """Whether the compiled first layer is all of the stack."""
+        return len(self.stack.layers) == 1 and self.layer.can_store(self.stack.stored["conv1"])
 
     @property
     def is_enough(self) -> bool:
         """Whether compiled code computes all of the stack, whatever the size of an image."""
-        return len(self.stack.layers) == 1 and self.layer.can_store(self.stack.stored["conv1"])
+        return self._is_layer or (pays(self.stack.layers, self.stack.channels) and self.whole.can_store())
 
     def takes(self, size: tuple[int, int]) -> bool:
         """Whether compiled code computes all of the stack for images of a size, and for smaller ones."""
-        return self.is_enough or (self.small.takes(*size) and self.small.can_store())
+        return self.is_enough or (is_small(self.stack.layers, *size) and self.whole.can_store())
 
     def extract_into(self, image: Array, out: Mapping[str, Array]) -> dict[str, Pooled]:
         """Compute the maps of one image and store them; as `cpu.Extractor.extract_into`."""
@@ -111,15 +116,15 @@ class CompiledExtractor(ImageByImage):
             yield from self._extract_all(group)
 
     def _n_at_once(self, image: Array) -> int:
-        n_values = self.small.n_values(*image.shape[:2])
+        n_values = self.whole.n_values(*image.shape[:2])
         return min(MOST_AT_ONCE, _PIXELS_AT_ONCE // max(1, image.size), _VALUES_AT_ONCE // max(1, n_values))
 
     def _extract_all(self, items: Sequence[tuple[Array, Mapping[str, Array]]]) -> list[dict[str, Pooled]]:
         """Of images that are alike."""
         shapes = self.stack.check(*items[0])
         images, out = [np.ascontiguousarray(image) for image, _ in items], [wanted for _, wanted in items]
-        if not self.is_enough:
-            return self.small.compute(images, out)
+        if not self._is_layer:
+            return self.whole.compute(images, out)
         stored, wanted = self.stack.stored["conv1"], [maps["conv1"] for maps in out if "conv1" in maps]
         is_direct = bool(wanted) and wanted[0].strides[2] == wanted[0].itemsize
         direct = wanted if is_direct else [*scratch((len(images), *shapes["conv1"]), stored.dtype)]
@@ -132,7 +137,7 @@ class CompiledExtractor(ImageByImage):
 
     def version(self, size: tuple[int, int]) -> str:
         """What computes the first layer of images of a size, for the receipt."""
-        if not self.is_enough and self.takes(size):
+        if not self._is_layer and self.takes(size):
             return kernel.name_of(kernel.lanes())
         return self.layer.version()
 

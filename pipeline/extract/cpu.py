@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from functools import reduce
 from typing import TYPE_CHECKING, Literal
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, max_pool2d
 
+from pipeline.extract import kernel
 from pipeline.extract.activations import ACTIVATIONS
 from pipeline.extract.compiled import CompiledExtractor
 from pipeline.extract.keeping import buffer, pool, quantise_into
@@ -28,7 +28,6 @@ Precision = Literal["float32", "float64"]
 BAND_OUTPUTS = 1 << 20  # convolve about a million outputs, of as many inputs, at a time: scratch does not grow with the image
 BAND_VALUES = 1 << 16  # un-shuffle about 256 KiB at a time, which stay in a core's cache
 IMAGE_CHANNELS = 4  # to turn so few takes little time
-LARGE_KERNEL = 49  # weights of a kernel: from so many on, compiled code is faster than torch and turning its maps together
 UNFOLDED_VALUES = 1 << 24  # 128 MiB in float64
 
 
@@ -246,8 +245,8 @@ class Extractor(ImageByImage, nn.Module):
     @property
     def _is_first_compiled(self) -> bool:
         """Whether compiled code computes the first layer, where it can and is faster: a function of the layers alone."""
-        is_large = math.prod(self.stack.layers[0].kernel) >= LARGE_KERNEL
-        return (is_large or len(self.layers) == 1) and self.compiled.layer.can_store(AS_FLOAT32)
+        is_fast = kernel.is_fast(self.stack.layers[0])
+        return (is_fast or len(self.layers) == 1) and self.compiled.layer.can_store(AS_FLOAT32)
 
     def set_precision(self) -> None:
         """Set cuDNN's switches, which are those of the process: full float32 unless TF32 was asked for, and no choice by timing."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,9 +23,13 @@ if TYPE_CHECKING:
 DTYPES: dict[str, int] = {name: dtype.compiled for name, dtype in quantise.DTYPES.items() if dtype.compiled is not None}
 """How maps may be stored that compiled code computes, and what it calls that."""
 _NAMES = {32: "amx", 16: "avx512", 8: "avx2", 4: "plain"}
-_ABI = 4  # as in kernel.c
+_ABI = 5  # as in kernel.c
 MAX_LANES = 32
 """Widest vectors to use, in float32 values, or 32 for matrix tiles; 0 is none at all, and leaves the work to torch."""
+
+
+LARGE_KERNEL = 49
+"""Weights of a kernel from which on the compiled first layer is faster than torch's and turning its maps together."""
 
 
 @cache
@@ -78,8 +83,13 @@ def is_available(stored: StoredAs) -> bool:
 
 
 def has(layer: LayerSpec) -> bool:
-    """Whether the compiled code has such a layer: without a pool, and with an activation of kernel.c."""
+    """Whether the compiled code has such a first layer: without a pool, and with an activation of kernel.c."""
     return layer.pool == (1, 1) and ACTIVATIONS[layer.activation].compiled is not None
+
+
+def is_fast(layer: LayerSpec) -> bool:
+    """Whether the compiled first layer is so fast that it pays to turn its maps for the next layer: that of a large kernel."""
+    return has(layer) and math.prod(layer.kernel) >= LARGE_KERNEL
 
 
 def first_layer(image: Array, weight: Array, bias: Array, activation: Activation, stored: StoredAs, out: Array) -> Array:

@@ -1,13 +1,14 @@
 /*
- * A stack of layers on small images of one size: convolution, max-pool, bias, activation, statistics, stored values.
+ * A stack of layers on images of one size: convolution, max-pool, bias, activation, statistics, stored values.
  *
- * Layer after layer is computed for all images, so that its weights are in the cache. Images and maps lie channels last, as pixels
- * do: a row of a kernel is one run of floats. Every output is the same sum in the same order, wherever it is in a batch.
+ * Layer after layer is computed for all images, so that its weights are in the cache; of a large image, some rows at a time. Images
+ * and maps lie channels last, as pixels do: a row of a kernel is one run of floats. Every output is the same sum in the same order,
+ * wherever it is in a batch.
  */
 
-enum { OUTPUTS = 512 }; /* convolved at a time; at least those of one image */
+enum { OUTPUTS = 512 }; /* convolved at a time; at least those of one row of maps */
 
-struct small_layer {
+struct stack_layer {
     const float *weight; /* (filters / lanes, ky, kx, channel, lane) */
     const float *bias;   /* (filters / lanes, lane) */
     int32_t filters, kh, kw, py, px, activation, kind;
@@ -21,6 +22,10 @@ struct extent { /* of a layer's input and output */
     int height, width, channels, out_height, out_width;
 };
 
+struct rows { /* of maps */
+    int from, to;
+};
+
 struct workspace { /* one allocation from `maps` to `row` */
     float *maps[2];  /* (n, y, x, channel): input and output of a layer */
     float *outputs;  /* (image, y and x, place in the pool, group, lane) */
@@ -30,30 +35,35 @@ struct workspace { /* one allocation from `maps` to `row` */
     struct moments *all;
 };
 
-static struct extent next_extent(const struct small_layer *l, struct extent e)
+static struct extent next_extent(const struct stack_layer *l, struct extent e)
 {
     return (struct extent){e.height, e.width, e.channels, (e.height - l->kh + 1) / l->py, (e.width - l->kw + 1) / l->px};
 }
 
+/* How many of n things are convolved at a time, each of so many outputs. */
 static int n_at_once(size_t n_outputs, int n)
 {
     size_t found = OUTPUTS / n_outputs;
     return found < 1 ? 1 : found < (size_t)n ? (int)found : n;
 }
 
+/* Outputs that a row of maps is pooled from. */
+static size_t row_outputs(const struct stack_layer *l, struct extent e) { return (size_t)e.out_width * l->py * l->px; }
+
 static size_t larger(size_t a, size_t b) { return a > b ? a : b; }
 
-static int make_workspace(struct workspace *w, int n, struct extent e, const struct small_layer *layers, int n_layers, int lanes)
+static int make_workspace(struct workspace *w, int n, struct extent e, const struct stack_layer *layers, int n_layers, int lanes)
 {
     size_t maps[2] = {(size_t)e.height * e.width * e.channels, 0}, outputs = 0, filters = 0, row = 0, positions = 0;
     for (int i = 0; i < n_layers; i++) {
-        const struct small_layer *l = layers + i;
+        const struct stack_layer *l = layers + i;
         e = next_extent(l, e);
-        size_t area = (size_t)e.out_height * e.out_width, all = area * l->py * l->px;
-        size_t padded = ((size_t)l->filters + lanes - 1) / lanes * lanes, at_once = all * n_at_once(all, n) + PATCHES;
+        size_t area = (size_t)e.out_height * e.out_width, of_row = row_outputs(l, e), rows = n_at_once(of_row, e.out_height);
+        size_t padded = ((size_t)l->filters + lanes - 1) / lanes * lanes;
+        size_t at_once = of_row * rows * n_at_once(of_row * e.out_height, n) + PATCHES;
         maps[(i + 1) % 2] = larger(maps[(i + 1) % 2], area * l->filters);
         outputs = larger(outputs, at_once * padded), positions = larger(positions, at_once);
-        filters = larger(filters, padded), row = larger(row, larger(area, l->filters));
+        filters = larger(filters, padded), row = larger(row, larger(rows * e.out_width, l->filters));
         e = (struct extent){e.out_height, e.out_width, l->filters, 0, 0};
     }
     size_t sizes[] = {n * maps[0] + lanes, n * maps[1] + lanes, outputs, 5 * filters, row + lanes}, total = 0;
@@ -69,13 +79,13 @@ static int make_workspace(struct workspace *w, int n, struct extent e, const str
     return 0;
 }
 
-/* Convolve some images, pools not yet taken. */
-static void small_convolve(const struct version *v, const struct small_layer *l, struct extent e, const float *in, int n,
-                           const struct workspace *w)
+/* Convolve n images for some rows of their maps, pools not yet taken. */
+static void stack_convolve(const struct version *v, const struct stack_layer *l, struct extent e, const float *in, int n,
+                           struct rows rows, const struct workspace *w)
 {
     size_t groups = ((size_t)l->filters + v->lanes - 1) / v->lanes, row = (size_t)e.width * e.channels, count = 0;
     for (int i = 0; i < n; i++, in += e.height * row)
-        for (int y = 0; y < e.out_height; y++)
+        for (int y = rows.from; y < rows.to; y++)
             for (int x = 0; x < e.out_width; x++)
                 for (int j = 0; j < l->py; j++)
                     for (int k = 0; k < l->px; k++)
@@ -89,17 +99,18 @@ static void small_convolve(const struct version *v, const struct small_layer *l,
                        w->outputs + i * p.stride + g * v->lanes);
 }
 
-/* Maps of one image as they are stored. */
-static void small_store(const struct version *v, const struct small_layer *l, struct extent e, const float *maps, char *out,
-                        const struct workspace *w)
+/* Some rows of one image's maps as they are stored. */
+static void stack_store(const struct version *v, const struct stack_layer *l, struct extent e, const float *maps, char *out,
+                        struct rows rows, const struct workspace *w)
 {
     struct stored stored = {l->kind, l->levels, l->constant};
-    int size = l->kind == FLOAT32 ? 4 : l->kind == UINT16 ? 2 : 1, area = e.out_height * e.out_width;
-    if (area == 1 && l->filter_stride == size) {
+    int size = l->kind == FLOAT32 ? 4 : l->kind == UINT16 ? 2 : 1, area = (rows.to - rows.from) * e.out_width;
+    if (e.out_height == 1 && e.out_width == 1 && l->filter_stride == size) {
         v->store(maps, l->filters, &stored, out);
         return;
     }
-    int whole = l->row_stride == (int64_t)size * e.out_width, n_rows = whole ? 1 : e.out_height, n = area / n_rows;
+    out += rows.from * l->row_stride;
+    int whole = l->row_stride == (int64_t)size * e.out_width, n_rows = whole ? 1 : rows.to - rows.from, n = area / n_rows;
     for (int f = 0; f < l->filters; f++) {
         for (int i = 0; i < area; i++)
             w->row[i] = maps[(size_t)i * l->filters + f];
@@ -108,29 +119,31 @@ static void small_store(const struct version *v, const struct small_layer *l, st
     }
 }
 
-/* Pool, activate, measure and store the maps of one image. */
-static void small_epilogue(const struct version *v, const struct small_layer *l, struct extent e, const float *outputs, float *maps,
-                         int image, const struct workspace *w)
+/* Pool, activate, measure and store some rows of one image's maps, one band of rows after the other. */
+static void stack_epilogue(const struct version *v, const struct stack_layer *l, struct extent e, const float *outputs, float *maps,
+                           int image, struct rows rows, const struct workspace *w)
 {
-    int groups = (l->filters + v->lanes - 1) / v->lanes, area = e.out_height * e.out_width;
+    int groups = (l->filters + v->lanes - 1) / v->lanes, area = (rows.to - rows.from) * e.out_width;
     float *s = w->sums;
     size_t n = (size_t)groups * v->lanes;
     struct epilogue epilogue = {groups, l->filters, l->py * l->px, outputs, s, s + n, s + 2 * n, s + 3 * n, s + 4 * n};
-    memset(w->all, 0, l->filters * sizeof *w->all);
+    maps += (size_t)rows.from * e.out_width * l->filters;
+    if (!rows.from)
+        memset(w->all, 0, l->filters * sizeof *w->all);
     for (int first = 0; first < area; first += SUM) { /* float32 sums of a few, float64 of them */
         int count = area - first < SUM ? area - first : SUM;
         v->epilogue(&epilogue, l->activation, first, count, maps);
         for (int f = 0; f < l->filters && l->statistics; f++)
             merge(w->all + f, count, (struct sums){s[f], s[n + f], s[2 * n + f], s[3 * n + f], s[4 * n + f]});
     }
-    for (int f = 0; f < l->filters && l->statistics; f++)
+    for (int f = 0; f < l->filters && l->statistics && rows.to == e.out_height; f++)
         note(w->all + f, l->statistics + 4 * ((size_t)image * l->filters + f));
     if (l->out)
-        small_store(v, l, e, maps, l->out[image], w);
+        stack_store(v, l, e, maps, l->out[image], rows, w);
 }
 
-static int small_stack(const struct version *v, const uint8_t *const *images, int n, int height, int width, int channels,
-                       const struct small_layer *layers, int n_layers)
+static int stack_of_layers(const struct version *v, const uint8_t *const *images, int n, int height, int width, int channels,
+                       const struct stack_layer *layers, int n_layers)
 {
     struct extent e = {height, width, channels, 0, 0};
     struct workspace w = {{NULL, NULL}, NULL, NULL, NULL, NULL, NULL};
@@ -140,16 +153,19 @@ static int small_stack(const struct version *v, const uint8_t *const *images, in
         for (size_t j = 0; j < size; j++)
             w.maps[0][i * size + j] = images[i][j];
     for (int i = 0; i < n_layers && !failed; i++) {
-        const struct small_layer *l = layers + i;
+        const struct stack_layer *l = layers + i;
         e = next_extent(l, e);
         size_t in = (size_t)e.height * e.width * e.channels, area = (size_t)e.out_height * e.out_width, out = area * l->filters;
-        size_t outputs = area * l->py * l->px, padded = ((size_t)l->filters + v->lanes - 1) / v->lanes * v->lanes;
-        int at_once = n_at_once(outputs, n);
+        size_t outputs = row_outputs(l, e) * e.out_height, padded = ((size_t)l->filters + v->lanes - 1) / v->lanes * v->lanes;
+        int at_once = n_at_once(outputs, n), band = n_at_once(row_outputs(l, e), e.out_height); /* all rows where images are several */
         for (int first = 0; first < n; first += at_once) {
             int count = n - first < at_once ? n - first : at_once;
-            small_convolve(v, l, e, w.maps[i % 2] + first * in, count, &w);
-            for (int k = 0; k < count; k++)
-                small_epilogue(v, l, e, w.outputs + k * outputs * padded, w.maps[(i + 1) % 2] + (first + k) * out, first + k, &w);
+            for (struct rows r = {0, band}; r.from < e.out_height; r.from = r.to, r.to += band) {
+                r.to = r.to < e.out_height ? r.to : e.out_height;
+                stack_convolve(v, l, e, w.maps[i % 2] + first * in, count, r, &w);
+                for (int k = 0; k < count; k++)
+                    stack_epilogue(v, l, e, w.outputs + k * outputs * padded, w.maps[(i + 1) % 2] + (first + k) * out, first + k, r, &w);
+            }
         }
         e = (struct extent){e.out_height, e.out_width, l->filters, 0, 0};
     }

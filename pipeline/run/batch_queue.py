@@ -15,7 +15,7 @@ from pipeline.run.plan.memory import bucket_bytes, guess_decode_bytes, require_m
 from pipeline.run.tasks import WorkPiece
 from pipeline.run.workers import Fleet
 from pipeline.store.layout import Batch, ClassLayout, Piece, Size, class_name, cut_pieces, pack_batches
-from pipeline.store.settings import cost_s, extractor_spec, scratch_bytes
+from pipeline.store.settings import cost_s, extractor_spec, scratch_of
 
 Rows = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -80,7 +80,7 @@ class BatchQueue:
         layouts = {size: self.store.classes[size].layout for size, rows in self._image_of.items() if rows} | dict(new)
         n_rows = {size: n_new.get(size, 0) + len(self._image_of.get(size, {})) for size in layouts}
         settings = self.spec, self.job.dtype
-        scratch = {size: scratch_bytes(*settings, size, self.channels, has_kernel=self.has_kernel) for size in layouts}
+        scratch = {size: scratch_of(*settings, size, self.channels, has_kernel=self.has_kernel) for size in layouts}
         kind = self.fleet.kind._replace(bucket_bytes=bucket_bytes(self.listing.root, self.store.path))
         require_memory(layouts, self.channels, kind, self.fleet.memory_limit_bytes, self._decode_bytes, scratch)
         require_space(self.store.path, sum(n * layouts[size].row_bytes for size, n in n_rows.items()), sum(n_rows.values()))

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pipeline.config import POOLED, DecodeSpec, ExtractorSpec, Job
-from pipeline.extract import kernel
+from pipeline.extract import compiled_stack, kernel
 from pipeline.extract.layers import Array, layer_names, output_bounds, output_sizes, receptive_field
 from pipeline.extract.quantise import RANGE_MARGIN, TF32_MARGIN, quantisation
 from pipeline.extract.weights import weights_digest
@@ -118,30 +118,51 @@ def layout_of(size: Size, job_spec: ExtractorSpec, dtype_bytes: int, channels: i
 
 def cost_s(spec: ExtractorSpec, layout: ClassLayout, channels: int) -> float:
     """`image_cost_s` for an image of the class's full size."""
-    return image_cost_s(layout, multiply_adds(spec, layout.size, channels), torch_values(spec, layout.size))
+    return image_cost_s(layout, multiply_adds(spec, layout.size, channels), torch_values(spec, layout.size, channels))
 
 
-def scratch_bytes(spec: ExtractorSpec, dtype: str, size: Size, channels: int, *, has_kernel: bool = True) -> int:
-    """Bytes of one image's float32 maps that are not stored: two neighbouring layers.
+class Scratch(NamedTuple):
+    """Memory that a worker's thread needs to compute an image, beside its maps as they are stored."""
 
-    Compiled code that computes the only layer writes its maps to where they are stored. ``has_kernel`` says whether workers have it.
+    n_bytes: int = 0
+    has_torch: bool = False
+    """Whether torch computes any layer."""
+
+
+def scratch_of(spec: ExtractorSpec, dtype: str, size: Size, channels: int, *, has_kernel: bool = True) -> Scratch:
+    """Memory for one image's float32 maps that are not stored: with torch, those of two neighbouring layers.
+
+    Compiled code that computes the only layer writes its maps to where they are stored. ``has_kernel`` says whether workers have
+    compiled code.
     """
-    if has_kernel and is_compiled(spec, dtype, channels) and spec.map_names:
-        return 0
+    if has_kernel and is_compiled(spec, dtype, channels, size):
+        is_direct = _is_first_layer(spec) and bool(spec.map_names)
+        return Scratch(0 if is_direct else compiled_stack.scratch_bytes(spec.layers, *size, channels))
     sizes = output_sizes(spec.layers, *size)
     maps = [4 * layer.filters * math.prod(out) for layer, out in zip(spec.layers, sizes, strict=True)]
-    return max(a + b for a, b in pairwise([0, *maps]))
+    return Scratch(max(a + b for a, b in pairwise([0, *maps])), has_torch=True)
 
 
-def is_compiled(spec: ExtractorSpec, dtype: str, channels: int) -> bool:
-    """Whether compiled code computes the whole extractor on this kind of machine, so that torch is not needed."""
-    first = spec.layers[0]
-    has_kernel = kernel.version(channels) != "torch" and dtype in kernel.DTYPES
-    return len(spec.layers) == 1 and kernel.has(first) and has_kernel
+def is_compiled(spec: ExtractorSpec, dtype: str, channels: int, size: Size | None = None) -> bool:
+    """Whether compiled code computes the whole extractor on this kind of machine, so that torch is not needed.
+
+    Of images of ``size``; without it, of images of any size.
+    """
+    if kernel.version(channels) == "torch" or dtype not in kernel.DTYPES or not compiled_stack.has_activations(spec.layers):
+        return False
+    is_small = size is not None and compiled_stack.is_small(spec.layers, *size)
+    return is_small or _is_first_layer(spec) or compiled_stack.pays(spec.layers, channels)
 
 
-def torch_values(spec: ExtractorSpec, size: Size) -> int:
-    """Values, before pooling, of one image's layers, without a first layer that compiled code computes."""
+def _is_first_layer(spec: ExtractorSpec) -> bool:
+    """Whether all of the stack is what compiled code has as a first layer."""
+    return len(spec.layers) == 1 and kernel.has(spec.layers[0])
+
+
+def torch_values(spec: ExtractorSpec, size: Size, channels: int) -> int:
+    """Values, before pooling, of one image's layers, without those that compiled code computes."""
+    if compiled_stack.pays(spec.layers, channels):
+        return 0
     sizes = output_sizes(spec.layers, *size)
     values = [layer.filters * math.prod(layer.pool) * math.prod(out) for layer, out in zip(spec.layers, sizes, strict=True)]
     return sum(values[1:] if kernel.has(spec.layers[0]) else values)

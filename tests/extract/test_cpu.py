@@ -19,7 +19,7 @@ from torch.nn.functional import conv2d, max_pool2d
 
 from pipeline.config import Activation, ExtractorSpec, LayerSpec
 from pipeline.errors import FeaturemapsError, ImageError, UsageError
-from pipeline.extract import cpu, keeping, small
+from pipeline.extract import compiled_stack, cpu, keeping
 from pipeline.extract.cpu import Extractor, Layer
 from pipeline.extract.keeping import pool, quantise_into
 from pipeline.extract.layers import output_bounds, output_sizes
@@ -61,10 +61,11 @@ def random_image(height: int, width: int, channels: int = 3, seed: int = 0) -> n
 
 @pytest.fixture(autouse=True, scope="module")
 def _by_torch_alone() -> Iterator[None]:
-    """In one thread; `test_small` tests what compiled code does of small images."""
+    """In one thread; `test_compiled_stack` tests what compiled code does of stacks."""
     cpu.use_one_thread()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(small, "LARGEST_LAYER", 0)
+        patch.setattr(compiled_stack, "LARGEST_LAYER", 0)
+        patch.setattr(compiled_stack, "MOST_PADDING", 0.0)
         yield
 
 

@@ -29,7 +29,7 @@ from pipeline.run.plan.memory import (
 )
 from pipeline.run.slots import ROLES
 from pipeline.store.schema import Status
-from pipeline.store.settings import scratch_bytes
+from pipeline.store.settings import Scratch, scratch_of
 from pipeline.store.store import Store
 from tests.store.test_layout import layout_for
 
@@ -42,7 +42,7 @@ def test_projected_memory_grows_with_the_image_the_window_and_the_threads():
     assert worker_memory_bytes([layout_for((64, 64))], 3, WorkerKind(2, 2)) > small
     assert worker_memory_bytes([layout_for((64, 64))], 3, WorkerKind(1)) < small  # where one task does all, no batch is held
     assert worker_memory_bytes([layout_for((64, 64))], 3, WorkerKind(1, 2, has_gpu=True)) > small
-    hidden = worker_memory_bytes([layout_for((64, 64))], 3, WorkerKind(1), scratch_bytes={(64, 64): 2**30})
+    hidden = worker_memory_bytes([layout_for((64, 64))], 3, WorkerKind(1), scratch={(64, 64): Scratch(2**30)})
     assert hidden > 2**30  # layers that are computed and not stored
 
 
@@ -152,6 +152,6 @@ def test_what_an_earlier_run_probed_is_decoded_too(run, tmp_path):
     preview = plan_job(make_job({"source": str(source), "store": str(store.path), "workers": 1}))
     layout = store.classes[1000, 1200].layout
     expected = guess_decode_bytes((1000, 1200), (source / "1.png").stat().st_size)
-    scratch = {(1000, 1200): scratch_bytes(ExtractorSpec(), "float32", (1000, 1200), 3)}
+    scratch = {(1000, 1200): scratch_of(ExtractorSpec(), "float32", (1000, 1200), 3)}
     assert preview.worker_memory_bytes == worker_memory_bytes([layout], 3, WorkerKind(1), expected, scratch)
     assert run(source).n_done == 1

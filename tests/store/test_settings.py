@@ -9,6 +9,7 @@ from safetensors.numpy import save_file
 
 from pipeline.config import DecodeSpec, ExtractorSpec, LayerSpec, make_job
 from pipeline.errors import UsageError
+from pipeline.extract import kernel
 from pipeline.extract.activations import ACTIVATIONS
 from pipeline.extract.weights import load_weights, weights_digest
 from pipeline.store.schema import difference, narrowed, widened
@@ -16,10 +17,11 @@ from pipeline.store.settings import (
     cost_s,
     decode_spec,
     extractor_spec,
+    is_compiled,
     layout_of,
     multiply_adds,
     needed_size,
-    scratch_bytes,
+    scratch_of,
     store_spec,
     torch_values,
 )
@@ -151,25 +153,39 @@ def test_layers_of_more_weights_than_memory_are_a_slip_of_the_pen():
 def test_values_that_torch_computes_leave_out_a_compiled_first_layer():
     spec = ExtractorSpec(layers=(LayerSpec(filters=4, kernel=(5, 5)), LayerSpec(filters=3, kernel=(3, 3), pool=(2, 2))))
     second = 3 * 94 * 74  # before pooling
-    assert torch_values(spec, (100, 80)) == second
-    assert torch_values(ExtractorSpec(layers=(LayerSpec(filters=3, kernel=(5, 5), pool=(2, 2)),)), (100, 80)) == 3 * 96 * 76
+    assert torch_values(spec, (100, 80), 3) == second
+    assert torch_values(ExtractorSpec(layers=(LayerSpec(filters=3, kernel=(5, 5), pool=(2, 2)),)), (100, 80), 3) == 3 * 96 * 76
+    wide = ExtractorSpec(layers=(LayerSpec(filters=8, kernel=(3, 3)), LayerSpec(filters=16, kernel=(3, 3), pool=(2, 2))))
+    assert torch_values(wide, (100, 80), 3) == 0
     layout = layout_of((100, 80), spec, 4, 3)
     assert cost_s(spec, layout, 3) > cost_s(spec, layout, 1) > 0
 
 
 def test_layers_that_are_not_stored_take_memory_too_unless_compiled_code_has_none(monkeypatch):
     spec = ExtractorSpec(layers=(LayerSpec(filters=64, kernel=(3, 3)), LayerSpec(filters=2, kernel=(3, 3), pool=(8, 8))))
-    assert scratch_bytes(spec, "uint8", (402, 602), 3) == 4 * (64 * 400 * 600 + 2 * 49 * 74)
+    assert scratch_of(spec, "float16", (402, 602), 3) == (4 * (64 * 400 * 600 + 2 * 49 * 74), True)
     maps = 4 * 2 * 508 * 631
-    assert scratch_bytes(ExtractorSpec(), "float16", (516, 639), 3) == maps
+    assert scratch_of(ExtractorSpec(), "float16", (516, 639), 3) == (maps, True)
     monkeypatch.setattr("pipeline.extract.kernel.version", lambda *_: "avx2")
-    assert scratch_bytes(ExtractorSpec(), "uint8", (516, 639), 3) == 0
-    assert scratch_bytes(ExtractorSpec(), "uint8", (516, 639), 3, has_kernel=False) == maps
+    assert scratch_of(ExtractorSpec(), "uint8", (516, 639), 3) == (0, False)
+    assert scratch_of(ExtractorSpec(), "uint8", (516, 639), 3, has_kernel=False) == (maps, True)
+    spec = ExtractorSpec(layers=(LayerSpec(filters=64, kernel=(3, 3)), LayerSpec(filters=6, kernel=(3, 3), pool=(8, 8))))
+    outputs = max(600 * 64, 74 * 8 * 8 * 8)  # of one row of maps, in whole vectors; the pixels are larger than the last maps
+    assert scratch_of(spec, "uint8", (402, 602), 3) == (4 * (64 * 400 * 600 + 3 * 402 * 602 + outputs), False)
     with monkeypatch.context() as patch:
         patch.setitem(ACTIVATIONS, "sigmoid", ACTIVATIONS["sigmoid"]._replace(compiled=None))
-        assert scratch_bytes(ExtractorSpec(), "uint8", (516, 639), 3) == maps
+        assert scratch_of(ExtractorSpec(), "uint8", (516, 639), 3) == (maps, True)
     monkeypatch.setattr("pipeline.extract.kernel.version", lambda *_: "torch")
-    assert scratch_bytes(ExtractorSpec(), "uint8", (516, 639), 3) == maps
+    assert scratch_of(ExtractorSpec(), "uint8", (516, 639), 3) == (maps, True)
+
+
+def test_torch_is_needed_where_compiled_code_does_not_pay():
+    narrow = ExtractorSpec(layers=(LayerSpec(filters=2, kernel=(9, 9)), LayerSpec(filters=2, kernel=(5, 5))))
+    wide = ExtractorSpec(layers=(LayerSpec(filters=16, kernel=(3, 3)), LayerSpec(filters=16, kernel=(5, 5))))
+    has_kernel = kernel.version(3) != "torch"
+    for spec, size, expected in ((narrow, (516, 639), False), (narrow, (28, 28), True), (wide, (516, 639), True)):
+        assert scratch_of(spec, "uint8", size, 3).has_torch is not (expected and has_kernel)
+        assert is_compiled(spec, "uint8", 3, size) == (expected and has_kernel)
 
 
 def test_quantised_stores_of_tf32_leave_room_for_its_rounding():

@@ -14,6 +14,7 @@ from pipeline.source.fetch import READ_AHEAD_BYTES
 from pipeline.source.urls import is_url
 from pipeline.store.layout import BATCH_BYTES, SHARD_BYTES, ClassLayout, LayerLayout, Size
 from pipeline.store.objects import Place, free_bytes, is_remote
+from pipeline.store.settings import Scratch
 
 # Memory of a worker without any image: interpreter, dask, zarr (which only a worker imports that keeps rows of an earlier run), and
 # torch unless compiled code computes everything. Measured with torch's build for processors; the CUDA builds need more, even without a
@@ -21,7 +22,7 @@ from pipeline.store.objects import Place, free_bytes, is_remote
 COMPILED_BASE_BYTES = 110 * 1024**2
 TORCH_BASE_BYTES = 300 * 1024**2 if version("torch").endswith("+cpu") else 450 * 1024**2
 GPU_BASE_BYTES = 1536 * 1024**2  # with CUDA's context and libraries: an assumption, because no GPU has been measured
-# Scratch memory of the convolution for images of any size: on a GPU or with torch; and with compiled code, which has no layers' scratch.
+# Scratch memory of the convolution for images of any size: where maps are not stored; and with compiled code for a single layer.
 BAND_BYTES = 32 * 1024**2
 COMPILED_BYTES = 8 * 1024**2
 # Share of its limit that a worker may use: from 80 % on Dask pauses it, for ever, because the memory is kept for the next batch.
@@ -45,7 +46,7 @@ def worker_memory_bytes(
     channels: int,
     worker: WorkerKind,
     decode_bytes: int = 0,
-    scratch_bytes: Mapping[Size, int] | None = None,
+    scratch: Mapping[Size, Scratch] | None = None,
 ) -> int:
     """Projected peak memory of one worker, without a GPU's own: between 1 and 1.75 times the measured peak.
 
@@ -65,12 +66,14 @@ def worker_memory_bytes(
     worker : WorkerKind
     decode_bytes : int
         The most memory that decoding one image takes, including its file.
-    scratch_bytes : mapping of (int, int) to int, optional
-        Per class, float32 maps of one image that are not stored; 0 if compiled code computes everything, without torch.
+    scratch : mapping of (int, int) to Scratch, optional
+        Per class, what computes an image and the memory that this takes; see `settings.scratch_of`.
     """
-    known = scratch_bytes or {}
-    needed = (_class_memory_bytes(layout, channels, worker, decode_bytes, known.get(layout.size, 0)) for layout in layouts)
-    base = GPU_BASE_BYTES if worker.has_gpu else base_bytes(has_torch=any(known.values()))
+    known = scratch or {}
+    needed = (
+        _class_memory_bytes(layout, channels, worker, decode_bytes, known.get(layout.size, Scratch())) for layout in layouts
+    )
+    base = GPU_BASE_BYTES if worker.has_gpu else base_bytes(has_torch=any(each.has_torch for each in known.values()))
     return base + max(needed, default=0)
 
 
@@ -89,15 +92,15 @@ def guess_decode_bytes(size: Size, file_bytes: int) -> int:
     return plain_decode_bytes(*size, file_bytes)
 
 
-def _class_memory_bytes(layout: ClassLayout, channels: int, worker: WorkerKind, decode_bytes: int, scratch_bytes: int) -> int:
+def _class_memory_bytes(layout: ClassLayout, channels: int, worker: WorkerKind, decode_bytes: int, known: Scratch) -> int:
     image = layout.size[0] * layout.size[1] * channels
     shard = layout.shard_rows * (image + layout.row_bytes)
     n_images = layout.shard_rows * (max(1, BATCH_BYTES // shard) if worker.window else 1)
-    scratch = scratch_bytes + (BAND_BYTES if scratch_bytes else COMPILED_BYTES)
+    scratch = known.n_bytes + (BAND_BYTES if known.n_bytes else COMPILED_BYTES)
     if worker.has_gpu:
         n = gpu_batch(*layout.size)
         maps = 4 * sum(layer.channels * layer.height * layer.width for layer in layout.layers)
-        scratch = 2 * maps + scratch_bytes + BAND_BYTES
+        scratch = 2 * maps + known.n_bytes + BAND_BYTES
         pinned = GPU_STAGES * n * (image + layout.row_bytes)
         scratch += 2 * pinned + n_images * layout.row_bytes  # torch rounds pinned memory up to powers of two, that of a shard too
         scratch += (GPU_STAGES + 1) * n * image
@@ -122,7 +125,7 @@ def require_memory(
     worker: WorkerKind,
     limit_bytes: int,
     decode_bytes: int,
-    scratch_bytes: Mapping[Size, int],
+    scratch: Mapping[Size, Scratch],
 ) -> None:
     """Check that the largest images fit a worker of ``limit_bytes`` (0: no limit); `worker_memory_bytes` explains the others.
 
@@ -133,7 +136,7 @@ def require_memory(
     """
     if not layouts or not limit_bytes:
         return
-    needed = worker_memory_bytes(layouts.values(), channels, worker, decode_bytes, scratch_bytes)
+    needed = worker_memory_bytes(layouts.values(), channels, worker, decode_bytes, scratch)
     if needed > usable_bytes(limit_bytes):
         largest = max(layouts, key=lambda size: size[0] * size[1])
         raise UsageError(

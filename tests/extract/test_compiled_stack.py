@@ -69,8 +69,8 @@ def test_every_stack_equals_the_reference_and_does_not_depend_on_its_batch(stack
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernel, "MAX_LANES", lanes)
         extractor = CompiledExtractor(spec, weights, stored(spec, weights, dtype))
-        found = extractor.small.compute(images, out := [extractor.stack.empty(image) for image in images])
-        alone = extractor.small.compute(images[-1:], last := [extractor.stack.empty(images[-1])])
+        found = extractor.whole.compute(images, out := [extractor.stack.empty(image) for image in images])
+        alone = extractor.whole.compute(images[-1:], last := [extractor.stack.empty(images[-1])])
     exact = Extractor(spec, weights).reference(images[-1])
     for name, maps in exact.items():
         np.testing.assert_array_equal(out[-1][name], last[0][name])
@@ -79,6 +79,52 @@ def test_every_stack_equals_the_reference_and_does_not_depend_on_its_batch(stack
         assert np.abs(dequantise(out[-1][name], q) - maps).max() <= q.error_bound + 3e-6
         expected = maps.mean((1, 2)), maps.std((1, 2)), maps.min((1, 2)), maps.max((1, 2))
         np.testing.assert_allclose(found[-1][name], expected, rtol=0, atol=3e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "uint8"])
+@pytest.mark.parametrize("stack", ["8x3x3:relu:pool2,24x5x5:tanh", "16x5x5:pool3,9x1x1:none,8x3x3"])
+def test_large_images_are_computed_some_rows_at_a_time(stack, dtype):
+    layers = tuple(LayerSpec.parse(layer) for layer in stack.split(","))
+    spec = ExtractorSpec(layers=layers, outputs=tuple(f"conv{i + 1}" for i in range(len(layers))))
+    weights = seeded_weights(spec, 3)
+    extractor = CompiledExtractor(spec, weights, stored(spec, weights, dtype))
+    assert extractor.is_enough
+    images = noise(2, 301, 217, 3)
+    out = [
+        {
+            name: np.zeros((len(maps), maps.shape[1] + 2, maps.shape[2] + 3), maps.dtype)
+            for name, maps in extractor.stack.empty(images[0]).items()
+        }
+        for _ in images
+    ]
+    views = [{name: maps[:, 1:-1, 2:-1] for name, maps in each.items()} for each in out]
+    pooled = list(extractor.extract_each((301, 217), zip(images, views, strict=True)))
+    for image, each, view, found in zip(images, out, views, pooled, strict=True):
+        for name, maps in Extractor(spec, weights).reference(image).items():
+            q = extractor.stack.stored[name]
+            assert np.abs(dequantise(view[name], q) - maps).max() <= q.error_bound + 3e-6
+            expected = maps.mean((1, 2)), maps.std((1, 2)), maps.min((1, 2)), maps.max((1, 2))
+            np.testing.assert_allclose(found[name], expected, rtol=0, atol=3e-6)
+            assert each[name].sum(dtype=float) == view[name].sum(dtype=float)  # nothing beside the maps was written
+
+
+@pytest.mark.parametrize(
+    ("stack", "expected"),
+    [
+        ("16x3x3:relu:pool2,32x3x3:relu", True),
+        ("6x5x5:tanh:pool2,16x5x5:tanh:pool2", True),
+        ("8x9x9:relu:pool2", True),
+        ("2x3x3,32x3x3", True),
+        ("2x9x9,2x5x5", False),
+        ("4x9x9:pool2", False),
+        ("32x9x9,32x5x5", False),  # the first layer has faster code of its own
+    ],
+)
+def test_compiled_code_computes_stacks_whose_filters_fill_vectors(stack, expected):
+    spec = ExtractorSpec(layers=tuple(LayerSpec.parse(layer) for layer in stack.split(",")))
+    extractor = CompiledExtractor(spec, seeded_weights(spec, 3))
+    assert extractor.is_enough == expected
+    assert extractor.takes((516, 639)) == expected
 
 
 @pytest.mark.parametrize("lanes", LANES)
@@ -164,7 +210,7 @@ def test_a_pool_keeps_what_is_no_number(monkeypatch, lanes):
     for place in range(4):  # infinite less infinite is no number, wherever it stands in the pool
         image = np.zeros((2, 2, 1), np.uint8)
         image.flat[place] = 255
-        extractor.small.weights["conv1_weight"] = np.full((1, 1, 1, 1), np.inf)
+        extractor.whole.weights["conv1_weight"] = np.full((1, 1, 1, 1), np.inf)
         with pytest.raises(FeaturemapsError):
             extractor.extract(image)
 
@@ -182,8 +228,8 @@ def test_only_small_images_are_taken():
 def test_a_call_takes_so_many_images_as_memory_allows(monkeypatch):
     spec, called = ExtractorSpec(layers=(LayerSpec(filters=500, kernel=(3, 3), activation="relu"), LayerSpec(kernel=(3, 3)))), []
     extractor = CompiledExtractor(spec, seeded_weights(spec, 1))
-    compute = extractor.small.compute
-    monkeypatch.setattr(extractor.small, "compute", lambda images, out: called.append(len(images)) or compute(images, out))
+    compute = extractor.whole.compute
+    monkeypatch.setattr(extractor.whole, "compute", lambda images, out: called.append(len(images)) or compute(images, out))
     together(extractor, noise(7, 28, 28, 1))
     assert called == [3, 3, 1]
 
@@ -212,7 +258,7 @@ def test_layers_without_memory_say_so(monkeypatch):
     (image,) = noise(1, 28, 28, 1)
     monkeypatch.setattr(kernel, "library", Library)
     with pytest.raises(MemoryError, match="found no memory for their maps"):
-        extractor.small.compute([image], [{}])
+        extractor.whole.compute([image], [{}])
     monkeypatch.setattr(kernel, "library", lambda: None)
     with pytest.raises(ValueError, match="need their library; use torch's"):
-        extractor.small.compute([image], [{}])
+        extractor.whole.compute([image], [{}])

@@ -1,4 +1,4 @@
-"""A stack of layers on small images, by compiled code alone: images of one size are computed together. See kernel_stack.h."""
+"""A stack of layers by compiled code alone; small images of one size are computed together. See kernel_stack.h."""
 
 from __future__ import annotations
 
@@ -24,10 +24,58 @@ LARGEST_IMAGE, LARGEST_LAYER = 96 * 96, 1 << 19
 
 For layers of two filters of 9 x 9, torch is as fast from some 100 x 100 pixels on; for other layers only from larger images on.
 """
+_OUTPUTS = 512  # as in kernel_stack.h
+LANES = 8
+"""Filters of a vector, for the choice of what computes a stack. It is the same on every processor, so that maps are, too."""
+MOST_PADDING = 1.6
+"""Products with the filters that fill up vectors, divided by all others, up to which compiled code is faster than torch.
+
+Measured with AVX2 on images of 639 x 516: 1.0 to 2.1 times as fast up to here, except where `kernel.is_fast`; 0.7 times at 2.0.
+"""
 
 
-class SmallLayer(ctypes.Structure):
-    """A layer as compiled code takes it: `struct small_layer` of kernel_stack.h. A change here needs a new ABI number."""
+def has_activations(layers: Sequence[LayerSpec]) -> bool:
+    """Whether compiled code has the activations of all layers."""
+    return all(ACTIVATIONS[layer.activation].compiled is not None for layer in layers)
+
+
+def pays(layers: Sequence[LayerSpec], channels: int) -> bool:
+    """Whether compiled code computes a stack faster than torch for images of any size, in `channels` of pixels.
+
+    It does not say whether there is compiled code.
+    """
+    if kernel.is_fast(layers[0]) or not has_activations(layers):
+        return False
+    products = padded = 0.0
+    inputs, area = channels, 1.0
+    for layer in layers:
+        each = area * inputs * math.prod(layer.kernel)
+        products += each * layer.filters
+        padded += each * math.ceil(layer.filters / LANES) * LANES
+        inputs, area = layer.filters, area / math.prod(layer.pool)
+    return padded <= MOST_PADDING * products
+
+
+def is_small(layers: Sequence[LayerSpec], height: int, width: int) -> bool:
+    """Whether an image of a size, or of a smaller one, is so small that compiled code pays for any layers."""
+    sizes = output_sizes(layers, height, width)
+    values = (layer.filters * math.prod(layer.pool) * math.prod(size) for layer, size in zip(layers, sizes, strict=True))
+    return height * width <= LARGEST_IMAGE and max(values) <= LARGEST_LAYER
+
+
+def scratch_bytes(layers: Sequence[LayerSpec], height: int, width: int, channels: int) -> int:
+    """Bytes that compiled code takes for one image: pixels and layers in two buffers, and outputs that were not pooled yet."""
+    sizes = output_sizes(layers, height, width)
+    maps = [channels * height * width, *(layer.filters * math.prod(size) for layer, size in zip(layers, sizes, strict=True))]
+    outputs = (
+        max(_OUTPUTS, size[1] * math.prod(layer.pool)) * math.ceil(layer.filters / LANES) * LANES
+        for layer, size in zip(layers, sizes, strict=True)
+    )
+    return 4 * (max(maps[::2]) + max(maps[1::2]) + max(outputs))
+
+
+class StackLayer(ctypes.Structure):
+    """A layer as compiled code takes it: `struct stack_layer` of kernel_stack.h. A change here needs a new ABI number."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("weight", "bias")),
@@ -38,8 +86,8 @@ class SmallLayer(ctypes.Structure):
     ]
 
 
-class SmallStack:
-    """All layers of a stack, for images that are small.
+class CompiledStack:
+    """All layers of a stack.
 
     Parameters
     ----------
@@ -54,15 +102,7 @@ class SmallStack:
 
     def can_store(self) -> bool:
         """Whether compiled code has these layers, and knows how their maps are stored."""
-        is_known = all(ACTIVATIONS[layer.activation].compiled is not None for layer in self.stack.layers)
-        return is_known and all(kernel.is_available(stored) for stored in self.stack.stored.values())
-
-    def takes(self, height: int, width: int) -> bool:
-        """Whether an image of a size, or of a smaller one, is small."""
-        sizes = output_sizes(self.stack.layers, height, width)
-        layers = zip(self.stack.layers, sizes, strict=True)
-        values = (layer.filters * math.prod(layer.pool) * math.prod(size) for layer, size in layers)
-        return height * width <= LARGEST_IMAGE and max(values) <= LARGEST_LAYER
+        return has_activations(self.stack.layers) and all(kernel.is_available(stored) for stored in self.stack.stored.values())
 
     def n_values(self, height: int, width: int) -> int:
         """Values of all layers' maps of an image."""
@@ -100,7 +140,7 @@ class SmallStack:
         code, held = kernel.library(), []
         if code is None:
             raise ValueError("the compiled layers need their library; use torch's")
-        layers, statistics = (SmallLayer * len(self.stack.layers))(), {}
+        layers, statistics = (StackLayer * len(self.stack.layers))(), {}
         copies: list[tuple[str, list[Array]]] = []
         for to, name, spec, packed in zip(layers, self.stack.names, self.stack.layers, self.packed(kernel.lanes()), strict=True):
             _describe(to, spec, packed)
@@ -133,7 +173,7 @@ class SmallStack:
         return [dict(zip(pooled, map(Pooled._make, each), strict=True)) for each in zip(*pooled.values(), strict=True)]
 
 
-def _describe(to: SmallLayer, spec: LayerSpec, packed: tuple[Array, Array]) -> None:
+def _describe(to: StackLayer, spec: LayerSpec, packed: tuple[Array, Array]) -> None:
     weight, bias = packed
     to.weight, to.bias, to.filters = weight.ctypes.data, bias.ctypes.data, spec.filters
     (to.kh, to.kw), (to.py, to.px), to.activation = spec.kernel, spec.pool, ACTIVATIONS[spec.activation].compiled
