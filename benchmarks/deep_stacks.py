@@ -170,7 +170,8 @@ class Side:
         return "{:.1f} ms ({:.1f} of processors) {:.0f} MiB".format(*self.medians, self.memory_mib)
 
 
-def compare(stack: str, n: int, repeats: int, *, has_kernel: bool, keeps_memory: bool) -> None:
+def compare(stack: str, n: int, repeats: int, *, has_kernel: bool = True, keeps_memory: bool = False) -> tuple[Side, Side]:
+    """The extractor and PyTorch, measured in turns."""
     cores = len(os.sched_getaffinity(0))
     ours = Side(stack, n, cores, by_extractor if has_kernel else by_extractor_without_kernel)
     torchs = Side(stack, n, 1, by_torch_that_keeps_memory if keeps_memory else by_torch)
@@ -179,6 +180,10 @@ def compare(stack: str, n: int, repeats: int, *, has_kernel: bool, keeps_memory:
             side.time(keep=i > 0)  # the first warms up
     for side in (ours, torchs):
         side.end()
+    return ours, torchs
+
+
+def report(stack: str, ours: Side, torchs: Side) -> None:
     by_clock, by_processor = (a / b for a, b in zip(torchs.medians, ours.medians, strict=True))
     print(f"  {stack}\n    torch {torchs}; ours {ours}; {by_clock:.2f} times ({by_processor:.2f} by processor time)", flush=True)
 
@@ -194,7 +199,8 @@ def main() -> None:
     first = "PyTorch" if given.no_kernel else kernel.version()
     print(f"{machine()}; batches of {given.images}; first layer by {first}")
     for stack in given.stack:
-        compare(stack, given.images, given.repeats, has_kernel=not given.no_kernel, keeps_memory=given.keep_memory)
+        kind = {"has_kernel": not given.no_kernel, "keeps_memory": given.keep_memory}
+        report(stack, *compare(stack, given.images, given.repeats, **kind))
 
 
 if __name__ == "__main__":

@@ -10,12 +10,10 @@ from __future__ import annotations
 
 import argparse
 import resource
-import shutil
 import tempfile
 import time
 from array import array
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import psutil
@@ -60,13 +58,27 @@ def process(_: Any, __: Any, pieces: list[tasks.WorkPiece]) -> tasks.BatchResult
     return result
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=1_000_000)
-    parser.add_argument("--workers", type=int, default=1)
-    given = parser.parse_args()
-    n = given.images
-    print(machine())
+class Scheduling(NamedTuple):
+    """What a run of empty batches took of the process of driver and scheduler."""
+
+    batches: int
+    elapsed_s: float
+    cpu_s: float
+    idle: float
+    """Cores that the idle cluster takes."""
+    first_s: float
+    peak_bytes: int
+    bytes_an_image: float
+
+    @property
+    def per_batch_ms(self) -> tuple[float, float]:
+        """CPU of a batch, whole and without what the idle cluster takes."""
+        whole, own = (1e3 * seconds / self.batches for seconds in (self.cpu_s, self.cpu_s - self.idle * self.elapsed_s))
+        return whole, own
+
+
+def replace_work(n: int) -> None:
+    """``n`` images that are nowhere, probes and tasks that do nothing, and no check of what the machine has."""
     paths = [f"{i // 1000:04d}/{i:07d}.jpg" for i in range(n)]
     listing = Listing("/photos", paths, array("q", [100_000]) * n, array("q", [1]) * n)
     lifecycle.list_job = lambda _: listing  # type: ignore[attr-defined]
@@ -76,6 +88,10 @@ def main() -> None:
     fetch.probe_block = probe  # type: ignore[assignment]
     tasks.process = process  # type: ignore[assignment]
     tasks.ExtractorPlugin = NoExtractor  # type: ignore[assignment,misc]
+
+
+def measure(n: int, workers: int) -> Scheduling:
+    replace_work(n)
     taken: list[float] = []
     take = driver.Driver._take_batch
 
@@ -84,25 +100,33 @@ def main() -> None:
         take(self, result)
 
     driver.Driver._take_batch = take_and_note  # type: ignore[method-assign]
-    folder = Path(tempfile.mkdtemp())
     before = psutil.Process().memory_info().rss
-    with connect(LocalSpec(workers=given.workers)) as client:
+    with tempfile.TemporaryDirectory() as folder, connect(LocalSpec(workers=workers)) as client:
         started, cpu = time.monotonic(), time.process_time()
         time.sleep(IDLE_S)
         idle = (time.process_time() - cpu) / (time.monotonic() - started)
         started, cpu = time.monotonic(), time.process_time()
-        summary = run_job(make_job({"source": "/photos", "store": str(folder / "f.zarr")}), client)
+        summary = run_job(make_job({"source": "/photos", "store": f"{folder}/f.zarr"}), client)
         elapsed_s, cpu_s = time.monotonic() - started, time.process_time() - cpu
     assert summary.n_done == n, summary
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    per_batch = [1e3 * seconds / len(taken) for seconds in (cpu_s, cpu_s - idle * elapsed_s)]
+    return Scheduling(len(taken), elapsed_s, cpu_s, idle, taken[0] - started, peak, (peak - before) / n)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=1_000_000)
+    parser.add_argument("--workers", type=int, default=1)
+    given = parser.parse_args()
+    print(machine())
+    found = measure(given.images, given.workers)
+    whole, own = found.per_batch_ms
     print(
-        f"{n} images in {len(taken)} batches: {elapsed_s:.1f} s, {len(taken) / elapsed_s:.0f} batches/s; driver and scheduler "
-        f"{per_batch[0]:.1f} ms of CPU per batch, {per_batch[1]:.1f} without what the idle cluster takes ({100 * idle:.1f} % of a core); "
-        f"{1e6 * cpu_s / n:.1f} us per image; first batch after {taken[0] - started:.1f} s; peak {peak / 2**20:.0f} MiB, "
-        f"{(peak - before) / n:.0f} bytes an image above the start"
+        f"{given.images} images in {found.batches} batches: {found.elapsed_s:.1f} s, {found.batches / found.elapsed_s:.0f} batches/s; "
+        f"driver and scheduler {whole:.1f} ms of CPU per batch, {own:.1f} without what the idle cluster takes "
+        f"({100 * found.idle:.1f} % of a core); {1e6 * found.cpu_s / given.images:.1f} us per image; first batch after "
+        f"{found.first_s:.1f} s; peak {found.peak_bytes / 2**20:.0f} MiB, {found.bytes_an_image:.0f} bytes an image above the start"
     )
-    shutil.rmtree(folder)
 
 
 if __name__ == "__main__":

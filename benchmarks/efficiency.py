@@ -16,9 +16,9 @@ import statistics
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
+from benchmarks.bare_worker import NAME, work_alone
 from benchmarks.images import FOLDER, machine, make
 from benchmarks.main_job import STORE, fresh
 from pipeline.run import tasks
@@ -36,13 +36,11 @@ SIZE = (516, 639)
 def bare(store_path: str, folder: str, start: Any, rates: Any, first: int, step: int) -> None:
     """Compute every ``step``-th shard again, into the store that the pipeline has just made."""
     store = Store(Path(store_path))
-    plugin = tasks.ExtractorPlugin("bare", extractor_spec(store.spec), store.weights(), store.spec.layers)
-    plugin.setup(SimpleNamespace(name=0, state=SimpleNamespace(total_resources={"extract": 1})))
-    tasks.get_worker = lambda: SimpleNamespace(plugins={"bare": plugin})
+    work_alone(extractor_spec(store.spec), store.weights(), store.spec.layers)
     shape_class = store.classes[SIZE]
     layout, n = shape_class.layout, shape_class.length
     paths, fingerprints = (store.column(shape_class.name, name) for name in ("path", "fingerprint"))
-    source, target = Source(list_collection(folder).root, decode_spec(store.spec)), tasks.Target(store_path, "bare", "bare")
+    source, target = Source(list_collection(folder).root, decode_spec(store.spec)), tasks.Target(store_path, "bare", NAME)
     pieces = []
     for shard in range(first, -(-n // layout.shard_rows), step):
         rows = range(shard * layout.shard_rows, min(n, (shard + 1) * layout.shard_rows))
@@ -56,15 +54,17 @@ def bare(store_path: str, folder: str, start: Any, rates: Any, first: int, step:
     rates.put((n_done / elapsed_s, {name: 1e3 * sum(r.stage_s[name] for r in results) / n_done for name in STAGES}))
 
 
-def bare_rate(folder: Path) -> tuple[float, str]:
-    """Images per second of bare processes on all cores (the sum of theirs, so that who ends first costs nothing); their stages."""
-    cores = len(os.sched_getaffinity(0))
+def bare_rate(folder: Path) -> tuple[float, dict[str, float]]:
+    """Images per second of bare processes on all cores (the sum of theirs, so that who ends first costs nothing); their stages in ms."""
+    shape_class = Store(STORE).classes[SIZE]
+    n_shards = -(-shape_class.length // shape_class.layout.shard_rows)
+    n = min(len(os.sched_getaffinity(0)), n_shards)  # each has a shard at least
     context = multiprocessing.get_context("spawn")
-    start, rates = context.Barrier(cores), context.Queue()
+    start, rates = context.Barrier(n), context.Queue()
     for path in STORE.glob("*x*/conv1/c.*"):
         path.unlink()
     with StoreLock(STORE / RUNS, "bare"):
-        arguments = ((str(STORE), str(folder), start, rates, i, cores) for i in range(cores))
+        arguments = ((str(STORE), str(folder), start, rates, i, n) for i in range(n))
         workers = [context.Process(target=bare, args=each) for each in arguments]
         for worker in workers:
             worker.start()
@@ -72,9 +72,7 @@ def bare_rate(folder: Path) -> tuple[float, str]:
             worker.join()
         assert not any(worker.exitcode for worker in workers)
         found = [rates.get() for _ in workers]
-    return sum(rate for rate, _ in found), in_words(
-        {name: statistics.mean(stages[name] for _, stages in found) for name in STAGES}
-    )
+    return sum(rate for rate, _ in found), {name: statistics.mean(stages[name] for _, stages in found) for name in STAGES}
 
 
 def in_words(stages_ms: dict[str, float]) -> str:
@@ -86,6 +84,21 @@ def of_receipt(receipt: dict) -> dict[str, float]:
     n = receipt["n_done"]
     waiting_s = receipt["compute_s"] * receipt["slots"] - sum(receipt["stage_s"].values())
     return {name: 1e3 * seconds / n for name, seconds in {**receipt["stage_s"], "waiting": waiting_s}.items()}
+
+
+def compare(folder: Path, n: int, dtype: str, repeats: int) -> tuple[float, float, dict[str, int]]:
+    """Images per second of the pipeline and of bare processes, medians, and the images that each kernel computed in a run."""
+    ours, floor, kernels = [], [], {}
+    for _ in range(repeats):
+        receipt = fresh(folder, "--dtype", dtype)
+        assert receipt["n_done"] == n
+        ours.append(receipt["images_per_s"])
+        kernels = receipt["kernels"]
+        print(f"  {dtype} featuremaps: {ours[-1]:.0f} images/s; {in_words(of_receipt(receipt))}", flush=True)
+        rate, stages = bare_rate(folder)
+        floor.append(rate)
+        print(f"  {dtype} bare processes: {rate:.0f} images/s; {in_words(stages)}", flush=True)
+    return statistics.median(ours), statistics.median(floor), kernels
 
 
 def main() -> None:
@@ -102,16 +115,7 @@ def main() -> None:
     print(machine())
     folder = make("photos", given.images, [SIZE])
     for dtype in given.dtype or ["uint8", "float32"]:
-        rates: dict[str, list[float]] = {"bare processes": [], "featuremaps": []}
-        for _ in range(given.repeats):
-            receipt = fresh(folder, "--dtype", dtype)
-            assert receipt["n_done"] == given.images
-            rates["featuremaps"].append(receipt["images_per_s"])
-            print(f"  {dtype} featuremaps: {receipt['images_per_s']:.0f} images/s; {in_words(of_receipt(receipt))}", flush=True)
-            rate, stages = bare_rate(folder)
-            rates["bare processes"].append(rate)
-            print(f"  {dtype} bare processes: {rate:.0f} images/s; {stages}", flush=True)
-        ours, floor = (statistics.median(rates[name]) for name in ("featuremaps", "bare processes"))
+        ours, floor, _ = compare(folder, given.images, dtype, given.repeats)
         print(f"{dtype}: {ours:.0f} images/s, {100 * ours / floor:.0f} % of the {floor:.0f} of bare processes (medians)")
 
 

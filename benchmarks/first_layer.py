@@ -75,10 +75,21 @@ def measure(case: Case, lanes: dict[str, int], repeats: int) -> dict[str, list[f
     return found
 
 
-def report(size: int, filters: int, dtype: str, image: Array, repeats: int) -> None:
+def versions(size: int, filters: int) -> dict[str, int]:
+    """Each version of the compiled layer that this processor runs, and its `kernel.MAX_LANES`."""
     lanes: dict[str, int] = {}
     for kernel.MAX_LANES in (32, 16, 8, 4):
         lanes.setdefault(kernel.version(3, (size, size), filters), kernel.MAX_LANES)
+    lanes.pop("torch", None)  # there is no compiled code
+    return lanes
+
+
+def a_picture() -> Array:
+    return np.array(picture(np.random.default_rng(0), 516, 639))
+
+
+def report(size: int, filters: int, dtype: str, image: Array, repeats: int) -> None:
+    lanes = versions(size, filters)
     case = make_case(image, size, filters, dtype)
     found = measure(case, lanes, repeats)
     operations = 2 * 3 * size * size * case.out.size
@@ -104,7 +115,7 @@ def main() -> None:
     arguments = parser.parse_args()
     use_one_thread()
     torch.set_grad_enabled(False)
-    image = np.array(picture(np.random.default_rng(0), 516, 639))
+    image = a_picture()
     print(f"{machine()}\nms of a thread: median, least")
     for size in arguments.kernel:
         for filters in arguments.filters:

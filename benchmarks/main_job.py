@@ -115,11 +115,11 @@ if __name__ == "__main__":
 """
 
 
-def start(n: int = 5) -> None:
-    """A run with one new image, beside what a bare Dask cluster of one worker and importing torch take: medians, interleaved."""
+def start_times(n: int) -> dict[str, float]:
+    """Seconds of a run with one new image, beside what a bare Dask cluster of one worker and importing torch take: medians."""
     folder = FOLDER / "start"
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
+    folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
     bare = folder / "bare.py"
     bare.write_text(BARE_CLUSTER)
@@ -139,8 +139,12 @@ def start(n: int = 5) -> None:
             started = time.monotonic()
             subprocess.run(arguments, check=True, capture_output=True)
             times.setdefault(name, []).append(time.monotonic() - started)
-    for name, values in times.items():
-        print(f"{name}: {sorted(values)[n // 2]:.1f} s (median of {n})")
+    return {name: sorted(values)[n // 2] for name, values in times.items()}
+
+
+def start(n: int = 5) -> None:
+    for name, seconds in start_times(n).items():
+        print(f"{name}: {seconds:.1f} s (median of {n})")
 
 
 def million(n: int = 1_000_000) -> None:

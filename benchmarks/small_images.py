@@ -20,12 +20,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from benchmarks.bare_worker import NAME, work_alone
 from benchmarks.images import FOLDER, command, machine
 from benchmarks.main_job import STORE
 from pipeline.config import Job, make_job
@@ -134,17 +133,14 @@ def compare(folder: Path, network: str, n: int, repeats: int) -> None:
     )
 
 
-def profile(folder: Path, network: str, n: int = 2048, passes: int = 5) -> None:
-    """Processor time of one process for each image as tasks compute it, without cluster, driver and ledger."""
+def profile(folder: Path, network: str, n: int = 2048, passes: int = 5) -> tuple[dict[str, float], str]:
+    """Milliseconds of processor time of one process for each image as tasks compute it, without cluster, driver and ledger; the kernel."""
     import torch
 
     tasks.keep_memory()
     chosen = job(folder, network)
     weights = load_weights(chosen.extractor, 1)
-    plugin = tasks.ExtractorPlugin("bare", chosen.extractor, weights, store_spec(chosen, str(folder), weights).layers)
-    plugin.setup(SimpleNamespace(name=0, state=SimpleNamespace(total_resources={"extract": 1})))
-    worker: Any = SimpleNamespace(plugins={"bare": plugin})
-    tasks.get_worker = lambda: worker  # type: ignore[assignment]
+    plugin = work_alone(chosen.extractor, weights, store_spec(chosen, str(folder), weights).layers)
     listing = list_collection(str(folder))
     layout = layout_of((SIZE, SIZE), chosen.extractor, 4, 1)
     pieces = []
@@ -162,7 +158,7 @@ def profile(folder: Path, network: str, n: int = 2048, passes: int = 5) -> None:
         compute_batches(paths, network)
         loop_s = time.process_time() - begun
         decoded = tasks.read(Source(listing.root, chosen.decode), "run", pieces)
-        extracted = tasks.extract(tasks.Target(str(STORE), "run", "bare"), decoded)
+        extracted = tasks.extract(tasks.Target(str(STORE), "run", NAME), decoded)
         started = time.process_time()
         for piece, blocks in zip(extracted.result.pieces, extracted.blocks, strict=True):
             assert (piece.status == schema.Status.DONE).all()
@@ -172,8 +168,12 @@ def profile(folder: Path, network: str, n: int = 2048, passes: int = 5) -> None:
         stages |= {"sum": sum(stages.values()), "the loop": loop_s}
         best = {name: min(best.get(name, seconds), seconds) for name, seconds in stages.items()}
     time.perf_counter = time_of
-    print(f"{network}, one core, ms an image: " + ", ".join(f"{name} {1e3 * s / n:.3f}" for name, s in best.items()))
-    print(f"  the loop takes {best['the loop'] / best['sum']:.1f} times as long")
+    return {name: 1e3 * seconds / n for name, seconds in best.items()}, extracted.result.kernel
+
+
+def report(network: str, ms: dict[str, float], kernel: str) -> None:
+    print(f"{network}, one core, ms an image by {kernel}: " + ", ".join(f"{name} {value:.3f}" for name, value in ms.items()))
+    print(f"  the loop takes {ms['the loop'] / ms['sum']:.1f} times as long")
 
 
 def main() -> None:
@@ -191,7 +191,7 @@ def main() -> None:
     folder = make(given.images)
     for network in given.network:
         if given.profile:
-            profile(folder, network)
+            report(network, *profile(folder, network))
         else:
             compare(folder, network, given.images, given.repeats)
 
