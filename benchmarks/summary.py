@@ -19,6 +19,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -153,14 +154,17 @@ class FailedError(Exception):
 
 
 def run_part(command: list[str], limit_s: float) -> list[Row]:
-    """The rows that a command prints as its last line; nothing of it is left running."""
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    try:
-        output, errors = process.communicate(timeout=limit_s)
-    except subprocess.TimeoutExpired:
-        raise FailedError(f"it took longer than {limit_s:g} s") from None
-    finally:
-        end_with_children(process)
+    """The rows that a command prints as its last line; nothing of it is left, neither processes nor temporary files."""
+    with tempfile.TemporaryDirectory(prefix="featuremaps-", ignore_cleanup_errors=True) as scratch:
+        places = {"TMPDIR": scratch, "FEATUREMAPS_BENCHMARKS": str(FOLDER)}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        process = subprocess.Popen(command, text=True, start_new_session=True, env=os.environ | places, **pipes)
+        try:
+            output, errors = process.communicate(timeout=limit_s)
+        except subprocess.TimeoutExpired:
+            raise FailedError(f"it took longer than {limit_s:g} s") from None
+        finally:
+            end_with_children(process)
     if process.returncode:
         raise FailedError((errors.strip().splitlines() or [f"it ended with {process.returncode}"])[-1])
     return [Row(*row) for row in json.loads(output.splitlines()[-1])]
@@ -231,6 +235,7 @@ def main() -> int:
     try:
         measure_all(given.only, given.limit, results, errors)
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         print("\nStopped by Ctrl-C. This was measured:")
         code = 130
     for left in ("store.zarr", "loop.zarr", "start"):

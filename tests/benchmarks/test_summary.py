@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from pathlib import Path
 
@@ -44,6 +45,7 @@ def test_the_others_run_after_a_failure_and_the_exit_code_says_so(
         return [ROW]
 
     monkeypatch.setattr(summary, "run_part", run)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
     monkeypatch.setattr(summary, "FOLDER", tmp_path)
     monkeypatch.setattr(sys, "argv", ["summary", "--only", "start", "deep", "--json", str(tmp_path / "all.json")])
     assert summary.main() == 1
@@ -64,6 +66,7 @@ def test_ctrl_c_leaves_what_was_measured(
         return [ROW]
 
     monkeypatch.setattr(summary, "run_part", run)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
     monkeypatch.setattr(summary, "FOLDER", tmp_path)
     monkeypatch.setattr(sys, "argv", ["summary", "--only", "deep", "start"])
     assert summary.main() == 130
