@@ -101,25 +101,24 @@ def small(network: str) -> list[Row]:
 
 
 def deep() -> list[Row]:
-    from benchmarks.deep_stacks import compare, parse
-    from pipeline.extract import kernel
+    from benchmarks.deep_stacks import compare, first_layer_by
 
     rows = []
     for stack in DEEP:
         ours, torchs = (side.medians[0] for side in compare(stack, 8 * len(os.sched_getaffinity(0)), 3))
-        first = parse(stack).layers[0]
-        name = "first layer: " + kernel.version(3, first.kernel, first.filters)
         what = f"stack {stack.replace('relu:pool2', 'rp2')}"
-        rows.append(Row(what, ours, "ms an image", torchs / ours, "nn.Sequential, all cores", "1x", name))
+        kernel = f"first layer: {first_layer_by(stack)}"
+        rows.append(Row(what, ours, "ms an image", torchs / ours, "nn.Sequential, all cores", "1x", kernel))
     return rows
 
 
 def start() -> list[Row]:
     from benchmarks.main_job import start_times
+    from pipeline.extract import kernel
 
     seconds = start_times(3)
     ours, cluster = seconds["a run with one new image"], seconds["a bare Dask cluster with one task"]
-    return [Row("run with one new image", ours, "s", ours / cluster, "the time of a bare Dask cluster", "", "")]
+    return [Row("run with one new image", ours, "s", ours / cluster, "the time of a bare Dask cluster", "", kernel.version())]
 
 
 def scheduling() -> list[Row]:
