@@ -191,10 +191,8 @@ def compare(stack: str, n: int, repeats: int, *, has_kernel: bool = True, keeps_
 
 def report(stack: str, ours: Side, torchs: Side) -> None:
     by_clock, by_processor = (a / b for a, b in zip(torchs.medians, ours.medians, strict=True))
-    print(
-        f"  {stack}: first layer by {first_layer_by(stack)}\n    torch {torchs}; ours {ours}; {by_clock:.2f} times ({by_processor:.2f} by processor time)",
-        flush=True,
-    )
+    print(f"  {stack}: first layer by {first_layer_by(stack)}")
+    print(f"    torch {torchs}; ours {ours}; {by_clock:.2f} times ({by_processor:.2f} by processor time)", flush=True)
 
 
 def main() -> None:
