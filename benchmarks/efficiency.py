@@ -4,6 +4,9 @@
 
 The bare processes read, decode, extract, digest, encode and write the same images in the same batches as workers do, all cores at
 once; their stages are timed by the same code. Rates of the pipeline are between its first task and its last.
+
+On a machine that others use, too, compare the processor time of an image. The pipeline's is that of all its processes, driver and
+scheduler included: the difference between a run over all images and one over a quarter of them.
 """
 
 from __future__ import annotations
@@ -11,13 +14,17 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
+import resource
 import shutil
 import statistics
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+
+from distributed.core import Status as WorkerStatus
 
 from benchmarks.images import FOLDER, machine, make
 from benchmarks.main_job import STORE, fresh
@@ -33,12 +40,20 @@ from pipeline.store.store import Store
 SIZE = (516, 639)
 
 
-def bare(store_path: str, folder: str, start: Any, rates: Any, first: int, step: int) -> None:
+def bare(*arguments: Any) -> None:
+    """`compute` in a thread of its own, as workers do: in a main thread, Blosc would use threads of its own, too."""
+    thread = threading.Thread(target=compute, args=arguments)
+    thread.start()
+    thread.join()
+
+
+def compute(store_path: str, folder: str, start: Any, rates: Any, first: int, step: int) -> None:
     """Compute every ``step``-th shard again, into the store that the pipeline has just made."""
     store = Store(Path(store_path))
     plugin = tasks.ExtractorPlugin("bare", extractor_spec(store.spec), store.weights(), store.spec.layers)
+    tasks.signal.signal = lambda *_: None  # only a main thread may
     plugin.setup(SimpleNamespace(name=0, state=SimpleNamespace(total_resources={"extract": 1})))
-    tasks.get_worker = lambda: SimpleNamespace(plugins={"bare": plugin})
+    tasks.get_worker = lambda: SimpleNamespace(plugins={"bare": plugin}, status=WorkerStatus.running)
     shape_class = store.classes[SIZE]
     layout, n = shape_class.layout, shape_class.length
     paths, fingerprints = (store.column(shape_class.name, name) for name in ("path", "fingerprint"))
@@ -49,15 +64,19 @@ def bare(store_path: str, folder: str, start: Any, rates: Any, first: int, step:
         texts = (tuple(str(values[row]) for row in rows) for values in (paths, fingerprints))
         pieces.append(tasks.WorkPiece(layout, rows.start, rows.stop, tuple(rows), *texts))
     start.wait()
-    started, n_done = time.perf_counter(), sum(len(piece.rows) for piece in pieces)
+    started, cpu_s, n_done = time.perf_counter(), time.process_time(), sum(len(piece.rows) for piece in pieces)
     results = [tasks.process(source, target, [piece]) for piece in pieces]
-    elapsed_s = time.perf_counter() - started
+    elapsed_s, cpu_s = time.perf_counter() - started, time.process_time() - cpu_s
     assert all((result.pieces[0].status == Status.DONE).all() for result in results)
-    rates.put((n_done / elapsed_s, {name: 1e3 * sum(r.stage_s[name] for r in results) / n_done for name in STAGES}))
+    stages_ms = {name: 1e3 * sum(r.stage_s[name] for r in results) / n_done for name in STAGES}
+    rates.put((n_done / elapsed_s, 1e3 * cpu_s / n_done, stages_ms))
 
 
-def bare_rate(folder: Path) -> tuple[float, str]:
-    """Images per second of bare processes on all cores (the sum of theirs, so that who ends first costs nothing); their stages."""
+def bare_rate(folder: Path) -> tuple[float, float, str]:
+    """Images per second of bare processes on all cores (the sum of theirs, so that who ends first costs nothing).
+
+    Then milliseconds of the processor for each image, and their stages.
+    """
     cores = len(os.sched_getaffinity(0))
     context = multiprocessing.get_context("spawn")
     start, rates = context.Barrier(cores), context.Queue()
@@ -72,13 +91,20 @@ def bare_rate(folder: Path) -> tuple[float, str]:
             worker.join()
         assert not any(worker.exitcode for worker in workers)
         found = [rates.get() for _ in workers]
-    return sum(rate for rate, _ in found), in_words(
-        {name: statistics.mean(stages[name] for _, stages in found) for name in STAGES}
-    )
+    stages = {name: statistics.mean(stages[name] for _, _, stages in found) for name in STAGES}
+    return sum(rate for rate, _, _ in found), statistics.mean(cpu_ms for _, cpu_ms, _ in found), in_words(stages)
 
 
 def in_words(stages_ms: dict[str, float]) -> str:
     return "ms an image: " + ", ".join(f"{name} {value:.2f}" for name, value in stages_ms.items())
+
+
+def measured(folder: Path, *options: object) -> tuple[dict, float]:
+    """Receipt of a run into a new store, and the processor seconds of all its processes."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    receipt = fresh(folder, *options)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return receipt, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def of_receipt(receipt: dict) -> dict[str, float]:
@@ -86,6 +112,12 @@ def of_receipt(receipt: dict) -> dict[str, float]:
     n = receipt["n_done"]
     waiting_s = receipt["compute_s"] * receipt["slots"] - sum(receipt["stage_s"].values())
     return {name: 1e3 * seconds / n for name, seconds in {**receipt["stage_s"], "waiting": waiting_s}.items()}
+
+
+def note(dtype: str, who: str, rate: float, cpu_ms: float, stages: str, rates: dict, cpus: dict) -> None:
+    rates[who].append(rate)
+    cpus[who].append(cpu_ms)
+    print(f"  {dtype} {who}: {rate:.0f} images/s; {cpu_ms:.2f} ms of the processor an image; {stages}", flush=True)
 
 
 def main() -> None:
@@ -103,16 +135,18 @@ def main() -> None:
     folder = make("photos", given.images, [SIZE])
     for dtype in given.dtype or ["uint8", "float32"]:
         rates: dict[str, list[float]] = {"bare processes": [], "featuremaps": []}
+        cpus: dict[str, list[float]] = {"bare processes": [], "featuremaps": []}
         for _ in range(given.repeats):
-            receipt = fresh(folder, "--dtype", dtype)
+            few, few_s = measured(folder, "--dtype", dtype, "--limit", given.images // 4)
+            receipt, all_s = measured(folder, "--dtype", dtype)
             assert receipt["n_done"] == given.images
-            rates["featuremaps"].append(receipt["images_per_s"])
-            print(f"  {dtype} featuremaps: {receipt['images_per_s']:.0f} images/s; {in_words(of_receipt(receipt))}", flush=True)
-            rate, stages = bare_rate(folder)
-            rates["bare processes"].append(rate)
-            print(f"  {dtype} bare processes: {rate:.0f} images/s; {stages}", flush=True)
+            cpu_ms = 1e3 * (all_s - few_s) / (receipt["n_done"] - few["n_done"])
+            note(dtype, "featuremaps", receipt["images_per_s"], cpu_ms, in_words(of_receipt(receipt)), rates, cpus)
+            note(dtype, "bare processes", *bare_rate(folder), rates, cpus)
         ours, floor = (statistics.median(rates[name]) for name in ("featuremaps", "bare processes"))
         print(f"{dtype}: {ours:.0f} images/s, {100 * ours / floor:.0f} % of the {floor:.0f} of bare processes (medians)")
+        ours, floor = (statistics.median(cpus[name]) for name in ("featuremaps", "bare processes"))
+        print(f"  by processor time: {floor:.2f} of {ours:.2f} ms an image = {100 * floor / ours:.0f} % (medians)")
 
 
 if __name__ == "__main__":
