@@ -19,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import deque
 from pathlib import Path
 
 import numpy as np
@@ -163,7 +164,8 @@ def profile(folder: Path, network: str, n: int = 2048, passes: int = 5) -> tuple
         for piece, blocks in zip(extracted.result.pieces, extracted.blocks, strict=True):
             assert (piece.status == schema.Status.DONE).all()
             for layer, kept in zip(layout.layers, plugin.map_layers, strict=True):
-                schema.encode_rows(layout, layer, piece.start, blocks[layer.name], kept.fill_value)
+                for _, parts in schema.encode_rows(layout, layer, piece.start, blocks[layer.name], kept.fill_value):
+                    deque(parts, maxlen=0)
         stages = extracted.result.stage_s | {"write": time.process_time() - started}
         stages |= {"sum": sum(stages.values()), "the loop": loop_s}
         best = {name: min(best.get(name, seconds), seconds) for name, seconds in stages.items()}

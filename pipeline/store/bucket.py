@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -54,7 +54,7 @@ def condition_of(url: Url) -> Any:
         return "create"
 
 
-def put(url: Url, parts: Sequence[bytes], *, durable: bool, only: Any) -> None:  # noqa: ARG001 (a bucket always is)
+def put(url: Url, parts: Iterable[bytes], *, durable: bool, only: Any) -> None:  # noqa: ARG001 (a bucket always is)
     """Write an object, under a condition if one is given.
 
     Raises
@@ -62,10 +62,11 @@ def put(url: Url, parts: Sequence[bytes], *, durable: bool, only: Any) -> None: 
     StaleWriterError
         When somebody else replaced the object meanwhile.
     """
+    content = list(parts)
     try:
-        url.put(*parts, only=only)
+        url.put(*content, only=only)
     except ConflictError:
-        if _content(url) == b"".join(parts):  # our own put, whose answer was lost, or another's with the same content
+        if _content(url) == b"".join(content):  # our own put, whose answer was lost, or another's with the same content
             return
         raise StaleWriterError(
             f"{url} was written by somebody else meanwhile: another run has taken the store over, so this late one writes nothing; "

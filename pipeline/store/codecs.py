@@ -7,7 +7,7 @@ The tests read everything back with plain Zarr, Xarray and TensorStore. The meta
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import google_crc32c
@@ -102,8 +102,10 @@ def maps_digest(maps: Iterable[Array]) -> str:
     return digest.hexdigest()
 
 
-def encode_shard(block: Array, chunk_rows: int, shard_rows: int, fill: float) -> list[bytes]:
+def encode_shard(block: Array, chunk_rows: int, shard_rows: int, fill: float) -> Iterator[bytes]:
     """Encode the first rows of a shard; inner chunks past the last row are left out, and read as fill.
+
+    One chunk is encoded when it is asked for: so it is written while it is in the cache, and the object is never in memory as a whole.
 
     Parameters
     ----------
@@ -115,22 +117,21 @@ def encode_shard(block: Array, chunk_rows: int, shard_rows: int, fill: float) ->
     fill : float
         Value of the rows past ``n`` in the last inner chunk.
 
-    Returns
-    -------
-    list of bytes
+    Yields
+    ------
+    bytes
         Parts of the object in order: inner chunks, then the index ``(offset, nbytes)`` as little-endian uint64, with its crc32c.
     """
     index = np.full((shard_rows // chunk_rows, 2), _MISSING, "<u8")
-    parts: list[bytes] = []
     offset = 0
     for i, start in enumerate(range(0, len(block), chunk_rows)):
         rows = block[start : start + chunk_rows]
         chunk = _compress(pad(rows, (chunk_rows, *rows.shape[1:]), fill))
-        parts += chunk
+        yield from chunk
         index[i] = offset, sum(map(len, chunk))
         offset += sum(map(len, chunk))
     table = index.tobytes()
-    return [*parts, table, _checksum(table)]
+    yield from (table, _checksum(table))
 
 
 def pad(values: Array, shape: tuple[int, ...], fill: float) -> Array:

@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -59,7 +59,7 @@ def condition_of(path: Path) -> None:  # noqa: ARG001 (as of a bucket)
     return
 
 
-def put(path: Path, parts: Sequence[bytes], *, durable: bool, only: Any) -> None:  # noqa: ARG001 (as of a bucket)
+def put(path: Path, parts: Iterable[bytes], *, durable: bool, only: Any) -> None:  # noqa: ARG001 (as of a bucket)
     """Write a temporary file, then rename it."""
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -11,7 +12,7 @@ from pipeline.extract.layers import Array
 from pipeline.source import urls
 from pipeline.store.layout import ClassLayout, LayerLayout, class_name
 from pipeline.store.lock import require_lock
-from pipeline.store.objects import Place, condition_of, object_store, put, read_json
+from pipeline.store.objects import Place, condition_of, object_store, put_parts, read_json
 from pipeline.store.schema import RUNS, encode_rows
 
 if TYPE_CHECKING:
@@ -85,12 +86,19 @@ def write_maps(
             f"{folder} has {length} rows, but a task was about to write rows {start} to {start + len(block)} as a whole shard: the "
             "store has changed since the task was sent; it writes nothing, and the next run does its rows"
         )
-    objects = encode_rows(layout, layer, start, block, fill)
-    conditions = {key: condition_of(folder / key) for key in objects}  # read before the lock is checked
+    sizes: list[int] = []
+    for key, parts in encode_rows(layout, layer, start, block, fill):
+        condition = condition_of(folder / key)  # read before the lock is checked
+        put_parts(folder / key, _held(parts, path, run_id, sizes), durable=durable, only=condition)
+    return sum(sizes)
+
+
+def _held(parts: Iterable[bytes], path: Place, run_id: str, sizes: list[int]) -> Iterator[bytes]:
+    """The parts of an object, whose sizes are noted; after the last one, check the lock: nothing is left but to name the object."""
+    for part in parts:
+        sizes.append(len(part))
+        yield part
     require_lock(path / RUNS, run_id)
-    for key, parts in objects.items():
-        put(folder / key, *parts, durable=durable, only=conditions[key])
-    return sum(len(part) for parts in objects.values() for part in parts)
 
 
 def read_maps(path: Place, layout: ClassLayout, layer: str, start: int, stop: int) -> Array:

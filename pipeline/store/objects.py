@@ -73,6 +73,14 @@ def put(path: Place, *parts: bytes, durable: bool = False, only: Any = None) -> 
     StaleWriterError
         When somebody else replaced the object meanwhile.
     """
+    put_parts(path, parts, durable=durable, only=only)
+
+
+def put_parts(path: Place, parts: Iterable[bytes], *, durable: bool = False, only: Any = None) -> None:
+    """`put` parts as they come, so that they need not be in memory together; a bucket takes them all first.
+
+    The object is named after the last part. If making a part raises, there is no object, or still the old one.
+    """
     _storage(path).put(path, parts, durable=durable, only=only)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from enum import IntEnum
 from typing import Any, TypeAlias
@@ -208,13 +208,16 @@ def object_key(first: int, n_dimensions: int) -> str:
     return ".".join(["c", str(first), *["0"] * (n_dimensions - 1)])
 
 
-def encode_rows(layout: ClassLayout, layer: LayerLayout, start: int, block: Array, fill: float) -> dict[str, list[bytes]]:
-    """The objects that hold the rows of one shard: the shard, or its plain chunks."""
+def encode_rows(
+    layout: ClassLayout, layer: LayerLayout, start: int, block: Array, fill: float
+) -> Iterator[tuple[str, Iterable[bytes]]]:
+    """Keys and parts of the objects that hold the rows of one shard: the shard, or its plain chunks; encoded as they are asked for."""
     if layout.is_sharded(layer):
-        return {object_key(start // layout.shard_rows, 4): encode_shard(block, layer.chunk_rows, layout.shard_rows, fill)}
+        yield object_key(start // layout.shard_rows, 4), encode_shard(block, layer.chunk_rows, layout.shard_rows, fill)
+        return
     shape = (layer.chunk_rows, layer.channels, layer.chunk_height, layer.chunk_width)
-    keys = object_keys(layout, layer, start)
-    return {key: [compress(pad(_cut(block, layer, *cut), shape, fill))] for key, cut in zip(keys, _cuts(layer), strict=True)}
+    for key, cut in zip(object_keys(layout, layer, start), _cuts(layer), strict=True):
+        yield key, [compress(pad(_cut(block, layer, *cut), shape, fill))]
 
 
 def object_keys(layout: ClassLayout, layer: LayerLayout, start: int) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 
@@ -49,8 +49,8 @@ class Storage(Protocol):
     def condition_of(self, path: Any) -> Any:
         """The condition of `fetch`, without the content; ``create`` if there is no object."""
 
-    def put(self, path: Any, parts: Sequence[bytes], *, durable: bool, only: Any) -> None:
-        """Write one object whole; see `objects.put`."""
+    def put(self, path: Any, parts: Iterable[bytes], *, durable: bool, only: Any) -> None:
+        """Write one object whole; see `objects.put_parts`."""
 
     def size_bytes(self, path: Any) -> int:
         """Size of an object."""

@@ -137,11 +137,12 @@ def _free_shard(store: Store, run_id: str, shape_class: ShapeClass, shard: int, 
             continue
         if block is None:
             continue
-        objects = encode_rows(layout, layer, start, block, stored.fill_value)
-        if not result.is_dry_run:
-            write_maps(store.path, run_id, layout, layer, start, block, stored.fill_value, durable=True)
-        result.n_rewritten += len(objects)
-        result.freed_bytes += before - sum(len(part) for parts in objects.values() for part in parts)
+        if result.is_dry_run:
+            after = sum(len(part) for _, parts in encode_rows(layout, layer, start, block, stored.fill_value) for part in parts)
+        else:
+            after = write_maps(store.path, run_id, layout, layer, start, block, stored.fill_value, durable=True)
+        result.n_rewritten += len(paths)
+        result.freed_bytes += before - after
 
 
 def _only_needed(

@@ -112,7 +112,15 @@ def test_a_chunk_that_is_missing_reads_as_fill(dtype):
 def test_equal_values_make_equal_bytes():
     values = np.random.default_rng(0).normal(size=(4, 2, 30, 40)).astype(np.float32)
     assert compress(values) == compress(values.copy())
-    assert encode_shard(values, 2, 8, math.nan) == encode_shard(values.copy(), 2, 8, math.nan)
+    assert [*encode_shard(values, 2, 8, math.nan)] == [*encode_shard(values.copy(), 2, 8, math.nan)]
+
+
+def test_a_chunk_of_a_shard_is_encoded_when_it_is_asked_for():
+    block = np.zeros((4, 1, 8, 8), np.float32)
+    parts = encode_shard(block, 1, 4, math.nan)
+    next(parts)
+    block[1] = 7
+    assert decompress(b"".join([*parts][1:3]), "float32", (1, 1, 8, 8)).max() == 7
 
 
 def test_repeated_values_and_repeated_strings_are_stored_small():

@@ -30,7 +30,7 @@ from pipeline.store import folder, schema
 from pipeline.store.create import create_store, prepare_folder
 from pipeline.store.layout import ClassLayout, LayerLayout, class_layout, class_name
 from pipeline.store.lock import LOCK_TTL_S, require_lock
-from pipeline.store.objects import free_bytes, place, put, read_json
+from pipeline.store.objects import free_bytes, place, put, put_parts, read_json
 from pipeline.store.schema import (
     COLUMN_ROWS,
     EXTRACTOR,
@@ -644,6 +644,20 @@ def test_a_failed_put_leaves_no_litter_and_the_old_object(tmp_path, monkeypatch)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {"o": b"old"}
 
 
+def test_parts_are_written_as_they_come_and_the_object_has_its_name_after_the_last(tmp_path):
+    put(tmp_path / "o", b"old")
+    seen = []
+
+    def parts() -> Iterator[bytes]:
+        for _ in range(3):
+            yield bytes(1 << 20)
+            seen.append({p.suffix: p.stat().st_size for p in tmp_path.iterdir()})
+
+    put_parts(tmp_path / "o", parts())
+    assert seen == [{"": 3, ".partial": n << 20} for n in (1, 2, 3)]
+    assert {p.name: p.stat().st_size for p in tmp_path.iterdir()} == {"o": 3 << 20}
+
+
 def test_arrays_that_a_crashed_append_left_longer_are_clamped_and_then_trimmed(tmp_path, small_chunks):
     store = fill_store(tmp_path / "s")
     before = rows_of(tmp_path / "s")
@@ -835,6 +849,20 @@ def test_a_run_that_lost_the_store_writes_nothing(tmp_path, lock):
         hold(tmp_path / "s", lock)
     else:
         (tmp_path / "s" / RUNS / "lock.json").unlink()
+    with pytest.raises(StaleWriterError, match=f"run {RUN} no longer holds the store"):
+        write_rows(tmp_path / "s", "float32", 4, 6)
+    assert tree(tmp_path / "s") == before
+
+
+def test_a_run_that_loses_the_store_while_it_writes_names_nothing(tmp_path, monkeypatch):
+    fill_store(tmp_path / "s")
+    before, real = tree(tmp_path / "s"), schema.encode_shard
+
+    def encode_and_lose(*arguments: object) -> Iterator[bytes]:
+        yield from real(*arguments)
+        hold(tmp_path / "s", "another")
+
+    monkeypatch.setattr(schema, "encode_shard", encode_and_lose)
     with pytest.raises(StaleWriterError, match=f"run {RUN} no longer holds the store"):
         write_rows(tmp_path / "s", "float32", 4, 6)
     assert tree(tmp_path / "s") == before

@@ -55,7 +55,8 @@ def worker_memory_bytes(
     - the interpreter and its libraries;
     - the decoded images of all batches in flight, if separate tasks read and extract;
     - per thread, the maps of one batch (of one shard, if one task does all stages) and the scratch memory of one image;
-    - per thread, the larger of two phases: an image is decoded beside the previous one, or the objects of a shard are compressed;
+    - per thread, the larger of two phases: an image is decoded beside the previous one, or a chunk is compressed beside the previous
+      one, which is written;
     - with a GPU, per thread, the pinned pixels and maps of two batches, as torch rounds them, and the images of three.
 
     Parameters
@@ -83,8 +84,8 @@ def base_bytes(*, has_torch: bool) -> int:
 
 
 def bucket_bytes(root: str, store: Place) -> int:
-    """Memory that a thread holds for requests: files that are being read, and an object that is sent whole."""
-    return (READ_AHEAD_BYTES if is_url(root) else 0) + (SHARD_BYTES if is_remote(store) else 0)
+    """Memory that a thread holds for requests: files that are being read, and an object that is sent whole, in parts and joined."""
+    return (READ_AHEAD_BYTES if is_url(root) else 0) + (2 * SHARD_BYTES if is_remote(store) else 0)
 
 
 def guess_decode_bytes(size: Size, file_bytes: int) -> int:
@@ -113,10 +114,10 @@ def _class_memory_bytes(layout: ClassLayout, channels: int, worker: WorkerKind, 
 
 
 def _encode_bytes(layout: ClassLayout, layer: LayerLayout) -> int:
-    """Bytes of the compressed objects of one shard of incompressible data, plus one chunk twice while it is compressed."""
+    """Bytes of a chunk of incompressible data, twice while it is compressed; of several, also a copy and the one before it."""
     chunk = layer.chunk_rows * layer.channels * layer.chunk_height * layer.chunk_width * layer.itemsize
     is_whole = layer.chunk_rows == layout.shard_rows and (layer.chunk_height, layer.chunk_width) == (layer.height, layer.width)
-    return layout.shard_rows * layer.row_bytes + (1 if is_whole else 2) * chunk
+    return (2 if is_whole else 4) * chunk
 
 
 def require_memory(
