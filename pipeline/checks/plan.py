@@ -17,6 +17,7 @@ from pipeline.cluster.connection import check_cluster
 from pipeline.cluster.local import local_workers
 from pipeline.cluster.session import cluster_of
 from pipeline.cluster.slots import planned_slots
+from pipeline.cluster.spec import ClusterSpec
 from pipeline.config import Job
 from pipeline.errors import EXIT_COMPLETE
 from pipeline.run.comparison import compare_with_store, settle_returned
@@ -171,7 +172,7 @@ def plan_job(job: Job, cluster_file: Path = Path("cluster.yaml")) -> Preview:
         When a run would be refused: settings, store or cluster do not fit, or too many images are gone.
     """
     listing = list_job(job)
-    check_cluster(job, cluster_file)
+    cluster = check_cluster(job, cluster_file)
     spec, _ = check_job(job, listing)
     path = place(job.store)
     store = open_for(path, spec)
@@ -181,7 +182,8 @@ def plan_job(job: Job, cluster_file: Path = Path("cluster.yaml")) -> Preview:
         check_removals(found, job.max_removed)  # a run does this once it holds the store
     preview = Preview(len(listing), found.n_unchanged, n_removed=found.n_removed, ignored=dict(listing.ignored))
     preview.excluded = dict(listing.excluded)
-    kind = _look_at_workers(preview, job, cluster_file)
+    cluster = cluster or cluster_of(job, cluster_file)
+    kind = _look_at_workers(preview, job, cluster)
     kind = kind._replace(bucket_bytes=bucket_bytes(listing.root, path))
     n_pending = found.n_pending
     if store is not None:
@@ -195,7 +197,7 @@ def plan_job(job: Job, cluster_file: Path = Path("cluster.yaml")) -> Preview:
     _take_new(preview, work, job, forecast)
     _fill(preview, work, job, kind)
     if found.new or found.n_pending or found.n_to_check:
-        preview.start_s = _start_s(store, is_here=cluster_of(job, cluster_file).is_here)
+        preview.start_s = _start_s(store, is_here=cluster.is_here)
     preview.exit_code, preview.verdict = end_of_run(
         forecast,
         holder=holder,
@@ -220,9 +222,9 @@ class _Work:
     """New images, per class."""
 
 
-def _look_at_workers(preview: Preview, job: Job, cluster_file: Path) -> WorkerKind:
+def _look_at_workers(preview: Preview, job: Job, cluster: ClusterSpec) -> WorkerKind:
     """Set the number of workers and their memory limit; return what their memory need depends on."""
-    slots = planned_slots(cluster_of(job, cluster_file))
+    slots = planned_slots(cluster)
     preview.workers = sum(worker.extract for worker in slots) or local_workers(job.workers)
     if not slots:
         return WorkerKind(1)
