@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ from pipeline.store.layout import (
 )
 from pipeline.store.lock import current_holder
 from pipeline.store.objects import free_bytes, place
+from pipeline.store.receipts import each_receipt
 from pipeline.store.schema import ShapeClass
 from pipeline.store.settings import cost_s, layout_of, needed_size, scratch_of
 from pipeline.store.store import Store
@@ -50,6 +52,8 @@ INLINE = 4 * BLOCK
 DOES_NOT_FIT = " -- DOES NOT FIT"
 START_S = 5.0
 """Rough time on two AVX2 cores without other load: each worker imports Dask and, for more than one layer, PyTorch."""
+N_RECEIPTS = 50
+"""Receipts among which the last run that started workers is looked for."""
 
 
 @dataclass(slots=True)
@@ -234,10 +238,10 @@ def _look_at_workers(preview: Preview, job: Job, cluster: ClusterSpec) -> Worker
 
 
 def _start_s(store: Store | None, *, is_here: bool) -> float | None:
-    """Time that the last run needed to start its workers, else a guess; for workers elsewhere, which may queue, no guess."""
-    last = store.last_receipt() if store is not None else None
-    known_s = float((last or {}).get("start_s", 0.0))
-    return known_s if known_s >= SAID_S else START_S if is_here else None
+    """Time that the last run that started workers needed for it, else a guess; for workers elsewhere, which may queue, no guess."""
+    receipts = islice(each_receipt(store.path), N_RECEIPTS) if store is not None else ()
+    known_s = (float(receipt.get("start_s") or 0.0) for receipt in receipts)
+    return next((seconds for seconds in known_s if seconds >= SAID_S), START_S if is_here else None)
 
 
 def _pending(store: Store | None, listing: Listing, found: Changes) -> _Work:
