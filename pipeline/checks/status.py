@@ -86,8 +86,8 @@ class StoreStatus:
     def _describe_run(self, run: dict[str, Any]) -> list[str]:
         """What the last run did."""
         is_dead = run["outcome"] == "running" and not self.holder
-        code, reason = failure(run["message"])
-        is_refused = run["outcome"] == "failed" and code == EXIT_USAGE
+        failed = failure(run["message"])
+        is_refused = run["outcome"] == "failed" and failed.exit_code == EXIT_USAGE
         line = f"last run {run['run_id']}: "
         if is_dead:
             line += "died before its end; the same command goes on"
@@ -96,7 +96,7 @@ class StoreStatus:
             line += "refused" if is_refused and not run["n_done"] else f"{run['outcome']}, {what_it_did(run)}"
         if run["bottleneck"] and (run["n_done"] or run["n_checked"]):
             line += f", {describe_bottleneck(run)}"
-        lines = [line + (f" -- {reason}" if reason else "")]
+        lines = [line + (f" -- {failed.reason}" if failed.reason else "")]
         if run["outcome"] in {"incomplete", "stopped"} and run["n_pending"]:
             faults = "; ".join(map(printable, run["faults"][:3]))
             lines.append(f"it left {count(run['n_pending'], 'image')} to the next run" + (f": {faults}" if faults else ""))

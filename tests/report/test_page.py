@@ -167,6 +167,8 @@ def test_a_run_without_a_reason_takes_one_row(empty):
     assert '<tr class="reason">' not in found
     leave_receipt(empty, outcome="failed", message="KeyError: 3")
     assert '<tr class="reason"><td colspan="9"><bdi>KeyError: 3</bdi>' in page.render(open_store(empty))
+    leave_receipt(empty, outcome="failed", message="OSError: disk full")
+    assert '<tr class="reason"><td colspan="9"><bdi>disk full</bdi>' in page.render(open_store(empty))
 
 
 @pytest.mark.parametrize(
