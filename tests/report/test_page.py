@@ -152,9 +152,9 @@ def test_the_runs_say_what_they_did_and_which_were_refused(empty):
 def test_a_quiet_night_says_what_it_did_and_that_it_started_no_worker(empty):
     leave_receipt(empty, outcome="complete", n_removed=2, n_unchanged=3)
     assert "The last run computed no maps: 2 removed." in text_of(empty)
-    leave_receipt(empty, outcome="complete", n_checked=3, start_s=4.0)
+    leave_receipt(empty, outcome="complete", n_removed=0, n_checked=3, start_s=4.0)
     assert "The last run computed no maps: 3 compared." in text_of(empty)
-    leave_receipt(empty, outcome="complete", n_unchanged=3)
+    leave_receipt(empty, outcome="complete", n_checked=0, start_s=0.0)
     assert "The last run computed no maps: there was nothing to do, so no worker was started." in text_of(empty)
     leave_receipt(empty, outcome="complete", n_done=1)
     assert "computed no maps" not in text_of(empty)
