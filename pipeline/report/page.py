@@ -204,9 +204,9 @@ def _origin(origin: dict[str, Any]) -> str:
 
 
 def _quiet(facts: Facts) -> str:
-    """What the last run did, if it is complete and computed no maps; empty of any other, which the page describes elsewhere."""
+    """What the last run did, if it is complete, reached all images and computed no maps; else empty."""
     run = as_summary(facts.last) if facts.last else None
-    if run is None or run.outcome != "complete" or run.n_done:
+    if run is None or run.outcome != "complete" or run.n_done or run.n_unreachable:
         return ""
     workers = "" if run.did_anything or run.start_s else ", so no worker was started"
     return f"{what_it_did(receipt(run))}{workers}"

@@ -42,7 +42,7 @@ def _work(summary: Summary) -> list[str]:
     if summary.outcome == "complete" and not summary.did_anything and not summary.n_unreachable:
         no_worker = ", so no worker was started" if is_idle else ""
         lines.append(f"there was nothing to do{no_worker}: the store has every image as it is listed")
-    elif is_idle and not (summary.n_new or summary.n_checked or summary.n_unchecked):
+    elif is_idle and not (summary.n_new or summary.n_checked or summary.n_unchecked or summary.n_unreachable):
         lines.append("no image had to be computed, so no worker was started")
     if summary.n_done:
         shares = ", ".join(f"{stage} {share:.0%}" for stage, share in summary.shares().items() if share >= 0.005)

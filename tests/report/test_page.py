@@ -156,7 +156,9 @@ def test_a_quiet_night_says_what_it_did_and_that_it_started_no_worker(empty):
     assert "The last run computed no maps: 3 compared." in text_of(empty)
     leave_receipt(empty, outcome="complete", n_checked=0, start_s=0.0)
     assert "The last run computed no maps: there was nothing to do, so no worker was started." in text_of(empty)
-    leave_receipt(empty, outcome="complete", n_done=1)
+    leave_receipt(empty, outcome="complete", n_unreachable=1)
+    assert "computed no maps" not in text_of(empty)
+    leave_receipt(empty, outcome="complete", n_unreachable=0, n_done=1)
     assert "computed no maps" not in text_of(empty)
 
 
