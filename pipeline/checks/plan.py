@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from pipeline.cluster.connection import check_cluster
 from pipeline.cluster.local import local_workers
 from pipeline.cluster.session import cluster_of
 from pipeline.cluster.slots import planned_slots
+from pipeline.cluster.spec import ClusterSpec
 from pipeline.config import Job
 from pipeline.errors import EXIT_COMPLETE
 from pipeline.run.comparison import compare_with_store, settle_returned
@@ -39,6 +41,7 @@ from pipeline.store.layout import (
 )
 from pipeline.store.lock import current_holder
 from pipeline.store.objects import free_bytes, place
+from pipeline.store.receipts import each_receipt
 from pipeline.store.schema import ShapeClass
 from pipeline.store.settings import cost_s, layout_of, needed_size, scratch_of
 from pipeline.store.store import Store
@@ -49,6 +52,8 @@ INLINE = 4 * BLOCK
 DOES_NOT_FIT = " -- DOES NOT FIT"
 START_S = 5.0
 """Rough time on two AVX2 cores without other load: each worker imports Dask and, for more than one layer, PyTorch."""
+N_RECEIPTS = 50
+"""Receipts among which the last run that started workers is looked for."""
 
 
 @dataclass(slots=True)
@@ -171,7 +176,7 @@ def plan_job(job: Job, cluster_file: Path = Path("cluster.yaml")) -> Preview:
         When a run would be refused: settings, store or cluster do not fit, or too many images are gone.
     """
     listing = list_job(job)
-    check_cluster(job, cluster_file)
+    cluster = check_cluster(job, cluster_file)
     spec, _ = check_job(job, listing)
     path = place(job.store)
     store = open_for(path, spec)
@@ -181,7 +186,8 @@ def plan_job(job: Job, cluster_file: Path = Path("cluster.yaml")) -> Preview:
         check_removals(found, job.max_removed)  # a run does this once it holds the store
     preview = Preview(len(listing), found.n_unchanged, n_removed=found.n_removed, ignored=dict(listing.ignored))
     preview.excluded = dict(listing.excluded)
-    kind = _look_at_workers(preview, job, cluster_file)
+    cluster = cluster or cluster_of(job, cluster_file)
+    kind = _look_at_workers(preview, job, cluster)
     kind = kind._replace(bucket_bytes=bucket_bytes(listing.root, path))
     n_pending = found.n_pending
     if store is not None:
@@ -195,7 +201,7 @@ def plan_job(job: Job, cluster_file: Path = Path("cluster.yaml")) -> Preview:
     _take_new(preview, work, job, forecast)
     _fill(preview, work, job, kind)
     if found.new or found.n_pending or found.n_to_check:
-        preview.start_s = _start_s(store, is_here=cluster_of(job, cluster_file).is_here)
+        preview.start_s = _start_s(store, is_here=cluster.is_here)
     preview.exit_code, preview.verdict = end_of_run(
         forecast,
         holder=holder,
@@ -220,9 +226,9 @@ class _Work:
     """New images, per class."""
 
 
-def _look_at_workers(preview: Preview, job: Job, cluster_file: Path) -> WorkerKind:
+def _look_at_workers(preview: Preview, job: Job, cluster: ClusterSpec) -> WorkerKind:
     """Set the number of workers and their memory limit; return what their memory need depends on."""
-    slots = planned_slots(cluster_of(job, cluster_file))
+    slots = planned_slots(cluster)
     preview.workers = sum(worker.extract for worker in slots) or local_workers(job.workers)
     if not slots:
         return WorkerKind(1)
@@ -232,10 +238,10 @@ def _look_at_workers(preview: Preview, job: Job, cluster_file: Path) -> WorkerKi
 
 
 def _start_s(store: Store | None, *, is_here: bool) -> float | None:
-    """Time that the last run needed to start its workers, else a guess; for workers elsewhere, which may queue, no guess."""
-    last = store.last_receipt() if store is not None else None
-    known_s = float((last or {}).get("start_s", 0.0))
-    return known_s if known_s >= SAID_S else START_S if is_here else None
+    """Time that the last run that started workers needed for it, else a guess; for workers elsewhere, which may queue, no guess."""
+    receipts = islice(each_receipt(store.path), N_RECEIPTS) if store is not None else ()
+    known_s = (float(receipt.get("start_s") or 0.0) for receipt in receipts)
+    return next((seconds for seconds in known_s if seconds >= SAID_S), START_S if is_here else None)
 
 
 def _pending(store: Store | None, listing: Listing, found: Changes) -> _Work:

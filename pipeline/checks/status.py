@@ -9,14 +9,14 @@ from pipeline.cluster.batch_commands import QueuedJob
 from pipeline.cluster.submit.record import GONE, Submission, last_submission
 from pipeline.errors import EXIT_USAGE, UsageError
 from pipeline.run.summary import failure
-from pipeline.run.summary_text import describe_bottleneck
+from pipeline.run.summary_text import describe_bottleneck, what_it_did
 from pipeline.source.dropped import describe_dropped
 from pipeline.store.contents import bad_images, count_statuses
 from pipeline.store.lock import current_holder, last_heard
 from pipeline.store.named import named_store
 from pipeline.store.objects import Place
 from pipeline.store.store import Store, is_store
-from pipeline.text import bad_lines, count, printable, rounded
+from pipeline.text import bad_lines, count, printable
 
 
 @dataclass(slots=True)
@@ -86,36 +86,21 @@ class StoreStatus:
     def _describe_run(self, run: dict[str, Any]) -> list[str]:
         """What the last run did."""
         is_dead = run["outcome"] == "running" and not self.holder
-        code, reason = failure(run["message"])
-        is_refused = run["outcome"] == "failed" and code == EXIT_USAGE
+        failed = failure(run["message"])
+        is_refused = run["outcome"] == "failed" and failed.exit_code == EXIT_USAGE
         line = f"last run {run['run_id']}: "
         if is_dead:
             line += "died before its end; the same command goes on"
-            line += f", {_what_it_did(run)}" if run["n_done"] else ""
+            line += f", {what_it_did(run)}" if run["n_done"] else ""
         else:
-            line += "refused" if is_refused and not run["n_done"] else f"{run['outcome']}, {_what_it_did(run)}"
+            line += "refused" if is_refused and not run["n_done"] else f"{run['outcome']}, {what_it_did(run)}"
         if run["bottleneck"] and (run["n_done"] or run["n_checked"]):
             line += f", {describe_bottleneck(run)}"
-        lines = [line + (f" -- {reason}" if reason else "")]
+        lines = [line + (f" -- {failed.reason}" if failed.reason else "")]
         if run["outcome"] in {"incomplete", "stopped"} and run["n_pending"]:
             faults = "; ".join(map(printable, run["faults"][:3]))
             lines.append(f"it left {count(run['n_pending'], 'image')} to the next run" + (f": {faults}" if faults else ""))
         return lines
-
-
-def _what_it_did(run: dict[str, Any]) -> str:
-    """The images that a run did, found bad, and so on; of a complete run, only what it did."""
-    pace = f" at {rounded(run['images_per_s'])} images/s on {count(run['slots'], 'slot')}"
-    n_of = {
-        "found bad": run["n_quarantined"] + run["n_rejected"],
-        "removed": run["n_removed"],
-        "back": run.get("n_returned", 0),
-        "compared": run["n_checked"],
-    }
-    did = [f"{n} {name}" for name, n in n_of.items() if n]
-    if run["n_done"] or run["outcome"] != "complete" or (run["n_new"] and not did):
-        did.insert(0, f"{run['n_done']} done{pace if run['n_done'] else ''}")
-    return ", ".join(did) or "there was nothing to do"
 
 
 def store_status(store: str | Place, n_bad: int = 20) -> StoreStatus:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.constrain import Constrain
@@ -18,7 +18,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.progress import Progress as Bar
-from rich.table import Column
+from rich.table import Column, Table
 from rich.text import Text
 
 from pipeline.run.summary import Progress
@@ -26,8 +26,14 @@ from pipeline.run.summary import Progress
 ROOM = len("^C") + 1
 """Columns on the right that stay free: if a terminal's own ``^C`` broke the line in two, one part would remain on the screen."""
 
-REST = len("x  ---------- / 0:00:00 ")
-"""Columns that the rest of a line takes beside the stage and the digits of the count; the time left shrinks the bar."""
+BAR, STAGE = 4, 16
+"""Columns that the bar takes at least, and that the words of the stage get before the times get any."""
+
+CUT = 5
+"""Columns on which a stage can still be guessed: ``stop…``."""
+
+SPARE = 6
+"""Of the columns left over, how many the bar gets before the stage does."""
 
 NARROW = 80
 """On fewer columns, a stage that does not fit leaves out what is in brackets."""
@@ -42,25 +48,25 @@ class _Narrow(NamedTuple):
         yield Constrain(self.content, options.max_width - ROOM)
 
 
-class _NarrowBar(Bar):
-    def get_renderable(self) -> RenderableType:
-        return _Narrow(super().get_renderable())
-
-
 class _Stage(ProgressColumn):
     """The stage of the run, in few words if many do not fit; a stop shows at once, before the run has noticed it."""
 
     def __init__(self, is_stopping: Callable[[], bool], columns: Callable[[], int]) -> None:
         super().__init__(table_column=Column(no_wrap=True))  # a second line would remain on the screen after a ^C
         self.is_stopping, self.columns = is_stopping, columns
+        self.room = STAGE
+        """Columns that it may take."""
+
+    def text(self, task: Task, room: int) -> str:
+        """The stage in words that fit, if there are any."""
+        progress, is_stopping = task.fields["progress"], self.is_stopping()
+        text = stage_text(progress, is_stopping=is_stopping)
+        is_short = len(text) > room and self.columns() < NARROW
+        return stage_text(progress, is_stopping=is_stopping, short=True) if is_short else text
 
     def render(self, task: Task) -> Text:
-        progress, is_stopping = task.fields["progress"], self.is_stopping()
-        columns = self.columns() - ROOM - REST - 2 * len(str(progress.n_total))
-        text = Text(stage_text(progress, is_stopping=is_stopping))
-        if len(text) > columns and self.columns() < NARROW:
-            text = Text(stage_text(progress, is_stopping=is_stopping, short=True))
-        text.truncate(max(1, columns), overflow="ellipsis")
+        text = Text(self.text(task, self.room))
+        text.truncate(self.room, overflow="ellipsis")
         return text
 
 
@@ -74,6 +80,44 @@ class _Left(TimeRemainingColumn):
     def render(self, task: Task) -> Text:
         is_known = task.time_remaining is not None and task.fields["progress"].stage == "running"
         return Text.assemble(super().render(task), " left") if is_known and not self.is_stopping() else Text()
+
+
+class _OneLine(Bar):
+    """The columns that the terminal has room for, by their weight: the count always, the time left last."""
+
+    def __init__(self, is_stopping: Callable[[], bool], console: Console) -> None:
+        self.spinner, self.stage, self.left = SpinnerColumn(), _Stage(is_stopping, lambda: console.width), _Left(is_stopping)
+        self.bar = BarColumn(None, table_column=Column(max_width=40))  # the one column that shrinks
+        self.count = MofNCompleteColumn(table_column=Column(no_wrap=True))
+        self.elapsed = TimeElapsedColumn(table_column=Column(no_wrap=True))
+        self.all = (self.spinner, self.stage, self.bar, self.count, self.elapsed, self.left)
+        super().__init__(*self.all, console=console, transient=True, speed_estimate_period=600)
+
+    def get_renderable(self) -> RenderableType:
+        return _Narrow(super().get_renderable())
+
+    def make_tasks_table(self, tasks: Iterable[Task]) -> Table:
+        tasks = list(tasks)
+        self.columns = self._fitting(tasks[0]) if tasks else self.all
+        return super().make_tasks_table(tasks)
+
+    def _fitting(self, task: Task) -> tuple[ProgressColumn, ...]:
+        """The columns that fit, in their order on the line; sets the room of the stage."""
+        room = self.console.width - ROOM + 1  # each has a space behind it, but the last
+        shown: list[ProgressColumn] = []
+        is_running = self.stage.text(task, 0).startswith("running")
+        weighty = (self.bar, self.stage) if is_running else (self.stage, self.bar)
+        for column in (self.count, self.spinner, *weighty, self.elapsed, self.left):
+            if column is self.stage:
+                width = min(len(self.stage.text(task, STAGE)), STAGE, max(CUT, room - 1))
+                self.stage.room = width
+            else:
+                width = BAR if column is self.bar else len(cast("Text", column(task)))
+            if 0 < width < room or not shown:
+                shown.append(column)
+                room -= width + 1
+        self.stage.room += max(0, room - SPARE)
+        return tuple(column for column in self.all if column in shown)
 
 
 def stage_text(progress: Progress, *, is_stopping: bool, short: bool = False) -> str:
@@ -104,16 +148,7 @@ def bar(is_stopping: Callable[[], bool]) -> Iterator[Callable[[Progress], None]]
     is_stopping : callable
         Whether the run was asked to stop.
     """
-    console = Console(stderr=True)
-    columns = [
-        SpinnerColumn(),
-        _Stage(is_stopping, lambda: console.width),
-        BarColumn(None, table_column=Column(max_width=40)),  # the one column that shrinks
-        MofNCompleteColumn(table_column=Column(no_wrap=True)),
-        TimeElapsedColumn(table_column=Column(no_wrap=True)),
-        _Left(is_stopping),
-    ]
-    with _NarrowBar(*columns, console=console, transient=True, speed_estimate_period=600) as shown:
+    with _OneLine(is_stopping, Console(stderr=True)) as shown:
         task = shown.add_task("", total=None, progress=Progress())
 
         def update(progress: Progress) -> None:

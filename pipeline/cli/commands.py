@@ -55,11 +55,9 @@ def cli() -> None:
 
 @cli.result_callback()
 @click.pass_context
-def _code_of_output(context: click.Context, code: int | None) -> int:
-    """The command's exit code; lost output is a failure of a command that does little but print."""
-    if not code and context.invoked_subcommand not in _WORKING and is_output_lost():
-        return EXIT_FAILED
-    return int(code or EXIT_COMPLETE)
+def _ended(context: click.Context, code: int | None) -> tuple[str, int]:
+    """The command that was executed, and its exit code."""
+    return context.invoked_subcommand or "", int(code or EXIT_COMPLETE)
 
 
 def _job_command(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -208,10 +206,16 @@ def main() -> None:
     sys.exit(code)
 
 
+def _code_of(result: tuple[str, int] | int) -> int:
+    """The exit code by what `cli` returned, a number for help and version; lost output is a failure of what does little but print."""
+    command, code = result if isinstance(result, tuple) else ("", result)
+    return EXIT_FAILED if not code and command not in _WORKING and is_output_lost() else code
+
+
 def _exit_code() -> int:
     """Run the command and report what went wrong; return the exit code."""
     try:
-        return int(cli.main(standalone_mode=False) or EXIT_COMPLETE)
+        return _code_of(cli.main(standalone_mode=False))
     except FeaturemapsError as error:
         return complain(error, " ".join(line.strip() for line in str(error).splitlines()), error.exit_code)
     except OSError as error:

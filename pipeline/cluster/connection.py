@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.config import Job
 from pipeline.errors import UsageError, needs_extra
@@ -15,6 +15,9 @@ from pipeline.run.plan.memory import base_bytes, wanted_limit_bytes
 from pipeline.store.objects import place
 from pipeline.store.settings import is_compiled
 from pipeline.store.store import is_store
+
+if TYPE_CHECKING:
+    from pipeline.cluster.spec import ClusterSpec
 
 
 def connector(
@@ -35,33 +38,30 @@ def connector(
     UsageError
         As raised by `check_cluster`, and for a new store by `require_startable`.
     """
+    spec = None
     if client is None:
-        check_cluster(job, cluster_file)
-        # A run that cannot start must leave no new store behind.
-        if job.cluster is not None and not is_store(place(job.store).absolute()):
-            require_startable(job, cluster_file)
+        spec = check_cluster(job, cluster_file)
+        if spec is not None:
+            require_startable(spec)  # a run that cannot start must leave no new store behind
 
     @contextmanager
     def connect(stop: threading.Event, on_wait: Callable[[str], None], n_images: int) -> Iterator[Any]:
         from pipeline.cluster.session import with_client  # noqa: PLC0415 (no Dask when there is nothing to do)
 
-        with with_client(job, client, cluster_file, stop, on_wait, n_images) as connected:
+        with with_client(job, client, cluster_file, stop, on_wait, n_images, spec) as connected:
             yield connected
 
     return connect
 
 
-def require_startable(job: Job, cluster_file: Path) -> None:
-    """Check that this machine has what starts the cluster that a job names.
+def require_startable(spec: ClusterSpec) -> None:
+    """Check that this machine has what starts a cluster.
 
     Raises
     ------
     UsageError
         When a package, a command or a GPU is missing.
     """
-    from pipeline.cluster.config import load_cluster  # noqa: PLC0415 (no Dask when there is nothing to do)
-
-    spec = load_cluster(job.cluster, cluster_file).for_job(job)
     if spec.extra is not None:
         package, extra = spec.extra
         with needs_extra(extra, f"a cluster of kind {spec.kind}"):
@@ -70,8 +70,8 @@ def require_startable(job: Job, cluster_file: Path) -> None:
     spec.require_usable()
 
 
-def check_cluster(job: Job, cluster_file: Path) -> None:
-    """Check what a job says about workers; for a new store, check also that its cluster can be read.
+def check_cluster(job: Job, cluster_file: Path) -> ClusterSpec | None:
+    """Check what a job says about workers; for a new store, also read the cluster that it names, and return it.
 
     Raises
     ------
@@ -95,4 +95,5 @@ def check_cluster(job: Job, cluster_file: Path) -> None:
     elif not is_store(place(job.store).absolute()):
         from pipeline.cluster.config import load_cluster  # noqa: PLC0415 (no Dask when there is nothing to do)
 
-        load_cluster(job.cluster, cluster_file).for_job(job)
+        return load_cluster(job.cluster, cluster_file).for_job(job)
+    return None

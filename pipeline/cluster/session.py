@@ -64,12 +64,13 @@ def with_client(
     stop: threading.Event | None = None,
     on_wait: Callable[[str], None] = lambda _: None,
     n_images: int | None = None,
+    spec: ClusterSpec | None = None,
 ) -> Iterator[Client]:
-    """Yield the given client, or a client of the cluster that the job names."""
+    """Yield the given client, or a client of the cluster that the job names; it is read from the file unless ``spec`` gives it."""
     if client is not None:
         yield client
         return
-    spec = cluster_of(job, cluster_file)
+    spec = spec or cluster_of(job, cluster_file)
     with connect(spec, name=job_name(job.store), stop=stop, on_wait=on_wait, n_images=n_images) as connected:
         yield connected
 

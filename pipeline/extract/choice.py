@@ -26,8 +26,8 @@ class MapExtractor(Protocol):
     ) -> Iterator[dict[str, Pooled]]:
         """Compute the maps of one image after another and store them; see `gpu.DeviceExtractor.extract_each`."""
 
-    def version(self, size: tuple[int, int]) -> str:
-        """What computes the layers of images of a size, for the receipt."""
+    def version(self, size: tuple[int, ...], most: tuple[int, int] | None = None) -> str:
+        """What computes the layers of an image of a size, for the receipt, among images of at most ``most``."""
 
     def block(self, shape: tuple[int, ...], dtype: str) -> Array:
         """Memory for maps, contents undefined, that this extractor writes to fastest."""
@@ -51,7 +51,7 @@ class CompiledFirst:
         """The other extractor."""
         return self._make_other()
 
-    def _of(self, size: tuple[int, int]) -> MapExtractor:
+    def _of(self, size: tuple[int, ...]) -> MapExtractor:
         if self.compiled.takes(size):
             return self.compiled
         with self._making:
@@ -63,9 +63,9 @@ class CompiledFirst:
         """As of either, by the size that no image exceeds."""
         return self._of(size).extract_each(size, items)
 
-    def version(self, size: tuple[int, int]) -> str:
-        """As of either."""
-        return self._of(size).version(size)
+    def version(self, size: tuple[int, ...], most: tuple[int, int] | None = None) -> str:
+        """As of either, by the image's own size: the other extractor, too, leaves small images to compiled code."""
+        return self._of(size).version(size, most)
 
     def block(self, shape: tuple[int, ...], dtype: str) -> Array:
         """Memory of this process, for either."""

@@ -85,7 +85,7 @@ class CompiledExtractor(ImageByImage):
         """Whether compiled code computes all of the stack, whatever the size of an image."""
         return self._is_layer or (pays(self.stack.layers, self.stack.channels) and self.whole.can_store())
 
-    def takes(self, size: tuple[int, int]) -> bool:
+    def takes(self, size: tuple[int, ...]) -> bool:
         """Whether compiled code computes all of the stack for images of a size, and for smaller ones."""
         return self.is_enough or (is_small(self.stack.layers, *size) and self.whole.can_store())
 
@@ -135,8 +135,8 @@ class CompiledExtractor(ImageByImage):
                 to[...] = maps
         return [{"conv1": Pooled(*found)} for found in pooled]
 
-    def version(self, size: tuple[int, int]) -> str:
-        """What computes the first layer of images of a size, for the receipt."""
+    def version(self, size: tuple[int, ...], most: tuple[int, int] | None = None) -> str:  # noqa: ARG002 (as of `MapExtractor`)
+        """What computes the first layer of an image of a size, for the receipt."""
         if not self._is_layer and self.takes(size):
             return kernel.name_of(kernel.lanes())
         return self.layer.version()

@@ -238,8 +238,8 @@ class Extractor(ImageByImage, nn.Module):
         maps = self._plain(pixels(image), torch.float64)
         return {name: values.cpu().numpy() for name, values in maps if name in self.stack.stored}
 
-    def version(self, size: tuple[int, int]) -> str:
-        """What computes the first layer of images of a size, for the receipt; see `kernel.version`."""
+    def version(self, size: tuple[int, ...], most: tuple[int, int] | None = None) -> str:  # noqa: ARG002 (as of `MapExtractor`)
+        """What computes the first layer of an image of a size, for the receipt; see `kernel.version`."""
         return self.compiled.version(size) if self.compiled.takes(size) or self._is_first_compiled else "torch"
 
     @property

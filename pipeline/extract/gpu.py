@@ -86,10 +86,10 @@ class DeviceExtractor:
         self._halving = threading.Lock()
         self._local = threading.local()
 
-    def version(self, size: tuple[int, int]) -> str:
-        """What computes the layers of images of a size, for the receipt."""
+    def version(self, size: tuple[int, ...], most: tuple[int, int] | None = None) -> str:
+        """What computes the layers of an image of a size, for the receipt; in a batch of images of at most ``most``."""
         name = torch.cuda.get_device_name(self.device) if self.is_gpu else "cpu"
-        return f"{name}, batches of {self.batch_size(*size)}"
+        return f"{name}, batches of {self.batch_size(*(most or size))}"
 
     def batch_size(self, height: int, width: int) -> int:
         """Images of this size in one batch."""

@@ -11,9 +11,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline import errors
 from pipeline.errors import EXIT_QUARANTINED, EXIT_USAGE
-from pipeline.run.summary import Summary
+from pipeline.run.summary import Summary, failure
 from pipeline.store.contents import BadImage, bad_images, count_class, count_rejected
 from pipeline.store.schema import Status
 from pipeline.store.store import Store
@@ -216,21 +215,8 @@ def run_facts(receipts: Sequence[Mapping[str, Any]], holder: Mapping[str, Any] |
             n_changed=run.n_changed,
             n_removed=run.n_removed,
             images_per_s=run.images_per_s,
-            message=_reason(run.message),
+            message=failure(run.message).reason,
         )
-
-
-def _reason(message: str) -> str:
-    """A receipt's message without the name of an error of ours; that of any other error says what happened, and stays.
-
-    Examples
-    --------
-    >>> _reason("UsageError: folder 'a' is empty"), _reason("KeyError: 3"), _reason("disk full")
-    ("folder 'a' is empty", 'KeyError: 3', 'disk full')
-    """
-    name, _, reason = message.partition(": ")
-    kind = getattr(errors, name, None)
-    return reason if isinstance(kind, type) and issubclass(kind, errors.FeaturemapsError) else message
 
 
 def _state(run: Summary, holder: Mapping[str, Any] | None) -> tuple[str, int | None]:
@@ -285,7 +271,7 @@ def verdict_of(facts: Facts) -> Verdict:
     n_missing = n_listed - n_done - facts.n_bad
     missing = f"{n_missing:,} of {_images(n_listed)} {'is' if n_missing == 1 else 'are'} missing" if n_missing else ""
     if run and state in {"failed", "refused", "died"}:
-        why = f": {printable(_reason(run.message))}" if run.message else ""
+        why = f": {printable(failure(run.message).reason)}" if run.message else ""
         text = "The last run " + {"died": "died before its end", "refused": "was refused"}.get(state, "failed")
         return Verdict(
             "bad",

@@ -19,6 +19,8 @@ from pipeline.report.facts import LIVE, Facts, as_summary, gather, run_facts, ve
 from pipeline.report.html import page
 from pipeline.report.samples import MAX_VALUES, Sample, choose, histograms, samples
 from pipeline.report.sandbox import Embedded, data_uri, thumbnails
+from pipeline.run.summary import receipt
+from pipeline.run.summary_text import what_it_did
 from pipeline.store.contents import BadImage
 from pipeline.store.lock import current_holder
 from pipeline.store.objects import Place, put
@@ -148,6 +150,7 @@ def _about_store(store: Store, facts: Facts, shown: list[Sample]) -> dict[str, A
         "tones": TONES,
         "last": as_summary(facts.last) if facts.last else None,
         "working": as_summary(facts.last_working) if facts.last_working else None,
+        "quiet": _quiet(facts),
         "n_classes": N_CLASSES,
         "rest_images": sum(c.n_live for c in facts.classes[N_CLASSES:]),
         "n_hosts": N_HOSTS,
@@ -198,6 +201,15 @@ def _origin(origin: dict[str, Any]) -> str:
     if "weights" in origin:
         return f"from {origin['weights']}"
     return f"drawn at random, seed {origin['seed']}" if "seed" in origin else "not said"
+
+
+def _quiet(facts: Facts) -> str:
+    """What the last run did, if it is complete, reached all images and computed no maps; else empty."""
+    run = as_summary(facts.last) if facts.last else None
+    if run is None or run.outcome != "complete" or run.n_done or run.n_unreachable:
+        return ""
+    workers = "" if run.did_anything or run.start_s else ", so no worker was started"
+    return f"{what_it_did(receipt(run))}{workers}"
 
 
 def _doubts(layers: list[dict[str, Any]], *, tf32: bool) -> Iterator[str]:

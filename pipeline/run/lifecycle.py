@@ -89,7 +89,7 @@ def run_job(
             summary.outcome = "stopped"
             raise
         except BaseException as error:
-            _note_failure(summary, error)
+            summary.note_failure(error)
             raise
         finally:
             summary.elapsed_s, summary.ended = time.monotonic() - progress.began_s, _now()
@@ -106,13 +106,9 @@ def _n_left(previous: Mapping[str, Any], found: Changes) -> int:
     return max(0, min(len(found.new) - len(found.replaces), int(previous.get("n_listed") or 0) - found.n_live))
 
 
-def _note_failure(summary: Summary, error: BaseException) -> None:
-    summary.outcome, summary.message = "failed", f"{type(error).__name__}: {error}"
-
-
 def _leave_refusal(path: Place, summary: Summary, error: Exception, job: Job) -> None:
     """Leave a receipt of a run whose source cannot be listed or whose settings do not fit, if the store is of this format and free."""
-    _note_failure(summary, error)
+    summary.note_failure(error)
     summary.is_refusal = True
     with contextlib.suppress(Exception):  # whatever else is wrong: the user is told why the run was refused
         read_spec(path)  # raises if there is no store, or one of another format

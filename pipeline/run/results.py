@@ -106,7 +106,8 @@ class Outcomes:
         self.progress.n_finished += n_done
         if n_done:
             summary.hosts[result.host] = summary.hosts.get(result.host, 0) + n_done
-            summary.kernels[result.kernel] = summary.kernels.get(result.kernel, 0) + n_done
+        for kernel, n_images in result.kernels.items():
+            summary.kernels[kernel] = summary.kernels.get(kernel, 0) + n_images
         summary.pixels += result.pixels
         summary.bytes_read += result.bytes_read
         summary.bytes_written += result.bytes_written

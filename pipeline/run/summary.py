@@ -156,6 +156,10 @@ class Summary:
         if len(self.bad) < MAX_BAD:
             self.bad.append({"path": path, "error": error})
 
+    def note_failure(self, error: BaseException) -> None:
+        """Set the outcome to failed. The message begins with the name of the error's class, which `failure` reads."""
+        self.outcome, self.message = "failed", f"{type(error).__name__}: {error}"
+
     def note_dropped(self, codes: Iterable[str]) -> None:
         """Count what was dropped of some images."""
         for code in codes:
@@ -198,24 +202,35 @@ class Summary:
         if self.outcome == "stopped":
             return EXIT_RUN_AGAIN
         if self.outcome != "complete":
-            return failure(self.message)[0]
+            return failure(self.message).exit_code
         limit = self.config.get("max_quarantined")
         too_many = limit is not None and self.n_bad_total > limit
         return EXIT_QUARANTINED if too_many or (self.n_bad_total and not self.n_done_total) else EXIT_COMPLETE
 
 
-def failure(message: str) -> tuple[int, str]:
-    """Exit code of a failed run, by its message, and the reason without the name of an error that is no fault of the program.
+class Failure(NamedTuple):
+    """Why a run failed."""
+
+    exit_code: int
+    """That the command ended with."""
+    reason: str
+    """Without the name of an error that is no fault of the program."""
+
+
+def failure(message: str) -> Failure:
+    """Read the message of a receipt, as `Summary.note_failure` wrote it.
 
     Examples
     --------
-    >>> failure("UsageError: no source"), failure("OSError: disk full"), failure("KeyError: 1"), failure("")
-    ((2, 'no source'), (1, 'disk full'), (1, 'KeyError: 1'), (1, ''))
+    >>> failure("UsageError: no source"), failure("OSError: disk full")
+    (Failure(exit_code=2, reason='no source'), Failure(exit_code=1, reason='disk full'))
+    >>> failure("KeyError: 1"), failure("")
+    (Failure(exit_code=1, reason='KeyError: 1'), Failure(exit_code=1, reason=''))
     """
     name, _, reason = message.partition(": ")
     kind = getattr(errors, name, getattr(builtins, name, None))
     is_known = isinstance(kind, type) and issubclass(kind, errors.FeaturemapsError | OSError)
-    return int(getattr(kind, "exit_code", EXIT_FAILED)), reason if is_known else message  # a refusal is a UsageError
+    return Failure(int(getattr(kind, "exit_code", EXIT_FAILED)), reason if is_known else message)  # a refusal is a UsageError
 
 
 class Run(NamedTuple):

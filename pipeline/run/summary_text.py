@@ -38,18 +38,22 @@ def describe(summary: Summary, store: str) -> str:
 def _work(summary: Summary) -> list[str]:
     """What was computed and compared, how fast, and by whom."""
     lines = []
+    is_idle = summary.outcome == "complete" and not summary.start_s and not summary.n_done
     if summary.outcome == "complete" and not summary.did_anything and not summary.n_unreachable:
-        lines.append("there was nothing to do: the store has every image as it is listed")
+        no_worker = ", so no worker was started" if is_idle else ""
+        lines.append(f"there was nothing to do{no_worker}: the store has every image as it is listed")
+    elif is_idle and not (summary.n_new or summary.n_checked or summary.n_unchecked or summary.n_unreachable):
+        lines.append("no image had to be computed, so no worker was started")
     if summary.n_done:
         shares = ", ".join(f"{stage} {share:.0%}" for stage, share in summary.shares().items() if share >= 0.005)
         lines += [
             (
                 f"{rounded(summary.images_per_s)} images/s, {rounded(summary.megapixels_per_s)} megapixels/s "
                 f"on {count(summary.slots, 'slot')}"
-                f"{' once the workers had started' if summary.start_s >= SAID_S else ''}; "
+                f"{f' once the {_plural(summary.workers)} had started' if summary.start_s >= SAID_S else ''}; "
                 f"read {human_size(summary.bytes_read)}, wrote {human_size(summary.bytes_written)}"
             ),
-            f"time of the workers: {shares}; {describe_bottleneck(receipt(summary))}",
+            f"time of the {_plural(summary.workers)}: {shares}; {describe_bottleneck(receipt(summary))}",
         ]
     if summary.n_workers_lost:
         lines.append(f"{count(summary.n_workers_lost, 'worker was', 'workers were')} lost on the way; others did their work")
@@ -134,18 +138,47 @@ def describe_bottleneck(run: Mapping[str, Any]) -> str:
 
     Examples
     --------
-    >>> describe_bottleneck({"bottleneck": "read", "shares": {"read": 0.61}})
+    >>> describe_bottleneck({"bottleneck": "read", "shares": {"read": 0.61}, "workers": 2})
     "most of the workers' time went into reading (61%)"
     >>> idle = {"bottleneck": "waiting", "shares": {"waiting": 0.82}, "outcome": "complete", "compute_s": 0.4}
     >>> describe_bottleneck(idle | {"n_done": 28, "n_pending": 0, "slots": 2, "workers": 2})
     'the workers were idle 82% of the time: too little work (28 images) to keep 2 workers busy'
     """
-    bottleneck = run["bottleneck"]
+    bottleneck, workers = run["bottleneck"], _plural(run.get("workers"))
     share = run["shares"].get(bottleneck, 0.0)
     if bottleneck == WAITING:
         why = _why_idle(run)
-        return f"the workers were idle {share:.0%} of the time{f': {why}' if why else ''}"
-    return f"most of the workers' time went into {_DOING.get(bottleneck, bottleneck)} ({share:.0%})"
+        idle = "the worker was idle" if workers == "worker" else "the workers were idle"
+        return f"{idle} {share:.0%} of the time{f': {why}' if why else ''}"
+    whose = "worker's" if workers == "worker" else "workers'"
+    return f"most of the {whose} time went into {_DOING.get(bottleneck, bottleneck)} ({share:.0%})"
+
+
+def _plural(n_workers: int | None) -> str:
+    """The word for the workers of a run; early receipts do not tell how many there were."""
+    return "worker" if n_workers == 1 else "workers"
+
+
+def what_it_did(run: Mapping[str, Any]) -> str:
+    """The images that a run did, found bad, and so on; of a complete run, only what it did.
+
+    Examples
+    --------
+    >>> nothing = dict.fromkeys(("n_done", "n_new", "n_quarantined", "n_rejected", "n_removed", "n_checked"), 0)
+    >>> what_it_did(nothing | {"outcome": "complete"}), what_it_did(nothing | {"outcome": "complete", "n_removed": 2})
+    ('there was nothing to do', '2 removed')
+    """
+    n_of = {
+        "found bad": run["n_quarantined"] + run["n_rejected"],
+        "removed": run["n_removed"],
+        "back": run.get("n_returned", 0),
+        "compared": run["n_checked"],
+    }
+    did = [f"{n} {name}" for name, n in n_of.items() if n]
+    if run["n_done"] or run["outcome"] != "complete" or (run["n_new"] and not did):
+        pace = f" at {rounded(run['images_per_s'])} images/s on {count(run['slots'], 'slot')}" if run["n_done"] else ""
+        did.insert(0, f"{run['n_done']} done{pace}")
+    return ", ".join(did) or "there was nothing to do"
 
 
 def _why_idle(run: Mapping[str, Any]) -> str:
@@ -156,4 +189,5 @@ def _why_idle(run: Mapping[str, Any]) -> str:
     if n_images < FEW_PER_SLOT * slots or (run["outcome"] == "complete" and run["compute_s"] < SHORT_S):
         workers = count(slots, "worker" if slots == run.get("workers") else "slot")
         return f"too little work ({count(n_images, 'image')}) to keep {workers} busy"
-    return "they waited for headers, for the last batches, for a replaced worker or for the driver"
+    waited = "it waited" if run.get("workers") == 1 else "they waited"
+    return f"{waited} for headers, for the last batches, for a replaced worker or for the driver"

@@ -9,7 +9,7 @@ import os
 import signal
 import socket
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -91,8 +91,8 @@ class BatchResult:
     bytes_read: int = 0
     bytes_written: int = 0
     pixels: int = 0
-    kernel: str = ""
-    """What computed the layers."""
+    kernels: Counter[str] = field(default_factory=Counter)
+    """Images done, by what computed their layers."""
 
 
 @dataclass(slots=True)
@@ -292,7 +292,8 @@ def _extract_piece(
     for stored in plugin.layers:
         outcome.pooled[stored.name] = np.full((n, len(STATISTICS), stored.channels), np.nan, np.float32)
     missing = np.ones(outcome.stop - outcome.start, bool)
-    sent: deque[tuple[int, dict[str, Array]]] = deque()
+    sent: deque[tuple[int, tuple[int, ...], dict[str, Array]]] = deque()
+    sizes: Counter[tuple[int, ...]] = Counter()
 
     def items() -> Iterator[tuple[Array, dict[str, Array]]]:
         for i, (row, image) in enumerate(zip(outcome.rows, images, strict=True)):
@@ -300,11 +301,12 @@ def _extract_piece(
                 missing[row - outcome.start] = False
                 whole = {name: block[row - outcome.start] for name, block in blocks.items()}
                 valid = whole if image.shape[:2] == layout.size else _valid_views(plugin, image, whole, fills)
-                sent.append((i, valid))
+                sent.append((i, image.shape[:2], valid))
                 yield image, valid
 
     for pooled in plugin.extractor.extract_each(layout.size, items()):  # a GPU's come some images later than they are asked for
-        i, valid = sent.popleft()
+        i, size, valid = sent.popleft()
+        sizes[size] += 1
         for name, statistics in pooled.items():
             outcome.pooled[name][i] = statistics
         outcome.maps_digest[i] = maps_digest(valid.get(layer.name, outcome.pooled[layer.name][i]) for layer in plugin.layers)
@@ -313,7 +315,8 @@ def _extract_piece(
         block[missing] = fills[name]
     elsewhere_s = result.stage_s["read"] + result.stage_s["decode"] - elsewhere_s
     result.stage_s["extract"] += time.perf_counter() - started - elsewhere_s
-    result.kernel = plugin.extractor.version(layout.size)
+    for size, n_done in sizes.items():
+        result.kernels[plugin.extractor.version(size, layout.size)] += n_done
     return blocks
 
 
@@ -353,20 +356,14 @@ def write(target: Target, extracted: Extracted) -> BatchResult:
 def _write_piece(target: Target, outcome: PieceResult, blocks: dict[str, Array], result: BatchResult) -> None:
     if not (outcome.status == Status.DONE).any():
         return
-    started = time.perf_counter()
-    for layer, stored in zip(outcome.layout.layers, _plugin(target).map_layers, strict=True):
+    started, layout = time.perf_counter(), outcome.layout
+    for layer, stored in zip(layout.layers, _plugin(target).map_layers, strict=True):
+        block = blocks[layer.name]
         current.note(current.STORE)
-        _keep_others(target, outcome, layer, blocks[layer.name], stored.fill_value)
+        _keep_others(target, outcome, layer, block, stored.fill_value)
         activity.require_lease(get_worker())
         result.bytes_written += store.write_maps(
-            place(target.path),
-            target.run_id,
-            outcome.layout,
-            layer,
-            outcome.start,
-            blocks[layer.name],
-            stored.fill_value,
-            durable=target.durable,
+            place(target.path), target.run_id, layout, layer, outcome.start, block, stored.fill_value, durable=target.durable
         )
     result.stage_s["write"] += time.perf_counter() - started
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -212,17 +213,22 @@ def test_a_limit_is_planned_as_it_is_run(source, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("last", "is_here", "start_s"),
+    ("runs", "is_here", "start_s"),
     [
-        (None, True, plan.START_S),
-        (None, False, None),  # it may wait in a queue
-        ({"start_s": 7.5}, False, 7.5),
-        ({"start_s": 0.1}, True, plan.START_S),  # of a client that was there
-        ({}, True, plan.START_S),  # of a version before
+        ([], True, plan.START_S),
+        ([], False, None),  # it may wait in a queue
+        ([{"start_s": 7.5}], False, 7.5),
+        ([{"start_s": 0.1}], True, plan.START_S),  # of a client that was there
+        ([{}], True, plan.START_S),  # of a version before
+        ([{"start_s": 9.5}, {"start_s": 7.5}, {"start_s": 0.0, "outcome": "failed", "is_refusal": True}], False, 7.5),
+        ([{"start_s": 7.5}, {"start_s": 0.0, "outcome": "complete"}], True, 7.5),  # a night with nothing to do
     ],
 )
-def test_a_plan_knows_how_long_workers_took_to_start(last, is_here, start_s):
-    assert plan._start_s(SimpleNamespace(last_receipt=lambda: last), is_here=is_here) == start_s
+def test_a_plan_knows_how_long_workers_took_to_start(tmp_path, runs, is_here, start_s):
+    (tmp_path / RUNS).mkdir()
+    for i, run in enumerate(runs):
+        (tmp_path / RUNS / f"20260101T000000.000Z-00000{i}-00000000.json").write_text(json.dumps(run))
+    assert plan._start_s(SimpleNamespace(path=tmp_path), is_here=is_here) == start_s
 
 
 def test_a_plan_says_the_start_where_workers_are_needed():

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import re
 import sys
 import threading
@@ -35,9 +36,14 @@ def terminal_of(columns: int, monkeypatch) -> Terminal:
     return made
 
 
-pytestmark = pytest.mark.parametrize("columns", [60, 120])
+def last_line(screen: Terminal) -> str:
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.shown.rpartition("\x1b[2K")[2])
 
 
+wide = pytest.mark.parametrize("columns", [60, 120])
+
+
+@wide
 def test_what_is_said_beside_a_bar_has_a_line_of_its_own_above_it(columns, monkeypatch):
     screen = terminal_of(columns, monkeypatch)
     with bar(lambda: False) as update:
@@ -49,6 +55,7 @@ def test_what_is_said_beside_a_bar_has_a_line_of_its_own_above_it(columns, monke
     )
 
 
+@wide
 def test_a_bar_leaves_room_for_the_ctrl_c_that_a_terminal_shows(columns, monkeypatch):
     screen = terminal_of(columns, monkeypatch)
     with bar(lambda: False) as update:
@@ -59,6 +66,7 @@ def test_a_bar_leaves_room_for_the_ctrl_c_that_a_terminal_shows(columns, monkeyp
     assert columns - 4 <= max(widths) <= columns - 3
 
 
+@wide
 def test_a_bar_is_one_line_and_gives_way_to_what_it_says(columns, monkeypatch):
     screen, stop = terminal_of(columns, monkeypatch), threading.Event()
     queue = "waiting for workers (local: 0 of 2 workers; " + "all of them are in the queue; " * 4
@@ -74,6 +82,7 @@ def test_a_bar_is_one_line_and_gives_way_to_what_it_says(columns, monkeypatch):
         assert "\x1b[1A" not in screen.shown, "the cursor went up over a second line"
 
 
+@wide
 def test_a_bar_says_at_once_that_it_stops(columns, monkeypatch):
     screen = terminal_of(columns, monkeypatch)
     with bar(lambda: True) as update:
@@ -84,6 +93,7 @@ def test_a_bar_says_at_once_that_it_stops(columns, monkeypatch):
     assert "left" not in screen.shown
 
 
+@wide
 def test_the_time_left_is_said_while_the_run_works_and_not_while_it_stops(columns, monkeypatch):
     screen = terminal_of(columns, monkeypatch)
     with bar(lambda: False) as update:
@@ -92,3 +102,21 @@ def test_the_time_left_is_said_while_the_run_works_and_not_while_it_stops(column
         assert re.search(r" \d:\d\d:\d\d left", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.shown))
         update(Progress(10, 3, stage="stopping"))  # a failure stops it, not a signal
         assert "left" not in screen.shown.rpartition("\x1b[2K")[2]
+
+
+@pytest.mark.parametrize("columns", [20, 25, 30, 35, 40, 45, 50, 55])
+@pytest.mark.parametrize(
+    "stage", ["running", "waiting for workers (local: 0 of 2 workers)", "stopping (up to 296 images in flight)"]
+)
+def test_a_narrow_terminal_has_one_line_with_the_whole_count(columns, stage, monkeypatch):
+    screen = terminal_of(columns, monkeypatch)
+    with bar(lambda: False) as update:
+        for n_total, n_quarantined in itertools.product([0, 9, 2880, 12_345_678], [0, 3]):
+            n = n_total // 2
+            update(Progress(n_total, n, n_quarantined=n_quarantined, stage=stage))
+            line = last_line(screen)
+            assert len(line) <= columns - 3, "the terminal's ^C would break it in two"
+            assert f" {n}/{n_total or '?'}" in line, line
+            if n_total <= 2880:
+                assert re.search("[━╸╺]{4}" if stage == "running" else "stop|wait", line), line
+        assert "\x1b[1A" not in screen.shown, "the cursor went up over a second line"

@@ -129,3 +129,17 @@ def test_lost_output_is_a_failure_of_a_command_that_only_prints(monkeypatch, tmp
             main()
         monkeypatch.undo()
     assert ended.value.code == code
+
+
+@pytest.mark.parametrize("arguments", ["--help", "--version", "run --help", "cluster show -h"])
+@pytest.mark.parametrize(("opened", "code"), [(full_device, 1), (closed_pipe, 0)])
+def test_lost_help_is_a_failure_said_in_one_line(monkeypatch, capfd, arguments, opened, code):
+    monkeypatch.setattr(sys, "argv", ["featuremaps", *arguments.split()])
+    with os.fdopen(opened(), "w") as broken:
+        monkeypatch.setattr(sys, "stdout", broken)
+        with pytest.raises(SystemExit) as ended:
+            main()
+    monkeypatch.undo()
+    assert ended.value.code == code
+    lost = "featuremaps: output was lost, as it could not be written (No space left on device); nothing else was affected\n"
+    assert capfd.readouterr().err == (lost if code else "")

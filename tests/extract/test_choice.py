@@ -105,6 +105,7 @@ def test_torch_is_made_once_and_for_large_images_only():
     (pooled,) = extractor.extract_each((28, 28), [(small, {})])
     assert not made
     assert extractor.version((700, 700)) == "torch"
+    assert extractor.version((28, 28), (700, 700)) == extractor.version((28, 28))
     of_small, of_large = extractor.extract_each((700, 700), [(small, {}), (large, {})])
     assert made == [1]
     np.testing.assert_array_equal(of_small["conv1"], pooled["conv1"])  # whatever the class that it lies in

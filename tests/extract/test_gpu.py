@@ -305,7 +305,7 @@ def test_one_image_beyond_the_memory_is_an_error_that_says_what_to_do(monkeypatc
 def test_the_batch_follows_from_the_size_the_layers_and_the_memory():
     batched, _, _ = make()
     assert [batched.batch_size(*size) for size in ((28, 28), (516, 639), (6000, 8000))] == [2048, 16, 1]
-    assert batched.version((516, 639)) == "cpu, batches of 16"
+    assert batched.version((516, 639)) == batched.version((28, 28), (516, 639)) == "cpu, batches of 16"
     wide, _, _ = make(ExtractorSpec(layers=(LayerSpec(filters=500),)))
     assert wide.batch_size(516, 639) == 1
     crowded, _, _ = make(threads=32)

@@ -149,6 +149,19 @@ def test_the_runs_say_what_they_did_and_which_were_refused(empty):
     assert "Done Bad Changed Removed Images/s Took not said refused 2 0 3 4 5 \u2013 0.0 s gone" in text_of(empty)
 
 
+def test_a_quiet_night_says_what_it_did_and_that_it_started_no_worker(empty):
+    leave_receipt(empty, outcome="complete", n_removed=2, n_unchanged=3)
+    assert "The last run computed no maps: 2 removed." in text_of(empty)
+    leave_receipt(empty, outcome="complete", n_removed=0, n_checked=3, start_s=4.0)
+    assert "The last run computed no maps: 3 compared." in text_of(empty)
+    leave_receipt(empty, outcome="complete", n_checked=0, start_s=0.0)
+    assert "The last run computed no maps: there was nothing to do, so no worker was started." in text_of(empty)
+    leave_receipt(empty, outcome="complete", n_unreachable=1)
+    assert "computed no maps" not in text_of(empty)
+    leave_receipt(empty, outcome="complete", n_unreachable=0, n_done=1)
+    assert "computed no maps" not in text_of(empty)
+
+
 def test_a_run_without_a_reason_takes_one_row(empty):
     leave_receipt(empty, outcome="complete", n_removed=2)
     found = page.render(open_store(empty))
@@ -156,6 +169,8 @@ def test_a_run_without_a_reason_takes_one_row(empty):
     assert '<tr class="reason">' not in found
     leave_receipt(empty, outcome="failed", message="KeyError: 3")
     assert '<tr class="reason"><td colspan="9"><bdi>KeyError: 3</bdi>' in page.render(open_store(empty))
+    leave_receipt(empty, outcome="failed", message="OSError: disk full")
+    assert '<tr class="reason"><td colspan="9"><bdi>disk full</bdi>' in page.render(open_store(empty))
 
 
 @pytest.mark.parametrize(

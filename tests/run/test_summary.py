@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from pipeline.run.summary import STAGES, Progress, Summary, at_work, receipt, working
+from pipeline.errors import FeaturemapsError, UsageError
+from pipeline.run.summary import STAGES, Failure, Progress, Summary, at_work, failure, receipt, working
 
 
 def test_the_shares_of_the_stages_and_of_waiting_sum_to_one():
@@ -63,8 +64,16 @@ def test_a_run_is_at_work_until_it_ends_or_fails():
 
 
 @pytest.mark.parametrize(
-    ("message", "code"),
-    [("UsageError: 5 of 6 images are gone", 2), ("FeaturemapsError: disk", 1), ("OSError: disk", 1), ("", 1)],
+    ("error", "code", "reason"),
+    [
+        (UsageError("5 of 6 images are gone"), 2, "5 of 6 images are gone"),
+        (FeaturemapsError("a: b"), 1, "a: b"),
+        (PermissionError(13, "no"), 1, "[Errno 13] no"),
+        (KeyError(1), 1, "KeyError: 1"),
+    ],
 )
-def test_a_run_that_was_refused_has_the_exit_code_that_the_command_ended_with(message, code):
-    assert Summary("r", outcome="failed", message=message).exit_code == code
+def test_what_a_failure_notes_its_receipt_tells(error, code, reason):
+    summary = Summary("r")
+    summary.note_failure(error)
+    assert summary.exit_code == code
+    assert failure(receipt(summary)["message"]) == Failure(code, reason)

@@ -12,7 +12,7 @@ def test_one_image_is_singular_and_a_run_that_did_nothing_says_so():
         Summary("r", outcome="complete", n_listed=1, n_unchanged=1, n_bad_total=1, n_done_total=1), "s.zarr"
     ).splitlines()
     assert lines[0].startswith("complete: 0 images done, 1 unchanged, ")
-    assert lines[1] == "there was nothing to do: the store has every image as it is listed"
+    assert lines[1] == "there was nothing to do, so no worker was started: the store has every image as it is listed"
     assert lines[2] == "1 bad image in all: featuremaps status s.zarr lists them with their reasons"
     lines = describe(
         Summary(
@@ -31,9 +31,16 @@ def test_one_image_is_singular_and_a_run_that_did_nothing_says_so():
     ).splitlines()
     assert lines[0].startswith("complete: 1 image done, ")
     assert "0.5 images/s, 0.0027 megapixels/s on 1 slot; read 1.2 kB, wrote 0 bytes" in lines[1]
-    assert lines[2].endswith("; the workers were idle 100% of the time: too little work (1 image) to keep 1 worker busy")
+    assert lines[2].startswith(
+        "time of the worker: waiting 100%; the worker was idle 100% of the time: too little work (1 image)"
+    )
     assert lines[3].startswith("1 image was read and compared with their digests, 0 could not be")
     assert "nothing to do" not in "".join(lines)
+    assert "no worker" not in "".join(lines)
+    removed = Summary("r", outcome="complete", n_listed=1, n_unchanged=1, n_removed=2, n_done_total=1)
+    assert "\nno image had to be computed, so no worker was started\n" in describe(removed, "s.zarr")
+    bad = Summary("r", outcome="complete", n_listed=1, n_new=1, n_rejected=1, start_s=4.0)
+    assert "no worker was started" not in describe(bad, "s.zarr")
     many = Summary("r", outcome="complete", n_done=1000, slots=2, compute_s=60.0, slot_s=120.0)
     assert "idle 100% of the time: they waited for headers, for the last batches, " in describe(many, "s.zarr")
     assert (
@@ -55,7 +62,8 @@ def test_one_image_is_singular_and_a_run_that_did_nothing_says_so():
 def test_idle_workers_had_too_little_work_only_where_the_run_says_so(values, why):
     run = receipt(Summary("r", **{"outcome": "complete", "slots": 2, "compute_s": 2.0, "slot_s": 4.0, **values}))
     found = describe_bottleneck(run)
-    assert found.startswith(f"the workers were idle 100% of the time{why}")
+    idle = "the worker was" if values.get("workers") == 1 else "the workers were"
+    assert found.startswith(f"{idle} idle 100% of the time{why}")
     assert why or found.endswith("time")
 
 
@@ -68,6 +76,17 @@ def test_a_summary_says_how_long_the_workers_took_to_start():
     assert " on 1 slot once the workers had started; read" in lines[1]
     summary.start_s = 0.02  # on a client that is there
     assert describe(summary, "s.zarr").splitlines()[0].endswith(" in 27.0 s")
+
+
+def test_one_worker_is_singular():
+    run = receipt(Summary("r", outcome="complete", n_done=1000, slots=1, workers=1, start_s=2.0, compute_s=60.0, slot_s=60.0))
+    assert describe_bottleneck(run) == (
+        "the worker was idle 100% of the time: it waited for headers, for the last batches, for a replaced worker or for the driver"
+    )
+    one = Summary("r", outcome="complete", n_done=1, slots=1, workers=1, start_s=2.0, compute_s=1.0, slot_s=1.0)
+    one.stage_s["write"] = 0.9
+    assert " on 1 slot once the worker had started; read" in describe(one, "s.zarr")
+    assert describe_bottleneck(receipt(one)) == "most of the worker's time went into writing (90%)"
 
 
 def test_a_run_that_ends_with_3_says_why():

@@ -102,9 +102,20 @@ def test_one_task_does_what_three_do(work):
             b.error,
         )
         assert np.array_equal(a.pooled["conv1"], b.pooled["conv1"], equal_nan=True)
-    names = ("bytes_read", "bytes_written", "pixels", "kernel", "host")
+    names = ("bytes_read", "bytes_written", "pixels", "kernels", "host")
     assert [getattr(one, name) for name in names] == [getattr(three, name) for name in names]
     assert all(seconds > 0 for seconds in one.stage_s.values())
+
+
+def test_kernels_count_each_image_by_what_computed_it_not_by_its_class(work, monkeypatch):
+    make_images(Path(work.source.root), 3, [SIZE, (20, 30), (41, 50)])  # the last does not fit its class
+    listing = list_collection(work.source.root)
+    fingerprints = tuple(listing.fingerprint(i) for i in range(5))
+    pieces = [WorkPiece(work.piece.layout, 0, 5, work.piece.rows, work.piece.paths, fingerprints)]
+    pieces += [only(pieces[0], 3)]
+    monkeypatch.setattr(work.plugin.extractor, "version", lambda size, most: f"{size} in {most}")
+    result = process(work.source, work.target, pieces)
+    assert result.kernels == {"(40, 50) in (40, 50)": 4, "(20, 30) in (40, 50)": 1}
 
 
 def test_a_bad_image_leaves_fill_in_its_row_and_its_reason_in_the_result(work):
