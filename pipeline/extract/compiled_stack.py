@@ -24,7 +24,7 @@ LARGEST_IMAGE, LARGEST_LAYER = 96 * 96, 1 << 19
 
 For layers of two filters of 9 x 9, torch is as fast from some 100 x 100 pixels on; for other layers only from larger images on.
 """
-_OUTPUTS = 512  # as in kernel_stack.h
+_OUTPUTS, _MOST_LANES = 512, 16  # as in kernel_stack.h, and of the widest vectors
 LANES = 8
 """Filters of a vector, for the choice of what computes a stack. It is the same on every processor, so that maps are, too."""
 MOST_PADDING = 1.6
@@ -64,11 +64,12 @@ def is_small(layers: Sequence[LayerSpec], height: int, width: int) -> bool:
 
 
 def scratch_bytes(layers: Sequence[LayerSpec], height: int, width: int, channels: int) -> int:
-    """Bytes that compiled code takes for one image: pixels and layers in two buffers, and outputs that were not pooled yet."""
+    """Bytes that compiled code takes for one image on any processor: pixels and layers in two buffers, and outputs of a few rows."""
     sizes = output_sizes(layers, height, width)
     maps = [channels * height * width, *(layer.filters * math.prod(size) for layer, size in zip(layers, sizes, strict=True))]
     outputs = (
-        max(_OUTPUTS, size[1] * math.prod(layer.pool)) * math.ceil(layer.filters / LANES) * LANES
+        max(_OUTPUTS, size[1] * math.prod(layer.pool))
+        * (math.ceil(layer.filters / _MOST_LANES) * _MOST_LANES + 2)  # 2: a pointer each
         for layer, size in zip(layers, sizes, strict=True)
     )
     return 4 * (max(maps[::2]) + max(maps[1::2]) + max(outputs))

@@ -9,7 +9,7 @@
 
 enum activation { NONE, SIGMOID, TANH, RELU };
 enum { ABI = 5, BLOCK = 1024, POINTS = 25 };
-enum { PATCHES = 6, SUM = 128 }; /* outputs of a tile of a small image; products, or outputs, of one float32 sum */
+enum { PATCHES = 6, SUM = 128 }; /* outputs of a tile; products, or outputs, of one float32 sum */
 enum kind { FLOAT32, UINT8, UINT16 };
 
 struct layer {
@@ -303,7 +303,7 @@ int featuremaps_layer(const uint8_t *const *images, int n, int height, int width
 }
 
 /*
- * A stack of layers on small images of one size, each with its own weights as `struct stack_layer` says. What becomes of an image does
+ * A stack of layers on images of one size, each with its own weights as `struct stack_layer` says. What becomes of an image does
  * not depend on the others. Returns 0, or -1 where there is no memory.
  */
 int featuremaps_stack(const uint8_t *const *images, int n, int height, int width, int channels, const struct stack_layer *layers,

@@ -1,5 +1,5 @@
 /*
- * One instruction set's part of a stack on small images (kernel_stack.h); kernel_tile.h includes it.
+ * One instruction set's part of a stack of layers (kernel_stack.h); kernel_tile.h includes it.
  *
  * Vectors hold filters. So a map of any size, also of one value, fills them.
  */

@@ -78,8 +78,16 @@ async def _tell_nanny(scheduler: Any, address: str | None, function: Callable[..
 
 
 async def _stop(dask_worker: Any) -> None:
-    """On the nanny: have the process send nothing more."""
-    os.kill(dask_worker.process.pid, signal.SIGSTOP)
+    """On the nanny: have the process send nothing more. It is killed also if the word to do so never comes."""
+    process = dask_worker.process
+    os.kill(process.pid, signal.SIGSTOP)
+    asyncio.get_running_loop().call_later(2 * REPLACE_S, _kill, process)
+
+
+def _kill(process: Any) -> None:
+    with contextlib.suppress(ValueError, OSError):  # it was closed, or has just ended
+        if process.is_alive():
+            os.kill(process.pid, signal.SIGKILL)
 
 
 async def _start_anew(dask_worker: Any) -> None:

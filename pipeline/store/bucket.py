@@ -54,8 +54,15 @@ def condition_of(url: Url) -> Any:
         return "create"
 
 
-def put(url: Url, parts: Iterable[bytes], *, durable: bool, only: Any) -> None:  # noqa: ARG001 (a bucket always is)
-    """Write an object, under a condition if one is given.
+def put(
+    url: Url,
+    parts: Iterable[bytes],
+    *,
+    durable: bool,  # noqa: ARG001 (a bucket always is)
+    only: Any,
+    check: Callable[[], None] | None,
+) -> None:
+    """Write an object, under a condition if one is given; before that, ``check``.
 
     Raises
     ------
@@ -63,6 +70,8 @@ def put(url: Url, parts: Iterable[bytes], *, durable: bool, only: Any) -> None: 
         When somebody else replaced the object meanwhile.
     """
     content = list(parts)
+    if check is not None:
+        check()
     try:
         url.put(*content, only=only)
     except ConflictError:

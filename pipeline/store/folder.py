@@ -59,8 +59,15 @@ def condition_of(path: Path) -> None:  # noqa: ARG001 (as of a bucket)
     return
 
 
-def put(path: Path, parts: Iterable[bytes], *, durable: bool, only: Any) -> None:  # noqa: ARG001 (as of a bucket)
-    """Write a temporary file, then rename it."""
+def put(
+    path: Path,
+    parts: Iterable[bytes],
+    *,
+    durable: bool,
+    only: Any,  # noqa: ARG001 (as of a bucket)
+    check: Callable[[], None] | None,
+) -> None:
+    """Write a temporary file, then rename it; between the two, ``check``."""
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
     try:
         with temporary.open("wb") as file:
@@ -68,6 +75,8 @@ def put(path: Path, parts: Iterable[bytes], *, durable: bool, only: Any) -> None
             if durable:
                 file.flush()
                 os.fsync(file.fileno())
+        if check is not None:
+            check()
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)

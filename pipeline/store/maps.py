@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -87,18 +88,18 @@ def write_maps(
             "store has changed since the task was sent; it writes nothing, and the next run does its rows"
         )
     sizes: list[int] = []
+    check = partial(require_lock, path / RUNS, run_id)
     for key, parts in encode_rows(layout, layer, start, block, fill):
         condition = condition_of(folder / key)  # read before the lock is checked
-        put_parts(folder / key, _held(parts, path, run_id, sizes), durable=durable, only=condition)
+        put_parts(folder / key, _noted(parts, sizes), durable=durable, only=condition, check=check)
     return sum(sizes)
 
 
-def _held(parts: Iterable[bytes], path: Place, run_id: str, sizes: list[int]) -> Iterator[bytes]:
-    """The parts of an object, whose sizes are noted; after the last one, check the lock: nothing is left but to name the object."""
+def _noted(parts: Iterable[bytes], sizes: list[int]) -> Iterator[bytes]:
+    """The parts of an object, whose sizes are noted."""
     for part in parts:
         sizes.append(len(part))
         yield part
-    require_lock(path / RUNS, run_id)
 
 
 def read_maps(path: Place, layout: ClassLayout, layer: str, start: int, stop: int) -> Array:

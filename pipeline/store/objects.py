@@ -76,12 +76,20 @@ def put(path: Place, *parts: bytes, durable: bool = False, only: Any = None) -> 
     put_parts(path, parts, durable=durable, only=only)
 
 
-def put_parts(path: Place, parts: Iterable[bytes], *, durable: bool = False, only: Any = None) -> None:
+def put_parts(
+    path: Place,
+    parts: Iterable[bytes],
+    *,
+    durable: bool = False,
+    only: Any = None,
+    check: Callable[[], None] | None = None,
+) -> None:
     """`put` parts as they come, so that they need not be in memory together; a bucket takes them all first.
 
-    The object is named after the last part. If making a part raises, there is no object, or still the old one.
+    ``check`` is called when all is written but the object's name. If it raises, or making a part does, there is no object, or still the
+    old one.
     """
-    _storage(path).put(path, parts, durable=durable, only=only)
+    _storage(path).put(path, parts, durable=durable, only=only, check=check)
 
 
 def put_json(

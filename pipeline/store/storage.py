@@ -49,7 +49,7 @@ class Storage(Protocol):
     def condition_of(self, path: Any) -> Any:
         """The condition of `fetch`, without the content; ``create`` if there is no object."""
 
-    def put(self, path: Any, parts: Iterable[bytes], *, durable: bool, only: Any) -> None:
+    def put(self, path: Any, parts: Iterable[bytes], *, durable: bool, only: Any, check: Callable[[], None] | None) -> None:
         """Write one object whole; see `objects.put_parts`."""
 
     def size_bytes(self, path: Any) -> int:

@@ -868,6 +868,25 @@ def test_a_run_that_loses_the_store_while_it_writes_names_nothing(tmp_path, monk
     assert tree(tmp_path / "s") == before
 
 
+def test_a_run_that_loses_the_store_while_its_object_is_synced_names_nothing(tmp_path, monkeypatch):
+    fill_store(tmp_path / "s")
+    before, real = tree(tmp_path / "s"), os.fsync
+    layer = spec_of("float32").layers[0]
+    block = as_stored(computed(layer.name, range(4, 6)), layer)
+
+    def sync_and_lose(descriptor: int) -> None:
+        monkeypatch.setattr(os, "fsync", real)
+        real(descriptor)
+        hold(tmp_path / "s", "another")
+
+    monkeypatch.setattr(os, "fsync", sync_and_lose)
+    with pytest.raises(StaleWriterError, match=f"run {RUN} no longer holds the store"):
+        write_maps(
+            tmp_path / "s", RUN, layout_of("float32"), layout_of("float32").layers[0], 4, block, layer.fill_value, durable=True
+        )
+    assert tree(tmp_path / "s") == before
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_neighbouring_shards_never_touch_each_others_objects(tmp_path, dtype):
     store = make_store(tmp_path / "s", dtype)
