@@ -170,9 +170,8 @@ def test_layers_that_are_not_stored_take_memory_too_unless_compiled_code_has_non
     assert scratch_of(ExtractorSpec(), "uint8", (516, 639), 3) == (0, False)
     assert scratch_of(ExtractorSpec(), "uint8", (516, 639), 3, has_kernel=False) == (maps, True)
     spec = ExtractorSpec(layers=(LayerSpec(filters=64, kernel=(3, 3)), LayerSpec(filters=6, kernel=(3, 3), pool=(8, 8))))
-    outputs = max(
-        600 * (64 + 2), 74 * 8 * 8 * (16 + 2)
-    )  # of one row of maps, in whole vectors; the pixels are larger than the last maps
+    # Outputs of one row of maps, in whole vectors, and a pointer each; the pixels are larger than the last maps.
+    outputs = max(600 * (64 + 2), 74 * 8 * 8 * (16 + 2))
     assert scratch_of(spec, "uint8", (402, 602), 3) == (4 * (64 * 400 * 600 + 3 * 402 * 602 + outputs), False)
     with monkeypatch.context() as patch:
         patch.setitem(ACTIVATIONS, "sigmoid", ACTIVATIONS["sigmoid"]._replace(compiled=None))
